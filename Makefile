@@ -1,0 +1,58 @@
+# Everything a contributor or the CI runs. `make` alone lists the targets.
+PYTHON  ?= python3
+VENV    ?= .venv
+WORKERS ?= 2
+ARGS    ?=
+
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/.installed
+PYTEST  := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal
+FOLDERS := lightning_adam_mini tasks cli configs
+TYPES   := build/types
+
+SHELL       := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install fit test test-all lint format wheel clean
+
+help: ## List the targets
+	@echo 'usage: make TARGET [ARGS="..."] [PYTHON=python3] [WORKERS=2]'
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+install: $(STAMP) ## Make .venv with everything for language models and development
+
+$(STAMP): pyproject.toml setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --editable '.[llm,dev]'
+	touch $@
+
+fit: install ## Train the small GPT-2 recipe; ARGS="--trainer.max_steps 100" adds options
+	$(BIN)/adam-mini fit --config llm/gpt2_tiny.yaml $(ARGS)
+
+test: install ## Run the fast tests, a few minutes on two cores; ARGS="-k blocks" selects
+	$(PYTEST) -m 'not slow and not gpu' $(ARGS)
+
+test-all: install ## Run every test, the slow ones too, and on a GPU where there is one
+	$(PYTEST) $(ARGS)
+
+lint: install ## Check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@# mypy finds packages by folder, so it reads a copy laid out as in the wheel; sed names the files of the checkout.
+	rm -rf $(TYPES)
+	$(BIN)/python setup.py --quiet build_py --build-lib $(TYPES)
+	$(BIN)/mypy | sed -E 's#^$(TYPES)/lightning_adam_mini/(tasks|cli|configs)/#\1/#; s#^$(TYPES)/##'
+
+format: install ## Mend style and format where ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: install ## Build the source archive and the wheel into dist/
+	rm -rf build dist
+	$(BIN)/python -m build
+
+clean: ## Remove builds and caches; .venv stays
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find $(FOLDERS) tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,134 @@
+"""LightningCLI with one optimizer factory, one schedule and one run folder for every task."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lightning_adam_mini.factory import OptimizerFactory
+from lightning_adam_mini.schedule import Schedule
+
+from ..tasks.base import Task
+from ..tasks.callbacks import GracefulInterrupt, PerformanceMonitor, PredictionFile, RunReport
+from ..tasks.checkpoint_io import AtomicCheckpointIO
+from ..tasks.metrics_file import MetricsFile
+from .run_folder import choose_run_dir, resolve_checkpoint
+
+__all__ = ["Application", "RunCheckpoint"]
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Lightning's ModelCheckpoint, in the run folder; it saves `last.ckpt` when training ends, too."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the state after the last step, where no validation has done so."""
+        super().on_train_end(trainer, pl_module)
+        if self.save_last and self._last_global_step_saved != trainer.global_step and self.dirpath is not None:
+            trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Saves `config.yaml` for `fit` alone; the configuration of an earlier start stays under a number."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the configuration of this start."""
+        if stage != "fit":
+            return
+        config = Path(trainer.default_root_dir) / self.config_filename
+        if trainer.is_global_zero and config.exists():
+            number = 1 + sum(1 for _ in config.parent.glob(f"{config.stem}.*{config.suffix}"))
+            config.rename(config.with_name(f"{config.stem}.{number}{config.suffix}"))
+        super().setup(trainer, pl_module, stage)
+
+
+class Application(LightningCLI):
+    """The subcommands that train and evaluate.
+
+    Args:
+        arguments: The command line without the program's name, recipes resolved.
+        recipe: Stem of the recipe, which names the run.
+        run: Whether to run the subcommand, or only to parse and instantiate.
+    """
+
+    def __init__(self, arguments: list[str], *, recipe: str | None = None, run: bool = True) -> None:
+        self.recipe = recipe
+        super().__init__(
+            Task,
+            LightningDataModule,
+            save_config_callback=SaveRunConfig,
+            trainer_defaults={"enable_model_summary": False, "use_distributed_sampler": False},
+            seed_everything_default=1337,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            parser_kwargs={"prog": "adam-mini", "description": "Train with Adam-mini and its peers."},
+            args=arguments,
+            run=run,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Options beside those of model, data and trainer."""
+        parser.add_subclass_arguments(OptimizerFactory, "optimizer", instantiate=False, required=True)
+        parser.set_defaults({"optimizer": {"class_path": "lightning_adam_mini.factory.AdamMini"}})
+        parser.add_argument("--schedule", type=Schedule, default=Schedule(), help="Learning-rate schedule.")
+        parser.link_arguments("optimizer", "model.init_args.optimizer")
+        parser.link_arguments("schedule", "model.init_args.schedule")
+        parser.add_argument(
+            "--run_dir", type=str | None, default=None, help="Folder of the run; runs/RECIPE, numbered, by default."
+        )
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.save_last": True,
+                "checkpoint.monitor": "val_loss",
+                "checkpoint.filename": "best-{step}",
+                "checkpoint.save_top_k": 1,
+            }
+        )
+        parser.add_lightning_class_args(PerformanceMonitor, "performance")
+
+    def before_instantiate_classes(self) -> None:
+        """Settle the run folder and the checkpoint before anything is built."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        checkpoint = config.get("ckpt_path")
+        is_new = self.subcommand == "fit" and checkpoint is None
+        # A checkpoint of another run, given by its path, begins a folder of its own.
+        branches = self.subcommand == "fit" and config.run_dir is None and checkpoint not in (None, "last")
+        run_dir = choose_run_dir(config.run_dir, self.recipe, starts_anew=is_new or branches)
+        if checkpoint is not None:
+            may_start = self.subcommand == "fit" and config.run_dir is not None
+            config.ckpt_path = resolve_checkpoint(checkpoint, run_dir, may_start=may_start)
+        config.run_dir = str(run_dir)
+        config.trainer.default_root_dir = str(run_dir)
+        if config.checkpoint.dirpath is None:
+            config.checkpoint.dirpath = str(run_dir / "checkpoints")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer with the callbacks, loggers and checkpoint writer of every run."""
+        config = self._get(self.config_init, "trainer")
+        run_dir = self._get(self.config_init, "run_dir")
+        kwargs["plugins"] = [AtomicCheckpointIO(), *_as_list(config.get("plugins"))]
+        if config.get("logger") is not False:
+            own = [MetricsFile(run_dir), TensorBoardLogger(run_dir, name="tensorboard", version="")]
+            given = [logger for logger in _as_list(config.get("logger")) if logger is not True]
+            kwargs["logger"] = [*own, *given]
+        callbacks = [*_as_list(config.get("callbacks")), GracefulInterrupt(), RunReport(), PredictionFile()]
+        if config.get("enable_progress_bar") is not False:
+            callbacks.append(RichProgressBar(leave=True))
+        kwargs["callbacks"] = callbacks
+        return super().instantiate_trainer(**kwargs)
+
+    def _parse_ckpt_path(self) -> None:
+        """Keep the command line's options: Lightning would let the checkpoint's override them without a word."""
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]

@@ -1,0 +1,49 @@
+"""`adam-mini export`: a trained language model as a transformers folder."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = ["main"]
+
+log = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Export the checkpoint of a run.
+
+    Raises:
+        ValueError: The folder holds no run, or its task cannot be exported.
+    """
+    parser = argparse.ArgumentParser(
+        prog="adam-mini export", description="Save a run's model and tokenizer for from_pretrained."
+    )
+    parser.add_argument("run_dir", type=Path, help="Folder of the run.")
+    parser.add_argument("--ckpt_path", default="last", help="Checkpoint file, or `last`.")
+    parser.add_argument("--out", type=Path, default=None, help="New folder for the model; RUN_DIR/hf by default.")
+    options = parser.parse_args(arguments)
+    config = options.run_dir / "config.yaml"
+    if not config.is_file():
+        raise ValueError(f"{options.run_dir} holds no run: there is no config.yaml in it")
+
+    from ..tasks.checkpoint_io import AtomicCheckpointIO
+    from .application import Application
+    from .run_folder import resolve_checkpoint
+
+    checkpoint = resolve_checkpoint(options.ckpt_path, options.run_dir, may_start=False)
+    assert checkpoint is not None
+    application = Application(["--config", str(config), "--run_dir", str(options.run_dir), "--trainer.logger=false"], run=False)
+    task, data, trainer = application.model, application.datamodule, application.trainer
+    if not hasattr(task, "export"):
+        raise ValueError(f"{type(task).__name__} has no export to a transformers folder; language models have")
+    data.prepare_data()
+    data.setup("predict")
+    trainer.datamodule = data
+    task.trainer = trainer
+    task.configure_model()
+    task.on_load_checkpoint(saved := AtomicCheckpointIO().load_checkpoint(checkpoint, weights_only=True))
+    task.load_state_dict(saved["state_dict"])
+    log.info("%s", f"exported to {task.export(options.out or options.run_dir / 'hf')}")

@@ -1,0 +1,91 @@
+"""Entry point of `adam-mini`: light commands answer at once, the others load Lightning."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from lightning_adam_mini import __version__
+
+from .recipes import list_recipes, resolve_configs
+
+__all__ = ["main"]
+
+USAGE = f"""adam-mini {__version__}: train with Adam-mini and its peers
+
+  adam-mini fit      --config RECIPE [options]     train; --ckpt_path last continues
+  adam-mini validate --config RECIPE --ckpt_path last
+  adam-mini test     --config RECIPE --ckpt_path last
+  adam-mini predict  --config RECIPE --ckpt_path last
+  adam-mini export   RUN_DIR [--out FOLDER]        a language model for from_pretrained
+  adam-mini recipes                                list the packaged recipes
+
+RECIPE is the name of a packaged recipe or a path. `adam-mini fit --help` lists the options,
+`adam-mini fit --optimizer.help AdamMini` those of an optimizer."""
+
+TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: The command line without the program's name; `sys.argv` by default.
+
+    Returns:
+        The exit code: 0, or 1 after an error, which is told in one line. `ADAM_MINI_TRACEBACK=1` shows where it arose.
+    """
+    command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        return _dispatch(command, rest)
+    except (ValueError, OSError) as error:
+        if os.environ.get("ADAM_MINI_TRACEBACK"):
+            raise
+        message = " ".join(str(error).split())
+        sys.stderr.write(f"adam-mini: error: {message}\n")
+        return 1
+
+
+def _dispatch(command: str, rest: list[str]) -> int:
+    if command in ("-h", "--help"):
+        sys.stdout.write(USAGE + "\n")
+        return 0
+    if command == "--version":
+        sys.stdout.write(f"adam-mini {__version__}\n")
+        return 0
+    if command == "recipes":
+        recipes = list_recipes()
+        width = max(map(len, recipes), default=0)
+        sys.stdout.writelines(f"{name:<{width}}  {title}\n" for name, title in recipes.items())
+        return 0
+    _show_log()
+    if command == "export":
+        from .export import main as export
+
+        export(rest)
+        return 0
+    if command in TRAINER_COMMANDS:
+        resolved, recipe = resolve_configs(rest)
+        from .application import Application
+
+        Application([command, *resolved], recipe=recipe)
+        return 0
+    sys.stderr.write(f"adam-mini: error: unknown command {command!r}\n\n{USAGE}\n")
+    return 2
+
+
+def _show_log() -> None:
+    """Show the project's own log on standard output, without prefixes: it is what the user asked for."""
+    logger = logging.getLogger("lightning_adam_mini")
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

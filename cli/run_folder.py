@@ -1,0 +1,97 @@
+"""One folder a run: where it lies, and what may be written into it."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+__all__ = ["choose_run_dir", "last_checkpoint", "resolve_checkpoint"]
+
+_INHERITED = "ADAM_MINI_RUN_DIR"
+"""Processes that Lightning starts for other ranks take the folder of the first."""
+
+
+def choose_run_dir(run_dir: str | None, recipe: str | None, *, starts_anew: bool, root: str = "runs") -> Path:
+    """The folder of a run.
+
+    Args:
+        run_dir: What the user asked for.
+        recipe: Stem of the recipe, which names the folder where the user did not.
+        starts_anew: Whether the run begins from its first step; then it gets a folder without a run.
+        root: Folder of all runs that are not named.
+
+    Returns:
+        `run_dir`; or `runs/RECIPE`, `runs/RECIPE-2`, ...: the first free one for a new run, the newest otherwise.
+
+    Raises:
+        ValueError: `run_dir` holds a run already, and the new one does not continue it.
+    """
+    if "LOCAL_RANK" in os.environ and _INHERITED in os.environ:
+        return Path(os.environ[_INHERITED])
+    if run_dir is not None:
+        folder = Path(run_dir).expanduser()
+        if starts_anew and _holds_run(folder):
+            raise ValueError(
+                f"{folder} holds a run already; continue it with --ckpt_path last, or choose another --run_dir"
+            )
+    else:
+        name = recipe or "run"
+        numbered = _numbered(Path(root), name)
+        if starts_anew:
+            number = max(numbered, default=0) + 1
+            folder = Path(root) / (name if number == 1 else f"{name}-{number}")
+        else:
+            folder = numbered[max(numbered)] if numbered else Path(root) / name
+    os.environ[_INHERITED] = str(folder)
+    return folder
+
+
+def resolve_checkpoint(checkpoint: str, run_dir: Path, *, may_start: bool) -> str | None:
+    """The file of a `--ckpt_path` value.
+
+    Args:
+        checkpoint: A path, `last`, or a keyword of Lightning.
+        run_dir: The run folder, in which `last` is looked for.
+        may_start: Whether a missing `last` means the first start of a run, as in jobs that are requeued.
+
+    Returns:
+        The path, the keyword, or None to start anew.
+
+    Raises:
+        ValueError: There is no such checkpoint.
+    """
+    if checkpoint != "last":
+        if checkpoint in ("best", "hpc", "registry") or Path(checkpoint).expanduser().exists():
+            return checkpoint
+        raise ValueError(f"--ckpt_path {checkpoint}: no such file; `last` takes the newest checkpoint of the run folder")
+    found = last_checkpoint(run_dir)
+    if found is not None:
+        return str(found)
+    if may_start and not _holds_run(run_dir):
+        rank_zero_warn(f"--ckpt_path last: {run_dir} holds no checkpoint yet, so the run starts from its first step")
+        return None
+    raise ValueError(f"--ckpt_path last: no checkpoint in {run_dir / 'checkpoints'}; name the run with --run_dir")
+
+
+def last_checkpoint(run_dir: Path) -> Path | None:
+    """The newest checkpoint for resuming: `last.ckpt`, or what a SLURM requeue saved after it."""
+    candidates = [run_dir / "checkpoints" / "last.ckpt", *run_dir.glob("hpc_ckpt_*.ckpt")]
+    existing = [path for path in candidates if path.exists()]
+    return max(existing, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _holds_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
+
+
+def _numbered(root: Path, name: str) -> dict[int, Path]:
+    """Folders `NAME` (1) and `NAME-2`, `NAME-3`, ... by number."""
+    found = {}
+    for path in root.glob(f"{name}*"):
+        match = re.fullmatch(rf"{re.escape(name)}(?:-(\d+))?", path.name)
+        if match and path.is_dir():
+            found[int(match[1] or 1)] = path
+    return found

@@ -1,0 +1,1 @@
+"""The packaged recipes, one folder for each domain."""

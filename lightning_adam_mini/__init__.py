@@ -1,0 +1,31 @@
+"""Adam-mini for PyTorch: AdamW's training curve with half of its optimizer memory."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_adam_mini.blocks import Blocks
+    from lightning_adam_mini.optim import AdamMini
+    from lightning_adam_mini.partition import partition_module, register_layout
+
+__all__ = ["AdamMini", "Blocks", "partition_module", "register_layout"]
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AdamMini": "lightning_adam_mini.optim",
+    "Blocks": "lightning_adam_mini.blocks",
+    "partition_module": "lightning_adam_mini.partition",
+    "register_layout": "lightning_adam_mini.partition",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: the command line lists its recipes without waiting for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, imported or not."""
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,293 @@
+"""Blocks: how one tensor is cut into blocks whose elements share a second moment.
+
+This is the vocabulary that the partition (which decides) and the optimizer (which computes) have in common. A `Blocks`
+is a value: it knows shapes and nothing of modules, roles or gradients.
+
+A tensor has one *cut axis* (its output neurons, tokens or channels; "rows" below, whichever dimension they lie on),
+optional *batch axes* (experts) that every block keeps apart, and *reduced axes*, the rest. Along the cut axis rows come
+in `segments`, each grouped into blocks of a number of rows: one row (an output neuron), a head's rows, or all of them.
+A fused query-key-value matrix is one segment each for Q, K and V; where it interleaves them head by head, the sequence
+of segments repeats.
+
+Shapes: `R` rows on the cut axis, `C` the product of the reduced axes, `B` blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+__all__ = ["Blocks", "Kind", "Segment"]
+
+
+class Kind(StrEnum):
+    """What is kept of the squared gradients."""
+
+    MEAN = "mean"
+    """One mean a block (Adam-mini)."""
+    ELEMENT = "element"
+    """Every element, as in AdamW."""
+    ROW_COLUMN = "row_column"
+    """A mean a row and a mean a column, whose product over the mean is a rank-one second moment (Adafactor, Sec. 3)."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive rows of the cut axis that are grouped alike.
+
+    Args:
+        length: Number of rows in one repeat of the segment.
+        block_size: Rows in a block. It divides `length`, or it is `length` times the repeats: then one block spans all
+            repeats of the segment.
+    """
+
+    length: int
+    block_size: int
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a tensor of `shape` is cut. Build one through `element`, `whole`, `rows`, `segmented` or `row_column`.
+
+    Args:
+        shape: Shape of the tensor.
+        kind: What is kept of the squared gradients.
+        axis: Cut axis; None where a block spans all of it (`whole`) or nothing is shared (`element`).
+        batch_axes: Axes that every block keeps apart, before the cut axis.
+        segments: Rows along the cut axis, in order; empty without a cut axis.
+        repeats: How often the sequence of segments repeats along the cut axis.
+
+    Raises:
+        ValueError: The segments do not add up to the cut axis, or a block size does not divide its segment.
+    """
+
+    shape: tuple[int, ...]
+    kind: Kind
+    axis: int | None = None
+    batch_axes: tuple[int, ...] = ()
+    segments: tuple[Segment, ...] = ()
+    repeats: int = 1
+
+    def __post_init__(self) -> None:
+        """Check that the segments tile the cut axis."""
+        if self.axis is None:
+            return
+        if not 0 <= self.axis < len(self.shape) or any(not 0 <= a < self.axis for a in self.batch_axes):
+            raise ValueError(f"axis {self.axis} with batch axes {self.batch_axes} does not fit the shape {self.shape}")
+        rows = self.repeats * sum(segment.length for segment in self.segments)
+        if rows != self.shape[self.axis]:
+            raise ValueError(f"segments cover {rows} rows, but dimension {self.axis} of {self.shape} has another size")
+        for segment in self.segments:
+            if not self._spans_repeats(segment) and segment.length % max(segment.block_size, 1):
+                raise ValueError(f"blocks of {segment.block_size} rows do not divide the {segment.length} rows given")
+
+    @classmethod
+    def element(cls, shape: torch.Size | tuple[int, ...]) -> Blocks:
+        """Every element is a block of its own: AdamW."""
+        return cls(tuple(shape), Kind.ELEMENT)
+
+    @classmethod
+    def whole(cls, shape: torch.Size | tuple[int, ...], *, batch_axes: tuple[int, ...] = ()) -> Blocks:
+        """The whole tensor, or each slice of its batch axes, is one block."""
+        return cls(tuple(shape), Kind.MEAN, batch_axes=batch_axes)
+
+    @classmethod
+    def rows(
+        cls,
+        shape: torch.Size | tuple[int, ...],
+        *,
+        axis: int = 0,
+        block_size: int = 1,
+        batch_axes: tuple[int, ...] = (),
+    ) -> Blocks:
+        """Blocks of `block_size` rows: an output neuron or token (1), or a head (`head_dim`)."""
+        return cls.segmented(shape, (Segment(shape[axis], block_size),), axis=axis, batch_axes=batch_axes)
+
+    @classmethod
+    def segmented(
+        cls,
+        shape: torch.Size | tuple[int, ...],
+        segments: tuple[Segment, ...],
+        *,
+        axis: int = 0,
+        repeats: int = 1,
+        batch_axes: tuple[int, ...] = (),
+    ) -> Blocks:
+        """Segments with block sizes of their own, as in a fused query-key-value matrix."""
+        return cls(tuple(shape), Kind.MEAN, axis, batch_axes, segments, repeats)
+
+    @classmethod
+    def row_column(
+        cls,
+        shape: torch.Size | tuple[int, ...],
+        *,
+        axis: int = 0,
+        batch_axes: tuple[int, ...] = (),
+        segment_lengths: tuple[int, ...] = (),
+        repeats: int = 1,
+    ) -> Blocks:
+        """A row mean and a column mean; each segment (Q, K, V of a fused matrix) has columns of its own."""
+        lengths = segment_lengths or (shape[axis],)
+        segments = tuple(Segment(length, length * repeats) for length in lengths)
+        return cls(tuple(shape), Kind.ROW_COLUMN, axis, batch_axes, segments, repeats)
+
+    @property
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each second-moment tensor by its state key; each broadcasts once `second_moment` expands it."""
+        if self.kind is Kind.ELEMENT:
+            return {"exp_avg_sq": self.shape}
+        if self.kind is Kind.MEAN:
+            return {"exp_avg_sq": self._kept_shape(sum(self._num_blocks(s) for s in self.segments))}
+        assert self.axis is not None
+        columns = list(self.shape)
+        columns[self.axis] = len(self.segments)
+        return {"exp_avg_sq_row": self._kept_shape(self.shape[self.axis]), "exp_avg_sq_col": tuple(columns)}
+
+    @property
+    def num_values(self) -> int:
+        """Number of second-moment values that are kept; for `Kind.MEAN`, the number of blocks."""
+        return sum(math.prod(shape) for shape in self.state_shapes.values())
+
+    def num_bytes(self, dtype: torch.dtype = torch.float32) -> int:
+        """Bytes of the kept second moment in `dtype`."""
+        return self.num_values * dtype.itemsize
+
+    def block_index(self) -> Tensor:
+        """The number of the block each element belongs to, in the order of the flattened `exp_avg_sq`.
+
+        Returns:
+            An int64 tensor of `shape`.
+
+        Raises:
+            ValueError: A rank-one cut has no blocks.
+        """
+        if self.kind is Kind.ROW_COLUMN:
+            raise ValueError("a row_column cut shares a row mean and a column mean: it has no blocks to number")
+        (state_shape,) = self.state_shapes.values()
+        numbers = torch.arange(math.prod(state_shape)).view(state_shape)
+        return self._rows_from_blocks(numbers).expand(self.shape)
+
+    def mean_square(self, tensor: Tensor, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        """Means of the squares: one a block, or one a row and one a column.
+
+        No temporary of the tensor's size is made for `Kind.MEAN` and `Kind.ROW_COLUMN`: norms are squared.
+
+        Args:
+            tensor: A tensor of `shape`, of any floating dtype.
+            dtype: Dtype in which squares are summed, and of the result.
+
+        Returns:
+            One tensor for each of `state_shapes`.
+        """
+        if self.kind is Kind.ELEMENT:
+            return (tensor.to(dtype).square(),)
+        row_sums = _sum_square(tensor, self._reduced_axes(), dtype)
+        width = max(math.prod(self.shape[a] for a in self._reduced_axes()), 1)
+        if self.kind is Kind.MEAN:
+            return (self._block_sums(row_sums, width),)
+        assert self.axis is not None
+        columns = [
+            _sum_square(part, axes, dtype).reshape(self._column_shape()) / max(segment.length * self.repeats, 1)
+            for segment, part, axes in self._parts(tensor)
+        ]
+        return row_sums / width, torch.cat(columns, self.axis)
+
+    def second_moment(self, *moments: Tensor) -> Tensor:
+        """Expand kept moments so that they broadcast against the tensor.
+
+        Args:
+            *moments: One tensor for each of `state_shapes`.
+
+        Returns:
+            For `Kind.MEAN` one value a row, of size 1 on the reduced axes; else a tensor of `shape`. For
+            `Kind.ROW_COLUMN` it is `row * column / mean(row)`, Adafactor's estimate (Shazeer and Stern 2018, Alg. 1).
+        """
+        if self.kind is Kind.ELEMENT:
+            return moments[0]
+        if self.kind is Kind.MEAN:
+            return self._rows_from_blocks(moments[0])
+        rows, columns = moments
+        assert self.axis is not None
+        tiny = torch.finfo(rows.dtype).tiny
+        if len(self.segments) == 1:
+            return rows / rows.mean(self.axis, keepdim=True).clamp_min(tiny) * columns
+        expanded = []
+        for number, (_, part, axes) in enumerate(self._parts(rows)):
+            column = columns.narrow(self.axis, number, 1).unsqueeze(self.axis + 1)
+            expanded.append(part / part.mean(axes, keepdim=True).clamp_min(tiny) * column)
+        return torch.cat(expanded, self.axis + 1).flatten(self.axis, self.axis + 1)
+
+    def _spans_repeats(self, segment: Segment) -> bool:
+        return segment.block_size == segment.length * self.repeats
+
+    def _num_blocks(self, segment: Segment) -> int:
+        return 1 if self._spans_repeats(segment) else self.repeats * (segment.length // max(segment.block_size, 1))
+
+    def _reduced_axes(self) -> tuple[int, ...]:
+        return tuple(a for a in range(len(self.shape)) if a != self.axis and a not in self.batch_axes)
+
+    def _kept_shape(self, cut_size: int) -> tuple[int, ...]:
+        """`shape` with the cut axis replaced by `cut_size` and the reduced axes by 1."""
+        sizes = {a: self.shape[a] for a in self.batch_axes}
+        if self.axis is not None:
+            sizes[self.axis] = cut_size
+        return tuple(sizes.get(a, 1) for a in range(len(self.shape)))
+
+    def _column_shape(self) -> tuple[int, ...]:
+        return tuple(1 if a == self.axis else size for a, size in enumerate(self.shape))
+
+    def _parts(self, tensor: Tensor) -> list[tuple[Segment, Tensor, tuple[int, int]]]:
+        """The rows of each segment, as views `(..., repeats, length, ...)`, with the two axes that hold them."""
+        assert self.axis is not None
+        period = sum(segment.length for segment in self.segments)
+        folded = tensor.unflatten(self.axis, (self.repeats, period))
+        parts, start = [], 0
+        for segment in self.segments:
+            parts.append((segment, folded.narrow(self.axis + 1, start, segment.length), (self.axis, self.axis + 1)))
+            start += segment.length
+        return parts
+
+    def _block_sums(self, row_sums: Tensor, width: int) -> Tensor:
+        """Means a block from sums a row: `(..., R, ...)` to `(..., B, ...)`, segment after segment."""
+        if self.axis is None:
+            return row_sums / width
+        if len(self.segments) == 1 and self.segments[0].block_size == 1:
+            return row_sums / width
+        means = []
+        for segment, part, axes in self._parts(row_sums):
+            if self._spans_repeats(segment):
+                sums = part.sum(axes).unsqueeze(self.axis)
+            else:
+                grouped = part.unflatten(self.axis + 1, (-1, segment.block_size))
+                sums = grouped.sum(self.axis + 2).flatten(*axes)
+            means.append(sums / max(segment.block_size * width, 1))
+        return means[0] if len(means) == 1 else torch.cat(means, self.axis)
+
+    def _rows_from_blocks(self, blocks: Tensor) -> Tensor:
+        """Repeat each block's value over its rows: `(..., B, ...)` to `(..., R, ...)`."""
+        if self.axis is None or (len(self.segments) == 1 and self.segments[0].block_size == 1):
+            return blocks
+        rows, start = [], 0
+        for segment in self.segments:
+            count = self._num_blocks(segment)
+            values = blocks.narrow(self.axis, start, count)
+            start += count
+            if self._spans_repeats(segment):
+                target = [-1] * (values.dim() + 1)
+                target[self.axis], target[self.axis + 1] = self.repeats, segment.length
+                rows.append(values.unsqueeze(self.axis).expand(target))
+            else:
+                folded = values.unflatten(self.axis, (self.repeats, -1))
+                rows.append(folded.repeat_interleave(segment.block_size, self.axis + 1))
+        return torch.cat(rows, self.axis + 1).flatten(self.axis, self.axis + 1)
+
+
+def _sum_square(tensor: Tensor, axes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Sum of squares over `axes`, kept as size 1, without a temporary of the tensor's size."""
+    if not axes:
+        return tensor.to(dtype).square()
+    return torch.linalg.vector_norm(tensor, dim=axes, keepdim=True, dtype=dtype).square_()

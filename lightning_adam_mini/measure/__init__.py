@@ -1,0 +1,12 @@
+"""What training costs: memory and floating-point operations."""
+
+from lightning_adam_mini.measure.flops import peak_flops, transformer_flops_per_token
+from lightning_adam_mini.measure.memory import adamw_state_bytes, optimizer_state_bytes, peak_memory_bytes
+
+__all__ = [
+    "adamw_state_bytes",
+    "optimizer_state_bytes",
+    "peak_flops",
+    "peak_memory_bytes",
+    "transformer_flops_per_token",
+]

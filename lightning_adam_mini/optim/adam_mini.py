@@ -1,0 +1,332 @@
+"""AdamMini: AdamW with one second moment a block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, overload
+from warnings import warn
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_adam_mini.optim import foreach, update
+from lightning_adam_mini.optim.cut_tensor import CutTensor
+from lightning_adam_mini.optim.groups import WeightDecayPolicy, decay_groups
+from lightning_adam_mini.optim.state import check_state, fits_parameter, init_state, restore_state
+from lightning_adam_mini.optim.validation import check_gradient, check_group, check_parameter
+from lightning_adam_mini.partition import (
+    CutParameter,
+    Role,
+    Strategy,
+    partition_module,
+    partition_tensors,
+    resolve_strategy,
+)
+
+__all__ = ["AdamMini", "Implementation", "Params"]
+
+Implementation = Literal["reference", "foreach"]
+Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+
+
+class AdamMini(Optimizer):
+    r"""AdamW with one second moment for each block of parameters: half of AdamW's memory.
+
+    .. math::
+        v_b \leftarrow \beta_2 v_b + (1-\beta_2)\,\mathrm{mean}_b(g \odot g), \qquad
+        p \leftarrow p - \eta\lambda p - \eta\,\hat m / (\sqrt{\hat v_b} + \epsilon)
+
+    (Zhang et al. 2024, "Adam-mini: Use Fewer Learning Rates To Gain More", Algorithm 1). Blocks follow from the model:
+    an attention head's rows of query and key, an output neuron, a token's row, or a whole tensor.
+
+    Args:
+        params: The model; or parameters, `named_parameters()` or parameter groups, as for any optimizer. Only a model,
+            here or as `module`, tells the role of each parameter.
+        lr: Learning rate.
+        betas: Decay rates of the first and second moment, in [0, 1).
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled weight decay coefficient.
+        module: The model, where `params` are parameters or groups of it.
+        partition: How parameters are cut: `auto`, `transformer`, `transformer_early`, `transformer_rank_one`,
+            `default`, `element`, or a `Strategy`.
+        partition_overrides: Cuts by role, name or `re:` pattern; the first that matches wins.
+        weight_decay_policy: `matrices` spares vectors (biases, norm scales); `all` spares nothing. Groups with a
+            `weight_decay` of their own keep it.
+        exp_avg_dtype: Dtype of the first moment; None for the parameter's. The second moment is float32, or float64
+            for float64 parameters.
+        maximize: Ascend instead of descend.
+        capturable: Keep all scalars on the device, so that CUDA graphs can capture a step.
+        implementation: `reference` (one tensor at a time), `foreach` (lists of tensors), or None to choose.
+
+    Raises:
+        ValueError: A hyperparameter out of its range, an override or partition that does not fit the model, complex or
+            sharded parameters, or nothing to train.
+
+    Example:
+        >>> model = nn.Linear(4, 2)
+        >>> optimizer = AdamMini(model, lr=1e-3, partition="default")
+        >>> optimizer.state[model.weight]["exp_avg_sq"].shape
+        torch.Size([1, 1])
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        module: nn.Module | None = None,
+        partition: str | Strategy = "auto",
+        partition_overrides: Mapping[str, str] | None = None,
+        weight_decay_policy: WeightDecayPolicy = "matrices",
+        exp_avg_dtype: torch.dtype | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        implementation: Implementation | None = None,
+    ) -> None:
+        if weight_decay_policy not in ("matrices", "all"):
+            raise ValueError(f"weight_decay_policy must be 'matrices' or 'all', not {weight_decay_policy!r}")
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "capturable": capturable,
+        }
+        check_group(defaults)
+        self.implementation: Implementation = _choose(implementation, capturable)
+        self.exp_avg_dtype = exp_avg_dtype
+        self._cuts: dict[Tensor, CutParameter] = {}
+
+        if isinstance(params, nn.Module):
+            if module is not None:
+                raise ValueError("give the model once: as the first argument, or as module= beside parameter groups")
+            module, entries = params, []
+        else:
+            entries = _listed(params)
+            if not entries:
+                raise ValueError("AdamMini got an empty parameter list")
+
+        named = dict(module.named_parameters()) if module is not None else _named(entries)
+        strategy = resolve_strategy(partition, module)
+        self._strategy_of_unknown = Strategy(strategy.name, {}, otherwise=strategy.cut(Role.OTHER))
+        if module is not None:
+            cuts = partition_module(module, strategy, partition_overrides)
+        else:
+            shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
+            cuts = partition_tensors(shapes, strategy, partition_overrides)
+            if partition == "auto":
+                warn(
+                    "AdamMini got parameters without their model, so each tensor is one block, as for models that are "
+                    "no Transformers. Pass the model, AdamMini(model, ...), or AdamMini(params, ..., module=model); "
+                    "partition='default' says that this is meant.",
+                    stacklevel=2,
+                )
+        self._cuts = {parameter: cuts[name] for name, parameter in named.items()}
+
+        if not (entries and isinstance(entries[0], dict)):
+            flat = [_parameter(entry) for entry in entries] if entries else list(named.values())
+            trainable = [(parameter, self._cut(parameter)) for parameter in flat if parameter.requires_grad]
+            if not trainable:
+                raise ValueError("AdamMini got no parameter that requires a gradient: all are frozen")
+            entries = decay_groups(trainable, weight_decay=weight_decay, policy=weight_decay_policy)
+        super().__init__(entries, defaults)
+
+    @property
+    def partition(self) -> dict[str, CutParameter]:
+        """Parameters of all groups by name, with their roles and blocks."""
+        cuts = (self._cuts[parameter] for group in self.param_groups for parameter in group["params"])
+        return {cut.name: cut for cut in cuts}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its state is made at once.
+
+        Parameters that neither the model nor an earlier group knows are cut as `Role.OTHER` is, and a warning says so.
+
+        Args:
+            param_group: Parameters (or pairs of name and parameter) under `params`, and options that differ.
+
+        Raises:
+            ValueError: As for the constructor.
+        """
+        (group,) = _listed([param_group])
+        named = _named(group["params"], offset=len(self._cuts))
+        unknown = {name: tuple(p.shape) for name, p in named.items() if p not in self._cuts}
+        if unknown:
+            strategy = self._strategy_of_unknown
+            cuts = partition_tensors(unknown, strategy)
+            warn(f"AdamMini was not told what {', '.join(unknown)} do: they are cut {strategy.otherwise}", stacklevel=2)
+            self._cuts.update({named[name]: cut for name, cut in cuts.items()})
+        group["params"] = list(named.values())
+        check_group({**self.defaults, **group})
+        for parameter in group["params"]:
+            check_parameter(self._cut(parameter).name, parameter)
+        super().add_param_group(group)
+        for parameter in self.param_groups[-1]["params"]:
+            if parameter.requires_grad:
+                self._init_state(parameter, capturable=self.param_groups[-1]["capturable"])
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step.
+
+        Args:
+            closure: Evaluates the model again and returns the loss.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            ValueError: A sparse gradient, or a parameter that was replaced after construction.
+        """
+        self._cuda_graph_capture_health_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            tensors = [self._cut_tensor(p, group["capturable"]) for p in group["params"] if p.grad is not None]
+            beta1, beta2 = group["betas"]
+            lr, capturable = group["lr"], group["capturable"]
+            options = {
+                "beta1": beta1,
+                "beta2": beta2,
+                "eps": group["eps"],
+                "weight_decay": group["weight_decay"],
+                "maximize": group["maximize"],
+            }
+            if capturable:
+                for tensor in tensors:
+                    update.update_(tensor, lr=lr, capturable=True, **options)
+            elif self.implementation == "foreach":
+                foreach.update_(tensors, lr=float(lr), **options)
+            else:
+                for tensor in tensors:
+                    update.update_(tensor, lr=float(lr), **options)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state that this class saved with the same partition.
+
+        Args:
+            state_dict: What `state_dict()` returned.
+
+        Raises:
+            ValueError: The state of another optimizer, model or partition; nothing is changed then.
+        """
+        loaded: dict[str, Any] = {}
+
+        def check(_: Optimizer, state_dict: dict[str, Any]) -> None:
+            check_state(state_dict, self.param_groups, self._cuts, self.defaults)
+            loaded.update(state_dict)
+
+        # Last of the hooks, so that it sees the state as hooks of the user or of a strategy leave it.
+        handle = self.register_load_state_dict_pre_hook(check)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        for group, saved in zip(self.param_groups, loaded["param_groups"], strict=True):
+            for parameter, number in zip(group["params"], saved["params"], strict=True):
+                if number in loaded["state"]:
+                    # torch has cast all of it to the parameter's dtype, which would lose the float32 second moment.
+                    self._init_state(parameter, capturable=group["capturable"])
+                    restore_state(self.state[parameter], loaded["state"][number])
+                else:
+                    self.state.pop(parameter, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles keep beside torch's own."""
+        own = {name: self.__dict__[name] for name in ("implementation", "exp_avg_dtype", "_cuts", "_strategy_of_unknown")}
+        return {**super().__getstate__(), **own}
+
+    def _cut(self, parameter: Tensor) -> CutParameter:
+        cut = self._cuts.get(parameter)
+        if cut is None:
+            raise ValueError(
+                f"AdamMini met a parameter of shape {tuple(parameter.shape)} that does not belong to the model it was "
+                "built from; build the optimizer after wrapping or replacing parameters (DeepSpeed's flattened "
+                "parameters are not supported)"
+            )
+        return cut
+
+    def _init_state(self, parameter: Tensor, *, capturable: bool) -> None:
+        self.state[parameter] = init_state(
+            parameter, self._cut(parameter).blocks, exp_avg_dtype=self.exp_avg_dtype, capturable=capturable
+        )
+
+    def _cut_tensor(self, parameter: Tensor, capturable: bool) -> CutTensor:
+        """A parameter with its gradient and state; the state follows a parameter that changed its device or dtype."""
+        cut = self._cut(parameter)
+        assert parameter.grad is not None
+        check_gradient(cut.name, parameter.grad)
+        state = self.state[parameter]
+        if not state or not fits_parameter(state, parameter, exp_avg_dtype=self.exp_avg_dtype):
+            self._init_state(parameter, capturable=capturable)
+            if state and not state["exp_avg"].is_meta:
+                restore_state(self.state[parameter], state)
+            state = self.state[parameter]
+        moments = tuple(state[key] for key in cut.blocks.state_shapes)
+        return CutTensor(parameter, parameter.grad, cut.blocks, state["step"], state["exp_avg"], moments)
+
+
+def _choose(implementation: Implementation | None, capturable: bool) -> Implementation:
+    if implementation not in (None, "reference", "foreach"):
+        raise ValueError(f"implementation must be 'reference', 'foreach' or None, not {implementation!r}")
+    if capturable:
+        if implementation == "foreach":
+            raise ValueError("capturable needs implementation='reference' (or None)")
+        return "reference"
+    return implementation or "foreach"
+
+
+def _parameter(entry: Tensor | tuple[str, Tensor]) -> Tensor:
+    return entry[1] if isinstance(entry, tuple) else entry
+
+
+def _listed(entries: Iterable[Any]) -> list[Any]:
+    """Checked entries that can be read more than once, where they or their parameters come from a generator."""
+    if isinstance(entries, Tensor):
+        entries = [entries]
+    listed = [_checked(entry) for entry in entries]
+    if len({isinstance(entry, dict) for entry in listed}) > 1:
+        raise ValueError("AdamMini got parameters and groups in one list; put the parameters in a group, {'params': [...]}")
+    return listed
+
+
+def _checked(entry: Any) -> Any:
+    match entry:
+        case {"params": params}:
+            return {**entry, "params": _listed(params)}
+        case Tensor() | (str(), Tensor()):
+            return entry
+    raise ValueError(
+        "AdamMini takes a model, parameters, pairs of a name and a parameter, or groups {'params': [...]} of them, not "
+        f"an entry of type {type(entry).__name__}"
+    )
+
+
+def _named(entries: Iterable[Any], *, offset: int = 0) -> dict[str, Tensor]:
+    """Names and parameters from a list of either, or from groups of lists; unnamed ones are numbered."""
+    named: dict[str, Tensor] = {}
+    for entry in entries:
+        if isinstance(entry, dict):
+            found = _named(entry["params"], offset=offset + len(named))
+        elif isinstance(entry, tuple):
+            found = {entry[0]: entry[1]}
+        else:
+            found = {f"parameter {offset + len(named)}": entry}
+        if twice := named.keys() & found.keys():
+            raise ValueError(f"two parameters have the name {min(twice)!r}; give each a name of its own")
+        named.update(found)
+    return named

@@ -1,0 +1,82 @@
+"""The same update on many tensors at once, through torch's foreach functions.
+
+Block means are taken tensor by tensor; everything else runs over lists. On a GPU that saves launches, and on the CPU
+the update makes no temporary of a parameter's size where blocks are larger than an element.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_adam_mini.blocks import Kind
+from lightning_adam_mini.optim.cut_tensor import CutTensor
+
+__all__ = ["update_"]
+
+
+def update_(
+    tensors: Sequence[CutTensor],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+) -> None:
+    """One step of Adam-mini on many tensors, in place.
+
+    Args:
+        tensors: Parameters with their gradients, blocks and states.
+        lr: Learning rate of this step.
+        beta1: Decay rate of the first moment.
+        beta2: Decay rate of the second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled weight decay coefficient.
+        maximize: Ascend instead of descend.
+    """
+    for alike in _alike(tensors):
+        params = [t.param for t in alike]
+        grads = [t.grad for t in alike]
+        exp_avgs = [t.exp_avg for t in alike]
+        if maximize:
+            grads = list(torch._foreach_neg(grads))
+
+        torch._foreach_add_([t.step for t in alike], 1)
+        steps = [t.step.item() for t in alike]
+        step_sizes = [-lr / (1 - beta1**step) for step in steps]
+        roots = [(1 - beta2**step) ** 0.5 for step in steps]
+
+        if weight_decay != 0:
+            torch._foreach_mul_(params, 1 - lr * weight_decay)
+        torch._foreach_lerp_(exp_avgs, [grad.to(exp_avgs[0].dtype) for grad in grads], 1 - beta1)
+        denoms = _denominators(alike, grads, beta2)
+        torch._foreach_div_(denoms, roots)
+        torch._foreach_add_(denoms, eps)
+        torch._foreach_addcdiv_(params, exp_avgs, denoms, step_sizes)
+
+
+def _denominators(tensors: Sequence[CutTensor], grads: Sequence[Tensor], beta2: float) -> list[Tensor]:
+    """Update the second moments; return their roots, shaped to broadcast against the parameters."""
+    moments = [moment for t in tensors for moment in t.moments]
+    torch._foreach_mul_(moments, beta2)
+    if tensors[0].blocks.kind is Kind.ELEMENT:
+        torch._foreach_addcmul_(moments, grads, grads, 1 - beta2)
+        return list(torch._foreach_sqrt(moments))
+    dtype = moments[0].dtype
+    means = [mean for t, g in zip(tensors, grads, strict=True) for mean in t.blocks.mean_square(g, dtype=dtype)]
+    torch._foreach_add_(moments, means, alpha=1 - beta2)
+    return list(torch._foreach_sqrt([t.blocks.second_moment(*t.moments) for t in tensors]))
+
+
+def _alike(tensors: Sequence[CutTensor]) -> list[list[CutTensor]]:
+    """Tensors that one foreach call can take together."""
+    groups: dict[tuple[object, ...], list[CutTensor]] = defaultdict(list)
+    for t in tensors:
+        element = t.blocks.kind is Kind.ELEMENT
+        groups[t.param.device, t.param.dtype, t.grad.dtype, t.exp_avg.dtype, t.moments[0].dtype, element].append(t)
+    return list(groups.values())

@@ -1,0 +1,42 @@
+"""Parameter groups: what decays and what does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from torch import Tensor
+
+from lightning_adam_mini.partition import CutParameter, Role
+
+__all__ = ["WeightDecayPolicy", "decay_groups", "decays"]
+
+WeightDecayPolicy = Literal["matrices", "all"]
+
+
+def decays(cut: CutParameter, policy: WeightDecayPolicy) -> bool:
+    """Whether weight decay applies to a parameter.
+
+    Args:
+        cut: The parameter and its role.
+        policy: `matrices` spares biases, norm scales and all other vectors and scalars; `all` spares nothing, as the
+            AdamW baseline of the Adam-mini paper.
+    """
+    if policy == "all":
+        return True
+    return len(cut.blocks.shape) >= 2 and Role.BIAS not in cut.role.roles and Role.NORM not in cut.role.roles
+
+
+def decay_groups(
+    parameters: Iterable[tuple[Tensor, CutParameter]], *, weight_decay: float, policy: WeightDecayPolicy
+) -> list[dict[str, Any]]:
+    """Split parameters into a group that decays and one that does not; an empty one is left out."""
+    groups: dict[bool, list[Tensor]] = {True: [], False: []}
+    for parameter, cut in parameters:
+        groups[decays(cut, policy)].append(parameter)
+    decay, no_decay = groups[True], groups[False]
+    return [
+        {"params": params, "weight_decay": decay_rate}
+        for params, decay_rate in ((decay, weight_decay), (no_decay, 0.0))
+        if params
+    ]

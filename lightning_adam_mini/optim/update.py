@@ -1,0 +1,79 @@
+"""The update of Adam-mini on one cut tensor: the text to read first.
+
+Zhang et al., "Adam-mini: Use Fewer Learning Rates To Gain More" (2024), Algorithm 1: AdamW with one second moment for
+each block `b` of a tensor,
+
+    p   <- p - lr * weight_decay * p
+    m   <- beta1 * m + (1 - beta1) * g
+    v_b <- beta2 * v_b + (1 - beta2) * mean_b(g * g)
+    p   <- p - lr * m_hat / (sqrt(v_hat_b) + eps)
+
+with m_hat = m / (1 - beta1^t) and v_hat_b = v_b / (1 - beta2^t). `eps` stands outside the root, as in AdamW. A block of
+one element is AdamW.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from lightning_adam_mini.blocks import Kind
+
+if TYPE_CHECKING:
+    from lightning_adam_mini.optim.cut_tensor import CutTensor
+
+__all__ = ["accumulate_", "update_"]
+
+
+def update_(
+    tensor: CutTensor,
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+    capturable: bool = False,
+) -> None:
+    """One step of Adam-mini on one tensor, in place.
+
+    Args:
+        tensor: The parameter with its gradient, blocks and state.
+        lr: Learning rate of this step; a tensor only if `capturable`.
+        beta1: Decay rate of the first moment.
+        beta2: Decay rate of the second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled weight decay coefficient.
+        maximize: Ascend instead of descend.
+        capturable: Keep all scalars on the parameter's device, so that CUDA graphs can capture the step.
+    """
+    param, exp_avg, blocks = tensor.param, tensor.exp_avg, tensor.blocks
+    grad = -tensor.grad if maximize else tensor.grad
+
+    tensor.step.add_(1)
+    step = tensor.step if capturable else tensor.step.item()
+    bias_correction1 = 1 - beta1**step
+    bias_correction2 = 1 - beta2**step
+
+    param.mul_(1 - lr * weight_decay)
+    exp_avg.lerp_(grad.to(exp_avg.dtype), 1 - beta1)
+    accumulate_(tensor, grad, beta2)
+
+    denom = blocks.second_moment(*tensor.moments).sqrt() / bias_correction2**0.5
+    denom = denom.add_(eps)
+    if capturable:
+        param.addcmul_(exp_avg, (lr / bias_correction1) / denom, value=-1)
+    else:
+        param.addcdiv_(exp_avg, denom, value=-(lr / bias_correction1))
+
+
+def accumulate_(tensor: CutTensor, grad: Tensor, beta2: float) -> None:
+    """Move the second moments of a tensor towards the mean squares of `grad`."""
+    if tensor.blocks.kind is Kind.ELEMENT:  # as torch's AdamW to the last bit, and without a temporary
+        tensor.moments[0].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        return
+    dtype = tensor.moments[0].dtype
+    for moment, mean_square in zip(tensor.moments, tensor.blocks.mean_square(grad, dtype=dtype), strict=True):
+        moment.mul_(beta2).add_(mean_square, alpha=1 - beta2)

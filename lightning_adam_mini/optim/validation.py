@@ -1,0 +1,60 @@
+"""Checks of what users hand to the optimizer: each raises one message that names the remedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_gradient", "check_group", "check_parameter"]
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Check the hyperparameters of a parameter group.
+
+    Raises:
+        ValueError: One of them is out of its range.
+    """
+    lr, eps, weight_decay, betas = group["lr"], group["eps"], group["weight_decay"], group["betas"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr must be a number or a tensor of one element, not a tensor of shape {tuple(lr.shape)}")
+    if not 0.0 <= float(lr) < float("inf"):
+        raise ValueError(f"lr must be a finite number of at least 0, not {float(lr)}")
+    if not 0.0 <= eps < float("inf"):
+        raise ValueError(f"eps must be a finite number of at least 0, not {eps}")
+    if not 0.0 <= weight_decay < float("inf"):
+        raise ValueError(f"weight_decay must be a finite number of at least 0, not {weight_decay}")
+    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+        raise ValueError(f"betas must be two numbers in [0, 1), not {tuple(betas)}")
+
+
+def check_parameter(name: str, parameter: Tensor) -> None:
+    """Check that the optimizer can update a parameter.
+
+    Raises:
+        ValueError: It is complex or sharded.
+    """
+    if torch.is_complex(parameter):
+        raise ValueError(f"{name}: complex parameters are not supported; train torch.view_as_real of it instead")
+    if _is_sharded(parameter):
+        raise ValueError(
+            f"{name}: sharded parameters (FSDP, tensor parallelism) are not supported yet; train with strategy 'ddp' "
+            "or on one device"
+        )
+
+
+def check_gradient(name: str, grad: Tensor) -> None:
+    """Check that the optimizer can use a gradient.
+
+    Raises:
+        ValueError: It is sparse.
+    """
+    if grad.is_sparse:
+        raise ValueError(f"{name}: sparse gradients are not supported; use nn.Embedding(..., sparse=False)")
+
+
+def _is_sharded(parameter: Tensor) -> bool:
+    """Whether a parameter is a DTensor (told by its mesh: importing the class takes half a second) or FSDP1's."""
+    flattened = getattr(parameter, "_fsdp_flattened", False) or getattr(parameter, "_is_flat_param", False)
+    return flattened or hasattr(parameter, "device_mesh")

@@ -1,0 +1,26 @@
+"""From a module tree to the role of each parameter, and from roles to blocks."""
+
+from lightning_adam_mini.partition.layouts import ModuleLayout, register_layout
+from lightning_adam_mini.partition.partition import (
+    CutParameter,
+    partition_module,
+    partition_tensors,
+    resolve_strategy,
+)
+from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
+from lightning_adam_mini.partition.strategies import STRATEGIES, Cut, Strategy
+
+__all__ = [
+    "STRATEGIES",
+    "Cut",
+    "CutParameter",
+    "ModuleLayout",
+    "ParameterRole",
+    "Part",
+    "Role",
+    "Strategy",
+    "partition_module",
+    "partition_tensors",
+    "register_layout",
+    "resolve_strategy",
+]

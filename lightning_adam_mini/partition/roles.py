@@ -1,0 +1,76 @@
+"""Roles: what a parameter does in its model, which decides how it is cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+__all__ = ["ParameterRole", "Part", "Role"]
+
+
+class Role(StrEnum):
+    """What a parameter, or one part of a fused parameter, does."""
+
+    TOKEN_EMBEDDING = "token_embedding"
+    POSITION_EMBEDDING = "position_embedding"
+    OUTPUT_HEAD = "output_head"
+    QUERY = "query"
+    KEY = "key"
+    VALUE = "value"
+    ATTENTION_OUTPUT = "attention_output"
+    MLP = "mlp"
+    LINEAR = "linear"
+    EXPERT = "expert"
+    CONV = "conv"
+    NORM = "norm"
+    BIAS = "bias"
+    LORA = "lora"
+    FUSED_QKV = "fused_qkv"
+    """A fused query, key and value whose order is unknown; strategies that need it refuse."""
+    OTHER = "other"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive rows of a parameter that play one role.
+
+    Args:
+        role: Their role.
+        length: Number of rows in one repeat.
+        head_dim: Rows of one head, for parts that are cut by head.
+    """
+
+    role: Role
+    length: int
+    head_dim: int | None = None
+
+
+@dataclass(frozen=True)
+class ParameterRole:
+    """The role of a parameter and where its output neurons lie.
+
+    Args:
+        parts: One part, or several along the cut axis for a fused parameter (query, key and value).
+        why: The rule that gave the role, for the reader of a report.
+        axis: Dimension of the output neurons or tokens; None for tensors without such a dimension.
+        batch_axes: Dimensions that keep independent matrices apart (experts).
+        repeats: How often the sequence of parts repeats along `axis`.
+        problem: Why the heads cannot be told, with the remedy; empty where they can.
+    """
+
+    parts: tuple[Part, ...]
+    why: str
+    axis: int | None = 0
+    batch_axes: tuple[int, ...] = ()
+    repeats: int = 1
+    problem: str = ""
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """Roles of the parts, in order."""
+        return tuple(part.role for part in self.parts)
+
+    @property
+    def name(self) -> str:
+        """The role, or the roles joined by `+` for a fused parameter."""
+        return "+".join(self.roles)

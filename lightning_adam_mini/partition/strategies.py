@@ -1,0 +1,145 @@
+"""Strategies: tables from role to cut, and the cut of one parameter by a table.
+
+`transformer`, `transformer_early` and `default` are the partitions of Zhang et al., "Adam-mini: Use Fewer Learning
+Rates To Gain More" (2024): the final version's Algorithm 3, the first version's Algorithms 2 and 4, and the rule for
+models that are no Transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+
+from lightning_adam_mini.blocks import Blocks, Segment
+from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
+
+__all__ = ["STRATEGIES", "Cut", "Strategy", "cut_parameter"]
+
+
+class Cut(StrEnum):
+    """How a parameter of some role is cut."""
+
+    HEAD = "head"
+    ROW = "row"
+    WHOLE = "whole"
+    """The tensor as one block; in a fused tensor whose other parts are cut otherwise, the part as one block."""
+    ELEMENT = "element"
+    ROW_COLUMN = "row_column"
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A table from role to cut.
+
+    Args:
+        name: The name that recipes use.
+        cuts: The cut of each role.
+        otherwise: The cut of roles that the table does not list.
+    """
+
+    name: str
+    cuts: Mapping[Role, Cut]
+    otherwise: Cut = Cut.ELEMENT
+
+    def cut(self, role: Role) -> Cut:
+        """The cut of a role."""
+        return self.cuts.get(role, self.otherwise)
+
+
+MATRICES = (
+    Role.TOKEN_EMBEDDING,
+    Role.POSITION_EMBEDDING,
+    Role.OUTPUT_HEAD,
+    Role.QUERY,
+    Role.KEY,
+    Role.VALUE,
+    Role.ATTENTION_OUTPUT,
+    Role.MLP,
+    Role.LINEAR,
+    Role.EXPERT,
+    Role.LORA,
+    Role.CONV,
+    Role.FUSED_QKV,
+)
+_HEADS = {Role.QUERY: Cut.HEAD, Role.KEY: Cut.HEAD, Role.FUSED_QKV: Cut.HEAD}
+
+STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
+    {
+        strategy.name: strategy
+        for strategy in (
+            # Query and key by head, every other matrix by output neuron or token. Biases keep a full second moment
+            # and norms one number, as in the authors' released code.
+            Strategy(
+                "transformer",
+                {**dict.fromkeys(MATRICES, Cut.ROW), **_HEADS, Role.CONV: Cut.WHOLE, Role.NORM: Cut.WHOLE},
+            ),
+            # Embedding and output head keep a full second moment; query and key by head; the rest whole.
+            Strategy(
+                "transformer_early",
+                {
+                    **dict.fromkeys(MATRICES, Cut.WHOLE),
+                    **_HEADS,
+                    Role.TOKEN_EMBEDDING: Cut.ELEMENT,
+                    Role.OUTPUT_HEAD: Cut.ELEMENT,
+                    Role.NORM: Cut.WHOLE,
+                    Role.BIAS: Cut.WHOLE,
+                },
+            ),
+            # Ours, not the paper's: a rank-one second moment for matrices, a full one for vectors.
+            Strategy("transformer_rank_one", dict.fromkeys(MATRICES, Cut.ROW_COLUMN)),
+            Strategy("default", {}, otherwise=Cut.WHOLE),
+            Strategy("element", {}, otherwise=Cut.ELEMENT),
+        )
+    }
+)
+
+
+def cut_parameter(name: str, shape: tuple[int, ...], role: ParameterRole, cuts: Mapping[Role, Cut]) -> Blocks:
+    """Cut one parameter.
+
+    Args:
+        name: The parameter's name, for messages.
+        shape: Its shape.
+        role: Its role, with parts where it is fused.
+        cuts: The cut for each role that the parameter has.
+
+    Returns:
+        The blocks of the parameter.
+
+    Raises:
+        ValueError: A cut by head without a known head size, or parts of a fused parameter with cuts that one tensor
+            cannot hold together.
+    """
+    wanted = {cuts[part.role] for part in role.parts}
+    if Cut.HEAD in wanted and (role.problem or any(_lacks_head(part, cuts[part.role]) for part in role.parts)):
+        problem = role.problem or f"a {role.name} parameter has no heads to cut by"
+        raise ValueError(f"{name}: {problem}; override its cut, for example partition_overrides={{'{name}': 'row'}}")
+    if role.axis is None or wanted == {Cut.ELEMENT} or (len(shape) <= 1 and wanted == {Cut.ROW_COLUMN}):
+        return Blocks.element(shape)
+    if wanted == {Cut.WHOLE}:
+        return Blocks.whole(shape, batch_axes=role.batch_axes)
+    if wanted == {Cut.ROW_COLUMN}:
+        lengths = tuple(part.length for part in role.parts)
+        return Blocks.row_column(
+            shape, axis=role.axis, batch_axes=role.batch_axes, segment_lengths=lengths, repeats=role.repeats
+        )
+    if wanted & {Cut.ELEMENT, Cut.ROW_COLUMN}:
+        raise ValueError(
+            f"{name}: the parts of a fused parameter ({role.name}) cannot mix element or row_column with other cuts; "
+            f"give all of them the same cut, for example partition_overrides={{'{name}': 'row_column'}}"
+        )
+    segments = tuple(_segment(part, cuts[part.role], role.repeats) for part in role.parts)
+    return Blocks.segmented(shape, segments, axis=role.axis, repeats=role.repeats, batch_axes=role.batch_axes)
+
+
+def _lacks_head(part: Part, cut: Cut) -> bool:
+    return cut is Cut.HEAD and part.head_dim is None
+
+
+def _segment(part: Part, cut: Cut, repeats: int) -> Segment:
+    if cut is Cut.HEAD:
+        assert part.head_dim is not None
+        return Segment(part.length, part.head_dim)
+    return Segment(part.length, 1 if cut is Cut.ROW else part.length * repeats)

@@ -1,0 +1,25 @@
+"""Map the folders of the checkout to packages; everything else about the build is in `pyproject.toml`.
+
+`tasks/`, `cli/` and `configs/` must not be installed under their bare names, which would overwrite other people's
+packages. The list is computed, because a nested package that a literal list forgets works in an editable install
+and vanishes from the wheel.
+"""
+
+from setuptools import find_packages, setup
+
+PACKAGE = "lightning_adam_mini"
+MAPPED_FOLDERS = ("tasks", "cli", "configs")
+
+package_dir = {PACKAGE: PACKAGE} | {f"{PACKAGE}.{folder}": folder for folder in MAPPED_FOLDERS}
+packages = [
+    f"{package}{suffix}"
+    for package, folder in package_dir.items()
+    for suffix in ("", *(f".{name}" for name in find_packages(folder)))
+]
+
+setup(
+    packages=packages,
+    package_dir=package_dir,
+    # Everything that is not Python and still belongs to the code: recipes, kernel sources, the typing marker.
+    package_data={"": ["py.typed", "*.c", "*.h"], f"{PACKAGE}.configs": ["**/*.yaml"]},
+)

@@ -1,0 +1,1 @@
+"""Lightning tasks: language models, image classification, diffusion and graphs."""

@@ -1,0 +1,125 @@
+"""What all tasks share: an optimizer factory, a schedule, and checkpoints that say what they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_adam_mini import factory
+from lightning_adam_mini.factory import OptimizerFactory
+from lightning_adam_mini.schedule import Schedule
+
+__all__ = ["Task"]
+
+# Checkpoints hold these in their hyperparameters; torch loads no class that is not named.
+torch.serialization.add_safe_globals([getattr(factory, name) for name in factory.__all__] + [Schedule])
+
+
+class Task(LightningModule):
+    """Base of all tasks.
+
+    A subclass makes its network in `configure_model`, under `self.model`, and says what a batch counts.
+
+    Args:
+        optimizer: Factory of the optimizer.
+        schedule: Learning-rate schedule, stepped once an optimizer step.
+    """
+
+    unit = "samples"
+    """What throughput counts: samples, tokens, nodes."""
+
+    def __init__(self, optimizer: OptimizerFactory | None = None, schedule: Schedule | None = None) -> None:
+        super().__init__()
+        self.optimizer_factory = optimizer or factory.AdamMini()
+        self.schedule = schedule or Schedule()
+        self.model: nn.Module | None = None
+        self.before_update: Callable[[], None] | None = None
+        """Called between clipping and the optimizer's own step, by whoever times it."""
+
+    def batch_units(self, batch: Any) -> int:
+        """How many units (`unit`) a training batch of this rank holds."""
+        raise NotImplementedError
+
+    def flops_per_unit(self, batch: Any) -> float | None:
+        """FLOPs of a forward and backward pass for one unit; None where no formula is known."""
+        return None
+
+    def summary(self) -> dict[str, str]:
+        """Lines of the report that only the task knows, after training: name and text."""
+        return {}
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Build the optimizer over this module and its schedule over the steps of the run."""
+        total = self.schedule.horizon or self.trainer.estimated_stepping_batches
+        if math.isinf(total):
+            raise ValueError("the schedule needs an end: set trainer.max_steps, trainer.max_epochs or schedule.horizon")
+        optimizer = self.optimizer_factory.build(self)
+        scheduler = self.schedule.build(optimizer, int(total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer says, then tell whoever times the optimizer that only its own step is left."""
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        if self.before_update is not None:
+            self.before_update()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Name the optimizer that the state belongs to."""
+        options = asdict(self.optimizer_factory)
+        checkpoint["optimizer_factory"] = {"name": type(self.optimizer_factory).__name__, **options}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another model or optimizer before anything is overwritten.
+
+        Raises:
+            ValueError: With the first difference.
+        """
+        _check_weights(checkpoint.get("state_dict", {}), self.state_dict())
+        saved = checkpoint.get("optimizer_factory")
+        if saved is None or not self._is_training():
+            return
+        name = type(self.optimizer_factory).__name__
+        if saved["name"] != name:
+            raise ValueError(
+                f"the checkpoint was saved with the optimizer {saved['name']}, but this run uses {name}; continue with "
+                f"--optimizer {saved['name']}, or start from its weights alone in a new run folder"
+            )
+        for option, value in asdict(self.optimizer_factory).items():
+            if option in saved and saved[option] != value and option in ("lr", "betas", "eps", "weight_decay"):
+                rank_zero_warn(
+                    f"the checkpoint's {option} = {saved[option]} continues; {value} from this command is not used"
+                )
+
+    def _is_training(self) -> bool:
+        trainer = self._trainer
+        return trainer is not None and trainer.training
+
+
+def _check_weights(saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """Raise one line where two state dicts do not have the same names and shapes."""
+    if missing := [name for name in own if name not in saved]:
+        raise ValueError(_other_model(f"it has no {missing[0]!r} ({len(missing)} such parameters)"))
+    if unexpected := [name for name in saved if name not in own]:
+        raise ValueError(_other_model(f"this model has no {unexpected[0]!r} ({len(unexpected)} such parameters)"))
+    for name, tensor in own.items():
+        if saved[name].shape != tensor.shape:
+            shapes = f"{name!r} has shape {tuple(saved[name].shape)} there and {tuple(tensor.shape)} here"
+            raise ValueError(_other_model(shapes))
+
+
+def _other_model(difference: str) -> str:
+    return f"the checkpoint belongs to another model: {difference}; give the recipe or options that it was trained with"

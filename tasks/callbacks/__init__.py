@@ -1,0 +1,8 @@
+"""Callbacks of every run: performance figures, a report, predictions on disk, and a clean stop."""
+
+from .interrupt import GracefulInterrupt
+from .performance import PerformanceMonitor
+from .predictions import PredictionFile
+from .report import RunReport
+
+__all__ = ["GracefulInterrupt", "PerformanceMonitor", "PredictionFile", "RunReport"]

@@ -1,0 +1,126 @@
+"""Throughput, FLOPs utilisation, memory and the optimizer's own time, as metrics."""
+
+from __future__ import annotations
+
+import time
+from statistics import fmean
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+
+from lightning_adam_mini.measure import optimizer_state_bytes, peak_flops, peak_memory_bytes
+
+from ..base import Task
+
+__all__ = ["PerformanceMonitor"]
+
+
+class PerformanceMonitor(Callback):
+    """Logs what training costs.
+
+    Metrics, at the trainer's logging interval: `tokens_per_second` (or the task's unit; over all ranks), `mfu` (model
+    FLOPs utilisation, a fraction of the device's peak), `optimizer_milliseconds` (the update alone: no backward pass,
+    no clipping; mean since the last row), `step_milliseconds`, `optimizer_state_bytes` and `peak_memory_bytes` (of one
+    rank).
+
+    Args:
+        peak_flops: Peak dense FLOP/s of one device, for devices that are not in the table. On a CPU a matrix product
+            is timed.
+    """
+
+    def __init__(self, peak_flops: float | None = None) -> None:
+        self.peak_flops = peak_flops
+        self._timer = _StepTimer()
+        self._units = 0
+        self._flops = 0.0
+        self._window_start = 0.0
+        self._last_step = 0
+        self._outside = 0.0
+        self._left = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the device's peak and start to time the optimizer."""
+        if self.peak_flops is None:
+            self.peak_flops = peak_flops(pl_module.device)
+        for optimizer in trainer.optimizers:
+            optimizer.register_step_post_hook(self._timer.stop)
+        if isinstance(pl_module, Task):
+            self._timer.device = pl_module.device
+            pl_module.before_update = self._timer.start
+        self._last_step = trainer.global_step
+        self._open_window()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validation within training does not count as training time."""
+        self._left = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See `on_validation_start`."""
+        self._outside += time.perf_counter() - self._left
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the batch, and log where the trainer logs."""
+        if not isinstance(pl_module, Task):
+            return
+        units = pl_module.batch_units(batch)
+        self._units += units
+        self._flops += units * (pl_module.flops_per_unit(batch) or 0.0)
+        step = trainer.global_step
+        if step == self._last_step or step % trainer.log_every_n_steps:
+            return
+        elapsed = time.perf_counter() - self._window_start - self._outside
+        metrics = {
+            f"{pl_module.unit}_per_second": self._units * trainer.world_size / elapsed,
+            "step_milliseconds": 1000 * elapsed / (step - self._last_step),
+            "optimizer_milliseconds": self._timer.mean_milliseconds(),
+            "optimizer_state_bytes": float(sum(optimizer_state_bytes(o) for o in trainer.optimizers)),
+            "peak_memory_bytes": float(peak_memory_bytes(pl_module.device)),
+        }
+        if self._flops and self.peak_flops:
+            metrics["mfu"] = self._flops / elapsed / self.peak_flops
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=step)
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+        self._last_step = step
+        self._open_window()
+
+    def _open_window(self) -> None:
+        self._units, self._flops, self._outside = 0, 0.0, 0.0
+        self._window_start = time.perf_counter()
+
+
+class _StepTimer:
+    """Times the optimizer's step from after clipping to its end; on CUDA by events, so that nothing waits."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self._start: Any = None
+        self._pairs: list[tuple[Any, Any]] = []
+
+    def start(self) -> None:
+        self._start = self._now()
+
+    def stop(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._start is not None:
+            self._pairs.append((self._start, self._now()))
+            self._start = None
+
+    def mean_milliseconds(self) -> float:
+        pairs, self._pairs = self._pairs, []
+        if not pairs:
+            return float("nan")
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            return fmean(start.elapsed_time(end) for start, end in pairs)
+        return 1000 * fmean(end - start for start, end in pairs)
+
+    def _now(self) -> Any:
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event
+        return time.perf_counter()

@@ -1,0 +1,45 @@
+"""Predictions on disk, one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+__all__ = ["PredictionFile"]
+
+log = logging.getLogger(__name__)
+
+
+class PredictionFile(Callback):
+    """Writes what `predict` returns to `predictions.jsonl` in the run folder, and to the log.
+
+    A task returns a list of objects that JSON can hold from `predict_step`. The file is replaced when all are there;
+    each rank but the first writes one of its own.
+    """
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, Any]] = []
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Keep the batch's predictions."""
+        for row in outputs or []:
+            self._rows.append(row)
+            log.info("%s", "\n".join(f"{key}: {value}" for key, value in row.items()))
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file."""
+        rank = f".rank{trainer.global_rank}" if trainer.global_rank else ""
+        path = Path(trainer.default_root_dir) / f"predictions{rank}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows), "utf-8")
+        beside.replace(path)
+        self._rows = []
+        log.info("%s", f"predictions: {path}")

@@ -1,0 +1,9 @@
+"""Token batches for language models: the standard library's own text, token files, text files and HF data sets."""
+
+from .hf_text import HFText
+from .module import TokenDataModule
+from .stdlib_text import StdlibText
+from .text_files import TextFiles
+from .token_files import TokenFiles
+
+__all__ = ["HFText", "StdlibText", "TextFiles", "TokenDataModule", "TokenFiles"]

@@ -1,0 +1,124 @@
+"""The folder of prepared data: where it is, and how several processes write it without harm."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from filelock import FileLock
+
+logger = logging.getLogger(__name__)
+
+# A file that changed this recently may change again within its time stamp's resolution (seconds).
+_SETTLED_AFTER = 2.0
+
+
+def default_cache_dir() -> Path:
+    """`$ADAM_MINI_CACHE`, else a folder in `$XDG_CACHE_HOME`, else one in `~/.cache`."""
+    if folder := os.environ.get("ADAM_MINI_CACHE"):
+        return Path(folder).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base).expanduser() if base else Path.home() / ".cache") / "lightning-adam-mini"
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Let one process at a time work in a folder of the cache, which is made.
+
+    Raises:
+        PermissionError: If the folder cannot be written.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except NotImplementedError:
+        # Some network file systems have no locks. Work is then done twice; renaming keeps the result whole.
+        logger.warning("%s is on a file system without locks: processes may prepare the same data twice.", folder)
+    except OSError as error:
+        raise PermissionError(
+            f"Cannot write prepared data to {folder} ({error.strerror}): set `cache_dir` or $ADAM_MINI_CACHE to a"
+            " folder that you may write."
+        ) from error
+    try:
+        if lock.is_locked:
+            # Nobody else writes here now: what looks half written is left over from a process that was killed.
+            for leftover in folder.glob("*.partial"):
+                leftover.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Write a file so that others see all of it or none."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file, or None where the file is missing or damaged."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file atomically."""
+    with atomic_file(path) as file:
+        file.write(json.dumps(value, indent=1, sort_keys=True).encode())
+
+
+def digest(value: object) -> str:
+    """Hash of a JSON value, 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def remember(cache_dir: Path, name: str, files: Sequence[Path], compute: Callable[[], Any]) -> Any:
+    """A value that depends on the bytes of files alone, computed once for their paths, sizes and times.
+
+    Args:
+        cache_dir: The cache.
+        name: What is computed.
+        files: The files.
+        compute: Gives a JSON value.
+    """
+    stats = [file.stat() for file in files]
+    marks = [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in zip(files, stats, strict=True)]
+    path = cache_dir / "facts" / f"{name}-{digest(marks)}.json"
+    known = read_json(path)
+    if isinstance(known, dict) and "value" in known:
+        return known["value"]
+    value = compute()
+    if time.time() - max((stat.st_mtime for stat in stats), default=0.0) > _SETTLED_AFTER:
+        # It only saves time: a cache that cannot be written is no reason to stop.
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"value": value})
+    return value
+
+
+def hash_files(files: Sequence[Path], *, root: Path) -> str:
+    """SHA-256 of the files' bytes and of their names below ``root``."""
+    total = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            total.update(f"{file.relative_to(root).as_posix()}\0".encode())
+            total.update(hashlib.file_digest(opened, "sha256").digest())
+    return total.hexdigest()

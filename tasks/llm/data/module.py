@@ -1,0 +1,236 @@
+"""The base of every source of token batches: windows, loaders, resuming. Subclasses say where the tokens lie."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from .cache import default_cache_dir
+from .sampling import ResumableLoader, TrainSampler, ValidationSampler
+from .statistics import unigram_loss
+from .token_stream import TokenStream
+from .windows import TrainWindows, ValidationWindows, collate_windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSource:
+    """What a subclass finds on disk.
+
+    Args:
+        train: Training tokens.
+        val: Validation tokens.
+        vocab_size: Every token is below it.
+        load_tokenizer: Gives the tokenizer, where there is one. Called when it is first needed.
+        val_bytes: UTF-8 bytes of the text behind the validation tokens, where known.
+    """
+
+    train: TokenStream
+    val: TokenStream
+    vocab_size: int
+    load_tokenizer: "Callable[[], PreTrainedTokenizerFast] | None" = None
+    val_bytes: int | None = None
+
+
+class TokenDataModule(LightningDataModule, ABC):
+    """Batches of token windows for training, validation and generation.
+
+    A batch is ``{"input_ids": (B, T), "labels": (B, T)}``, int64, with the labels already shifted by one and -100 where
+    no token follows. Training windows lie at random positions, drawn with replacement; which ones a step sees depends
+    on ``seed`` and on the global batch (``batch_size`` times ranks, times accumulation) alone. A run that is resumed
+    from a checkpoint goes on with the samples that follow.
+
+    Validation reads consecutive windows, each on one rank. Ranks that run out get a batch whose labels are all -100,
+    so the loss must be summed over tokens and divided by the number of labels that are not -100, over all batches.
+
+    Args:
+        context_length: Tokens in a sequence, T.
+        batch_size: Sequences in a batch of one rank, B.
+        num_workers: Processes that read ahead, for each loader; 0 reads in the training process.
+        val_tokens: Tokens that one evaluation predicts, over all ranks together, in windows spread evenly over the
+            validation part; all of it by default. The result does not depend on the number of ranks.
+        epoch_samples: Sequences in an epoch, over all ranks together. By default as many as the training part holds
+            side by side.
+        seed: Picks the training windows, and nothing else.
+        prompts: Texts that `predict` continues, one batch each. On several ranks each rank continues all of them.
+        cache_dir: Folder for prepared tokens and tokenizers. By default `$ADAM_MINI_CACHE`, else
+            `$XDG_CACHE_HOME/lightning-adam-mini`, else `~/.cache/lightning-adam-mini`.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    default_prompts: tuple[str, ...] = ("The", "In the beginning", "Once upon a time")
+
+    def __init__(
+        self,
+        *,
+        context_length: int = 256,
+        batch_size: int = 16,
+        num_workers: int = 0,
+        val_tokens: int | None = None,
+        epoch_samples: int | None = None,
+        seed: int = 0,
+        prompts: list[str] | None = None,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        counts = {
+            "context_length": context_length,
+            "batch_size": batch_size,
+            "val_tokens": val_tokens,
+            "epoch_samples": epoch_samples,
+        }
+        for name, value in counts.items():
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        for name, value in {"num_workers": num_workers, "seed": seed}.items():
+            if value < 0:
+                raise ValueError(f"`{name}` must be at least 0, got {value}.")
+        self.context_length = context_length
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.val_tokens = val_tokens
+        self.epoch_samples = epoch_samples
+        self.seed = seed
+        self.prompts = list(self.default_prompts if prompts is None else prompts)
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+        self._source: TokenSource | None = None
+        self._samples_before = 0
+        self._train_sampler: TrainSampler | None = None
+
+    @abstractmethod
+    def open_source(self) -> TokenSource:
+        """Find the tokens, and prepare them where that has not been done. Several processes may call this at once."""
+
+    def prepare_data(self) -> None:
+        """Prepare the tokens, once per node."""
+        self.open_source()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the tokens, on every rank.
+
+        Raises:
+            ValueError: If a part is shorter than one window.
+        """
+        source = self.open_source()
+        for name, stream in {"training": source.train, "validation": source.val}.items():
+            if len(stream) < self.context_length + 1:
+                raise ValueError(
+                    f"The {name} part of {self.describe()} has {len(stream)} tokens, too few for one window of"
+                    f" context_length + 1 = {self.context_length + 1}: lower `context_length` or give more data."
+                )
+        self._source = source
+        self.__dict__.pop("tokenizer", None)
+        if stage in (None, "fit"):
+            # A second `fit` of the same trainer goes on; a new trainer starts from the first sample.
+            batches_before = self.trainer.fit_loop.total_batch_idx + 1 if self.trainer is not None else 0
+            self._samples_before = batches_before * self.batch_size * self._replicas()["num_replicas"]
+            self._train_sampler = None
+
+    def describe(self) -> str:
+        """The data in a few words, for messages."""
+        return type(self).__name__
+
+    @property
+    def vocab_size(self) -> int:
+        """Possible tokens. Known after `setup`, as everything below."""
+        return self._opened.vocab_size
+
+    @property
+    def num_train_tokens(self) -> int:
+        """Tokens of the training part."""
+        return len(self._opened.train)
+
+    @property
+    def num_val_tokens(self) -> int:
+        """Tokens of the validation part."""
+        return len(self._opened.val)
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """UTF-8 bytes behind a validation token on average; None where the text is unknown."""
+        source = self._opened
+        return None if source.val_bytes is None else source.val_bytes / len(source.val)
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerFast | None":
+        """The tokenizer, or None where only tokens are known."""
+        load = self._opened.load_tokenizer
+        return None if load is None else load()
+
+    def unigram_loss(self) -> float:
+        """Nats per validation token of guessing by the training tokens' frequencies: what any model must beat."""
+        return unigram_loss(self._opened.train, self._opened.val, vocab_size=self.vocab_size)
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Random windows, counted on over the run."""
+        stream = self._opened.train
+        dataset = TrainWindows(
+            stream,
+            context_length=self.context_length,
+            seed=self.seed,
+            num_samples=self.epoch_samples or max(1, len(stream) // self.context_length),
+        )
+        # A trainer that reloads its loaders every epoch must not read the first epoch again.
+        samples_seen = self._samples_before if self._train_sampler is None else self._train_sampler.samples_seen
+        sampler = TrainSampler(dataset, batch_size=self.batch_size, samples_seen=samples_seen, **self._replicas())
+        self._train_sampler = sampler
+        return ResumableLoader(dataset, sampler=sampler, **self._loader_settings())
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """The same windows at every evaluation."""
+        dataset = ValidationWindows(self._opened.val, context_length=self.context_length, max_tokens=self.val_tokens)
+        sampler = ValidationSampler(dataset, batch_size=self.batch_size, **self._replicas())
+        return DataLoader(dataset, sampler=sampler, **self._loader_settings())
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """One batch per prompt: ``{"input_ids": (1, P), "prompt": [text]}``.
+
+        Raises:
+            ValueError: If there is no tokenizer, or no prompt.
+        """
+        if self.tokenizer is None:
+            raise ValueError(f"Prompts need a tokenizer, and {self.describe()} has none: give `tokenizer`.")
+        if not self.prompts:
+            raise ValueError("`prompts` is empty: give at least one text to continue.")
+        batches: list[dict[str, Tensor | list[str]]] = []
+        for prompt in self.prompts:
+            # An empty prompt means: write a document.
+            ids = self.tokenizer.encode(prompt, add_special_tokens=False) or [self.tokenizer.eos_token_id]
+            batches.append({"input_ids": torch.tensor([ids], dtype=torch.int64), "prompt": [prompt]})
+        return DataLoader(batches, batch_size=1, collate_fn=_take_only)  # type: ignore[arg-type]
+
+    @property
+    def _opened(self) -> TokenSource:
+        if self._source is None:
+            raise RuntimeError(f"{type(self).__name__} is not set up: call `setup()` first.")
+        return self._source
+
+    def _replicas(self) -> dict[str, int]:
+        # The strategy knows which ranks share their data: under tensor parallelism that is not the world size.
+        replicas = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        return {"num_replicas": 1, "rank": 0} if replicas is None else dict(replicas)
+
+    def _loader_settings(self) -> dict[str, Any]:
+        return {
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+            "collate_fn": partial(collate_windows, context_length=self.context_length),
+            "pin_memory": self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            # Loaders draw a seed for their workers: from here, so that reading data leaves the model's dropout alone.
+            "generator": torch.Generator(),
+        }
+
+
+def _take_only(items: list[Any]) -> Any:
+    return items[0]

@@ -1,0 +1,101 @@
+"""Which windows a rank reads, and a loader that a checkpoint can resume after any batch.
+
+The run counts its training samples over all ranks. Global batch number ``n`` holds samples ``n * G`` to
+``(n + 1) * G``, with ``G`` the batch size of a rank times the ranks, and each rank takes one slice. So the samples of
+an optimizer step depend on the global batch alone, however ranks, workers and accumulation divide it.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+
+class TrainSampler(DistributedSampler[Any]):
+    """Sample numbers of one rank, counted on from ``samples_seen`` and never starting over.
+
+    It is a `DistributedSampler` because Lightning puts one of its own, which would shuffle and divide once more,
+    around every other kind of sampler.
+
+    Args:
+        dataset: Any size; its length is the number of samples in an epoch.
+        batch_size: Samples in a batch of one rank.
+        num_replicas: Ranks that read different data.
+        rank: This rank among them.
+        samples_seen: Samples that all ranks together have read before.
+    """
+
+    def __init__(
+        self, dataset: Dataset[Any], *, batch_size: int, num_replicas: int, rank: int, samples_seen: int = 0
+    ) -> None:
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)
+        self.batch_size = batch_size
+        self.samples_seen = samples_seen
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples in a batch of all ranks."""
+        return self.batch_size * self.num_replicas
+
+    @property
+    def num_batches(self) -> int:
+        """Batches in an epoch, at least one."""
+        return max(1, len(self.dataset) // self.global_batch_size)  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return self.num_batches * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        # Always a full epoch's worth from here, even in the middle of one: Lightning ends the epoch by its own count,
+        # which a limit on the batches or a changed number of ranks may have moved.
+        first = self.samples_seen + self.rank * self.batch_size
+        for batch in range(self.num_batches):
+            start = first + batch * self.global_batch_size
+            yield from range(start, start + self.batch_size)
+
+
+class ValidationSampler(DistributedSampler[Any]):
+    """Indices of one rank, the same number on every rank and none twice.
+
+    The last batch runs past the end of the data set, whose items are empty there: collectives in the model need every
+    rank to run as often as the others.
+
+    Args:
+        dataset: Gives an empty item for an index past its length.
+        batch_size: Items in a batch of one rank.
+        num_replicas: Ranks that read different data.
+        rank: This rank among them.
+    """
+
+    def __init__(self, dataset: Dataset[Any], *, batch_size: int, num_replicas: int, rank: int) -> None:
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)
+        num_batches = -(-len(dataset) // (batch_size * num_replicas))  # type: ignore[arg-type]
+        self.num_samples = num_batches * batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        # Interleaved, so that the ranks' shares of the last batch differ by one item at most.
+        return iter(range(self.rank, self.num_samples * self.num_replicas, self.num_replicas))
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A loader whose state is the number of samples that were handed out, over all ranks.
+
+    Batches that workers have prepared and nobody has taken do not count. The state is the same on every rank, and
+    means the same to another number of ranks.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        for batch in super().__iter__():
+            # Before the batch is handed out: a checkpoint is written while the loop still works on it.
+            if isinstance(self.sampler, TrainSampler):
+                self.sampler.samples_seen += self.sampler.global_batch_size
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The samples handed out so far; empty where Lightning has replaced the sampler (`overfit_batches`)."""
+        return {"samples_seen": self.sampler.samples_seen} if isinstance(self.sampler, TrainSampler) else {}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on after the samples of a checkpoint."""
+        if isinstance(self.sampler, TrainSampler) and state_dict:
+            self.sampler.samples_seen = state_dict["samples_seen"]

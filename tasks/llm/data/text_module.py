@@ -1,0 +1,90 @@
+"""The base of the sources that are text: tokenised once, then read as token files."""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from .cache import digest, hash_files
+from .module import TokenDataModule, TokenSource
+from .text_cache import TRAINED_TOKENIZER, Split, prepare_text
+from .tokenizer import MIN_VOCAB_SIZE, load_tokenizer, tokenizer_files
+
+DEFAULT_BPE_VOCAB_SIZE = 2048
+
+
+class TextDataModule(TokenDataModule):
+    """Token windows of documents, which are encoded once and cached.
+
+    The end-of-text token follows each document. What is cached is found again by a hash of the text, the tokenizer
+    and the settings.
+
+    Args:
+        tokenizer: A local `tokenizer.json`, or a local folder with one. By default a byte-level BPE is trained on the
+            training part.
+        vocab_size: Tokens of the BPE that is trained, 2048 by default. With a `tokenizer` the size of the model's
+            vocabulary, where that is padded beyond the tokenizer's.
+        kwargs: Settings of every token source, see `TokenDataModule`.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    def __init__(self, *, tokenizer: str | None = None, vocab_size: int | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if tokenizer is None and vocab_size is not None and vocab_size < MIN_VOCAB_SIZE:
+            raise ValueError(
+                f"`vocab_size` must be at least {MIN_VOCAB_SIZE}, one token for each byte and special token, got"
+                f" {vocab_size}."
+            )
+        self.tokenizer_spec = tokenizer
+        self.wanted_vocab_size = vocab_size
+        self.corpus_hash: str | None = None
+
+    @abstractmethod
+    def hash_corpus(self) -> str:
+        """Hash of all text; it must be quick, since every start of a run asks for it."""
+
+    @abstractmethod
+    def documents(self) -> Iterator[tuple[Split, str]]:
+        """Every document with the part that it belongs to, in the same order each time."""
+
+    def split_settings(self) -> dict[str, Any]:
+        """What else decides about the documents and their parts, as JSON values."""
+        return {}
+
+    def open_source(self) -> TokenSource:
+        """Encode the text where that has not been done."""
+        tokenizer_hash = None
+        if self.tokenizer_spec is not None:
+            files = tokenizer_files(self.tokenizer_spec)
+            tokenizer_hash = hash_files(files, root=files[0].parent)
+        bpe_vocab_size = self.wanted_vocab_size or DEFAULT_BPE_VOCAB_SIZE
+        self.corpus_hash = self.hash_corpus()
+        key = {
+            "corpus": self.corpus_hash,
+            "split": self.split_settings(),
+            "tokenizer": tokenizer_hash or bpe_vocab_size,
+        }
+        name = type(self).__name__.lower()
+        prepared = prepare_text(
+            self.cache_dir / f"{name}-{digest(key)}",
+            self.documents,
+            tokenizer=self.tokenizer_spec,
+            bpe_vocab_size=bpe_vocab_size,
+        )
+        vocab_size = prepared.vocab_size
+        if self.tokenizer_spec is not None and self.wanted_vocab_size is not None:
+            if self.wanted_vocab_size < vocab_size:
+                raise ValueError(
+                    f"`vocab_size` {self.wanted_vocab_size} is smaller than the {vocab_size} tokens of the tokenizer"
+                    f" {self.tokenizer_spec}: leave it out, or give at least that many."
+                )
+            vocab_size = self.wanted_vocab_size
+        return TokenSource(
+            train=prepared.train,
+            val=prepared.val,
+            vocab_size=vocab_size,
+            load_tokenizer=partial(load_tokenizer, self.tokenizer_spec or str(prepared.folder / TRAINED_TOKENIZER)),
+            val_bytes=prepared.val_bytes,
+        )

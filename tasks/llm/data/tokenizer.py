@@ -1,0 +1,103 @@
+"""Tokenizers: one trained on the spot, or one that lies on disk. Nothing is downloaded."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+PAD = "<|pad|>"
+SPECIAL_TOKENS = (END_OF_TEXT, PAD, "<|user|>", "<|assistant|>")
+# Every byte and every special token has a token of its own.
+MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+
+# How the tokenizers that are in use name the end of a text, for files that do not say which token it is.
+_KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
+_SETTINGS_FILES = ("tokenizer_config.json", "config.json")
+
+
+def train_bpe(texts: Iterator[str], *, vocab_size: int) -> "Tokenizer":
+    """Train a byte-level BPE, which encodes any text. The result depends on the texts alone.
+
+    Args:
+        texts: Documents.
+        vocab_size: Tokens, with the special ones. Fewer come out where the texts have too few pairs to merge.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def tokenizer_files(spec: str) -> list[Path]:
+    """The files of a local tokenizer.
+
+    Args:
+        spec: A `tokenizer.json`, or a folder with one.
+
+    Raises:
+        FileNotFoundError: If there is no such file or folder; a name on the hub is none.
+    """
+    path = Path(spec).expanduser()
+    if path.is_file():
+        return [path]
+    if not path.exists():
+        raise FileNotFoundError(
+            f"The tokenizer {spec!r} is not a local file or folder, and no download is made: give a local"
+            " tokenizer.json or a folder written by `save_pretrained`."
+        )
+    if not (path / "tokenizer.json").is_file():
+        raise FileNotFoundError(
+            f"The folder {path} has no tokenizer.json: load the tokenizer once with `use_fast=True` and write it with"
+            " `save_pretrained`."
+        )
+    names = ("tokenizer.json", "special_tokens_map.json", *_SETTINGS_FILES)
+    return [path / name for name in names if (path / name).is_file()]
+
+
+def load_tokenizer(spec: str) -> "PreTrainedTokenizerFast":
+    """Load a local tokenizer, with its end-of-text token set.
+
+    Args:
+        spec: A `tokenizer.json`, or a folder with one.
+
+    Raises:
+        FileNotFoundError: If there is no such file or folder.
+        ValueError: If it cannot be read, or no token is known to end a text.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    files = tokenizer_files(spec)
+    try:
+        if any(file.name in _SETTINGS_FILES for file in files):
+            tokenizer = AutoTokenizer.from_pretrained(files[0].parent, local_files_only=True)
+        else:
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(files[0]))
+    except Exception as error:
+        # The Rust parser raises a bare `Exception`.
+        raise ValueError(f"Cannot read the tokenizer {files[0]}: {error}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"{files[0].parent} gives a {type(tokenizer).__name__}: a fast tokenizer is needed.")
+    vocabulary = tokenizer.get_vocab()
+    if tokenizer.eos_token is None:
+        tokenizer.eos_token = next((token for token in _KNOWN_ENDS if token in vocabulary), None)
+    if tokenizer.eos_token is None:
+        raise ValueError(
+            f"The tokenizer {files[0]} does not say which token ends a text: give a folder whose"
+            " tokenizer_config.json sets `eos_token`."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = PAD if PAD in vocabulary else tokenizer.eos_token
+    return tokenizer

@@ -1,0 +1,293 @@
+"""Pre-training of causal language models.
+
+Shapes: `B` sequences, `T` tokens a sequence, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from lightning_adam_mini.factory import OptimizerFactory
+from lightning_adam_mini.measure import transformer_flops_per_token
+from lightning_adam_mini.schedule import Schedule
+
+from ..base import Task
+from .model import Attention, active_parameters, build_config, build_model
+
+__all__ = ["LanguageModel"]
+
+
+class LanguageModel(Task):
+    """A causal language model of transformers, trained on the next token.
+
+    Args:
+        optimizer: Factory of the optimizer.
+        schedule: Learning-rate schedule.
+        architecture: The `model_type` of transformers, such as `gpt2` or `llama`.
+        config: Fields of its configuration, such as `hidden_size`; transformers' defaults elsewhere. `vocab_size` is
+            the data's where it is not given.
+        init_from: Folder in transformers' format to take configuration and weights from, instead of random ones.
+        attention: Implementation of attention.
+        activation_checkpointing: Compute activations again in the backward pass, for memory.
+        compile: Compile the model with torch.compile.
+        sample_prompt: Text that is continued after each validation; none where empty.
+        sample_tokens: Tokens to generate, in validation and `predict`.
+        temperature: Of generation; 0 takes the most likely token.
+        top_k: Generation draws from so many most likely tokens.
+    """
+
+    unit = "tokens"
+
+    def __init__(
+        self,
+        optimizer: OptimizerFactory | None = None,
+        schedule: Schedule | None = None,
+        architecture: str = "gpt2",
+        config: dict[str, Any] | None = None,
+        init_from: str | None = None,
+        attention: Attention = "sdpa",
+        activation_checkpointing: bool = False,
+        compile: bool = False,  # noqa: A002 - the field's word
+        sample_prompt: str = "",
+        sample_tokens: int = 64,
+        temperature: float = 0.8,
+        top_k: int = 50,
+    ) -> None:
+        super().__init__(optimizer, schedule)
+        if sample_tokens < 1 or top_k < 1 or temperature < 0:
+            raise ValueError("sample_tokens and top_k must be at least 1, and temperature at least 0")
+        self.save_hyperparameters()
+        self.architecture = architecture
+        self.config = dict(config or {})
+        self.init_from = init_from
+        self.attention = attention
+        self.activation_checkpointing = activation_checkpointing
+        self.compile_model = compile
+        self.sample_prompt = sample_prompt
+        self.sample_tokens = sample_tokens
+        self.temperature = temperature
+        self.top_k = top_k
+        self.val_loss = MeanMetric()
+        self._sample = ""
+        self._active_parameters = 0
+        if init_from is None:
+            build_config(architecture, self.config)  # wrong options raise here, before any data is read
+
+    def configure_model(self) -> None:
+        """Make the network; the vocabulary must hold the data's tokens.
+
+        Raises:
+            ValueError: A vocabulary that is too small, sequences longer than the model's positions, or a folder
+                without a model.
+        """
+        if self.model is not None:
+            return
+        data = self._data_module()
+        vocab_size = getattr(data, "vocab_size", None)
+        options = dict(self.config)
+        if "vocab_size" not in options and vocab_size is not None:
+            options["vocab_size"] = vocab_size
+        if self.init_from is None and data is not None:
+            options.update(_special_tokens(data, options))
+        config = None if self.init_from else build_config(self.architecture, options)
+        model = build_model(config, self.init_from, self.attention)
+        _check_data(model.config, vocab_size, getattr(data, "context_length", None))
+        if self.activation_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._active_parameters = active_parameters(model)
+        model.train()
+        if self.compile_model:
+            model.compile()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits `(B, T, V)` of the tokens after `input_ids` `(B, T)`."""
+        assert self.model is not None
+        return self.model(input_ids=input_ids, use_cache=False).logits
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Mean cross-entropy in nats over the labels of a batch."""
+        logits = self(batch["input_ids"])
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten())
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the mean anew."""
+        self.val_loss.reset()
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Sum the cross-entropy over labels; -100 is no label."""
+        labels = batch["labels"].flatten()
+        logits = self(batch["input_ids"])
+        count = (labels != -100).sum()
+        total = F.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="sum")
+        self.val_loss.update(total / count.clamp_min(1), weight=count)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean over all tokens of all ranks, and continue the sample prompt."""
+        loss = self.val_loss.compute()
+        stage = "test" if self.trainer.testing else "val"
+        self.log(f"{stage}_loss", loss, prog_bar=True, rank_zero_only=True)
+        self.log(f"{stage}_perplexity", loss.exp(), rank_zero_only=True)
+        if self.sample_prompt and stage == "val" and not self.trainer.sanity_checking:
+            self._write_sample()
+
+    def on_test_epoch_start(self) -> None:
+        """See `on_validation_epoch_start`."""
+        self.on_validation_epoch_start()
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """See `validation_step`."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """See `on_validation_epoch_end`."""
+        self.on_validation_epoch_end()
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, str]]:
+        """Continue each prompt of a batch: `{"prompt": ..., "continuation": ...}`."""
+        continuations = self.generate(batch["input_ids"])
+        return [
+            {"prompt": prompt, "continuation": text}
+            for prompt, text in zip(batch["prompt"], continuations, strict=True)
+        ]
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor) -> list[str]:
+        """Continue prompts of equal length.
+
+        Args:
+            input_ids: Token ids `(B, P)`; the first are dropped where no room is left within the model's positions.
+
+        Returns:
+            The new text of each.
+
+        Raises:
+            ValueError: The data have no tokenizer, so there is no text.
+        """
+        assert self.model is not None
+        tokenizer = getattr(self._data_module(), "tokenizer", None)
+        if tokenizer is None:
+            raise ValueError("generation needs a tokenizer: give the data module's `tokenizer` a local path")
+        room = self.model.config.max_position_embeddings
+        new_tokens = min(self.sample_tokens, room - 1)
+        input_ids = input_ids[:, -(room - new_tokens) :]
+        sampling = {"temperature": self.temperature, "top_k": self.top_k} if self.temperature > 0 else {}
+        output = self.model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            do_sample=self.temperature > 0,
+            max_new_tokens=new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            **sampling,
+        )
+        return tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
+
+    def export(self, folder: str | Path) -> Path:
+        """Save model and tokenizer in transformers' format (safetensors), beside and then renamed.
+
+        Args:
+            folder: A folder that does not exist yet.
+
+        Raises:
+            ValueError: The folder exists.
+        """
+        assert self.model is not None
+        target = Path(folder).expanduser()
+        if target.exists():
+            raise ValueError(f"{target} exists; choose another folder for the export, or remove it")
+        beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            self.model.save_pretrained(beside)
+            tokenizer = getattr(self._data_module(), "tokenizer", None)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(beside)
+            beside.rename(target)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+        return target
+
+    def batch_units(self, batch: dict[str, Tensor]) -> int:
+        """Tokens of a batch."""
+        return batch["input_ids"].numel()
+
+    def flops_per_unit(self, batch: dict[str, Tensor]) -> float | None:
+        """FLOPs a token, forward and backward, without recomputation."""
+        assert self.model is not None
+        config = self.model.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return transformer_flops_per_token(
+            num_parameters=self._active_parameters,
+            num_layers=config.num_hidden_layers,
+            hidden_size=config.num_attention_heads * head_dim,
+            context_length=batch["input_ids"].shape[1],
+        )
+
+    def summary(self) -> dict[str, str]:
+        """Final loss and perplexity, beside a unigram model of the same text, and a sample."""
+        lines = {"parameters": f"{sum(p.numel() for p in self.parameters()):,}"}
+        loss = self.trainer.callback_metrics.get("val_loss")
+        if loss is not None:
+            lines["validation loss"] = f"{loss:.4f} nats a token, perplexity {math.exp(loss):.2f}"
+            data = self._data_module()
+            if hasattr(data, "unigram_loss"):
+                unigram = data.unigram_loss()
+                lines["unigram model"] = f"{unigram:.4f} nats a token, perplexity {math.exp(unigram):.2f}"
+            if getattr(data, "bytes_per_token", None):
+                lines["validation bits a byte"] = f"{loss / math.log(2) / data.bytes_per_token:.4f}"
+        if self._sample:
+            lines["sample"] = repr(self._sample)
+        return lines
+
+    def _write_sample(self) -> None:
+        """Append a continuation of the sample prompt to `samples.txt`, with a generator of its own."""
+        tokenizer = getattr(self._data_module(), "tokenizer", None)
+        if tokenizer is None or not self.trainer.is_global_zero:
+            return
+        input_ids = torch.tensor([tokenizer(self.sample_prompt)["input_ids"]], device=self.device)
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(self.trainer.global_step)
+            self._sample = self.sample_prompt + self.generate(input_ids)[0]
+        path = Path(self.trainer.default_root_dir) / "samples.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"--- step {self.trainer.global_step}\n{self._sample}\n")
+
+    def _data_module(self) -> Any:
+        trainer = self._trainer
+        return None if trainer is None else getattr(trainer, "datamodule", None)
+
+
+def _special_tokens(data: Any, options: dict[str, Any]) -> dict[str, int]:
+    """End and padding tokens of the data's tokenizer, for a configuration that does not name them."""
+    tokenizer = getattr(data, "tokenizer", None)
+    eos = getattr(tokenizer, "eos_token_id", None)
+    pad = getattr(tokenizer, "pad_token_id", None)
+    ids = {"bos_token_id": eos, "eos_token_id": eos, "pad_token_id": pad}
+    return {name: number for name, number in ids.items() if number is not None and name not in options}
+
+
+def _check_data(config: Any, vocab_size: int | None, context_length: int | None) -> None:
+    """Check that tokens and positions of the data lie within the model's tables."""
+    if vocab_size is not None and vocab_size > config.vocab_size:
+        raise ValueError(
+            f"the data have {vocab_size} tokens, the model's vocabulary holds {config.vocab_size}; set "
+            f"model.config.vocab_size to at least {vocab_size}, or use the model's own tokenizer for the data"
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if context_length is not None and positions is not None and context_length > positions:
+        raise ValueError(
+            f"sequences of {context_length} tokens do not fit the model's {positions} positions; lower "
+            "data.context_length or raise model.config.max_position_embeddings"
+        )

@@ -1,0 +1,84 @@
+"""Building transformers' causal language models from a configuration or from a local folder."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+__all__ = ["Attention", "active_parameters", "build_config", "build_model"]
+
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
+
+
+def build_config(architecture: str, options: dict[str, Any]) -> PreTrainedConfig:
+    """A transformers configuration, with its defaults where `options` say nothing.
+
+    Args:
+        architecture: The `model_type` of transformers, such as `gpt2` or `llama`.
+        options: Fields of its configuration class.
+
+    Raises:
+        ValueError: Either does not exist, with what comes near; or the heads do not divide the width.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if architecture not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(architecture, list(CONFIG_MAPPING), n=3) or ["gpt2", "llama"]
+        raise ValueError(f"transformers knows no architecture {architecture!r}; did you mean {', '.join(near)}?")
+    default = AutoConfig.for_model(architecture)
+    known = {*default.to_dict(), *default.attribute_map}
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=3) or sorted(known)
+            raise ValueError(f"{type(default).__name__} has no option {name!r}; did you mean {', '.join(near)}?")
+    config = AutoConfig.for_model(architecture, **options)
+    heads, width = config.num_attention_heads, config.hidden_size
+    if "head_dim" not in options and width % heads:
+        raise ValueError(f"{heads} attention heads do not divide the width {width}: change one, or give head_dim")
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    if heads % key_heads:
+        raise ValueError(f"{key_heads} key-value heads do not divide the {heads} attention heads")
+    return config
+
+
+def build_model(config: PreTrainedConfig | None, init_from: str | None, attention: Attention) -> PreTrainedModel:
+    """A causal language model: random weights from `config`, or the weights of a local folder.
+
+    Args:
+        config: Configuration for random weights; not used with `init_from`.
+        init_from: Folder in transformers' format.
+        attention: Implementation of attention.
+
+    Raises:
+        ValueError: `init_from` is no folder with a model. Nothing is ever downloaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if init_from is None:
+        assert config is not None
+        return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    folder = Path(init_from).expanduser()
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"init_from: {init_from} is no local folder with a config.json; no download is made, so give a folder "
+            "saved by save_pretrained or by adam-mini export"
+        )
+    return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, attn_implementation=attention)
+
+
+def active_parameters(model: PreTrainedModel) -> int:
+    """Parameters that multiply activations: all but tables that are only looked up."""
+    head = model.get_output_embeddings()
+    used = {id(p) for p in head.parameters()} if head is not None else set()
+    looked_up = {
+        id(child.weight): child.weight.numel()
+        for child in model.modules()
+        if isinstance(child, nn.Embedding) and id(child.weight) not in used
+    }
+    return sum(p.numel() for p in model.parameters()) - sum(looked_up.values())
