@@ -5,7 +5,7 @@ packages. The list is computed, because a nested package that a literal list for
 and vanishes from the wheel.
 """
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, find_packages, setup
 
 PACKAGE = "lightning_adam_mini"
 MAPPED_FOLDERS = ("tasks", "cli", "configs")
@@ -16,10 +16,12 @@ packages = [
     for package, folder in package_dir.items()
     for suffix in ("", *(f".{name}" for name in find_packages(folder)))
 ]
+# Folders of recipes hold no Python, and setuptools still wants to hear of them.
+packages += [f"{PACKAGE}.configs.{name}" for name in find_namespace_packages("configs") if "__pycache__" not in name]
 
 setup(
     packages=packages,
     package_dir=package_dir,
     # Everything that is not Python and still belongs to the code: recipes, kernel sources, the typing marker.
-    package_data={"": ["py.typed", "*.c", "*.h"], f"{PACKAGE}.configs": ["**/*.yaml"]},
+    package_data={"": ["py.typed", "*.c", "*.h", "*.yaml"]},
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,15 @@ class RunCheckpoint(ModelCheckpoint):
             trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")
 
 
+class ProgressBar(RichProgressBar):
+    """Lightning's rich progress bar, without an end of epochs where steps end the run."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        epochs = self.trainer.max_epochs or 0
+        description = f"Epoch {current_epoch}/{epochs - 1}" if epochs > 0 else f"Epoch {current_epoch}"
+        return description.ljust(len(self.validation_description))
+
+
 class SaveRunConfig(SaveConfigCallback):
     """Saves `config.yaml` for `fit` alone; the configuration of an earlier start stays under a number."""
 
@@ -58,6 +67,9 @@ class Application(LightningCLI):
 
     def __init__(self, arguments: list[str], *, recipe: str | None = None, run: bool = True) -> None:
         self.recipe = recipe
+        # Processes for other ranks start with the command as the user typed it, and resolve recipes again.
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
+        warnings.filterwarnings("ignore", message=".*LeafSpec", module="lightning")  # Lightning's own use of torch
         super().__init__(
             Task,
             LightningDataModule,
@@ -67,7 +79,12 @@ class Application(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
-            parser_kwargs={"prog": "adam-mini", "description": "Train with Adam-mini and its peers."},
+            parser_kwargs={
+                "prog": "adam-mini",
+                "description": "Train with Adam-mini and its peers.",
+                "exit_on_error": False,
+                **{command: {"exit_on_error": False} for command in self.subcommands()},
+            },
             args=arguments,
             run=run,
         )
@@ -120,7 +137,7 @@ class Application(LightningCLI):
             kwargs["logger"] = [*own, *given]
         callbacks = [*_as_list(config.get("callbacks")), GracefulInterrupt(), RunReport(), PredictionFile()]
         if config.get("enable_progress_bar") is not False:
-            callbacks.append(RichProgressBar(leave=True))
+            callbacks.append(ProgressBar(leave=True))
         kwargs["callbacks"] = callbacks
         return super().instantiate_trainer(**kwargs)
 

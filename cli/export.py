@@ -6,6 +6,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 __all__ = ["main"]
 
@@ -35,13 +36,14 @@ def main(arguments: Sequence[str]) -> None:
 
     checkpoint = resolve_checkpoint(options.ckpt_path, options.run_dir, may_start=False)
     assert checkpoint is not None
-    application = Application(["--config", str(config), "--run_dir", str(options.run_dir), "--trainer.logger=false"], run=False)
+    start = ["--config", str(config), "--run_dir", str(options.run_dir), "--trainer.logger=false"]
+    application = Application(start, run=False)
     task, data, trainer = application.model, application.datamodule, application.trainer
     if not hasattr(task, "export"):
         raise ValueError(f"{type(task).__name__} has no export to a transformers folder; language models have")
     data.prepare_data()
     data.setup("predict")
-    trainer.datamodule = data
+    cast("Any", trainer).datamodule = data  # as fit does
     task.trainer = trainer
     task.configure_model()
     task.on_load_checkpoint(saved := AtomicCheckpointIO().load_checkpoint(checkpoint, weights_only=True))

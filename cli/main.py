@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from argparse import ArgumentError
 from collections.abc import Sequence
 
 from lightning_adam_mini import __version__
@@ -21,6 +22,7 @@ USAGE = f"""adam-mini {__version__}: train with Adam-mini and its peers
   adam-mini predict  --config RECIPE --ckpt_path last
   adam-mini export   RUN_DIR [--out FOLDER]        a language model for from_pretrained
   adam-mini recipes                                list the packaged recipes
+  adam-mini --version
 
 RECIPE is the name of a packaged recipe or a path. `adam-mini fit --help` lists the options,
 `adam-mini fit --optimizer.help AdamMini` those of an optimizer."""
@@ -35,17 +37,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line without the program's name; `sys.argv` by default.
 
     Returns:
-        The exit code: 0, or 1 after an error, which is told in one line. `ADAM_MINI_TRACEBACK=1` shows where it arose.
+        The exit code: 0; 2 where the command line is wrong, 1 after any other error. An error is told in one line;
+        `ADAM_MINI_TRACEBACK=1` shows where it arose.
     """
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         return _dispatch(command, rest)
-    except (ValueError, OSError) as error:
+    except (ArgumentError, ValueError, OSError) as error:
         if os.environ.get("ADAM_MINI_TRACEBACK"):
             raise
-        message = " ".join(str(error).split())
-        sys.stderr.write(f"adam-mini: error: {message}\n")
-        return 1
+        from .messages import one_line
+
+        sys.stderr.write(f"adam-mini: error: {one_line(str(error))}\n")
+        return 2 if isinstance(error, ArgumentError) else 1
 
 
 def _dispatch(command: str, rest: list[str]) -> int:
@@ -56,6 +60,8 @@ def _dispatch(command: str, rest: list[str]) -> int:
         sys.stdout.write(f"adam-mini {__version__}\n")
         return 0
     if command == "recipes":
+        if rest:
+            raise ValueError(f"`adam-mini recipes` takes no options, but got {' '.join(rest)}")
         recipes = list_recipes()
         width = max(map(len, recipes), default=0)
         sys.stdout.writelines(f"{name:<{width}}  {title}\n" for name, title in recipes.items())

@@ -39,7 +39,7 @@ def choose_run_dir(run_dir: str | None, recipe: str | None, *, starts_anew: bool
             )
     else:
         name = recipe or "run"
-        numbered = _numbered(Path(root), name)
+        numbered = {number: path for number, path in _numbered(Path(root), name).items() if _holds_run(path)}
         if starts_anew:
             number = max(numbered, default=0) + 1
             folder = Path(root) / (name if number == 1 else f"{name}-{number}")
@@ -66,7 +66,9 @@ def resolve_checkpoint(checkpoint: str, run_dir: Path, *, may_start: bool) -> st
     if checkpoint != "last":
         if checkpoint in ("best", "hpc", "registry") or Path(checkpoint).expanduser().exists():
             return checkpoint
-        raise ValueError(f"--ckpt_path {checkpoint}: no such file; `last` takes the newest checkpoint of the run folder")
+        raise ValueError(
+            f"--ckpt_path {checkpoint}: no such file; `last` takes the newest checkpoint of the run folder"
+        )
     found = last_checkpoint(run_dir)
     if found is not None:
         return str(found)
@@ -84,7 +86,7 @@ def last_checkpoint(run_dir: Path) -> Path | None:
 
 
 def _holds_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
+    return any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints"))
 
 
 def _numbered(root: Path, name: str) -> dict[int, Path]:

@@ -6,6 +6,7 @@ Adding an optimizer is adding one dataclass. Every field is an option of the com
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +19,9 @@ from lightning_adam_mini.optim.groups import WeightDecayPolicy, decay_groups
 from lightning_adam_mini.partition import partition_module
 
 __all__ = ["SGD", "Adafactor", "Adam", "AdamMini", "AdamW", "Lion", "OptimizerFactory"]
+
+PartitionName = Literal["auto", "transformer", "transformer_early", "transformer_rank_one", "default", "element"]
+CutName = Literal["head", "row", "whole", "element", "row_column"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +84,8 @@ class AdamMini(OptimizerFactory):
 
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
-    partition: str = "auto"
-    partition_overrides: dict[str, str] = field(default_factory=dict)
+    partition: PartitionName = "auto"
+    partition_overrides: dict[str, CutName] = field(default_factory=dict)
     exp_avg_dtype: Literal["float32", "bfloat16"] | None = None
     implementation: Literal["reference", "foreach"] | None = None
 
@@ -219,7 +223,7 @@ class Lion(OptimizerFactory):
         return _pytorch_optimizer("Lion")(self.groups(module), lr=self.lr, betas=self.betas)
 
 
-def _pytorch_optimizer(name: str) -> type[Optimizer]:
+def _pytorch_optimizer(name: str) -> Callable[..., Optimizer]:
     """A class of the package pytorch-optimizer, which extras install."""
     try:
         import pytorch_optimizer

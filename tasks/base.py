@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class Task(LightningModule):
         self.optimizer_factory = optimizer or factory.AdamMini()
         self.schedule = schedule or Schedule()
         self.model: nn.Module | None = None
+        self._seed = 0
         self.before_update: Callable[[], None] | None = None
         """Called between clipping and the optimizer's own step, by whoever times it."""
 
@@ -65,6 +67,19 @@ class Task(LightningModule):
         optimizer = self.optimizer_factory.build(self)
         scheduler = self.schedule.build(optimizer, int(total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Keep the seed of the run, from which that of every step follows."""
+        self._seed = torch.initial_seed()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Draw dropout and the like from a generator that depends on the seed, the step and the rank alone.
+
+        So a resumed run draws what the uninterrupted one would have drawn, and validation in between draws nothing
+        from the training's generator.
+        """
+        position = (self._seed, self.trainer.global_step, batch_idx, self.trainer.global_rank)
+        torch.manual_seed(int.from_bytes(blake2b(repr(position).encode(), digest_size=8).digest()))
 
     def configure_gradient_clipping(
         self,

@@ -98,6 +98,8 @@ class AdamMini(Optimizer):
             "capturable": capturable,
         }
         check_group(defaults)
+        if exp_avg_dtype is not None and not exp_avg_dtype.is_floating_point:
+            raise ValueError(f"exp_avg_dtype must be a floating dtype or None, not {exp_avg_dtype}")
         self.implementation: Implementation = _choose(implementation, capturable)
         self.exp_avg_dtype = exp_avg_dtype
         self._cuts: dict[Tensor, CutParameter] = {}
@@ -189,7 +191,7 @@ class AdamMini(Optimizer):
         Raises:
             ValueError: A sparse gradient, or a parameter that was replaced after construction.
         """
-        self._cuda_graph_capture_health_check()
+        _check_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -247,8 +249,8 @@ class AdamMini(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles keep beside torch's own."""
-        own = {name: self.__dict__[name] for name in ("implementation", "exp_avg_dtype", "_cuts", "_strategy_of_unknown")}
-        return {**super().__getstate__(), **own}
+        own = ("implementation", "exp_avg_dtype", "_cuts", "_strategy_of_unknown")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
     def _cut(self, parameter: Tensor) -> CutParameter:
         cut = self._cuts.get(parameter)
@@ -280,6 +282,12 @@ class AdamMini(Optimizer):
         return CutTensor(parameter, parameter.grad, cut.blocks, state["step"], state["exp_avg"], moments)
 
 
+def _check_capture(optimizer: Optimizer) -> None:
+    """Torch's check that a step in a captured graph is capturable; torch renamed it, and warns about the old name."""
+    check = getattr(optimizer, "_accelerator_graph_capture_health_check", None)
+    (check or optimizer._cuda_graph_capture_health_check)()
+
+
 def _choose(implementation: Implementation | None, capturable: bool) -> Implementation:
     if implementation not in (None, "reference", "foreach"):
         raise ValueError(f"implementation must be 'reference', 'foreach' or None, not {implementation!r}")
@@ -300,7 +308,7 @@ def _listed(entries: Iterable[Any]) -> list[Any]:
         entries = [entries]
     listed = [_checked(entry) for entry in entries]
     if len({isinstance(entry, dict) for entry in listed}) > 1:
-        raise ValueError("AdamMini got parameters and groups in one list; put the parameters in a group, {'params': [...]}")
+        raise ValueError("AdamMini got parameters beside groups; put them in a group of their own, {'params': [...]}")
     return listed
 
 

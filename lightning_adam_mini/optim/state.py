@@ -60,7 +60,7 @@ def check_state(
     cuts: Mapping[Tensor, CutParameter],
     options: Iterable[str],
 ) -> None:
-    """Check that a saved state fits the parameters and their blocks, and that its groups have all `options`.
+    """Check that a saved state fits the parameters and their blocks, and that its groups have the same `options`.
 
     Raises:
         ValueError: With the first parameter that differs and what the state may come from.
@@ -73,10 +73,10 @@ def check_state(
             "another model, or to other parameter groups"
         )
     for group, saved_group in zip(param_groups, state_dict["param_groups"], strict=True):
-        if missing := [option for option in options if option not in saved_group]:
+        if missing := [option for option in options if option in group and option not in saved_group]:
             raise ValueError(
-                f"the optimizer state has groups without {', '.join(missing)}: it comes from another optimizer. Continue "
-                "with the optimizer that saved it, or start the optimizer afresh from the weights alone"
+                f"the optimizer state has groups without {', '.join(missing)}: it comes from another optimizer. "
+                "Continue with the optimizer that saved it, or start the optimizer afresh from the weights alone"
             )
         for parameter, number in zip(group["params"], saved_group["params"], strict=True):
             saved = state_dict["state"].get(number)

@@ -6,11 +6,11 @@ the type of the module that owns the parameter. What none of them knows is `Role
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
@@ -40,8 +40,8 @@ def infer_roles(module: nn.Module) -> dict[str, ParameterRole]:
     for name, owner, leaf, parameter in _owned_parameters(module):
         role = _from_type(name, owner, leaf, parameter)
         _keep_more_specific(by_parameter, parameter, role)
-    for parameter, role in _declared_embeddings(module, by_parameter):
-        by_parameter[id(parameter)] = role
+    for weight, role in _declared_embeddings(module):
+        by_parameter[id(weight)] = role
     for prefix, child in module.named_modules():
         layout = find_layout(child)
         if layout is not None:
@@ -63,7 +63,7 @@ def _owned_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, 
             yield f"{prefix}.{leaf}" if prefix else leaf, owner, leaf, parameter
 
 
-def _one(role: Role, parameter: nn.Parameter, why: str, axis: int | None = 0) -> ParameterRole:
+def _one(role: Role, parameter: Tensor, why: str, axis: int | None = 0) -> ParameterRole:
     rows = parameter.shape[axis] if axis is not None and parameter.dim() > axis else 1
     return ParameterRole((Part(role, rows),), why, axis if parameter.dim() else None)
 
@@ -95,9 +95,7 @@ def _keep_more_specific(roles: dict[int, ParameterRole], parameter: nn.Parameter
         roles[id(parameter)] = role
 
 
-def _declared_embeddings(
-    module: nn.Module, roles: Mapping[int, ParameterRole]
-) -> Iterator[tuple[nn.Parameter, ParameterRole]]:
+def _declared_embeddings(module: nn.Module) -> Iterator[tuple[Tensor, ParameterRole]]:
     """Token embeddings, position tables and output heads, as models declare them or as shapes tell."""
     embeddings = [child for child in module.modules() if isinstance(child, nn.Embedding)]
     declared_in, declared_out = _declared(module, "get_input_embeddings"), _declared(module, "get_output_embeddings")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -70,7 +70,8 @@ class PerformanceMonitor(Callback):
         self._units += units
         self._flops += units * (pl_module.flops_per_unit(batch) or 0.0)
         step = trainer.global_step
-        if step == self._last_step or step % trainer.log_every_n_steps:
+        interval = cast("Any", trainer).log_every_n_steps  # set by the trainer, but not declared
+        if step == self._last_step or step % interval:
             return
         elapsed = time.perf_counter() - self._window_start - self._outside
         metrics = {

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,9 @@ from lightning_adam_mini.schedule import Schedule
 
 from ..base import Task
 from .model import Attention, active_parameters, build_config, build_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["LanguageModel"]
 
@@ -109,10 +112,15 @@ class LanguageModel(Task):
             model.compile()
         self.model = model
 
+    @property
+    def network(self) -> PreTrainedModel:
+        """The transformers model, once `configure_model` has made it."""
+        assert self.model is not None
+        return cast("PreTrainedModel", self.model)
+
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits `(B, T, V)` of the tokens after `input_ids` `(B, T)`."""
-        assert self.model is not None
-        return self.model(input_ids=input_ids, use_cache=False).logits
+        return self.network(input_ids=input_ids, use_cache=False).logits
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Mean cross-entropy in nats over the labels of a batch."""
@@ -175,15 +183,14 @@ class LanguageModel(Task):
         Raises:
             ValueError: The data have no tokenizer, so there is no text.
         """
-        assert self.model is not None
         tokenizer = getattr(self._data_module(), "tokenizer", None)
         if tokenizer is None:
             raise ValueError("generation needs a tokenizer: give the data module's `tokenizer` a local path")
-        room = self.model.config.max_position_embeddings
+        room = self.network.config.max_position_embeddings
         new_tokens = min(self.sample_tokens, room - 1)
         input_ids = input_ids[:, -(room - new_tokens) :]
         sampling = {"temperature": self.temperature, "top_k": self.top_k} if self.temperature > 0 else {}
-        output = self.model.generate(
+        output = self.network.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
             do_sample=self.temperature > 0,
@@ -203,13 +210,12 @@ class LanguageModel(Task):
         Raises:
             ValueError: The folder exists.
         """
-        assert self.model is not None
         target = Path(folder).expanduser()
         if target.exists():
             raise ValueError(f"{target} exists; choose another folder for the export, or remove it")
         beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
-            self.model.save_pretrained(beside)
+            self.network.save_pretrained(beside)
             tokenizer = getattr(self._data_module(), "tokenizer", None)
             if tokenizer is not None:
                 tokenizer.save_pretrained(beside)
@@ -224,8 +230,7 @@ class LanguageModel(Task):
 
     def flops_per_unit(self, batch: dict[str, Tensor]) -> float | None:
         """FLOPs a token, forward and backward, without recomputation."""
-        assert self.model is not None
-        config = self.model.config
+        config = self.network.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return transformer_flops_per_token(
             num_parameters=self._active_parameters,

@@ -37,7 +37,10 @@ def build_config(architecture: str, options: dict[str, Any]) -> PreTrainedConfig
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), n=3) or sorted(known)
             raise ValueError(f"{type(default).__name__} has no option {name!r}; did you mean {', '.join(near)}?")
-    config = AutoConfig.for_model(architecture, **options)
+    special = {
+        name: None for name in ("bos_token_id", "eos_token_id", "pad_token_id") if _too_large(default, name, options)
+    }
+    config = AutoConfig.for_model(architecture, **special, **options)
     heads, width = config.num_attention_heads, config.hidden_size
     if "head_dim" not in options and width % heads:
         raise ValueError(f"{heads} attention heads do not divide the width {width}: change one, or give head_dim")
@@ -45,6 +48,12 @@ def build_config(architecture: str, options: dict[str, Any]) -> PreTrainedConfig
     if heads % key_heads:
         raise ValueError(f"{key_heads} key-value heads do not divide the {heads} attention heads")
     return config
+
+
+def _too_large(default: PreTrainedConfig, name: str, options: dict[str, Any]) -> bool:
+    """Whether a special token that nobody chose lies outside of a smaller vocabulary."""
+    token = getattr(default, name, None)
+    return name not in options and isinstance(token, int) and token >= options.get("vocab_size", default.vocab_size)
 
 
 def build_model(config: PreTrainedConfig | None, init_from: str | None, attention: Attention) -> PreTrainedModel:

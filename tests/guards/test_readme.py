@@ -25,10 +25,10 @@ def call(words: list[str], monkeypatch) -> int:
 
     monkeypatch.setattr(sys, "argv", ["adam-mini", *words])
     try:
-        main()
+        status = main()
     except SystemExit as stopped:
-        return stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
-    return 0
+        status = stopped.code
+    return status if isinstance(status, int) else int(status is not None)
 
 
 def find_unknown_flags(words: list[str], help_text: str) -> list[str]:
@@ -95,7 +95,7 @@ def test_documented_commands_run(command: Command, tmp_path):
         pytest.skip("needs other hardware, or the result of another command")
     if command in TRAINING:
         words += ["--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu"]
-    start = f"from {PACKAGE}.cli.main import main; main()"
+    start = f"import sys; from {PACKAGE}.cli.main import main; sys.exit(main())"
     finished = subprocess.run(
         [sys.executable, "-c", start, *words], cwd=tmp_path, capture_output=True, text=True, check=False
     )

@@ -8,7 +8,7 @@ import pytest
 from guards.checkout import PACKAGE
 
 FRAMEWORKS = {"jsonargparse", "lightning", "pytorch_lightning", "transformers"}
-RECIPES = f"import sys; sys.argv = ['adam-mini', 'recipes']; from {PACKAGE}.cli.main import main; main()"
+RECIPES = f"import sys; sys.argv = ['adam-mini', 'recipes']; from {PACKAGE}.cli.main import main; sys.exit(main())"
 
 
 def loaded_modules(statement: str) -> set[str]:

@@ -189,9 +189,11 @@ class TokenDataModule(LightningDataModule, ABC):
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The same windows at every evaluation."""
-        dataset = ValidationWindows(self._opened.val, context_length=self.context_length, max_tokens=self.val_tokens)
-        sampler = ValidationSampler(dataset, batch_size=self.batch_size, **self._replicas())
-        return DataLoader(dataset, sampler=sampler, **self._loader_settings())
+        return self._evaluation_loader(max_tokens=self.val_tokens)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """The whole validation part, whatever `val_tokens` says."""
+        return self._evaluation_loader(max_tokens=None)
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """One batch per prompt: ``{"input_ids": (1, P), "prompt": [text]}``.
@@ -215,6 +217,11 @@ class TokenDataModule(LightningDataModule, ABC):
         if self._source is None:
             raise RuntimeError(f"{type(self).__name__} is not set up: call `setup()` first.")
         return self._source
+
+    def _evaluation_loader(self, *, max_tokens: int | None) -> DataLoader[Any]:
+        dataset = ValidationWindows(self._opened.val, context_length=self.context_length, max_tokens=max_tokens)
+        sampler = ValidationSampler(dataset, batch_size=self.batch_size, **self._replicas())
+        return DataLoader(dataset, sampler=sampler, **self._loader_settings())
 
     def _replicas(self) -> dict[str, int]:
         # The strategy knows which ranks share their data: under tensor parallelism that is not the world size.

@@ -5,6 +5,7 @@ A prepared folder holds `train.bin` and `val.bin` (nanoGPT's format), `tokenizer
 """
 
 import logging
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -36,6 +37,9 @@ _CHECKED_BYTES = 2**26
 _TOKENIZER_CHARACTERS = 2**28
 # Characters that are encoded together; an encoding takes some hundred bytes of memory per token.
 _BATCH_CHARACTERS = 2**22
+# Between two words, and how far before the end of a batch it is looked for.
+_SINGLE_SPACE = re.compile(r"\S (?=\S)")
+_SEARCHED_CHARACTERS = 2**12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,10 +184,12 @@ class _Writer:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cut a very long document at line ends, where byte-level tokenizers cut as well."""
+    """Cut a very long document before single spaces, where byte-level tokenizers cut as well."""
     start = 0
     while len(text) - start > _BATCH_CHARACTERS:
-        stop = text.rfind("\n", start, start + _BATCH_CHARACTERS) + 1 or start + _BATCH_CHARACTERS
+        stop = start + _BATCH_CHARACTERS
+        for match in _SINGLE_SPACE.finditer(text, max(start, stop - _SEARCHED_CHARACTERS), stop):
+            stop = match.start() + 1
         yield text[start:stop]
         start = stop
     yield text[start:]

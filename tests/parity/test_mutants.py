@@ -1,0 +1,84 @@
+"""Mistakes that the comparison with the naive transcription must notice; so it can fail."""
+
+import inspect
+from types import FunctionType, ModuleType
+
+import pytest
+import torch
+
+from lightning_adam_mini import blocks
+from lightning_adam_mini.blocks import Blocks
+from lightning_adam_mini.optim import foreach, update
+from reference.lockstep import MODELS, lockstep
+
+# The module, a piece of it that occurs once, and what a mistaken hand would have written.
+UPDATE_MUTANTS = {
+    "eps inside the root": ("denom = denom.add_(eps)", "denom = (denom.square() + eps).sqrt()"),
+    "eps before the bias correction": (
+        "second_moment(*tensor.moments).sqrt() / bias_correction2**0.5\n    denom = denom.add_(eps)",
+        "second_moment(*tensor.moments).sqrt().add(eps) / bias_correction2**0.5",
+    ),
+    "no correction of the first moment": ("bias_correction1 = 1 - beta1**step", "bias_correction1 = 1.0"),
+    "no correction of the second moment": ("bias_correction2 = 1 - beta2**step", "bias_correction2 = 1.0"),
+    "correction one step late": ("tensor.step.add_(1)", "tensor.step.add_(2)"),
+    "decay without the learning rate": ("param.mul_(1 - lr * weight_decay)", "param.mul_(1 - weight_decay)"),
+    "beta1 in place of beta2": ("accumulate_(tensor, grad, beta2)", "accumulate_(tensor, grad, beta1)"),
+    "beta2 in place of beta1": ("grad.to(exp_avg.dtype), 1 - beta1", "grad.to(exp_avg.dtype), 1 - beta2"),
+}
+FOREACH_MUTANTS = {
+    "eps inside the root": ("torch._foreach_add_(denoms, eps)", "denoms = [(d.square() + eps).sqrt() for d in denoms]"),
+    "no correction of the first moment": ("[-lr / (1 - beta1**step) for", "[-lr for"),
+    "no correction of the second moment": ("[(1 - beta2**step) ** 0.5 for", "[1.0 for"),
+    "decay without the learning rate": (
+        "torch._foreach_mul_(params, 1 - lr * weight_decay)",
+        "torch._foreach_mul_(params, 1 - weight_decay)",
+    ),
+    "beta1 in place of beta2": ("_denominators(alike, grads, beta2)", "_denominators(alike, grads, beta1)"),
+}
+BLOCK_MUTANTS = {
+    "sum in place of the mean": ("sums / max(segment.block_size * width, 1)", "sums / 1"),
+    "mean over rows alone": ("sums / max(segment.block_size * width, 1)", "sums / segment.block_size"),
+    "mean in place of the mean square": ("dtype=dtype).square_()", "dtype=dtype)"),
+}
+
+
+def mutant_of(module, old, new):
+    """The module with one piece of its text replaced."""
+    source = inspect.getsource(module)
+    assert source.count(old) == 1, f"{old!r} is not in {module.__name__} once: bring the mutant up to date"
+    mutant = ModuleType(module.__name__)
+    exec(compile(source.replace(old, new), module.__file__, "exec"), vars(mutant))
+    return mutant
+
+
+def is_equal(implementation, tolerances):
+    ours, naive = lockstep(*MODELS["gpt2"], implementation=implementation)
+    return all(torch.allclose(ours[name], naive[name], **tolerances[torch.float64]) for name in naive)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "foreach"])
+def test_without_a_mistake_they_are_equal(implementation, tolerances):
+    assert is_equal(implementation, tolerances)
+
+
+@pytest.mark.parametrize("mistake", UPDATE_MUTANTS)
+def test_a_mistake_in_the_reference_shows(mistake, monkeypatch, tolerances):
+    monkeypatch.setattr(update, "update_", mutant_of(update, *UPDATE_MUTANTS[mistake]).update_)
+    assert not is_equal("reference", tolerances)
+
+
+@pytest.mark.parametrize("mistake", FOREACH_MUTANTS)
+def test_a_mistake_in_the_foreach_form_shows(mistake, monkeypatch, tolerances):
+    monkeypatch.setattr(foreach, "update_", mutant_of(foreach, *FOREACH_MUTANTS[mistake]).update_)
+    assert not is_equal("foreach", tolerances)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "foreach"])
+@pytest.mark.parametrize("mistake", BLOCK_MUTANTS)
+def test_a_mistake_in_the_block_means_shows(mistake, implementation, monkeypatch, tolerances):
+    mutant = mutant_of(blocks, *BLOCK_MUTANTS[mistake])
+    mutant.Kind = blocks.Kind
+    for name, member in vars(mutant.Blocks).items():
+        if isinstance(member, FunctionType) and name in vars(Blocks) and not name.startswith("__"):
+            monkeypatch.setattr(Blocks, name, member)
+    assert not is_equal(implementation, tolerances)

@@ -1,0 +1,158 @@
+"""What holds for blocks of every shape."""
+
+import itertools
+import math
+
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from lightning_adam_mini import Blocks
+from lightning_adam_mini.blocks import Kind, Segment
+
+sizes = st.integers(1, 3)
+
+
+@st.composite
+def segments(draw, repeats):
+    block_size, num_blocks = draw(sizes), draw(sizes)
+    length = block_size * num_blocks
+    return Segment(length, draw(st.sampled_from([block_size, length * repeats])))
+
+
+@st.composite
+def cuts(draw, kinds=tuple(Kind)):
+    """Blocks of any kind, with up to two batch axes before the cut axis and two reduced axes around it."""
+    before, after = draw(st.lists(sizes, max_size=2)), draw(st.lists(sizes, max_size=2))
+    batch_axes = tuple(axis for axis in range(len(before)) if draw(st.booleans()))
+    kind, repeats = draw(st.sampled_from(kinds)), draw(sizes)
+    parts = tuple(draw(st.lists(segments(repeats), min_size=1, max_size=3)))
+    shape = (*before, repeats * sum(part.length for part in parts), *after)
+    if kind is Kind.ELEMENT:
+        return Blocks.element(shape)
+    options = {"axis": len(before), "batch_axes": batch_axes}
+    if kind is Kind.ROW_COLUMN:
+        lengths = tuple(part.length for part in parts)
+        return Blocks.row_column(shape, segment_lengths=lengths, repeats=repeats, **options)
+    if draw(st.booleans()):
+        return Blocks.segmented(shape, parts, repeats=repeats, **options)
+    return Blocks.whole(shape, batch_axes=batch_axes)
+
+
+def segment_of(blocks, row):
+    """The segment that a row lies in, and its row in its repeat and in that segment."""
+    repeat, start = divmod(row, blocks.shape[blocks.axis] // blocks.repeats)
+    for number, segment in enumerate(blocks.segments):
+        if start < segment.length:
+            return number, segment, repeat, start
+        start -= segment.length
+    raise AssertionError("the segments do not cover the row")
+
+
+def block_of(blocks, position):
+    """What names the block of one element, found without tensors."""
+    if blocks.kind is Kind.ELEMENT:
+        return position
+    batch = tuple(position[axis] for axis in blocks.batch_axes)
+    if blocks.axis is None:
+        return batch
+    number, segment, repeat, row = segment_of(blocks, position[blocks.axis])
+    if segment.block_size == segment.length * blocks.repeats:
+        return batch, number
+    return batch, number, repeat, row // segment.block_size
+
+
+def positions_by_block(blocks):
+    groups = {}
+    for position in itertools.product(*map(range, blocks.shape)):
+        groups.setdefault(block_of(blocks, position), []).append(position)
+    return groups
+
+
+def random_tensor(blocks):
+    return torch.randn(blocks.shape, dtype=torch.float64) * torch.randn(blocks.shape, dtype=torch.float64).exp()
+
+
+@given(cuts(kinds=(Kind.MEAN, Kind.ELEMENT)))
+def test_every_element_lies_in_one_block(blocks):
+    index = blocks.block_index()
+    assert index.shape == blocks.shape
+    groups = positions_by_block(blocks)
+    numbers = [{int(index[position]) for position in positions} for positions in groups.values()]
+    assert all(len(number) == 1 for number in numbers), "a block has several numbers"
+    assert set().union(*numbers) == set(range(blocks.num_values))
+    assert len(groups) == blocks.num_values
+
+
+@given(cuts(kinds=(Kind.MEAN, Kind.ELEMENT)))
+def test_means_equal_brute_force(blocks):
+    tensor = random_tensor(blocks)
+    (means,) = blocks.mean_square(tensor, dtype=torch.float64)
+    expanded = blocks.second_moment(means).expand(blocks.shape)
+    for positions in positions_by_block(blocks).values():
+        mean = sum(float(tensor[p]) ** 2 for p in positions) / len(positions)
+        for position in positions:
+            assert math.isclose(float(expanded[position]), mean, rel_tol=1e-12)
+    numbers = blocks.block_index()
+    torch.testing.assert_close(means.flatten()[numbers], expanded, rtol=0, atol=0)
+
+
+@given(cuts(kinds=(Kind.ROW_COLUMN,)))
+def test_rank_one_means_equal_brute_force(blocks):
+    tensor = random_tensor(blocks)
+    rows, columns = blocks.mean_square(tensor, dtype=torch.float64)
+    by_row, by_column = {}, {}
+    for position in itertools.product(*map(range, blocks.shape)):
+        square = float(tensor[position]) ** 2
+        kept = tuple(p if a == blocks.axis or a in blocks.batch_axes else 0 for a, p in enumerate(position))
+        by_row.setdefault(kept, []).append(square)
+        number = segment_of(blocks, position[blocks.axis])[0]
+        column = tuple(number if a == blocks.axis else p for a, p in enumerate(position))
+        by_column.setdefault(column, []).append(square)
+    for means, brute_force in ((rows, by_row), (columns, by_column)):
+        assert means.numel() == len(brute_force)
+        for position, squares in brute_force.items():
+            assert math.isclose(float(means[position]), sum(squares) / len(squares), rel_tol=1e-12)
+
+
+@given(cuts(kinds=(Kind.ROW_COLUMN,)))
+def test_a_rank_one_square_is_found_again(blocks):
+    """Where every segment of every expert is an outer product of rows and columns, the estimate is exact."""
+    assert blocks.axis is not None
+    row_shape = [size if a == blocks.axis or a in blocks.batch_axes else 1 for a, size in enumerate(blocks.shape)]
+    rows = torch.rand(row_shape, dtype=torch.float64) + 0.1
+    numbers = torch.tensor([segment_of(blocks, row)[0] for row in range(blocks.shape[blocks.axis])])
+    _, columns_shape = blocks.state_shapes.values()
+    columns = (torch.rand(columns_shape, dtype=torch.float64) + 0.1).index_select(blocks.axis, numbers)
+    tensor = rows * columns
+    tensor = tensor * torch.randn_like(tensor).sign()
+    estimate = blocks.second_moment(*blocks.mean_square(tensor, dtype=torch.float64))
+    torch.testing.assert_close(estimate, tensor.square(), rtol=1e-12, atol=0)
+
+
+@given(cuts())
+def test_second_moments_broadcast_and_keep_the_mean(blocks):
+    tensor = random_tensor(blocks)
+    expanded = blocks.second_moment(*blocks.mean_square(tensor, dtype=torch.float64)).expand(blocks.shape)
+    torch.testing.assert_close(expanded.mean(), tensor.square().mean(), rtol=1e-12, atol=0)
+
+
+@given(cuts(), st.sampled_from([torch.float32, torch.float64]))
+def test_bytes(blocks, dtype):
+    kept = blocks.mean_square(torch.ones(blocks.shape), dtype=dtype)
+    assert blocks.num_bytes(dtype) == sum(mean.nbytes for mean in kept)
+    if blocks.kind is Kind.MEAN:
+        assert blocks.num_values <= math.prod(blocks.shape)
+
+
+@given(cuts(kinds=(Kind.MEAN,)), st.data())
+def test_another_block_size_shows(blocks, data):
+    """The brute force notices: one element more or less in a block changes its mean."""
+    groups = [positions for positions in positions_by_block(blocks).values() if len(positions) > 1]
+    assume(groups)
+    tensor = random_tensor(blocks)
+    (means,) = blocks.mean_square(tensor, dtype=torch.float64)
+    positions = data.draw(st.sampled_from(groups))
+    mean = sum(float(tensor[p]) ** 2 for p in positions[1:]) / len(positions[1:])
+    number = int(blocks.block_index()[positions[0]])
+    assert not math.isclose(float(means.flatten()[number]), mean, rel_tol=1e-12)
