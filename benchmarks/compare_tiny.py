@@ -74,7 +74,9 @@ def train(run: Run, out: Path, steps: int, extra: list[str]) -> float:
         if (folder / "checkpoints").exists() or (folder / "config.yaml").exists():
             command += ["--ckpt_path", "last"]
         with (folder / "log.txt").open("a") as log:
-            subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            subprocess.run(
+                command, stdout=log, stderr=subprocess.STDOUT, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            )
     loss = run.result(out, steps)
     return float("inf") if loss is None or loss != loss else loss
 
@@ -99,9 +101,7 @@ def main() -> None:
             return dict(zip(runs, found, strict=True))
 
         search = losses([Run(*case, lr, 0) for case in cases for lr in options.lr])
-        best = {
-            case: min(options.lr, key=lambda lr, case=case: search[Run(*case, lr, 0)]) for case in cases
-        }
+        best = {case: min(options.lr, key=lambda lr, case=case: search[Run(*case, lr, 0)]) for case in cases}
         final = losses([Run(*case, best[case], seed) for case in cases for seed in range(options.seeds)])
 
     rows = []

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(command: str, rest: list[str]) -> int:
-    if command in ("-h", "--help"):
+    if command in ("-h", "--help") or (command == "recipes" and rest in (["-h"], ["--help"])):
         sys.stdout.write(USAGE + "\n")
         return 0
     if command == "--version":

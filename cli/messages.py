@@ -6,7 +6,7 @@ import difflib
 import re
 from dataclasses import fields, is_dataclass
 from importlib import import_module
-from inspect import signature
+from inspect import Parameter, signature
 
 __all__ = ["one_line"]
 
@@ -46,10 +46,24 @@ def _unknown_option(class_path: str, option: str) -> str:
     """That a class has no such option, and which it has."""
     module, _, name = class_path.rpartition(".")
     cls = getattr(import_module(module), name)
-    options = [f.name for f in fields(cls)] if is_dataclass(cls) else list(signature(cls).parameters)
+    options = _options(cls)
     near = difflib.get_close_matches(option, options, n=2)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     return f"{name} has no option {option!r}; {hint}It has: {', '.join(options)}"
+
+
+def _options(cls: type) -> list[str]:
+    """The options of a class, with those that it hands on to its bases as keywords."""
+    if is_dataclass(cls):
+        return [field.name for field in fields(cls)]
+    options: dict[str, None] = {}
+    for base in cls.__mro__:
+        _, *parameters = signature(base.__init__).parameters.values()
+        named = [parameter for parameter in parameters if parameter.kind is not Parameter.VAR_KEYWORD]
+        options |= dict.fromkeys(parameter.name for parameter in named)
+        if named == parameters:
+            break
+    return list(options)
 
 
 def _unknown_optimizer(name: str) -> str:

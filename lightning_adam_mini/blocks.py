@@ -15,6 +15,7 @@ Shapes: `R` rows on the cut axis, `C` the product of the reduced axes, `B` block
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -206,20 +207,39 @@ class Blocks:
             For `Kind.MEAN` one value a row, of size 1 on the reduced axes; else a tensor of `shape`. For
             `Kind.ROW_COLUMN` it is `row * column / mean(row)`, Adafactor's estimate (Shazeer and Stern 2018, Alg. 1).
         """
-        if self.kind is Kind.ELEMENT:
-            return moments[0]
-        if self.kind is Kind.MEAN:
-            return self._rows_from_blocks(moments[0])
+        return self._product(self._factors(moments))
+
+    def root_second_moment(self, *moments: Tensor) -> Tensor:
+        """The square root of `second_moment`, as a new tensor; roots are taken before anything is expanded."""
+        return self._product([factor.sqrt() for factor in self._factors(moments)])
+
+    def _factors(self, moments: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Tensors whose product, expanded, is the second moment: the moments; or rows over their mean, and columns."""
+        if self.kind is not Kind.ROW_COLUMN:
+            return moments
         rows, columns = moments
         assert self.axis is not None
-        tiny = torch.finfo(rows.dtype).tiny
+        normalised = [
+            part / part.mean(axes, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+            for _, part, axes in self._parts(rows)
+        ]
+        return torch.cat(normalised, self.axis + 1).flatten(self.axis, self.axis + 1), columns
+
+    def _product(self, factors: Sequence[Tensor]) -> Tensor:
+        """Expand factors against the tensor and multiply them."""
+        if self.kind is Kind.ELEMENT:
+            return factors[0]
+        if self.kind is Kind.MEAN:
+            return self._rows_from_blocks(factors[0])
+        rows, columns = factors
+        assert self.axis is not None
         if len(self.segments) == 1:
-            return rows / rows.mean(self.axis, keepdim=True).clamp_min(tiny) * columns
-        expanded = []
-        for number, (_, part, axes) in enumerate(self._parts(rows)):
-            column = columns.narrow(self.axis, number, 1).unsqueeze(self.axis + 1)
-            expanded.append(part / part.mean(axes, keepdim=True).clamp_min(tiny) * column)
-        return torch.cat(expanded, self.axis + 1).flatten(self.axis, self.axis + 1)
+            return rows * columns
+        products = [
+            part * columns.narrow(self.axis, number, 1).unsqueeze(self.axis + 1)
+            for number, (_, part, _) in enumerate(self._parts(rows))
+        ]
+        return torch.cat(products, self.axis + 1).flatten(self.axis, self.axis + 1)
 
     def _spans_repeats(self, segment: Segment) -> bool:
         return segment.block_size == segment.length * self.repeats
@@ -286,8 +306,17 @@ class Blocks:
         return torch.cat(rows, self.axis + 1).flatten(self.axis, self.axis + 1)
 
 
+SLICE_ELEMENTS = 2**18
+"""Elements that are squared at a time: a float32 temporary of 1 MiB, which stays in the cache."""
+
+
 def _sum_square(tensor: Tensor, axes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Sum of squares over `axes`, kept as size 1, without a temporary of the tensor's size."""
     if not axes:
         return tensor.to(dtype).square()
+    if tensor.is_cpu and tensor.dim() - 1 not in axes:
+        # On the CPU torch's norm over leading dimensions takes about ten times as long as sums of squared slices.
+        length = max(1, SLICE_ELEMENTS * tensor.shape[axes[0]] // max(tensor.numel(), 1))
+        slices = tensor.split(length, axes[0])
+        return torch.stack([part.to(dtype).square().sum(axes, keepdim=True) for part in slices]).sum(0)
     return torch.linalg.vector_norm(tensor, dim=axes, keepdim=True, dtype=dtype).square_()

@@ -1,7 +1,8 @@
 """The same update on many tensors at once, through torch's foreach functions.
 
 Block means are taken tensor by tensor; everything else runs over lists. On a GPU that saves launches, and on the CPU
-the update makes no temporary of a parameter's size where blocks are larger than an element.
+the update makes no temporary of a parameter's size where blocks are larger than an element. Rank-one cuts go through
+`update` one at a time, since their denominators are as large as the parameters.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_adam_mini.blocks import Kind
+from lightning_adam_mini.optim import update
 from lightning_adam_mini.optim.cut_tensor import CutTensor
 
 __all__ = ["update_"]
@@ -39,6 +41,11 @@ def update_(
         weight_decay: Decoupled weight decay coefficient.
         maximize: Ascend instead of descend.
     """
+    for tensor in tensors:
+        if tensor.blocks.kind is Kind.ROW_COLUMN:  # its denominator has the parameter's size: one at a time
+            update.update_(
+                tensor, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, maximize=maximize
+            )
     for alike in _alike(tensors):
         params = [t.param for t in alike]
         grads = [t.grad for t in alike]
@@ -70,13 +77,14 @@ def _denominators(tensors: Sequence[CutTensor], grads: Sequence[Tensor], beta2: 
     dtype = moments[0].dtype
     means = [mean for t, g in zip(tensors, grads, strict=True) for mean in t.blocks.mean_square(g, dtype=dtype)]
     torch._foreach_add_(moments, means, alpha=1 - beta2)
-    return list(torch._foreach_sqrt([t.blocks.second_moment(*t.moments) for t in tensors]))
+    return [t.blocks.root_second_moment(*t.moments) for t in tensors]
 
 
 def _alike(tensors: Sequence[CutTensor]) -> list[list[CutTensor]]:
-    """Tensors that one foreach call can take together."""
+    """Tensors that one foreach call can take together, and whose denominators are small or parameters few."""
     groups: dict[tuple[object, ...], list[CutTensor]] = defaultdict(list)
     for t in tensors:
-        element = t.blocks.kind is Kind.ELEMENT
-        groups[t.param.device, t.param.dtype, t.grad.dtype, t.exp_avg.dtype, t.moments[0].dtype, element].append(t)
+        kind = t.blocks.kind
+        if kind is not Kind.ROW_COLUMN:
+            groups[t.param.device, t.param.dtype, t.grad.dtype, t.exp_avg.dtype, t.moments[0].dtype, kind].append(t)
     return list(groups.values())

@@ -61,8 +61,7 @@ def update_(
     exp_avg.lerp_(grad.to(exp_avg.dtype), 1 - beta1)
     accumulate_(tensor, grad, beta2)
 
-    denom = blocks.second_moment(*tensor.moments).sqrt() / bias_correction2**0.5
-    denom = denom.add_(eps)
+    denom = blocks.root_second_moment(*tensor.moments).div_(bias_correction2**0.5).add_(eps)
     if capturable:
         param.addcmul_(exp_avg, (lr / bias_correction1) / denom, value=-1)
     else:

@@ -62,9 +62,7 @@ def assert_same(first, second):
 def test_element_blocks_equal_adamw(schedule, dtype, implementation):
     ours, torchs = twins(dtype)
     options = {"lr": 1e-2, "weight_decay": 0.1}
-    optimizer = AdamMini(
-        ours, partition="element", weight_decay_policy="all", implementation=implementation, **options
-    )
+    optimizer = AdamMini(ours, partition="element", weight_decay_policy="all", implementation=implementation, **options)
     train(ours, optimizer, scheduler=SCHEDULERS[schedule])
     train(torchs, torch.optim.AdamW(torchs.parameters(), **options), scheduler=SCHEDULERS[schedule])
     assert_same(ours, torchs)

@@ -75,7 +75,9 @@ def with_gradients(tensors, grads):
 
 def assert_same(first, second, tolerances):
     for name, a, b in zip(BLOCKS, first, second, strict=True):
-        for x, y in ((a.param, b.param), (a.exp_avg, b.exp_avg), (a.step, b.step), *zip(a.moments, b.moments)):
+        for x, y in zip(
+            (a.param, a.exp_avg, a.step, *a.moments), (b.param, b.exp_avg, b.step, *b.moments), strict=True
+        ):
             torch.testing.assert_close(x, y, **tolerances[a.param.dtype], msg=lambda m, n=name: f"{n}: {m}")
 
 
@@ -153,7 +155,9 @@ class Mixed(nn.Module):
         self.empty = nn.Parameter(torch.empty(0, 4))
 
 
-@pytest.mark.parametrize("partition", ["transformer", "transformer_early", "transformer_rank_one", "default", "element"])
+@pytest.mark.parametrize(
+    "partition", ["transformer", "transformer_early", "transformer_rank_one", "default", "element"]
+)
 def test_a_model_of_mixed_dtypes(partition, tolerances):
     reference = tiny_models.randomize(Mixed())
     other = copy.deepcopy(reference)

@@ -17,7 +17,9 @@ from tiny_models import DIM, HEADS, KV_HEADS
 def test_equals_the_naive_transcription(model, implementation, tolerances):
     ours, naive = lockstep(*MODELS[model], implementation=implementation)
     for name in naive:
-        torch.testing.assert_close(ours[name], naive[name], **tolerances[torch.float64], msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            ours[name], naive[name], **tolerances[torch.float64], msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize(

@@ -110,8 +110,8 @@ def test_rank_one_equals_element_on_a_rank_one_gradient(seed, implementation):
     """The same gradient three times, its square an outer product: nothing is lost."""
     param, _ = draw_tensors(seed, (4, 6))
     generator = torch.Generator().manual_seed(seed)
-    rows, columns = torch.rand(4, 1, generator=generator), torch.rand(1, 6, generator=generator)
-    grads = [((rows + 0.1) * (columns + 0.1)).double()] * 3
+    rows, columns = (torch.rand(n, generator=generator, dtype=torch.float64) + 0.1 for n in (4, 6))
+    grads = [torch.outer(rows, columns)] * 3
     expected = three_steps(Blocks.element((4, 6)), param, grads, implementation)
     actual = three_steps(Blocks.row_column((4, 6)), param, grads, implementation)
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)

@@ -1,0 +1,313 @@
+"""The class: what it takes, the groups it makes of it, and every argument that is refused."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import tiny_models
+from lightning_adam_mini import AdamMini
+from lightning_adam_mini.partition import STRATEGIES, Strategy
+from tiny_models import SeparateAttention
+
+
+def model():
+    return nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3), nn.LayerNorm(3))
+
+
+def parameter(*shape, dtype=None):
+    return nn.Parameter(torch.zeros(shape or (2, 2), dtype=dtype))
+
+
+def numels(optimizer):
+    return [sorted(p.numel() for p in group["params"]) for group in optimizer.param_groups]
+
+
+# What may be handed over, from a model.
+FORMS = {
+    "module": lambda m: m,
+    "parameters": lambda m: m.parameters(),
+    "list of parameters": lambda m: list(m.parameters()),
+    "named parameters": lambda m: m.named_parameters(),
+    "one group": lambda m: [{"params": list(m.parameters())}],
+    "a generator in a group": lambda m: [{"params": m.parameters()}],
+    "named parameters in a group": lambda m: [{"params": m.named_parameters()}],
+    "a generator of groups": lambda m: ({"params": [p]} for p in m.parameters()),
+    "single tensors in groups": lambda m: [{"params": p} for p in m.parameters()],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_parameters(form):
+    """The same update whichever way the parameters come; each tensor is one block."""
+    first, second = model(), model()
+    second.load_state_dict(first.state_dict())
+    options = {"partition": "default", "weight_decay": 0.0}
+    optimizers = [AdamMini(first, **options), AdamMini(FORMS[form](second), **options)]
+    tiny_models.set_gradients(first, second)
+    for optimizer in optimizers:
+        optimizer.step()
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_model_beside_parameters_or_groups_tells_the_roles(form):
+    if form == "module":
+        pytest.skip("the model is given once")
+    module = model()
+    optimizer = AdamMini(FORMS[form](module), module=module, partition="transformer")
+    roles = {name: cut.role.name for name, cut in optimizer.partition.items()}
+    assert roles["0.weight"] == "token_embedding"
+    assert optimizer.state[module[0].weight]["exp_avg_sq"].shape == (5, 1)
+
+
+def test_part_of_the_model():
+    module = model()
+    optimizer = AdamMini(module[1].parameters(), module=module, partition="transformer")
+    assert list(optimizer.partition) == ["1.weight", "1.bias"]
+
+
+def test_names_of_the_partition():
+    module = model()
+    assert list(AdamMini(module).partition) == ["0.weight", "1.weight", "1.bias", "2.weight", "2.bias"]
+    assert list(AdamMini(module.named_parameters(), partition="default").partition) == list(AdamMini(module).partition)
+    unnamed = AdamMini(module.parameters(), partition="default")
+    assert list(unnamed.partition) == [f"parameter {number}" for number in range(5)]
+
+
+@pytest.mark.parametrize("form", ["parameters", "named parameters", "one group"])
+def test_bare_parameters_are_warned_about_once(form):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        AdamMini(FORMS[form](model()))
+    (warning,) = caught
+    assert "AdamMini got parameters without their model" in str(warning.message)
+    assert warning.filename == __file__
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        AdamMini,
+        lambda m: AdamMini(m.parameters(), module=m),
+        lambda m: AdamMini(m.parameters(), partition="default"),
+        lambda m: AdamMini(m.parameters(), partition="element"),
+    ],
+)
+def test_what_is_meant_is_not_warned_about(build):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build(model())
+
+
+def test_defaults_are_those_of_adamw():
+    ours, torchs = AdamMini(model()).defaults, torch.optim.AdamW(model().parameters()).defaults
+    assert {name: torchs[name] for name in ours} == ours
+
+
+# Weight decay
+
+
+def test_two_groups():
+    optimizer = AdamMini(model(), weight_decay=0.3)
+    assert numels(optimizer) == [[12, 20], [3, 3, 3]]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+
+
+def test_the_policy_that_spares_nothing():
+    optimizer = AdamMini(model(), weight_decay=0.3, weight_decay_policy="all")
+    assert numels(optimizer) == [[3, 3, 3, 12, 20]]
+    assert optimizer.param_groups[0]["weight_decay"] == 0.3
+
+
+def test_decay_follows_roles_and_not_names():
+    """In "lnear" an `ln`, and in "norm_proj" a `norm`, that are none."""
+    module = nn.ModuleDict({"lnear": nn.Linear(2, 3, bias=False), "norm_proj": nn.Linear(4, 5, bias=False)})
+    assert numels(AdamMini(module, weight_decay=0.3)) == [[6, 20]]
+
+
+def test_a_model_of_matrices_alone_has_one_group():
+    assert numels(AdamMini(SeparateAttention())) == [[32, 32, 64, 64]]
+    assert numels(AdamMini(nn.LayerNorm(3))) == [[3, 3]]
+
+
+def test_groups_keep_their_own_options():
+    module = model()
+    optimizer = AdamMini(
+        [
+            {"params": module[0].parameters(), "lr": 0.5},
+            {"params": module[1].parameters(), "weight_decay": 0.25, "betas": (0.5, 0.6), "maximize": True},
+            {"params": module[2].parameters()},
+        ],
+        module=module,
+        lr=0.1,
+        weight_decay=0.01,
+    )
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.1, 0.1]
+    # Groups are the user's: no policy changes them.
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.25, 0.01]
+    assert [group["maximize"] for group in optimizer.param_groups] == [False, True, False]
+    assert optimizer.param_groups[1]["betas"] == (0.5, 0.6)
+
+
+def test_group_options_act():
+    module = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    still = copy.deepcopy(module[1])
+    optimizer = AdamMini(
+        [{"params": module[0].parameters()}, {"params": module[1].parameters(), "lr": 0.0}], partition="default"
+    )
+    tiny_models.set_gradients(module)
+    optimizer.step()
+    assert torch.equal(module[1].weight, still.weight)
+    assert not torch.equal(module[0].weight, still.weight)
+
+
+# Frozen parameters
+
+
+def test_frozen_parameters_are_left_out():
+    module = model()
+    module[0].weight.requires_grad_(False)
+    optimizer = AdamMini(module)
+    assert "0.weight" not in optimizer.partition
+    assert module[0].weight not in optimizer.state
+
+
+@pytest.mark.parametrize("form", ["module", "parameters", "named parameters"])
+def test_nothing_to_train(form):
+    with pytest.raises(ValueError, match="no parameter that requires a gradient: all are frozen"):
+        AdamMini(FORMS[form](model().requires_grad_(False)), partition="default")
+
+
+def test_a_frozen_parameter_of_a_group_gets_its_state_when_it_trains():
+    module = model()
+    module[0].weight.requires_grad_(False)
+    optimizer = AdamMini([{"params": module.parameters()}], module=module)
+    assert not optimizer.state[module[0].weight]
+    module[0].weight.requires_grad_(True)
+    tiny_models.set_gradients(module)
+    optimizer.step()
+    assert optimizer.state[module[0].weight]["step"] == 1
+
+
+def test_a_parameter_that_thaws_keeps_its_role():
+    module = model()
+    module[0].weight.requires_grad_(False)
+    optimizer = AdamMini(module, partition="transformer")
+    module[0].weight.requires_grad_(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.add_param_group({"params": module[0].parameters(), "lr": 0.5})
+    assert optimizer.partition["0.weight"].role.name == "token_embedding"
+    assert optimizer.state[module[0].weight]["exp_avg_sq"].shape == (5, 1)
+    tiny_models.set_gradients(module)
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "num_values"), [("transformer", 6), ("element", 6), ("default", 1), (STRATEGIES["default"], 1)]
+)
+@pytest.mark.parametrize("group", [lambda p: {"params": [p]}, lambda p: {"params": p}, lambda p: {"params": iter([p])}])
+def test_a_parameter_that_nobody_knows_is_cut_as_unknown_ones_are(strategy, num_values, group):
+    optimizer = AdamMini(model(), partition=strategy)
+    added = parameter(2, 3)
+    with pytest.warns(UserWarning, match="was not told what parameter 5 do: they are cut"):
+        optimizer.add_param_group(group(added))
+    assert optimizer.state[added]["exp_avg_sq"].numel() == num_values
+    assert optimizer.partition["parameter 5"].role.name == "other"
+
+
+def test_an_added_parameter_keeps_the_name_it_comes_with():
+    optimizer = AdamMini(model())
+    with pytest.warns(UserWarning, match="was not told what mine do"):
+        optimizer.add_param_group({"params": [("mine", parameter())]})
+    assert "mine" in optimizer.partition
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, "lr must be a finite number of at least 0, not -1.0"),
+        ({"lr": float("nan")}, "lr must be a finite number"),
+        ({"lr": float("inf")}, "lr must be a finite number"),
+        ({"lr": torch.tensor([1.0, 2.0])}, r"lr must be a number or a tensor of one element, not .* \(2,\)"),
+        ({"eps": -1e-8}, "eps must be a finite number of at least 0, not -1e-08"),
+        ({"weight_decay": -0.1}, "weight_decay must be a finite number of at least 0, not -0.1"),
+        ({"betas": (1.0, 0.9)}, r"betas must be two numbers in \[0, 1\), not \(1.0, 0.9\)"),
+        ({"betas": (0.9, -0.1)}, r"betas must be two numbers in \[0, 1\)"),
+        ({"betas": (0.9,)}, r"betas must be two numbers in \[0, 1\), not \(0.9,\)"),
+        ({"betas": (0.9, 0.9, 0.9)}, r"betas must be two numbers in \[0, 1\)"),
+        ({"weight_decay_policy": "none"}, "weight_decay_policy must be 'matrices' or 'all', not 'none'"),
+        ({"implementation": "fused"}, "implementation must be 'reference', 'foreach' or None, not 'fused'"),
+        ({"implementation": "foreach", "capturable": True}, "capturable needs implementation='reference'"),
+        ({"exp_avg_dtype": torch.int8}, "exp_avg_dtype must be a floating dtype or None, not torch.int8"),
+        ({"partition": "rows"}, "unknown partition 'rows'; choose from auto, transformer"),
+        ({"partition_overrides": {"value": "row"}}, "'value' matches no parameter"),
+        ({"module": nn.Linear(1, 1)}, "give the model once"),
+    ],
+)
+def test_arguments_that_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        AdamMini(model(), **options)
+
+
+@pytest.mark.parametrize("option", [{"lr": -1.0}, {"betas": (0.9, 1.0)}, {"eps": -1.0}, {"weight_decay": -1.0}])
+def test_options_of_groups_are_checked_too(option):
+    (name,) = option
+    with pytest.raises(ValueError, match=name):
+        AdamMini([{"params": [parameter()], **option}], partition="default")
+    optimizer = AdamMini([parameter()], partition="default")
+    with pytest.raises(ValueError, match=name), pytest.warns(UserWarning, match="was not told"):
+        optimizer.add_param_group({"params": [parameter()], **option})
+    assert len(optimizer.param_groups) == 1
+
+
+shared = parameter()
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ([], "empty parameter list"),
+        (iter(()), "empty parameter list"),
+        ([1.0], "takes a model, parameters, pairs .* not an entry of type float"),
+        ("weights", "not an entry of type str"),
+        ([{"lr": 1.0}], "not an entry of type dict"),
+        ([(shared, "name")], "not an entry of type tuple"),
+        ([shared, {"params": [parameter()]}], "parameters beside groups; put them in a group of their own"),
+        ([{"params": [shared]}, {"params": [shared]}], "more than one parameter group"),
+        ([("a", shared), ("a", parameter(3))], "two parameters have the name 'a'"),
+        ([{"params": [("a", shared)]}, {"params": [("a", parameter(3))]}], "two parameters have the name 'a'"),
+        ([shared * 2], "can't optimize a non-leaf Tensor"),
+        ([parameter(dtype=torch.complex64)], "parameter 0: complex parameters are not supported; train torch.view_as"),
+    ],
+)
+def test_parameters_that_are_refused(params, message):
+    with pytest.raises(ValueError, match=message):
+        AdamMini(params, partition="default")
+
+
+def test_strategies_by_role_need_the_model():
+    with pytest.raises(
+        ValueError, match=r"needs to know what each parameter does.*AdamMini\(groups, ..., module=model\)"
+    ):
+        AdamMini(model().parameters(), partition="transformer")
+
+
+@pytest.mark.parametrize("attribute", ["_fsdp_flattened", "_is_flat_param", "device_mesh"])
+def test_sharded_parameters_are_refused(attribute):
+    module = model()
+    setattr(module[0].weight, attribute, True)
+    with pytest.raises(ValueError, match=r"0.weight: sharded parameters .* are not supported yet"):
+        AdamMini(module)
+
+
+def test_a_strategy_of_ones_own():
+    optimizer = AdamMini(model(), partition=Strategy("mine", {}, otherwise=STRATEGIES["element"].otherwise))
+    assert {cut.blocks.num_values for cut in optimizer.partition.values()} == {20, 12, 3}
