@@ -58,7 +58,7 @@ def _options(cls: type) -> list[str]:
         return [field.name for field in fields(cls)]
     options: dict[str, None] = {}
     for base in cls.__mro__:
-        _, *parameters = signature(base.__init__).parameters.values()
+        parameters = list(signature(base).parameters.values())
         named = [parameter for parameter in parameters if parameter.kind is not Parameter.VAR_KEYWORD]
         options |= dict.fromkeys(parameter.name for parameter in named)
         if named == parameters:
