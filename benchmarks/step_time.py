@@ -41,6 +41,13 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 }
 
 
+def cpu_name() -> str:
+    """The processor's name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+
+
 def seconds(step: Callable[[], object], device: torch.device) -> float:
     """One step: CPU seconds of the process, or seconds between CUDA events."""
     if device.type == "cuda":
@@ -77,8 +84,8 @@ def main() -> None:
     fused = times["AdamW fused"]
     result = {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
-        "cpu": next((li.split(":")[1].strip() for li in Path("/proc/cpuinfo").open() if "model name" in li), "unknown"),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("torch", "transformers", "adam-mini")},
         "rows": [

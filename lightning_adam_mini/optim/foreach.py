@@ -72,7 +72,7 @@ def _denominators(tensors: Sequence[CutTensor], grads: Sequence[Tensor], beta2: 
     moments = [moment for t in tensors for moment in t.moments]
     torch._foreach_mul_(moments, beta2)
     if tensors[0].blocks.kind is Kind.ELEMENT:
-        torch._foreach_addcmul_(moments, grads, grads, 1 - beta2)
+        torch._foreach_addcmul_(moments, list(grads), list(grads), 1 - beta2)
         return list(torch._foreach_sqrt(moments))
     dtype = moments[0].dtype
     means = [mean for t, g in zip(tensors, grads, strict=True) for mean in t.blocks.mean_square(g, dtype=dtype)]

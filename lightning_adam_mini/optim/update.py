@@ -65,7 +65,7 @@ def update_(
     if capturable:
         param.addcmul_(exp_avg, (lr / bias_correction1) / denom, value=-1)
     else:
-        param.addcdiv_(exp_avg, denom, value=-(lr / bias_correction1))
+        param.addcdiv_(exp_avg, denom, value=-float(lr / bias_correction1))
 
 
 def accumulate_(tensor: CutTensor, grad: Tensor, beta2: float) -> None:

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lightning_adam_mini.partition.layouts import FUSED_NAMES, ModuleLayout, find_layout, qualified_name
+from lightning_adam_mini.partition.layouts import (
+    FUSED_NAMES,
+    QUERY_KEY_VALUE_NAMES,
+    ModuleLayout,
+    find_layout,
+    qualified_name,
+)
 from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
 
 __all__ = ["has_token_attention", "infer_roles"]
@@ -51,9 +57,15 @@ def infer_roles(module: nn.Module) -> dict[str, ParameterRole]:
 
 
 def has_token_attention(module: nn.Module) -> bool:
-    """Whether any part of `module` attends over tokens."""
-    layouts = (find_layout(child) for child in module.modules())
-    return any(layout is not None and layout.is_attention for layout in layouts)
+    """Whether any part of `module` attends over tokens, be it in a class that no layout knows."""
+    for child in module.modules():
+        layout = find_layout(child)
+        if layout is not None and layout.is_attention:
+            return True
+        names = {name for name, _ in child.named_children()}
+        if names & FUSED_NAMES or any(names.issuperset(triple) for triple in QUERY_KEY_VALUE_NAMES):
+            return True
+    return False
 
 
 def _owned_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:

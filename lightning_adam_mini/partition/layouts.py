@@ -116,6 +116,15 @@ LAYOUTS: list[ModuleLayout] = [
 FUSED_NAMES = frozenset({"qkv", "qkv_proj", "query_key_value", "Wqkv", "wqkv", "c_attn", "in_proj_qkv", "to_qkv"})
 """Names of children that hold a fused query, key and value, whose order only the class can tell."""
 
+QUERY_KEY_VALUE_NAMES = (
+    ("query", "key", "value"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
+    ("wq", "wk", "wv"),
+)
+"""Names of children that tell attention over tokens, also in classes that no layout knows."""
+
 
 def register_layout(layout: ModuleLayout) -> None:
     """Add a layout for a class of one's own; it takes precedence over the rows that are there."""

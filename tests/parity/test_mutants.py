@@ -13,10 +13,10 @@ from reference.lockstep import MODELS, lockstep
 
 # The module, a piece of it that occurs once, and what a mistaken hand would have written.
 UPDATE_MUTANTS = {
-    "eps inside the root": ("denom = denom.add_(eps)", "denom = (denom.square() + eps).sqrt()"),
+    "eps inside the root": ("bias_correction2**0.5).add_(eps)", "bias_correction2**0.5).square().add_(eps).sqrt()"),
     "eps before the bias correction": (
-        "second_moment(*tensor.moments).sqrt() / bias_correction2**0.5\n    denom = denom.add_(eps)",
-        "second_moment(*tensor.moments).sqrt().add(eps) / bias_correction2**0.5",
+        ".div_(bias_correction2**0.5).add_(eps)",
+        ".add_(eps).div_(bias_correction2**0.5)",
     ),
     "no correction of the first moment": ("bias_correction1 = 1 - beta1**step", "bias_correction1 = 1.0"),
     "no correction of the second moment": ("bias_correction2 = 1 - beta2**step", "bias_correction2 = 1.0"),

@@ -2,15 +2,18 @@
 
 import itertools
 import math
+from unittest import mock
 
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from lightning_adam_mini import Blocks
+from lightning_adam_mini import blocks as blocks_module
 from lightning_adam_mini.blocks import Kind, Segment
 
 sizes = st.integers(1, 3)
+slices = st.sampled_from([None, 1, 4])
 
 
 @st.composite
@@ -69,6 +72,12 @@ def positions_by_block(blocks):
     return groups
 
 
+def mean_square(blocks, tensor, slice_elements=None):
+    """The means in float64, with squares summed in slices of so many elements where they are summed in slices."""
+    with mock.patch.object(blocks_module, "SLICE_ELEMENTS", slice_elements or blocks_module.SLICE_ELEMENTS):
+        return blocks.mean_square(tensor, dtype=torch.float64)
+
+
 def random_tensor(blocks):
     return torch.randn(blocks.shape, dtype=torch.float64) * torch.randn(blocks.shape, dtype=torch.float64).exp()
 
@@ -84,10 +93,10 @@ def test_every_element_lies_in_one_block(blocks):
     assert len(groups) == blocks.num_values
 
 
-@given(cuts(kinds=(Kind.MEAN, Kind.ELEMENT)))
-def test_means_equal_brute_force(blocks):
+@given(cuts(kinds=(Kind.MEAN, Kind.ELEMENT)), slices)
+def test_means_equal_brute_force(blocks, slice_elements):
     tensor = random_tensor(blocks)
-    (means,) = blocks.mean_square(tensor, dtype=torch.float64)
+    (means,) = mean_square(blocks, tensor, slice_elements)
     expanded = blocks.second_moment(means).expand(blocks.shape)
     for positions in positions_by_block(blocks).values():
         mean = sum(float(tensor[p]) ** 2 for p in positions) / len(positions)
@@ -97,10 +106,10 @@ def test_means_equal_brute_force(blocks):
     torch.testing.assert_close(means.flatten()[numbers], expanded, rtol=0, atol=0)
 
 
-@given(cuts(kinds=(Kind.ROW_COLUMN,)))
-def test_rank_one_means_equal_brute_force(blocks):
+@given(cuts(kinds=(Kind.ROW_COLUMN,)), slices)
+def test_rank_one_means_equal_brute_force(blocks, slice_elements):
     tensor = random_tensor(blocks)
-    rows, columns = blocks.mean_square(tensor, dtype=torch.float64)
+    rows, columns = mean_square(blocks, tensor, slice_elements)
     by_row, by_column = {}, {}
     for position in itertools.product(*map(range, blocks.shape)):
         square = float(tensor[position]) ** 2
@@ -135,6 +144,16 @@ def test_second_moments_broadcast_and_keep_the_mean(blocks):
     tensor = random_tensor(blocks)
     expanded = blocks.second_moment(*blocks.mean_square(tensor, dtype=torch.float64)).expand(blocks.shape)
     torch.testing.assert_close(expanded.mean(), tensor.square().mean(), rtol=1e-12, atol=0)
+
+
+@given(cuts())
+def test_roots_are_taken_of_the_second_moment(blocks):
+    means = mean_square(blocks, random_tensor(blocks))
+    before = [mean.clone() for mean in means]
+    roots = blocks.root_second_moment(*means)
+    torch.testing.assert_close(roots.square(), blocks.second_moment(*means), rtol=1e-12, atol=0)
+    roots.zero_()  # a tensor of its own, which the update may change
+    assert all(torch.equal(a, b) for a, b in zip(before, means, strict=True))
 
 
 @given(cuts(), st.sampled_from([torch.float32, torch.float64]))

@@ -53,10 +53,8 @@ def test_every_form_of_parameters(form):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "module"])
 def test_the_model_beside_parameters_or_groups_tells_the_roles(form):
-    if form == "module":
-        pytest.skip("the model is given once")
     module = model()
     optimizer = AdamMini(FORMS[form](module), module=module, partition="transformer")
     roles = {name: cut.role.name for name, cut in optimizer.partition.items()}
@@ -127,6 +125,13 @@ def test_decay_follows_roles_and_not_names():
     """In "lnear" an `ln`, and in "norm_proj" a `norm`, that are none."""
     module = nn.ModuleDict({"lnear": nn.Linear(2, 3, bias=False), "norm_proj": nn.Linear(4, 5, bias=False)})
     assert numels(AdamMini(module, weight_decay=0.3)) == [[6, 20]]
+
+
+def test_vectors_do_not_decay_whatever_they_do():
+    """The biases of an LSTM have no `bias` for a name, and a scale of one's own has no role."""
+    module = nn.LSTM(2, 3)
+    module.scale = nn.Parameter(torch.ones(5))
+    assert numels(AdamMini(module)) == [[24, 36], [5, 12, 12]]
 
 
 def test_a_model_of_matrices_alone_has_one_group():

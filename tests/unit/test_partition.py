@@ -279,3 +279,16 @@ def test_strategies_by_role_need_the_module(strategy):
         ValueError, match=f"partition '{strategy}' needs to know what each parameter does: pass the model"
     ):
         partition_tensors({"weight": (4, 3)}, strategy)
+
+
+def test_auto_takes_unknown_attention_for_a_transformer():
+    """A class that no layout knows must not make `auto` give each tensor one number."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
+
+    model = nn.Sequential(Attention(), nn.Linear(8, 4))
+    assert resolve_strategy("auto", model).name == "transformer"
+    assert partition_module(model)["0.query.weight"].blocks.num_values == 8
