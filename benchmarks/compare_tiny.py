@@ -24,12 +24,24 @@ import torch
 from lightning_adam_mini.tasks.metrics_file import read_metrics
 
 RECIPES = ("llm/llama_tiny.yaml", "llm/gpt2_tiny.yaml")
+OVERRIDES = "--optimizer.partition_overrides"
+ADAM_MINI = ["--optimizer", "AdamMini"]
+RANK_ONE = [*ADAM_MINI, "--optimizer.partition", "transformer_rank_one"]
 OPTIMIZERS = {
     "AdamW": ["--optimizer", "AdamW"],
-    "Adam-mini": ["--optimizer", "AdamMini"],
-    "Adam-mini, value whole": ["--optimizer", "AdamMini", "--optimizer.partition_overrides", '{"value": "whole"}'],
-    "rank one": ["--optimizer", "AdamMini", "--optimizer.partition", "transformer_rank_one"],
+    "Adam-mini": ADAM_MINI,
+    "rank one": RANK_ONE,
 }
+VARIANTS = {
+    "Adam-mini, value whole": [*ADAM_MINI, OVERRIDES, '{"value": "whole"}'],
+    "Adam-mini, norms element": [*ADAM_MINI, OVERRIDES, '{"norm": "element"}'],
+    "Adam-mini, embedding rank one": [*ADAM_MINI, OVERRIDES, '{"token_embedding": "row_column"}'],
+    "Adam-mini, MLP rank one": [*ADAM_MINI, OVERRIDES, '{"mlp": "row_column"}'],
+    "rank one, norms whole": [*RANK_ONE, OVERRIDES, '{"norm": "whole"}'],
+    "rank one, embedding by row": [*RANK_ONE, OVERRIDES, '{"token_embedding": "row"}'],
+    "Adam-mini, early partition": [*ADAM_MINI, "--optimizer.partition", "transformer_early"],
+}
+COMMANDS = {**OPTIMIZERS, **VARIANTS}
 RATES = ("1e-3", "2e-3", "3e-3", "6e-3")
 
 
@@ -56,7 +68,7 @@ class Run:
         """The command of the run."""
         return [
             *(sys.executable, "-m", "lightning_adam_mini.cli.main", "fit", "--config", self.recipe),
-            *OPTIMIZERS[self.optimizer],
+            *COMMANDS[self.optimizer],
             *("--optimizer.lr", self.lr, "--seed_everything", str(self.seed), "--data.seed", str(self.seed)),
             *("--run_dir", str(self.folder(out)), "--trainer.max_steps", str(steps)),
             *("--trainer.enable_progress_bar", "false", "--model.sample_prompt", "", *extra),
@@ -86,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/compare_tiny"))
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
-    parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=list(OPTIMIZERS))
+    parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=list(COMMANDS))
     parser.add_argument("--lr", nargs="+", default=RATES)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=800)

@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import warnings
+from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_adam_mini.factory import OptimizerFactory
 from lightning_adam_mini.schedule import Schedule
 
 from ..tasks.base import Task
-from ..tasks.callbacks import GracefulInterrupt, PerformanceMonitor, PredictionFile, RunReport
+from ..tasks.callbacks import GracefulInterrupt, PerformanceMonitor, PredictionFile, RunCheckpoint, RunReport
 from ..tasks.checkpoint_io import AtomicCheckpointIO
 from ..tasks.metrics_file import MetricsFile
-from .run_folder import choose_run_dir, resolve_checkpoint
+from .messages import near_option
+from .run_folder import choose_run_dir, forget_run_dir, holds_run, resolve_checkpoint
 
-__all__ = ["Application", "RunCheckpoint"]
-
-
-class RunCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, in the run folder; it saves `last.ckpt` when training ends, too."""
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the state after the last step, where no validation has done so."""
-        super().on_train_end(trainer, pl_module)
-        if self.save_last and self._last_global_step_saved != trainer.global_step and self.dirpath is not None:
-            trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")
+__all__ = ["Application"]
 
 
 class ProgressBar(RichProgressBar):
@@ -50,9 +43,10 @@ class SaveRunConfig(SaveConfigCallback):
         if stage != "fit":
             return
         config = Path(trainer.default_root_dir) / self.config_filename
-        if trainer.is_global_zero and config.exists():
+        if trainer.is_global_zero and config.exists() and holds_run(config.parent):
             number = 1 + sum(1 for _ in config.parent.glob(f"{config.stem}.*{config.suffix}"))
             config.rename(config.with_name(f"{config.stem}.{number}{config.suffix}"))
+        self.overwrite = True  # what is left is of a start that failed before its first step
         super().setup(trainer, pl_module, stage)
 
 
@@ -60,34 +54,40 @@ class Application(LightningCLI):
     """The subcommands that train and evaluate.
 
     Args:
-        arguments: The command line without the program's name, recipes resolved.
+        arguments: The command line without the program's name, recipes resolved; or options as a nested dict.
         recipe: Stem of the recipe, which names the run.
         run: Whether to run the subcommand, or only to parse and instantiate.
     """
 
-    def __init__(self, arguments: list[str], *, recipe: str | None = None, run: bool = True) -> None:
+    def __init__(self, arguments: list[str] | dict[str, Any], *, recipe: str | None = None, run: bool = True) -> None:
         self.recipe = recipe
         # Processes for other ranks start with the command as the user typed it, and resolve recipes again.
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
         warnings.filterwarnings("ignore", message=".*LeafSpec", module="lightning")  # Lightning's own use of torch
-        super().__init__(
-            Task,
-            LightningDataModule,
-            save_config_callback=SaveRunConfig,
-            trainer_defaults={"enable_model_summary": False, "use_distributed_sampler": False},
-            seed_everything_default=1337,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            parser_kwargs={
-                "prog": "adam-mini",
-                "description": "Train with Adam-mini and its peers.",
-                "exit_on_error": False,
-                **{command: {"exit_on_error": False} for command in self.subcommands()},
-            },
-            args=arguments,
-            run=run,
-        )
+        warnings.filterwarnings(
+            "ignore", message="Checkpoint directory .* exists and is not empty"
+        )  # of a run that goes on
+        try:
+            super().__init__(
+                Task,
+                LightningDataModule,
+                save_config_callback=SaveRunConfig,
+                trainer_defaults={"enable_model_summary": False, "use_distributed_sampler": False},
+                seed_everything_default=1337,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                parser_kwargs={
+                    "prog": "adam-mini",
+                    "description": "Train with Adam-mini and its peers.",
+                    "exit_on_error": False,
+                    **{command: {"exit_on_error": False} for command in self.subcommands()},
+                },
+                args=arguments,
+                run=run,
+            )
+        finally:
+            forget_run_dir()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options beside those of model, data and trainer."""
@@ -106,25 +106,35 @@ class Application(LightningCLI):
                 "checkpoint.monitor": "val_loss",
                 "checkpoint.filename": "best-{step}",
                 "checkpoint.save_top_k": 1,
+                # Else a second `last.ckpt` in a folder that was moved would be `last-v1.ckpt`, which nobody resumes.
+                "checkpoint.enable_version_counter": False,
             }
         )
         parser.add_lightning_class_args(PerformanceMonitor, "performance")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and say which option comes near to one that does not exist."""
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            parsers = getattr(self, "_subcommand_parsers", {}).values()
+            options = {name for own in parsers for name in own._option_string_actions}
+            raise ArgumentError(None, near_option(str(error), options)) from error
+
     def before_instantiate_classes(self) -> None:
         """Settle the run folder and the checkpoint before anything is built."""
         config = self.config[self.subcommand] if self.subcommand else self.config
-        checkpoint = config.get("ckpt_path")
-        is_new = self.subcommand == "fit" and checkpoint is None
+        checkpoint, is_fit = config.get("ckpt_path"), self.subcommand == "fit"
         # A checkpoint of another run, given by its path, begins a folder of its own.
-        branches = self.subcommand == "fit" and config.run_dir is None and checkpoint not in (None, "last")
-        run_dir = choose_run_dir(config.run_dir, self.recipe, starts_anew=is_new or branches)
+        continues = checkpoint in ("last", "best", "hpc", "registry") or _is_within(checkpoint, config.run_dir)
+        run_dir = choose_run_dir(config.run_dir, self.recipe, starts_anew=is_fit and not continues)
         if checkpoint is not None:
-            may_start = self.subcommand == "fit" and config.run_dir is not None
+            may_start = is_fit and config.run_dir is not None
             config.ckpt_path = resolve_checkpoint(checkpoint, run_dir, may_start=may_start)
+        elif self.subcommand and not is_fit:
+            rank_zero_warn(f"without --ckpt_path, `{self.subcommand}` takes the model as training would start it")
         config.run_dir = str(run_dir)
         config.trainer.default_root_dir = str(run_dir)
-        if config.checkpoint.dirpath is None:
-            config.checkpoint.dirpath = str(run_dir / "checkpoints")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with the callbacks, loggers and checkpoint writer of every run."""
@@ -143,6 +153,10 @@ class Application(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Keep the command line's options: Lightning would let the checkpoint's override them without a word."""
+
+
+def _is_within(path: str | None, folder: str | None) -> bool:
+    return path is not None and folder is not None and Path(path).resolve().is_relative_to(Path(folder).resolve())
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -6,9 +6,13 @@ import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
+
+import yaml
 
 __all__ = ["main"]
+
+ONE_CPU = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
 
 log = logging.getLogger(__name__)
 
@@ -19,9 +23,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         ValueError: The folder holds no run, or its task cannot be exported.
     """
-    parser = argparse.ArgumentParser(
-        prog="adam-mini export", description="Save a run's model and tokenizer for from_pretrained."
-    )
+    parser = _Parser(prog="adam-mini export", description="Save a run's model and tokenizer for from_pretrained.")
     parser.add_argument("run_dir", type=Path, help="Folder of the run.")
     parser.add_argument("--ckpt_path", default="last", help="Checkpoint file, or `last`.")
     parser.add_argument("--out", type=Path, default=None, help="New folder for the model; RUN_DIR/hf by default.")
@@ -36,8 +38,7 @@ def main(arguments: Sequence[str]) -> None:
 
     checkpoint = resolve_checkpoint(options.ckpt_path, options.run_dir, may_start=False)
     assert checkpoint is not None
-    start = ["--config", str(config), "--run_dir", str(options.run_dir), "--trainer.logger=false"]
-    application = Application(start, run=False)
+    application = Application(_on_one_cpu(config, options.run_dir), run=False)
     task, data, trainer = application.model, application.datamodule, application.trainer
     if not hasattr(task, "export"):
         raise ValueError(f"{type(task).__name__} has no export to a transformers folder; language models have")
@@ -49,3 +50,20 @@ def main(arguments: Sequence[str]) -> None:
     task.on_load_checkpoint(saved := AtomicCheckpointIO().load_checkpoint(checkpoint, weights_only=True))
     task.load_state_dict(saved["state_dict"])
     log.info("%s", f"exported to {task.export(options.out or options.run_dir / 'hf')}")
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that leaves it to the command to tell an error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise argparse.ArgumentError(None, message)
+
+
+def _on_one_cpu(config: Path, run_dir: Path) -> dict[str, Any]:
+    """The options of a run without what belongs to its training alone, whatever it was trained on."""
+    options = yaml.safe_load(config.read_text("utf-8"))
+    for name in ("ckpt_path", "weights_only"):
+        options.pop(name, None)
+    alone = {"logger": False, "callbacks": None, "plugins": None, "profiler": None}
+    options["trainer"] = {**options["trainer"], **ONE_CPU, **alone}
+    return {**options, "run_dir": str(run_dir)}

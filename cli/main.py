@@ -37,19 +37,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line without the program's name; `sys.argv` by default.
 
     Returns:
-        The exit code: 0; 2 where the command line is wrong, 1 after any other error. An error is told in one line;
-        `ADAM_MINI_TRACEBACK=1` shows where it arose.
+        The exit code: 0; 2 where the command line is wrong, 130 after Ctrl-C, 1 after any other error. An error is told
+        in one line; `ADAM_MINI_TRACEBACK=1` shows where it arose.
     """
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         return _dispatch(command, rest)
-    except (ArgumentError, ValueError, OSError) as error:
-        if os.environ.get("ADAM_MINI_TRACEBACK"):
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's end of a run after Ctrl-C
+            return 130
+        raise
+    except Exception as error:
+        if os.environ.get("ADAM_MINI_TRACEBACK") or not _is_for_users(error):
             raise
         from .messages import one_line
 
         sys.stderr.write(f"adam-mini: error: {one_line(str(error))}\n")
         return 2 if isinstance(error, ArgumentError) else 1
+
+
+def _is_for_users(error: Exception) -> bool:
+    """Whether the message says what to do, or which package to install, so that nobody needs the traceback."""
+    known = isinstance(error, ArgumentError | ValueError | OSError | ModuleNotFoundError)
+    return known or type(error).__name__ == "MisconfigurationException"  # Lightning's, which may not be imported
 
 
 def _dispatch(command: str, rest: list[str]) -> int:
@@ -85,12 +97,11 @@ def _dispatch(command: str, rest: list[str]) -> int:
 def _show_log() -> None:
     """Show the project's own log on standard output, without prefixes: it is what the user asked for."""
     logger = logging.getLogger("lightning_adam_mini")
-    if not logger.handlers:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers = [handler]  # of this call alone: standard output may have been another one before
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 if __name__ == "__main__":

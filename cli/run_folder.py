@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-__all__ = ["choose_run_dir", "last_checkpoint", "resolve_checkpoint"]
+__all__ = ["choose_run_dir", "forget_run_dir", "holds_run", "last_checkpoint", "resolve_checkpoint"]
 
 _INHERITED = "ADAM_MINI_RUN_DIR"
 """Processes that Lightning starts for other ranks take the folder of the first."""
@@ -33,13 +33,13 @@ def choose_run_dir(run_dir: str | None, recipe: str | None, *, starts_anew: bool
         return Path(os.environ[_INHERITED])
     if run_dir is not None:
         folder = Path(run_dir).expanduser()
-        if starts_anew and _holds_run(folder):
+        if starts_anew and holds_run(folder):
             raise ValueError(
                 f"{folder} holds a run already; continue it with --ckpt_path last, or choose another --run_dir"
             )
     else:
         name = recipe or "run"
-        numbered = {number: path for number, path in _numbered(Path(root), name).items() if _holds_run(path)}
+        numbered = {number: path for number, path in _numbered(Path(root), name).items() if holds_run(path)}
         if starts_anew:
             number = max(numbered, default=0) + 1
             folder = Path(root) / (name if number == 1 else f"{name}-{number}")
@@ -49,12 +49,17 @@ def choose_run_dir(run_dir: str | None, recipe: str | None, *, starts_anew: bool
     return folder
 
 
+def forget_run_dir() -> None:
+    """Let the next run of this process choose a folder of its own."""
+    os.environ.pop(_INHERITED, None)
+
+
 def resolve_checkpoint(checkpoint: str, run_dir: Path, *, may_start: bool) -> str | None:
     """The file of a `--ckpt_path` value.
 
     Args:
-        checkpoint: A path, `last`, or a keyword of Lightning.
-        run_dir: The run folder, in which `last` is looked for.
+        checkpoint: A path, `last`, `best`, or a keyword of Lightning.
+        run_dir: The run folder, in which `last` and `best` are looked for.
         may_start: Whether a missing `last` means the first start of a run, as in jobs that are requeued.
 
     Returns:
@@ -63,16 +68,18 @@ def resolve_checkpoint(checkpoint: str, run_dir: Path, *, may_start: bool) -> st
     Raises:
         ValueError: There is no such checkpoint.
     """
+    if checkpoint == "best":
+        return str(_best_checkpoint(run_dir))
     if checkpoint != "last":
-        if checkpoint in ("best", "hpc", "registry") or Path(checkpoint).expanduser().exists():
+        if checkpoint in ("hpc", "registry") or Path(checkpoint).expanduser().exists():
             return checkpoint
         raise ValueError(
             f"--ckpt_path {checkpoint}: no such file; `last` takes the newest checkpoint of the run folder"
         )
-    found = last_checkpoint(run_dir)
-    if found is not None:
-        return str(found)
-    if may_start and not _holds_run(run_dir):
+    newest = last_checkpoint(run_dir)
+    if newest is not None:
+        return str(newest)
+    if may_start and not _others(run_dir):
         rank_zero_warn(f"--ckpt_path last: {run_dir} holds no checkpoint yet, so the run starts from its first step")
         return None
     raise ValueError(f"--ckpt_path last: no checkpoint in {run_dir / 'checkpoints'}; name the run with --run_dir")
@@ -85,7 +92,22 @@ def last_checkpoint(run_dir: Path) -> Path | None:
     return max(existing, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def _holds_run(folder: Path) -> bool:
+def _best_checkpoint(run_dir: Path) -> Path:
+    """The one checkpoint beside `last.ckpt`."""
+    others = _others(run_dir)
+    if len(others) != 1:
+        names = ", ".join(path.name for path in others) or "none"
+        raise ValueError(f"--ckpt_path best: give a path, for {run_dir / 'checkpoints'} holds beside the last: {names}")
+    return others[0]
+
+
+def _others(run_dir: Path) -> list[Path]:
+    """Checkpoints that are not the newest."""
+    return sorted(path for path in (run_dir / "checkpoints").glob("*.ckpt") if path.name != "last.ckpt")
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run has begun there: it has metrics or checkpoints."""
     return any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints"))
 
 

@@ -47,8 +47,9 @@ class OptimizerFactory(ABC):
         betas = getattr(self, "betas", ())
         if not all(0.0 <= beta < 1.0 for beta in betas):
             raise ValueError(f"betas must be in [0, 1), not {tuple(betas)}")
-        if getattr(self, "eps", 0.0) < 0.0:
-            raise ValueError(f"eps must be at least 0, not {getattr(self, 'eps', 0.0)}")
+        eps = getattr(self, "eps", 0.0)
+        if not 0.0 <= eps < float("inf"):
+            raise ValueError(f"eps must be a finite number of at least 0, not {eps}")
 
     @abstractmethod
     def build(self, module: nn.Module) -> Optimizer:

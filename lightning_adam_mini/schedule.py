@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -70,7 +71,24 @@ class Schedule:
             optimizer: The optimizer, at its peak learning rate.
             total: Steps of the whole run.
         """
-        return LambdaLR(optimizer, lambda step: self.scale(step, total))
+        return _ResumableLR(optimizer, lambda step: self.scale(step, total))
+
+
+class _ResumableLR(LambdaLR):
+    """LambdaLR that takes the step from a state dict, and the learning rate from the schedule that it has now.
+
+    LambdaLR itself leaves the optimizer with the learning rate that was saved until the next step is over.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        scaled = zip(self.base_lrs, self.lr_lambdas, strict=True)
+        self._last_lr = [base * scale(self.last_epoch) for base, scale in scaled]
+        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
 
 
 def _steps(value: int | float, horizon: int) -> int:

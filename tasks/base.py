@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -68,6 +68,11 @@ class Task(LightningModule):
         scheduler = self.schedule.build(optimizer, int(total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def setup(self, stage: str) -> None:
+        """Log evaluations outside of training under the steps of the checkpoint; without one, under none."""
+        if stage != "fit":
+            self._log_after(0)
+
     def on_fit_start(self) -> None:
         """Keep the seed of the run, from which that of every step follows."""
         self._seed = torch.initial_seed()
@@ -78,6 +83,7 @@ class Task(LightningModule):
         So a resumed run draws what the uninterrupted one would have drawn, and validation in between draws nothing
         from the training's generator.
         """
+        self._log_after(self.trainer.global_step + 1)
         position = (self._seed, self.trainer.global_step, batch_idx, self.trainer.global_rank)
         torch.manual_seed(int.from_bytes(blake2b(repr(position).encode(), digest_size=8).digest()))
 
@@ -104,8 +110,11 @@ class Task(LightningModule):
             ValueError: With the first difference.
         """
         _check_weights(checkpoint.get("state_dict", {}), self.state_dict())
+        if not self._is_training():
+            self._log_after(checkpoint.get("global_step", 0))
+            return
         saved = checkpoint.get("optimizer_factory")
-        if saved is None or not self._is_training():
+        if saved is None:
             return
         name = type(self.optimizer_factory).__name__
         if saved["name"] != name:
@@ -113,11 +122,20 @@ class Task(LightningModule):
                 f"the checkpoint was saved with the optimizer {saved['name']}, but this run uses {name}; continue with "
                 f"--optimizer {saved['name']}, or start from its weights alone in a new run folder"
             )
+        changed = {}
         for option, value in asdict(self.optimizer_factory).items():
             if option in saved and saved[option] != value and option in ("lr", "betas", "eps", "weight_decay"):
+                changed[option] = saved[option]
                 rank_zero_warn(
                     f"the checkpoint's {option} = {saved[option]} continues; {value} from this command is not used"
                 )
+        # What is in force is what the next checkpoint names.
+        self.optimizer_factory = replace(self.optimizer_factory, **changed)
+
+    def _log_after(self, steps: int) -> None:
+        """Set Lightning's own number for logged rows, that of the last step from 0; it drifts when a run is resumed."""
+        if self._trainer is not None:
+            self._trainer.fit_loop.epoch_loop._batches_that_stepped = steps - 1
 
     def _is_training(self) -> bool:
         trainer = self._trainer

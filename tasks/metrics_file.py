@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -26,6 +27,7 @@ class MetricsFile(Logger):
     def __init__(self, save_dir: str) -> None:
         super().__init__()
         self._save_dir = save_dir
+        self._started = False
 
     @property
     def name(self) -> str:
@@ -48,12 +50,36 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Append one line: the metrics, `step` (optimizer steps) and `time` (seconds since 1970)."""
-        folder = Path(self._save_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        row = {"step": step, "time": round(time.time(), 3), **metrics}
-        with (folder / FILE_NAME).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        """Append one line: the metrics, `step` (optimizer steps so far) and `time` (seconds since 1970).
+
+        Args:
+            metrics: The values.
+            step: Lightning's number of the last step, from 0.
+
+        Raises:
+            OSError: The disk is full, or the folder cannot be written.
+        """
+        path = Path(self._save_dir) / FILE_NAME
+        row = {"step": None if step is None else step + 1, "time": round(time.time(), 3), **metrics}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab") as file:
+                file.write(f"{self._line_end(path)}{json.dumps(row)}\n".encode())
+        except OSError as error:
+            raise OSError(
+                f"cannot write the metrics {path}: {error.strerror}; free space or set another --run_dir"
+            ) from error
+
+    def _line_end(self, path: Path) -> str:
+        """What ends a line that a kill or a full disk cut off before this process; nothing after the first row."""
+        if self._started:
+            return ""
+        self._started = True
+        with path.open("rb") as file:
+            if not file.seek(0, os.SEEK_END):
+                return ""
+            file.seek(-1, os.SEEK_END)
+            return "" if file.read() == b"\n" else "\n"
 
 
 def read_metrics(run_dir: str | Path) -> dict[str, dict[int, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import torch
@@ -11,6 +12,7 @@ __all__ = ["peak_flops", "transformer_flops_per_token"]
 DENSE_BF16_PEAKS = {
     "B200": 2.25e15,
     "GH200": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -48,7 +50,7 @@ def peak_flops(device: torch.device) -> float | None:
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        return next((peak for key, peak in DENSE_BF16_PEAKS.items() if key in name), None)
+        return next((peak for key, peak in DENSE_BF16_PEAKS.items() if re.search(rf"\b{key}\b", name)), None)
     if device.type == "cpu":
         return _measured_matmul_flops()
     return None

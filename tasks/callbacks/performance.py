@@ -84,7 +84,7 @@ class PerformanceMonitor(Callback):
         if self._flops and self.peak_flops:
             metrics["mfu"] = self._flops / elapsed / self.peak_flops
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=step)
+            logger.log_metrics(metrics, step=step - 1)  # Lightning's number of this step, under which losses stand
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
         self._last_step = step
         self._open_window()

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lightning_adam_mini.measure import adamw_state_bytes, optimizer_state_bytes
 
@@ -21,10 +21,23 @@ log = logging.getLogger(__name__)
 class RunReport(Callback):
     """Writes `report.md` and `loss_curve.png` to the run folder when training ends, and logs the report."""
 
+    def __init__(self) -> None:
+        self._trained = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that there is something to report."""
+        self._trained = True
+
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write both files, from the metrics of the whole run."""
-        if trainer.interrupted or not isinstance(pl_module, Task):
+        if getattr(trainer, "fast_dev_run", False) or not isinstance(pl_module, Task):
+            return
+        if not self._trained:
+            rank_zero_warn(
+                f"no step was left to train: the checkpoint is at step {trainer.global_step}; raise trainer.max_steps "
+                "or trainer.max_epochs"
+            )
             return
         folder = Path(trainer.default_root_dir)
         metrics = read_metrics(folder)

@@ -6,6 +6,7 @@ import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import nn
 
 if TYPE_CHECKING:
@@ -24,30 +25,51 @@ def build_config(architecture: str, options: dict[str, Any]) -> PreTrainedConfig
         options: Fields of its configuration class.
 
     Raises:
-        ValueError: Either does not exist, with what comes near; or the heads do not divide the width.
+        ValueError: Either does not exist, with what comes near; or a value or a combination of them is wrong.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if architecture not in CONFIG_MAPPING:
         near = difflib.get_close_matches(architecture, list(CONFIG_MAPPING), n=3) or ["gpt2", "llama"]
         raise ValueError(f"transformers knows no architecture {architecture!r}; did you mean {', '.join(near)}?")
     default = AutoConfig.for_model(architecture)
-    known = {*default.to_dict(), *default.attribute_map}
-    for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(name, sorted(known), n=3) or sorted(known)
-            raise ValueError(f"{type(default).__name__} has no option {name!r}; did you mean {', '.join(near)}?")
+    _check_options(default, options)
     special = {
         name: None for name in ("bos_token_id", "eos_token_id", "pad_token_id") if _too_large(default, name, options)
     }
-    config = AutoConfig.for_model(architecture, **special, **options)
+    try:
+        config = AutoConfig.for_model(architecture, **special, **options)
+    except StrictDataclassError as error:
+        cause = str(error).splitlines()[-1].partition(": ")[2]  # behind the type of the error within
+        raise ValueError(f"{type(default).__name__} refuses these options: {cause}") from error
+    _check_sizes(config, has_head_dim="head_dim" in options)
+    return config
+
+
+def _check_options(default: PreTrainedConfig, options: dict[str, Any]) -> None:
+    """Raise where the configuration has no such option, or a number there and something else is given."""
+    known = {*default.to_dict(), *default.attribute_map}
+    for name, value in options.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=3) or sorted(known)
+            raise ValueError(f"{type(default).__name__} has no option {name!r}; did you mean {', '.join(near)}?")
+        like = getattr(default, name, None)
+        if isinstance(like, int | float) and not isinstance(value, int | float | None):
+            raise ValueError(f"model.config.{name} must be of type {type(like).__name__}, not {value!r}")
+
+
+def _check_sizes(config: PreTrainedConfig, *, has_head_dim: bool) -> None:
+    """Raise where a size is not positive, or heads do not divide what they share."""
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"model.config.{name} must be at least 1, not {getattr(config, name)}")
     heads, width = config.num_attention_heads, config.hidden_size
-    if "head_dim" not in options and width % heads:
+    if not has_head_dim and width % heads:
         raise ValueError(f"{heads} attention heads do not divide the width {width}: change one, or give head_dim")
     key_heads = getattr(config, "num_key_value_heads", None) or heads
     if heads % key_heads:
         raise ValueError(f"{key_heads} key-value heads do not divide the {heads} attention heads")
-    return config
 
 
 def _too_large(default: PreTrainedConfig, name: str, options: dict[str, Any]) -> bool:
@@ -78,7 +100,10 @@ def build_model(config: PreTrainedConfig | None, init_from: str | None, attentio
             f"init_from: {init_from} is no local folder with a config.json; no download is made, so give a folder "
             "saved by save_pretrained or by adam-mini export"
         )
-    return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, attn_implementation=attention)
+    # In the trainer's precision, whatever precision the folder was saved in.
+    return AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True, attn_implementation=attention, dtype=torch.get_default_dtype()
+    )
 
 
 def active_parameters(model: PreTrainedModel) -> int:

@@ -1,0 +1,20 @@
+"""A folder for each test of the command line, with a recipe that takes a second."""
+
+import pytest
+
+from tiny_runs import write_recipe
+
+
+@pytest.fixture(scope="session")
+def prepared_data(tmp_path_factory):
+    """The cache of prepared text, one for all tests."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def work_dir(tmp_path, monkeypatch, prepared_data):
+    """The folder from which the command is called; it holds `tiny.yaml` and its text."""
+    write_recipe(tmp_path)
+    monkeypatch.setenv("ADAM_MINI_CACHE", str(prepared_data))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -1,0 +1,191 @@
+"""What the user did wrong is told in one line, with the remedy; the next try is not blocked."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_adam_mini.cli.main import main
+from lightning_adam_mini.cli.run_folder import holds_run
+from tiny_runs import checkpoint, error_line, run
+
+COMMAND, VALUE = 2, 1  # exit codes: what is wrong
+
+
+def assert_refused(code, capsys, expected_code, told, run_dir="run"):
+    assert code == expected_code
+    line = error_line(capsys)
+    assert told in line
+    assert len(line) < 400, "a line that somebody reads"
+    assert not holds_run(Path(run_dir))
+
+
+COMMANDS = [
+    # The optimizer.
+    (["--optimizer", "AdamMni"], COMMAND, "no class 'AdamMni'; did you mean AdamMini? Choose from: Ada"),
+    (["--optimizer", "torch.optim.AdamW"], COMMAND, "no class 'torch.optim.AdamW'; did you mean AdamW?"),
+    (["--optimizer.lrr", 1], COMMAND, "AdamMini has no option 'lrr'; did you mean lr? It has: lr, weight_decay"),
+    (["--optimizer", "SGD", "--optimizer.betas", "[0.9,0.9]"], COMMAND, "SGD has no option 'betas'. It has: lr"),
+    (["--optimizer.lr", "fast"], COMMAND, "optimizer.lr: expected a number, got fast"),
+    (["--optimizer.lr", -1], VALUE, "lr must be a finite number of at least 0, not -1.0"),
+    (["--optimizer.lr", ".inf"], VALUE, "lr must be a finite number of at least 0, not inf"),
+    (["--optimizer.eps", -1], VALUE, "eps must be a finite number of at least 0, not -1.0"),
+    (["--optimizer.weight_decay", -0.1], VALUE, "weight_decay must be a finite number of at least 0, not -0.1"),
+    (["--optimizer.betas", "[0.9,1.5]"], VALUE, "betas must be in [0, 1), not (0.9, 1.5)"),
+    (["--optimizer.betas", "[0.9]"], COMMAND, "optimizer.betas: expected a tuple with 2 elements, got [0.9]"),
+    (["--optimizer.betas", 0.9], COMMAND, "optimizer.betas: expected a list, got 0.9"),
+    (["--optimizer.partition", "transfomer"], COMMAND, "'transfomer' is not one of auto, transformer,"),
+    (["--optimizer.partition", "transfomer"], COMMAND, "did you mean transformer?"),
+    (["--optimizer.partition_overrides", '{"value": "wole"}'], COMMAND, "'wole' is not one of head, row, whole"),
+    (["--optimizer.partition_overrides", '{"vale": "whole"}'], VALUE, "'vale' matches no parameter"),
+    (["--optimizer.partition_overrides", '{"re:x.*": "whole"}'], VALUE, "'re:x.*' matches no parameter"),
+    (["--optimizer.exp_avg_dtype", "float8"], COMMAND, "'float8' is not one of float32, bfloat16"),
+    (["--optimizer", "SGD", "--optimizer.momentum", -1], VALUE, "momentum"),
+    (["--optimizer", "Adafactor", "--optimizer.beta1", 2], VALUE, "beta1"),
+    (["--optimizer", "Lion", "--optimizer.betas", "[0.9,2]"], VALUE, "betas must be in [0, 1), not (0.9, 2.0)"),
+    # The schedule.
+    (["--schedule.shape", "cosin"], COMMAND, "schedule.shape: 'cosin' is not one of cosine, linear, wsd, constant"),
+    (["--schedule.floor", 2], VALUE, "floor is a fraction of the peak learning rate in [0, 1], not 2.0"),
+    (["--schedule.warmup", -1], VALUE, "warmup and decay must not be negative, not -1 and 0.2"),
+    (["--schedule.horizon", 0], VALUE, "horizon must be at least one step, not 0"),
+    (["--schedule.warm_up", 1], COMMAND, "no option --schedule.warm_up; did you mean --schedule.warmup?"),
+    # The model.
+    (["--model", "LanguageModl"], COMMAND, "no class 'LanguageModl'; did you mean LanguageModel?"),
+    (["--model.temprature", 1], COMMAND, "LanguageModel has no option 'temprature'; did you mean temperature?"),
+    (["--model.architecture", "gtp2"], VALUE, "transformers knows no architecture 'gtp2'; did you mean gpt2"),
+    (["--model.config.hiden_size", 32], VALUE, "GPT2Config has no option 'hiden_size'; did you mean hidden_size"),
+    (["--model.config.hidden_size", "wide"], VALUE, "hidden_size must be of type int, not 'wide'"),
+    (["--model.config.hidden_size", 0], VALUE, "hidden_size must be at least 1, not 0"),
+    (["--model.config.num_hidden_layers", -1], VALUE, "num_hidden_layers must be at least 1, not -1"),
+    (["--model.config.num_attention_heads", 3], VALUE, "3 attention heads do not divide the width 32"),
+    (["--model.config.vocab_size", 10], VALUE, "the model's vocabulary holds 10; set model.config.vocab_size"),
+    (["--model.init_from", "nowhere"], VALUE, "nowhere is no local folder with a config.json"),
+    (["--model.attention", "fast"], COMMAND, "model.attention: 'fast' is not one of sdpa, eager"),
+    (["--model.sample_tokens", 0], VALUE, "sample_tokens and top_k must be at least 1"),
+    # The data.
+    (["--data", "TextFile"], COMMAND, "no class 'TextFile'; did you mean TextFiles?"),
+    (["--data.contextlength", 16], COMMAND, "TextFiles has no option 'contextlength'; did you mean context_length?"),
+    (["--data.path", "nowhere.txt"], VALUE, "nowhere.txt"),
+    (["--data.context_length", 65], VALUE, "sequences of 65 tokens do not fit the model's 64 positions"),
+    (["--data.context_length", 10**6], VALUE, "too few for one window"),
+    (["--data.val_tokens", "all"], COMMAND, "data.val_tokens: expected a whole number, got all"),
+    (["--data.vocab_size", 100], VALUE, "`vocab_size` must be at least 260"),
+    # The trainer and the run.
+    (["--trainer.max_stepz", 3], COMMAND, "no option --trainer.max_stepz; did you mean --trainer.max_steps?"),
+    (["--trainer.max_steps", "1e3"], COMMAND, "trainer.max_steps: expected a whole number, got 1000.0"),
+    (["--trainer.max_steps", -5], VALUE, "`max_steps` must be a non-negative integer or -1"),
+    (["--trainer.precision", 17], COMMAND, "trainer.precision: '17' is not one of 64, 32, 16, transformer-engine"),
+    (["--trainer.accelerator", "tpu"], VALUE, "torch_xla"),
+    (["--trainer.strategy", "fsdp"], VALUE, "requires a GPU accelerator"),
+    (["--trainer.callbacks+=Foo"], COMMAND, "trainer.callbacks: there is no class 'Foo'; give its full name"),
+    (["--trainer.gradient_clip_algorithm", "foo"], VALUE, "`gradient_clip_algorithm` foo is invalid"),
+    (["--checkpoint.save_top_k", -3], VALUE, "Invalid value for save_top_k=-3"),
+    (["--performance.peak_flops", "many"], COMMAND, "performance.peak_flops: expected a number, got many"),
+    (["--ckpt_path", "no.ckpt"], VALUE, "--ckpt_path no.ckpt: no such file"),
+    (["--ckpt_path", "best"], VALUE, "--ckpt_path best: give a path"),
+    (["--config", "llm/gpt2_tinny"], VALUE, "no recipe of that name; did you mean llm/gpt2_tiny.yaml"),
+    (["--config"], COMMAND, "expected one argument"),
+    (["--foo", 1], COMMAND, "there is no option --foo"),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "told"), [pytest.param(*case, id=" ".join(map(str, case[0]))) for case in COMMANDS]
+)
+def test_options(work_dir, capsys, options, code, told):
+    assert_refused(run("fit", "--run_dir", "run", *options), capsys, code, told)
+
+
+FILES = [
+    ({"optimizer": {"class_path": "AdamMni"}}, COMMAND, "no class 'AdamMni'; did you mean AdamMini?"),
+    ({"optimizer": "AdamMni"}, COMMAND, "no class 'AdamMni'; did you mean AdamMini?"),
+    ({"optimizer": {"init_args": {"lrr": 1}}}, COMMAND, "AdamMini has no option 'lrr'; did you mean lr?"),
+    ({"optimizer": {"init_args": {"lr": -1}}}, VALUE, "lr must be a finite number of at least 0, not -1.0"),
+    ({"optimizer": {"init_args": {"eps": -1}}}, VALUE, "eps must be a finite number of at least 0, not -1.0"),
+    ({"optimizer": {"init_args": {"weight_decay": -1}}}, VALUE, "weight_decay must be a finite number of at least"),
+    ({"optimizer": {"init_args": {"betas": [0.9, 1.5]}}}, VALUE, "betas must be in [0, 1), not (0.9, 1.5)"),
+    ({"optimizer": {"init_args": {"partition": "foo"}}}, COMMAND, "'foo' is not one of auto, transformer"),
+    ({"optimizer": {"init_args": {"partition_overrides": {"value": "wole"}}}}, COMMAND, "did you mean whole?"),
+    ({"schedule": {"shape": "cosin"}}, COMMAND, "'cosin' is not one of cosine, linear, wsd, constant"),
+    ({"schedule": {"floor": 3}}, VALUE, "floor is a fraction of the peak learning rate in [0, 1], not 3.0"),
+    ({"model": {"class_path": "lightning_adam_mini.tasks.llm.LanguageModl"}}, COMMAND, "mean LanguageModel?"),
+    ({"model": {"class_path": "no_such_package.Model"}}, COMMAND, "there is no class 'no_such_package.Model'"),
+    ({"model": {"init_args": {"foo": 1}}}, COMMAND, "LanguageModel has no option 'foo'"),
+    ({"data": {"init_args": {"contextlength": 1}}}, COMMAND, "did you mean context_length?"),
+    ({"trainer": {"max_stepz": 1}}, COMMAND, "no option --trainer.max_stepz; did you mean --trainer.max_steps?"),
+    ({"modell": 1}, COMMAND, "there is no option --modell; did you mean --model?"),
+]
+
+
+@pytest.mark.parametrize(("content", "code", "told"), [pytest.param(*case, id=json.dumps(case[0])) for case in FILES])
+def test_values_in_a_file(work_dir, capsys, content, code, told):
+    (work_dir / "more.yaml").write_text(yaml.safe_dump(content), "utf-8")
+    assert_refused(run("fit", "--run_dir", "run", "--config", "more.yaml"), capsys, code, told)
+
+
+@pytest.mark.parametrize("content", ["", "just text", "- a\n- list\n", "trainer: [\n", "\x00"])
+def test_a_file_that_is_no_configuration(work_dir, capsys, content):
+    (work_dir / "more.yaml").write_text(content, "utf-8")
+    assert_refused(run("fit", "--run_dir", "run", "--config", "more.yaml"), capsys, COMMAND, "config")
+
+
+@pytest.mark.parametrize(("content", "told"), [("", "text.txt"), ("a b", "text.txt")])
+def test_too_little_text(work_dir, capsys, content, told):
+    (work_dir / "text.txt").write_text(content, "utf-8")
+    assert_refused(run("fit", "--run_dir", "run"), capsys, VALUE, told)
+
+
+def test_no_recipe(work_dir, capsys):
+    assert_refused(main(["fit"]), capsys, COMMAND, "give a recipe: --config llm/gpt2_tiny.yaml")
+
+
+def test_heads_and_tables_of_other_architectures(work_dir, capsys):
+    llama = ["--run_dir", "run", "--model.architecture", "llama", "--model.config.num_key_value_heads"]
+    assert_refused(run("fit", *llama, 3), capsys, VALUE, "3 key-value heads do not divide the 4 attention heads")
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_evaluation_of_no_run(work_dir, capsys, command):
+    code = run(command, "--run_dir", "run", "--ckpt_path", "last")
+    assert_refused(code, capsys, VALUE, "no checkpoint in run/checkpoints; name the run with --run_dir")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["recipes", "llm"], 1, "`adam-mini recipes` takes no options, but got llm"),
+        (["fitt"], 2, "unknown command 'fitt'"),
+        (["export"], 2, "run_dir"),
+        (["export", "nowhere"], 1, "nowhere holds no run: there is no config.yaml in it"),
+        (["export", "run", "--foo"], 2, "--foo"),
+    ],
+)
+def test_other_commands(work_dir, capsys, arguments, code, told):
+    assert_refused(main(arguments), capsys, code, told)
+
+
+def test_the_next_try_needs_no_cleaning(work_dir, capsys):
+    for options in (["--optimizer.partition_overrides", '{"x": "row"}'], ["--model.config.vocab_size", 10]):
+        assert run("fit", *options) == 1
+        error_line(capsys)
+    assert run("fit") == 0
+    assert [path.name for path in (work_dir / "runs").iterdir()] == ["tiny"]
+    assert checkpoint("runs/tiny")["global_step"] == 10
+
+
+def test_the_place_of_an_error_on_demand(work_dir, monkeypatch):
+    monkeypatch.setenv("ADAM_MINI_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="lr must be"):
+        run("fit", "--optimizer.lr", -1)
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(work_dir, monkeypatch):
+    """One line would hide where it arose."""
+
+    def broken(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("lightning_adam_mini.tasks.llm.language_model.build_model", broken)
+    with pytest.raises(ZeroDivisionError):
+        run("fit")

@@ -1,0 +1,130 @@
+"""Which folder a run gets, and which checkpoint a `--ckpt_path` means."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lightning_adam_mini.cli.run_folder import choose_run_dir, forget_run_dir, last_checkpoint, resolve_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    yield
+    forget_run_dir()
+
+
+def make_run(name, *checkpoints):
+    folder = Path(name) / "checkpoints"
+    folder.mkdir(parents=True)
+    for number, checkpoint in enumerate(checkpoints):
+        (folder / checkpoint).touch()
+        os.utime(folder / checkpoint, (number, number))
+    return Path(name)
+
+
+def start(recipe="tiny", run_dir=None):
+    return choose_run_dir(run_dir, recipe, starts_anew=True)
+
+
+def go_on(recipe="tiny", run_dir=None):
+    return choose_run_dir(run_dir, recipe, starts_anew=False)
+
+
+def test_new_runs_are_numbered():
+    names = []
+    for _ in range(3):
+        names.append(start())
+        make_run(names[-1])
+    assert names == [Path("runs/tiny"), Path("runs/tiny-2"), Path("runs/tiny-3")]
+    assert go_on() == Path("runs/tiny-3")
+
+
+def test_numbers_are_compared_as_numbers_and_gaps_stay():
+    for number in (2, 9, 10):
+        make_run(f"runs/tiny-{number}")
+    assert start() == Path("runs/tiny-11")
+    assert go_on() == Path("runs/tiny-10")
+
+
+def test_other_recipes_do_not_count():
+    for name in ("runs/tiny_llama", "runs/tiny-big", "runs/tiny.old", "runs/other-7"):
+        make_run(name)
+    assert start() == go_on() == Path("runs/tiny")
+    assert start(recipe=None) == Path("runs/run")
+
+
+def test_a_folder_without_a_run_is_taken():
+    Path("runs/tiny/tensorboard").mkdir(parents=True)
+    assert start() == Path("runs/tiny")
+
+
+def test_a_named_folder():
+    assert start(run_dir="mine") == go_on(run_dir="mine") == Path("mine")
+    assert start(run_dir="~/mine") == Path.home() / "mine"
+    make_run("mine")
+    assert go_on(run_dir="mine") == Path("mine")
+    with pytest.raises(ValueError, match="mine holds a run already; continue it with --ckpt_path last"):
+        start(run_dir="mine")
+
+
+def test_processes_of_other_ranks_take_the_folder_of_the_first(monkeypatch):
+    folder = make_run(start())
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert start() == folder
+
+
+def test_the_next_run_of_the_process_does_not(monkeypatch):
+    make_run(start())
+    forget_run_dir()
+    monkeypatch.setenv("LOCAL_RANK", "0")  # which Lightning leaves behind in the process that started the others
+    assert start() == Path("runs/tiny-2")
+
+
+def test_last():
+    run = make_run("run", "best-step=5.ckpt", "last.ckpt")
+    assert resolve_checkpoint("last", run, may_start=False) == "run/checkpoints/last.ckpt"
+
+
+def test_last_is_what_a_cluster_saved_later():
+    run = make_run("run", "last.ckpt")
+    (run / "hpc_ckpt_1.ckpt").touch()
+    assert last_checkpoint(run) == run / "hpc_ckpt_1.ckpt"
+    os.utime(run / "hpc_ckpt_1.ckpt", (-1, -1))
+    assert last_checkpoint(run) == run / "checkpoints" / "last.ckpt"
+
+
+@pytest.mark.parametrize("may_start", [True, False])
+def test_no_last(may_start):
+    """Only a command that names its run may start it."""
+    run = make_run("run")
+    if may_start:
+        with pytest.warns(UserWarning, match="holds no checkpoint yet"):
+            assert resolve_checkpoint("last", run, may_start=True) is None
+    else:
+        with pytest.raises(ValueError, match="no checkpoint in run/checkpoints"):
+            resolve_checkpoint("last", run, may_start=False)
+
+
+def test_a_lost_last_is_no_reason_to_start_over():
+    run = make_run("run", "best-step=5.ckpt")
+    with pytest.raises(ValueError, match="no checkpoint in"):
+        resolve_checkpoint("last", run, may_start=True)
+
+
+def test_best():
+    run = make_run("run", "best-step=5.ckpt", "last.ckpt")
+    assert resolve_checkpoint("best", run, may_start=False) == "run/checkpoints/best-step=5.ckpt"
+    (run / "checkpoints" / "best-step=9.ckpt").touch()
+    with pytest.raises(ValueError, match=r"holds beside the last: best-step=5\.ckpt, best-step=9\.ckpt"):
+        resolve_checkpoint("best", run, may_start=False)
+
+
+def test_a_path():
+    run = make_run("run", "last.ckpt")
+    path = str(run / "checkpoints" / "last.ckpt")
+    assert resolve_checkpoint(path, Path("other"), may_start=False) == path
+    with pytest.raises(ValueError, match=r"no\.ckpt: no such file"):
+        resolve_checkpoint("no.ckpt", run, may_start=True)
