@@ -47,6 +47,10 @@ class SaveRunConfig(SaveConfigCallback):
             number = 1 + sum(1 for _ in config.parent.glob(f"{config.stem}.*{config.suffix}"))
             config.rename(config.with_name(f"{config.stem}.{number}{config.suffix}"))
         self.overwrite = True  # what is left is of a start that failed before its first step
+        self.config = self.config.clone()
+        for of_this_start in ("run_dir", "ckpt_path"):  # the file is a recipe: used again, it begins a run of its own
+            if of_this_start in self.config:
+                self.config[of_this_start] = None
         super().setup(trainer, pl_module, stage)
 
 
@@ -61,6 +65,7 @@ class Application(LightningCLI):
 
     def __init__(self, arguments: list[str] | dict[str, Any], *, recipe: str | None = None, run: bool = True) -> None:
         self.recipe = recipe
+        self._command = arguments[0] if run and isinstance(arguments, list) else None
         # Processes for other ranks start with the command as the user typed it, and resolve recipes again.
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
         warnings.filterwarnings("ignore", message=".*LeafSpec", module="lightning")  # Lightning's own use of torch
@@ -88,6 +93,10 @@ class Application(LightningCLI):
             )
         finally:
             forget_run_dir()
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The one that runs: Lightning would build a parser for each, which takes a while."""
+        return {name: skip for name, skip in super().subcommands().items() if self._command in (None, name)}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options beside those of model, data and trainer."""

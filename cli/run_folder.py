@@ -33,7 +33,7 @@ def choose_run_dir(run_dir: str | None, recipe: str | None, *, starts_anew: bool
         return Path(os.environ[_INHERITED])
     if run_dir is not None:
         folder = Path(run_dir).expanduser()
-        if starts_anew and holds_run(folder):
+        if starts_anew and not _claim(folder):
             raise ValueError(
                 f"{folder} holds a run already; continue it with --ckpt_path last, or choose another --run_dir"
             )
@@ -42,11 +42,48 @@ def choose_run_dir(run_dir: str | None, recipe: str | None, *, starts_anew: bool
         numbered = {number: path for number, path in _numbered(Path(root), name).items() if holds_run(path)}
         if starts_anew:
             number = max(numbered, default=0) + 1
-            folder = Path(root) / (name if number == 1 else f"{name}-{number}")
+            while not _claim(folder := Path(root) / (name if number == 1 else f"{name}-{number}")):
+                number += 1
         else:
             folder = numbered[max(numbered)] if numbered else Path(root) / name
     os.environ[_INHERITED] = str(folder)
     return folder
+
+
+def _claim(folder: Path) -> bool:
+    """Take a folder for a new run; False where it holds a run, or another process has taken it and is still alive.
+
+    A run leaves its first traces seconds after its start, when a second one may have chosen the same folder. Ranks that
+    a launcher started together take the same folder, and no claim.
+    """
+    if holds_run(folder):
+        return False
+    if {"RANK", "LOCAL_RANK", "SLURM_PROCID"} & os.environ.keys():
+        return True
+    folder.mkdir(parents=True, exist_ok=True)
+    claim = folder / ".claim"
+    for _ in range(2):
+        try:
+            with claim.open("x") as file:
+                file.write(str(os.getpid()))
+        except FileExistsError:
+            if _is_alive(claim.read_text()):
+                return False
+            claim.unlink(missing_ok=True)
+        else:
+            return True
+    return False
+
+
+def _is_alive(pid: str) -> bool:
+    """Whether another process of this machine has the number."""
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return int(pid) != os.getpid()
 
 
 def forget_run_dir() -> None:

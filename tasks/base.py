@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -20,6 +21,9 @@ from lightning_adam_mini.factory import OptimizerFactory
 from lightning_adam_mini.schedule import Schedule
 
 __all__ = ["Task"]
+
+log = logging.getLogger(__name__)
+_say = rank_zero_only(log.info)
 
 # Checkpoints hold these in their hyperparameters; torch loads no class that is not named.
 torch.serialization.add_safe_globals([getattr(factory, name) for name in factory.__all__] + [Schedule])
@@ -64,6 +68,7 @@ class Task(LightningModule):
         total = self.schedule.horizon or self.trainer.estimated_stepping_batches
         if math.isinf(total):
             raise ValueError("the schedule needs an end: set trainer.max_steps, trainer.max_epochs or schedule.horizon")
+        _say("optimizer: %s", self.optimizer_factory)  # a recipe's values stay when only the class is changed
         optimizer = self.optimizer_factory.build(self)
         scheduler = self.schedule.build(optimizer, int(total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -76,6 +81,16 @@ class Task(LightningModule):
     def on_fit_start(self) -> None:
         """Keep the seed of the run, from which that of every step follows."""
         self._seed = torch.initial_seed()
+
+    def on_train_start(self) -> None:
+        """Warn of checkpoints that would lose the gradients of a step that is not complete."""
+        accumulated, interval = self.trainer.accumulate_grad_batches, self.trainer.val_check_batch
+        if isinstance(interval, int) and interval % accumulated:
+            rank_zero_warn(
+                f"validation every {interval} batches falls within the {accumulated} batches of a step: a run that is "
+                "resumed from its checkpoint differs in that step; make val_check_interval a multiple of "
+                "accumulate_grad_batches"
+            )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Draw dropout and the like from a generator that depends on the seed, the step and the rank alone.

@@ -14,6 +14,20 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 __all__ = ["AtomicCheckpointIO"]
 
 
+# What unpickling other bytes may raise, beside what torch and zipfile say of a file that was cut off.
+_UNREADABLE = (
+    RuntimeError,
+    EOFError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    KeyError,
+    IndexError,
+    TypeError,
+    ValueError,
+    AttributeError,
+)
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Saves to a file beside the target and renames it, so that the target is the old checkpoint or the new one."""
 
@@ -49,12 +63,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ValueError: The file is no checkpoint, or is cut off.
         """
         try:
-            return super().load_checkpoint(path, *args, **kwargs)
-        except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+            checkpoint: Any = super().load_checkpoint(path, *args, **kwargs)
+        except _UNREADABLE as error:
             raise ValueError(
                 f"cannot read the checkpoint {path}: {_one_line(error)}; the file is no checkpoint or was cut off. "
                 "Use another file of its folder"
             ) from error
+        if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= checkpoint.keys():
+            raise ValueError(f"{path} is no checkpoint of a training: it has no weights under 'state_dict'")
+        return checkpoint
 
 
 def _one_line(error: BaseException) -> str:

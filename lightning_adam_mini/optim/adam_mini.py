@@ -51,8 +51,8 @@ class AdamMini(Optimizer):
         partition: How parameters are cut: `auto`, `transformer`, `transformer_early`, `transformer_rank_one`,
             `default`, `element`, or a `Strategy`.
         partition_overrides: Cuts by role, name or `re:` pattern; the first that matches wins.
-        weight_decay_policy: `matrices` spares vectors (biases, norm scales); `all` spares nothing. Groups with a
-            `weight_decay` of their own keep it.
+        weight_decay_policy: `matrices` spares vectors (biases, norm scales); `all` spares nothing. It applies where
+            this class makes the groups; groups that you make decay as they say, or by `weight_decay`.
         exp_avg_dtype: Dtype of the first moment; None for the parameter's. The second moment is float32, or float64
             for float64 parameters.
         maximize: Ascend instead of descend.

@@ -23,7 +23,7 @@ from lightning_adam_mini.partition.layouts import (
 )
 from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
 
-__all__ = ["has_token_attention", "infer_roles"]
+__all__ = ["has_tokens", "infer_roles"]
 
 NORM_TYPES = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, _NormBase)
 TRANSPOSED_LINEAR = "transformers.pytorch_utils.Conv1D"
@@ -56,9 +56,11 @@ def infer_roles(module: nn.Module) -> dict[str, ParameterRole]:
     return {name: by_parameter[id(parameter)] for name, parameter in module.named_parameters()}
 
 
-def has_token_attention(module: nn.Module) -> bool:
-    """Whether any part of `module` attends over tokens, be it in a class that no layout knows."""
+def has_tokens(module: nn.Module) -> bool:
+    """Whether any part of `module` looks tokens up or attends over them, be it in a class that no layout knows."""
     for child in module.modules():
+        if isinstance(child, nn.Embedding):
+            return True
         layout = find_layout(child)
         if layout is not None and layout.is_attention:
             return True
@@ -83,9 +85,10 @@ def _one(role: Role, parameter: Tensor, why: str, axis: int | None = 0) -> Param
 def _from_type(name: str, owner: nn.Module, leaf: str, parameter: nn.Parameter) -> ParameterRole:
     """The role that the type of the owning module tells."""
     kind = type(owner).__name__
-    if parameter.dim() <= 1 and (leaf == "bias" or leaf.endswith("_bias")):
+    is_norm = isinstance(owner, NORM_TYPES)
+    if (parameter.dim() <= 1 or is_norm) and (leaf == "bias" or leaf.endswith("_bias")):
         return _one(Role.BIAS, parameter, f"bias of {kind}")
-    if parameter.dim() <= 1 and (isinstance(owner, NORM_TYPES) or kind.endswith("Norm")):
+    if is_norm or (parameter.dim() <= 1 and kind.endswith("Norm")):
         return _one(Role.NORM, parameter, f"scale of {kind}")
     if isinstance(owner, nn.Embedding):
         return _one(Role.TOKEN_EMBEDDING, parameter, "nn.Embedding")

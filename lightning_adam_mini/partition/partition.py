@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightning_adam_mini.blocks import Blocks
-from lightning_adam_mini.partition.inference import has_token_attention, infer_roles
+from lightning_adam_mini.partition.inference import has_tokens, infer_roles
 from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
 from lightning_adam_mini.partition.strategies import STRATEGIES, Cut, Strategy, cut_parameter
 
@@ -43,8 +43,8 @@ def partition_module(
 
     Args:
         module: The model.
-        strategy: Name of a strategy, or one of your own. `auto` takes `transformer` where the model attends over
-            tokens, else `default`.
+        strategy: Name of a strategy, or one of your own. `auto` takes `transformer` where the model looks tokens
+            up or attends over them, else `default`.
         overrides: Cuts by role (`value`), parameter name (`lm_head.weight`) or pattern over whole names
             (`re:.*router.*`). The first that matches a parameter wins.
 
@@ -109,7 +109,7 @@ def resolve_strategy(strategy: str | Strategy, module: nn.Module | None) -> Stra
     if isinstance(strategy, Strategy):
         return strategy
     if strategy == "auto":
-        return STRATEGIES["transformer" if module is not None and has_token_attention(module) else "default"]
+        return STRATEGIES["transformer" if module is not None and has_tokens(module) else "default"]
     if strategy not in STRATEGIES:
         raise ValueError(f"unknown partition {strategy!r}; choose from auto, {', '.join(STRATEGIES)}")
     return STRATEGIES[strategy]

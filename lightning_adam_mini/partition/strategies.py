@@ -115,7 +115,11 @@ def cut_parameter(name: str, shape: tuple[int, ...], role: ParameterRole, cuts: 
     wanted = {cuts[part.role] for part in role.parts}
     if Cut.HEAD in wanted and (role.problem or any(_lacks_head(part, cuts[part.role]) for part in role.parts)):
         problem = role.problem or f"{role.name} has no heads to cut by"
-        raise ValueError(f"{name}: {problem}; override its cut, for example partition_overrides={{'{name}': 'row'}}")
+        key = "fused_qkv" if Role.FUSED_QKV in role.roles else name
+        raise ValueError(
+            f"{name}: {problem}; tell its layout with register_layout, or override its cut, for example "
+            f"partition_overrides={{'{key}': 'row'}}"
+        )
     if role.axis is None or wanted == {Cut.ELEMENT} or (len(shape) <= 1 and wanted == {Cut.ROW_COLUMN}):
         return Blocks.element(shape)
     if wanted == {Cut.WHOLE}:

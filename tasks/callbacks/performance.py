@@ -73,11 +73,12 @@ class PerformanceMonitor(Callback):
         interval = cast("Any", trainer).log_every_n_steps  # set by the trainer, but not declared
         if step == self._last_step or step % interval:
             return
+        optimizer_milliseconds = self._timer.mean_milliseconds()  # waits for the device, before the clock is read
         elapsed = time.perf_counter() - self._window_start - self._outside
         metrics = {
             f"{pl_module.unit}_per_second": self._units * trainer.world_size / elapsed,
             "step_milliseconds": 1000 * elapsed / (step - self._last_step),
-            "optimizer_milliseconds": self._timer.mean_milliseconds(),
+            "optimizer_milliseconds": optimizer_milliseconds,
             "optimizer_state_bytes": float(sum(optimizer_state_bytes(o) for o in trainer.optimizers)),
             "peak_memory_bytes": float(peak_memory_bytes(pl_module.device)),
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
@@ -27,6 +28,11 @@ class RunReport(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that there is something to report."""
         self._trained = True
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Have the last step validated, whatever the interval: Lightning validates where training is asked to stop."""
+        if 0 < trainer.max_steps <= trainer.global_step:
+            trainer.should_stop = True
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

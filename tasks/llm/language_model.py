@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torchmetrics import MeanMetric
+from torchmetrics import SumMetric
 
 from lightning_adam_mini.factory import OptimizerFactory
 from lightning_adam_mini.measure import transformer_flops_per_token
@@ -79,7 +80,8 @@ class LanguageModel(Task):
         self.sample_tokens = sample_tokens
         self.temperature = temperature
         self.top_k = top_k
-        self.val_loss = MeanMetric()
+        self.val_total = SumMetric(nan_strategy="disable")  # a loss that is not a number must show
+        self.val_count = SumMetric()
         self._sample = ""
         self._active_parameters = 0
         if init_from is None:
@@ -101,11 +103,13 @@ class LanguageModel(Task):
             options["vocab_size"] = vocab_size
         if self.init_from is None and data is not None:
             options.update(_special_tokens(data, options))
+        if self.init_from and self.config:
+            rank_zero_warn(f"init_from: the model is as in {self.init_from}; model.config is not used")
         config = None if self.init_from else build_config(self.architecture, options)
         model = build_model(config, self.init_from, self.attention)
         _check_data(model.config, vocab_size, getattr(data, "context_length", None))
         if self.activation_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            _enable_activation_checkpointing(model)
         self._active_parameters = active_parameters(model)
         model.train()
         if self.compile_model:
@@ -131,7 +135,8 @@ class LanguageModel(Task):
 
     def on_validation_epoch_start(self) -> None:
         """Start the mean anew."""
-        self.val_loss.reset()
+        self.val_total.reset()
+        self.val_count.reset()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Sum the cross-entropy over labels; -100 is no label."""
@@ -139,15 +144,21 @@ class LanguageModel(Task):
         logits = self(batch["input_ids"])
         count = (labels != -100).sum()
         total = F.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="sum")
-        self.val_loss.update(total / count.clamp_min(1), weight=count)
+        self.val_total.update(total)
+        self.val_count.update(count)
+
+    def validation_loss(self) -> Tensor:
+        """Mean cross-entropy over the tokens of all ranks so far, in nats; not a number where there were none."""
+        return self.val_total.compute() / self.val_count.compute()
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean over all tokens of all ranks, and continue the sample prompt."""
-        loss = self.val_loss.compute()
+        loss = self.validation_loss()
         stage = "test" if self.trainer.testing else "val"
-        self.log(f"{stage}_loss", loss, prog_bar=True, rank_zero_only=True)
-        self.log(f"{stage}_perplexity", loss.exp(), rank_zero_only=True)
-        if self.sample_prompt and stage == "val" and not self.trainer.sanity_checking:
+        # The same on all ranks already; sync_dist says so to Lightning.
+        self.log(f"{stage}_loss", loss, prog_bar=True, sync_dist=True)
+        self.log(f"{stage}_perplexity", loss.exp(), sync_dist=True)
+        if self.sample_prompt and stage == "val" and not self.trainer.sanity_checking and loss.isfinite():
             self._write_sample()
 
     def on_test_epoch_start(self) -> None:
@@ -244,7 +255,7 @@ class LanguageModel(Task):
         lines = {"parameters": f"{sum(p.numel() for p in self.parameters()):,}"}
         loss = self.trainer.callback_metrics.get("val_loss")
         if loss is not None:
-            lines["validation loss"] = f"{loss:.4f} nats a token, perplexity {math.exp(loss):.2f}"
+            lines["validation loss"] = f"{loss:.4f} nats a token, perplexity {loss.exp():.2f}"
             data = self._data_module()
             if hasattr(data, "unigram_loss"):
                 unigram = data.unigram_loss()
@@ -272,6 +283,15 @@ class LanguageModel(Task):
     def _data_module(self) -> Any:
         trainer = self._trainer
         return None if trainer is None else getattr(trainer, "datamodule", None)
+
+
+def _enable_activation_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute activations in the backward pass; transformers 5.23 renamed the method and its argument."""
+    settings = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
 def _special_tokens(data: Any, options: dict[str, Any]) -> dict[str, int]:

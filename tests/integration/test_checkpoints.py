@@ -163,6 +163,13 @@ def test_a_file_that_is_no_checkpoint(work_dir, capsys):
         line = error_line(capsys)
         assert f"cannot read the checkpoint {path.relative_to(work_dir)}" in line
         assert "was cut off. Use another file of its folder" in line
+    for foreign in (checkpoint("run", "best-step=10")["state_dict"], [1]):
+        torch.save(foreign, path)
+        assert run("fit", "--run_dir", "run", "--ckpt_path", "last", *TO_20) == 1
+        assert "checkpoint" in error_line(capsys)
+    path.write_bytes(b"\x00\x01e garbage")
+    assert run("fit", "--run_dir", "run", "--ckpt_path", "last", *TO_20) == 1
+    assert "cannot read the checkpoint" in error_line(capsys)
     assert run("fit", "--run_dir", "run", "--ckpt_path", "run/checkpoints/best-step=10.ckpt", *TO_20) == 0
     assert checkpoint("run")["global_step"] == 20
 

@@ -97,9 +97,9 @@ def test_validation_weighs_tokens_and_not_batches():
         logits = task(data["input_ids"])
     losses = functional.cross_entropy(logits.flatten(0, 1), data["labels"].flatten(), reduction="none").reshape(2, 6)
     labels = [losses[0, 0], *losses[1], *losses[1]]
-    assert task.val_loss.compute().item() == pytest.approx(torch.stack(labels).mean().item(), rel=1e-6)
+    assert task.validation_loss().item() == pytest.approx(torch.stack(labels).mean().item(), rel=1e-6)
     task.on_validation_epoch_start()
-    assert task.val_loss.weight == 0
+    assert task.val_count.compute() == 0
 
 
 def test_a_second_call_of_configure_model_keeps_the_weights():
@@ -166,3 +166,12 @@ def test_export_without_a_tokenizer_and_after_a_failure(tmp_path, monkeypatch):
     again.configure_model()
     for one, other in zip(task.network.parameters(), again.network.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_validation_loss_that_is_not_a_number_shows():
+    task, data = built(), batch()
+    with torch.no_grad():
+        task.validation_step(data, 0)
+        task.network.get_output_embeddings().weight.fill_(float("nan"))
+        task.validation_step(data, 0)
+    assert task.validation_loss().isnan()

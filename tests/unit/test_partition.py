@@ -162,8 +162,10 @@ def test_parts_of_a_fused_matrix_that_one_tensor_cannot_hold(cut):
 def assert_the_named_override_settles(module, error):
     """The message ends in `partition_overrides={'name': 'cut'}`."""
     _, name, _, cut, _ = str(error.value).split("partition_overrides=")[1].split("'")
-    blocks = partition_module(module, "transformer", {name: cut})[name].blocks
-    assert blocks.num_values > 1
+    partition = partition_module(module, "transformer", {name: cut})
+    settled = [row for row in partition.values() if f"override {name!r}" in row.why]
+    assert settled
+    assert all(row.blocks.num_values > 1 for row in settled)
 
 
 @pytest.mark.parametrize("leaf", sorted(layouts.FUSED_NAMES))
@@ -292,3 +294,13 @@ def test_auto_takes_unknown_attention_for_a_transformer():
     model = nn.Sequential(Attention(), nn.Linear(8, 4))
     assert resolve_strategy("auto", model).name == "transformer"
     assert partition_module(model)["0.query.weight"].blocks.num_values == 8
+
+
+def test_auto_never_gives_a_token_table_one_number():
+    model = nn.Sequential(nn.Embedding(16, 8), nn.LSTM(8, 8), nn.Linear(8, 16))
+    assert partition_module(model)["0.weight"].blocks.num_values == 16
+
+
+def test_norms_of_several_dimensions_are_norms():
+    partition = partition_module(nn.LayerNorm((3, 8)), "transformer")
+    assert [row.role.name for row in partition.values()] == ["norm", "bias"]

@@ -128,3 +128,21 @@ def test_a_path():
     assert resolve_checkpoint(path, Path("other"), may_start=False) == path
     with pytest.raises(ValueError, match=r"no\.ckpt: no such file"):
         resolve_checkpoint("no.ckpt", run, may_start=True)
+
+
+def test_runs_that_start_together_get_folders_of_their_own():
+    """A run leaves traces only after its first steps; until then its claim keeps others out."""
+    first = start()
+    (first / ".claim").write_text(str(os.getppid()))  # as if another process, which is alive, had started it
+    assert start() == first.with_name("tiny-2")
+    with pytest.raises(ValueError, match="holds a run already"):
+        start(run_dir=first)
+    (first / ".claim").write_text("999999999")  # that process has died before its first step
+    assert start() == first
+
+
+def test_ranks_of_a_launcher_make_no_claim(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    folder = start()
+    assert not folder.exists()
+    assert start() == folder

@@ -137,6 +137,18 @@ class TokenDataModule(LightningDataModule, ABC):
             self._samples_before = batches_before * self.batch_size * self._replicas()["num_replicas"]
             self._train_sampler = None
 
+    def state_dict(self) -> dict[str, int]:
+        """The samples that were handed out, for checkpoints at the end of an epoch.
+
+        Between two epochs Lightning does not load the state of the loader itself.
+        """
+        sampler = self._train_sampler
+        return {"samples_seen": self._samples_before if sampler is None else sampler.samples_seen}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on after the samples of a checkpoint."""
+        self._samples_before = state_dict["samples_seen"]
+
     def describe(self) -> str:
         """The data in a few words, for messages."""
         return type(self).__name__
