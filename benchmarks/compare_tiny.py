@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
+from machine import cpu_name
 
 from lightning_adam_mini.tasks.metrics_file import read_metrics
 
@@ -62,7 +63,7 @@ class Run:
     def result(self, out: Path, steps: int) -> float | None:
         """Final validation loss; None where the run has not finished."""
         losses = read_metrics(self.folder(out)).get("val_loss", {})
-        return losses.get(steps - 1)
+        return losses.get(steps)
 
     def command(self, out: Path, steps: int, extra: list[str]) -> list[str]:
         """The command of the run."""
@@ -130,7 +131,13 @@ def main() -> None:
                 "std": stdev(values) if len(values) > 1 else 0.0,
             }
         )
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "cpu": cpu_name(),
+        "threads": 1,
+    }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "comparison.json").write_text(json.dumps({"versions": versions, "rows": rows}, indent=1))
     (options.out / "comparison.md").write_text(table(rows, list(options.lr)))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -18,6 +17,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from machine import cpu_name
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -39,13 +39,6 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "ours, foreach": lambda m: AdamMini(m, lr=1e-4, implementation="foreach"),
     "ours, foreach, rank one": lambda m: AdamMini(m, lr=1e-4, partition="transformer_rank_one"),
 }
-
-
-def cpu_name() -> str:
-    """The processor's name where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
 
 
 def seconds(step: Callable[[], object], device: torch.device) -> float:

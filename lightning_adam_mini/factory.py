@@ -75,8 +75,9 @@ class AdamMini(OptimizerFactory):
     Args:
         betas: Decay rates of the first and second moment.
         eps: Added to the root of the second moment.
-        partition: How parameters are cut into blocks: `auto` (`transformer` for models that attend over tokens, else
-            `default`), `transformer`, `transformer_early`, `transformer_rank_one`, `default` or `element`.
+        partition: How parameters are cut into blocks: `auto` (`transformer` for models that look tokens up or attend
+            over them, else `default`), `transformer`, `transformer_early`, `transformer_rank_one`, `default` or
+            `element`.
         partition_overrides: Cuts by role, parameter name or `re:` pattern: `head`, `row`, `whole`, `element` or
             `row_column`. The first that matches wins.
         exp_avg_dtype: Dtype of the first moment; the parameter's by default.
