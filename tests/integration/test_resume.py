@@ -26,8 +26,7 @@ def rows(run_dir):
         pytest.param([], [1, 8], id="plain"),
         pytest.param(["--trainer.accumulate_grad_batches", 2], [3], id="accumulation"),
         pytest.param(["--data.epoch_samples", 28, "--trainer.val_check_interval", 4], [4, 7, 13], id="short epochs"),
-        pytest.param(["--data.num_workers", 1], [6], id="worker"),
-        pytest.param(["--optimizer", "AdamW"], [6], id="AdamW"),
+        pytest.param(["--data.num_workers", 1], [6], id="worker", marks=pytest.mark.slow),
     ],
 )
 def test_resumed_after_a_step(work_dir, options, steps):
