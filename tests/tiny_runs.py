@@ -1,8 +1,10 @@
 """Runs of `adam-mini` that take a second: their text, their recipe, and what they leave in their folder."""
 
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -69,6 +71,15 @@ def start(*arguments, **options):
     """`adam-mini ARGUMENTS` as a process of its own."""
     command = [sys.executable, "-m", "lightning_adam_mini.cli.main", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def interrupt_in_training(process, run_dir):
+    """Send Ctrl-C to a process of `start` once it has logged a step; what it printed, by the time it has ended."""
+    metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + 120
+    while not metrics.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    return process.communicate(timeout=60)
 
 
 def checkpoint(run_dir, name="last"):

@@ -3,7 +3,6 @@
 import os
 import resource
 import signal
-import time
 from contextlib import contextmanager
 from multiprocessing import get_context
 
@@ -13,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_adam_mini.tasks.checkpoint_io import AtomicCheckpointIO
 from lightning_adam_mini.tasks.metrics_file import read_metrics
-from tiny_runs import assert_same_state, checkpoint, error_line, run, start
+from tiny_runs import assert_same_state, checkpoint, error_line, interrupt_in_training, run, start
 
 TO_20 = ["--trainer.max_steps", 20]
 
@@ -87,11 +86,7 @@ def test_ctrl_c_outside_of_training(work_dir, monkeypatch, capsys):
 
 def test_ctrl_c_as_the_user_types_it(work_dir):
     process = start("fit", "--config", "tiny.yaml", "--run_dir", "run", "--trainer.max_steps", 100_000)
-    metrics, deadline = work_dir / "run" / "metrics.jsonl", time.monotonic() + 120
-    while not metrics.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = interrupt_in_training(process, work_dir / "run")
     assert process.returncode == 130, err
     assert "Continue with --run_dir run --ckpt_path last" in out
     assert "Traceback" not in err

@@ -1,13 +1,10 @@
 """Two processes with half of the batch each train as one process with the whole batch."""
 
-import signal
-import time
-
 import pytest
 import torch
 
 from lightning_adam_mini.tasks.metrics_file import read_metrics
-from tiny_runs import checkpoint, run, start
+from tiny_runs import checkpoint, interrupt_in_training, run, start
 
 # Each process has random numbers of its own, so dropout would differ. In double precision, because the gradient of a
 # key's bias is zero but for rounding, which Adam divides by its own size.
@@ -42,11 +39,7 @@ def test_two_processes_train_as_one(work_dir):
 def test_a_signal_to_one_process_stops_both(work_dir):
     options = [*TWO, "--run_dir", "run", "--trainer.max_steps", 100_000]
     process = start("fit", "--config", "tiny.yaml", *options)
-    metrics, deadline = work_dir / "run" / "metrics.jsonl", time.monotonic() + 120
-    while not metrics.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = interrupt_in_training(process, work_dir / "run")
     assert process.returncode == 130, err
     assert out.count("Stopped after step") == 1
     assert "Traceback" not in err
