@@ -80,6 +80,8 @@ class AdamMini(OptimizerFactory):
             `element`.
         partition_overrides: Cuts by role, parameter name or `re:` pattern: `head`, `row`, `whole`, `element` or
             `row_column`. The first that matches wins.
+        partition_layouts: Names of layouts by the class of a module that the library does not know, such as
+            `{my_package.Attention: fused_per_head}`.
         exp_avg_dtype: Dtype of the first moment; the parameter's by default.
         implementation: `reference`, `foreach`, or None to choose.
     """
@@ -88,6 +90,7 @@ class AdamMini(OptimizerFactory):
     eps: float = 1e-8
     partition: PartitionName = "auto"
     partition_overrides: dict[str, CutName] = field(default_factory=dict)
+    partition_layouts: dict[str, str] = field(default_factory=dict)
     exp_avg_dtype: Literal["float32", "bfloat16"] | None = None
     implementation: Literal["reference", "foreach"] | None = None
 
@@ -101,6 +104,7 @@ class AdamMini(OptimizerFactory):
             weight_decay=self.weight_decay,
             partition=self.partition,
             partition_overrides=self.partition_overrides,
+            partition_layouts=self.partition_layouts,
             weight_decay_policy=self.weight_decay_policy,
             exp_avg_dtype=getattr(torch, self.exp_avg_dtype) if self.exp_avg_dtype else None,
             implementation=self.implementation,

@@ -17,6 +17,7 @@ from lightning_adam_mini.optim.state import check_state, fits_parameter, init_st
 from lightning_adam_mini.optim.validation import check_gradient, check_group, check_parameter
 from lightning_adam_mini.partition import (
     CutParameter,
+    Layouts,
     Role,
     Strategy,
     partition_module,
@@ -51,6 +52,7 @@ class AdamMini(Optimizer):
         partition: How parameters are cut: `auto`, `transformer`, `transformer_early`, `transformer_rank_one`,
             `default`, `element`, or a `Strategy`.
         partition_overrides: Cuts by role, name or `re:` pattern; the first that matches wins.
+        partition_layouts: Layouts for classes of the model, as in `partition_module`.
         weight_decay_policy: `matrices` spares vectors (biases, norm scales); `all` spares nothing. It applies where
             this class makes the groups; groups that you make decay as they say, or by `weight_decay`.
         exp_avg_dtype: Dtype of the first moment; None for the parameter's. The second moment is float32, or float64
@@ -81,6 +83,7 @@ class AdamMini(Optimizer):
         module: nn.Module | None = None,
         partition: str | Strategy = "auto",
         partition_overrides: Mapping[str, str] | None = None,
+        partition_layouts: Layouts | None = None,
         weight_decay_policy: WeightDecayPolicy = "matrices",
         exp_avg_dtype: torch.dtype | None = None,
         maximize: bool = False,
@@ -114,11 +117,13 @@ class AdamMini(Optimizer):
                 raise ValueError("AdamMini got an empty parameter list")
 
         named = dict(module.named_parameters()) if module is not None else _named(entries)
-        strategy = resolve_strategy(partition, module)
+        strategy = resolve_strategy(partition, module, partition_layouts)
         self._strategy_of_unknown = Strategy(strategy.name, {}, otherwise=strategy.cut(Role.OTHER))
         if module is not None:
-            cuts = partition_module(module, strategy, partition_overrides)
+            cuts = partition_module(module, strategy, partition_overrides, partition_layouts)
         else:
+            if partition_layouts:
+                raise ValueError("partition_layouts need the model: AdamMini(model, ...), or module= beside parameters")
             shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
             cuts = partition_tensors(shapes, strategy, partition_overrides)
             if partition == "auto":

@@ -19,12 +19,15 @@ def decays(cut: CutParameter, policy: WeightDecayPolicy) -> bool:
 
     Args:
         cut: The parameter and its role.
-        policy: `matrices` spares biases, norm scales and all other vectors and scalars; `all` spares nothing, as the
-            AdamW baseline of the Adam-mini paper.
+        policy: `matrices` spares biases, norm scales and all other vectors and scalars, of whatever shape; `all` spares
+            nothing, as the AdamW baseline of the Adam-mini paper.
     """
     if policy == "all":
         return True
-    return len(cut.blocks.shape) >= 2 and Role.BIAS not in cut.role.roles and Role.NORM not in cut.role.roles
+    shape, roles = cut.blocks.shape, cut.role.roles
+    if Role.OTHER in roles:  # a class token of shape (1, 1, width) is a vector
+        return sum(size > 1 for size in shape) >= 2
+    return len(shape) >= 2 and Role.BIAS not in roles and Role.NORM not in roles
 
 
 def decay_groups(

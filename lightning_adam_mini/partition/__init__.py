@@ -1,6 +1,8 @@
 """From a module tree to the role of each parameter, and from roles to blocks."""
 
-from lightning_adam_mini.partition.layouts import ModuleLayout, register_layout
+from lightning_adam_mini.partition.inference import Layouts
+from lightning_adam_mini.partition.layouts import register_layout
+from lightning_adam_mini.partition.module_layout import ModuleLayout, Rows, Span
 from lightning_adam_mini.partition.partition import (
     CutParameter,
     partition_module,
@@ -14,10 +16,13 @@ __all__ = [
     "STRATEGIES",
     "Cut",
     "CutParameter",
+    "Layouts",
     "ModuleLayout",
     "ParameterRole",
     "Part",
     "Role",
+    "Rows",
+    "Span",
     "Strategy",
     "partition_module",
     "partition_tensors",

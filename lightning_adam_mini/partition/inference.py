@@ -1,104 +1,149 @@
 """Roles from the module tree: every parameter of a model gets a `ParameterRole`.
 
-The order of precedence: the layout of an enclosing module, the model's own statement of its embeddings and output head,
-the type of the module that owns the parameter. What none of them knows is `Role.OTHER`.
+The order of precedence: layouts that the user named, then those that were registered; layouts of the table, those for
+classes before those for names of children, and those of outer modules before those of inner ones; the model's own
+statement of its embeddings and output head; the type of the owning layer; the name of a bare parameter. What none of
+them knows is `Role.OTHER`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from operator import attrgetter
-from typing import Any
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from operator import itemgetter
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import UninitializedTensorMixin
 
 from lightning_adam_mini.partition.layouts import (
+    BARE_PARAMETERS,
     FUSED_NAMES,
-    QUERY_KEY_VALUE_NAMES,
-    ModuleLayout,
-    find_layout,
-    qualified_name,
+    find_layer,
+    find_layouts,
+    is_registered,
+    named_layout,
 )
+from lightning_adam_mini.partition.module_layout import ModuleLayout, Rows, qualified_name
 from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
+from lightning_adam_mini.partition.tree import Leaf, Node, leaves, walk
 
 __all__ = ["has_tokens", "infer_roles"]
 
 NORM_TYPES = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, _NormBase)
-TRANSPOSED_LINEAR = "transformers.pytorch_utils.Conv1D"
+
+Layouts = Mapping[str, "str | ModuleLayout"]
+"""Layouts by class, as qualified or bare name: the name of a row of the table, or a layout."""
 
 
-def infer_roles(module: nn.Module) -> dict[str, ParameterRole]:
+def infer_roles(module: nn.Module, layouts: Layouts | None = None) -> dict[str, ParameterRole]:
     """The role of each parameter.
 
     Args:
         module: A model, or any module tree around one.
+        layouts: Layouts for classes of this model, before those of the table.
 
     Returns:
         Roles by name, as in `module.named_parameters()`. A parameter that is used twice has one entry, under its
         first name and with the more specific of its roles.
 
+    Raises:
+        ValueError: A parameter without a shape yet, or a layout that fits no module.
+
     Note:
         Heads that cannot be told are no error here, since not every cut needs them: `ParameterRole.problem` says why.
     """
+    tree = _Tree(list(walk(module)), list(leaves(module)))
     by_parameter: dict[int, ParameterRole] = {}
-    for name, owner, leaf, parameter in _owned_parameters(module):
-        role = _from_type(name, owner, leaf, parameter)
-        _keep_more_specific(by_parameter, parameter, role)
-    for weight, role in _declared_embeddings(module):
+    for leaf in tree.leaves:
+        if isinstance(leaf.parameter, UninitializedTensorMixin):
+            raise ValueError(f"{leaf.name}: has no shape yet; run one batch through the model first (lazy layers)")
+        _keep_more_specific(by_parameter, leaf.parameter, _from_type(leaf))
+    for weight, role in _declared_embeddings(tree):
         by_parameter[id(weight)] = role
-    for prefix, child in module.named_modules():
-        layout = find_layout(child)
-        if layout is not None:
-            _apply_layout(layout, prefix, child, by_parameter)
-    _mark_unknown_fused(module, by_parameter)
+    settled: set[int] = set()
+    for layout, node in [*_own_layouts(tree, layouts or {}), *_table_layouts(tree)]:
+        _apply_layout(layout, node, tree, by_parameter, settled)
+    _mark_unknown_fused(tree, by_parameter, settled)
     return {name: by_parameter[id(parameter)] for name, parameter in module.named_parameters()}
 
 
-def has_tokens(module: nn.Module) -> bool:
+def has_tokens(module: nn.Module, layouts: Layouts | None = None) -> bool:
     """Whether any part of `module` looks tokens up or attends over them, be it in a class that no layout knows."""
-    for child in module.modules():
-        if isinstance(child, nn.Embedding):
-            return True
-        layout = find_layout(child)
-        if layout is not None and layout.is_attention:
-            return True
-        names = {name for name, _ in child.named_children()}
-        if names & FUSED_NAMES or any(names.issuperset(triple) for triple in QUERY_KEY_VALUE_NAMES):
-            return True
-    return False
+    tree = _Tree(list(walk(module)), list(leaves(module)))
+    if any(isinstance(node.module, nn.Embedding) for node in tree.nodes):
+        return True
+    own = [layout for layout, _ in _own_layouts(tree, layouts or {})]
+    of_table = [layout for node in tree.nodes for layout in _deciding(node.module)]
+    if any(layout.is_attention for layout in [*own, *of_table]):
+        return True
+    return any(True for _ in _fused_weights(tree))
 
 
-def _owned_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-    """Full name, owning module, own name and parameter, for each place where a parameter is used."""
-    for prefix, owner in module.named_modules():
-        for leaf, parameter in owner.named_parameters(recurse=False):
-            yield f"{prefix}.{leaf}" if prefix else leaf, owner, leaf, parameter
+@dataclass(frozen=True)
+class _Tree:
+    nodes: list[Node]
+    leaves: list[Leaf]
+
+    @cached_property
+    def _sorted(self) -> list[tuple[str, Leaf]]:
+        return sorted(((leaf.plain_name, leaf) for leaf in self.leaves), key=itemgetter(0))
+
+    def below(self, node: Node) -> Iterator[tuple[str, Leaf]]:
+        """Parameters below a module, by their plain names relative to it."""
+        prefix = f"{node.plain_name}." if node.plain_name else ""
+        for plain_name, leaf in self._sorted[bisect_left(self._sorted, prefix, key=itemgetter(0)) :]:
+            if not plain_name.startswith(prefix):
+                return
+            yield plain_name.removeprefix(prefix), leaf
 
 
-def _one(role: Role, parameter: Tensor, why: str, axis: int | None = 0) -> ParameterRole:
-    rows = parameter.shape[axis] if axis is not None and parameter.dim() > axis else 1
-    return ParameterRole((Part(role, rows),), why, axis if parameter.dim() else None)
+def _one(role: Role, parameter: Tensor, why: str, axis: int | None = 0, *, known: bool = True) -> ParameterRole:
+    axis = axis if parameter.dim() else None
+    return ParameterRole((Part(role, parameter.shape[axis] if axis is not None else 1),), why, axis, known=known)
 
 
-def _from_type(name: str, owner: nn.Module, leaf: str, parameter: nn.Parameter) -> ParameterRole:
-    """The role that the type of the owning module tells."""
+def _from_type(leaf: Leaf) -> ParameterRole:
+    """The role that the type of the owning module tells, or else the name of a bare parameter."""
+    owner, name, parameter = leaf.owner, leaf.own_name, leaf.parameter
     kind = type(owner).__name__
-    is_norm = isinstance(owner, NORM_TYPES)
-    if (parameter.dim() <= 1 or is_norm) and (leaf == "bias" or leaf.endswith("_bias")):
-        return _one(Role.BIAS, parameter, f"bias of {kind}")
-    if is_norm or (parameter.dim() <= 1 and kind.endswith("Norm")):
+    is_vector = parameter.numel() == max(parameter.shape, default=1)
+    if parameter.dim() == 0:
+        return _one(Role.OTHER, parameter, f"{name!r} of {kind}: a number")
+    layer = find_layer(owner)
+    rows = layer.find(name) if layer else None
+    if layer and rows:
+        role = layer.role(rows, owner, tuple(parameter.shape), 0, f"{name} of {kind}")
+        if role.known:
+            return role
+    is_linear, is_norm = isinstance(owner, nn.Linear), isinstance(owner, NORM_TYPES)
+    if ((is_vector or is_norm) and name == "bias") or name.endswith(("_bias", "_biases")):
+        return _one(Role.BIAS, parameter, f"{name} of {kind}")
+    if is_norm or (is_vector and "Norm" in kind) or (kind.endswith("Norm") and not is_linear):
         return _one(Role.NORM, parameter, f"scale of {kind}")
-    if isinstance(owner, nn.Embedding):
-        return _one(Role.TOKEN_EMBEDDING, parameter, "nn.Embedding")
-    if isinstance(owner, _ConvNd) and leaf == "weight":
-        return _one(Role.CONV, parameter, kind, axis=1 if isinstance(owner, _ConvTransposeNd) else 0)
-    if isinstance(owner, nn.Linear) and leaf == "weight":
-        return _one(Role.LINEAR, parameter, "nn.Linear")
-    if leaf == "weight" and any(qualified_name(base) == TRANSPOSED_LINEAR for base in type(owner).__mro__):
-        return _one(Role.LINEAR, parameter, "Conv1D: a linear layer with a transposed weight", axis=1)
-    return _one(Role.OTHER, parameter, f"no rule for {leaf!r} of {kind}", axis=0 if parameter.dim() else None)
+    if name == "weight_scale" or (name == "weight_g" and hasattr(owner, "weight_v")):
+        return _one(Role.NORM, parameter, f"scale of {kind} with weight norm")
+    if name == "weight" or (name == "weight_v" and hasattr(owner, "weight_g")):
+        if isinstance(owner, nn.Embedding):
+            return _one(Role.TOKEN_EMBEDDING, parameter, "nn.Embedding")
+        if isinstance(owner, _ConvNd):
+            return _one(Role.CONV, parameter, kind, axis=1 if isinstance(owner, _ConvTransposeNd) else 0)
+        if is_linear:
+            return _one(Role.LINEAR, parameter, "nn.Linear")
+    bare = BARE_PARAMETERS.get(name)
+    if bare is None or (bare is Role.NORM and not is_vector):
+        return _one(Role.OTHER, parameter, f"no rule for {name!r} of {kind}", known=False)
+    why = f"{name} of {kind}"
+    if bare is not Role.POSITION_EMBEDDING:
+        return _one(bare, parameter, why)
+    if parameter.dim() not in (2, 3):
+        return _one(Role.OTHER, parameter, f"{why}: positions in {parameter.dim()} dimensions", known=False)
+    # (positions, width), or (1 or tables, positions, width)
+    rows = parameter.shape[-2]
+    return ParameterRole((Part(bare, rows),), why, parameter.dim() - 2, tuple(range(parameter.dim() - 2)))
 
 
 _SPECIFICITY = {Role.OTHER: 0, Role.LINEAR: 1, Role.POSITION_EMBEDDING: 2, Role.OUTPUT_HEAD: 2, Role.TOKEN_EMBEDDING: 3}
@@ -110,10 +155,12 @@ def _keep_more_specific(roles: dict[int, ParameterRole], parameter: nn.Parameter
         roles[id(parameter)] = role
 
 
-def _declared_embeddings(module: nn.Module) -> Iterator[tuple[Tensor, ParameterRole]]:
+def _declared_embeddings(tree: _Tree) -> Iterator[tuple[Tensor, ParameterRole]]:
     """Token embeddings, position tables and output heads, as models declare them or as shapes tell."""
-    embeddings = [child for child in module.modules() if isinstance(child, nn.Embedding)]
-    declared_in, declared_out = _declared(module, "get_input_embeddings"), _declared(module, "get_output_embeddings")
+    modules = [node.module for node in tree.nodes]
+    embeddings = [module for module in modules if isinstance(module, nn.Embedding)]
+    declared_in = _declared(modules, "get_input_embeddings")
+    declared_out = _declared(modules, "get_output_embeddings")
     tokens = [e for e in embeddings if any(e is other for other in declared_in)]
     if tokens:
         for embedding in embeddings:
@@ -121,21 +168,24 @@ def _declared_embeddings(module: nn.Module) -> Iterator[tuple[Tensor, ParameterR
                 why = "an embedding that is not the model's input embedding"
                 yield embedding.weight, _one(Role.POSITION_EMBEDDING, embedding.weight, why)
     token_weights = {id(token.weight) for token in tokens or embeddings}
-    for child in module.modules():
-        if not isinstance(child, nn.Linear) or id(child.weight) in token_weights:
+    token_shapes = {token.weight.shape for token in tokens or embeddings}
+    for module in modules:
+        if not isinstance(module, nn.Linear) or id(module.weight) in token_weights:
             continue
-        declared = any(child is other for other in declared_out)
-        by_shape = not declared_out and any(child.weight.shape == token.weight.shape for token in tokens or embeddings)
+        declared = any(module is other for other in declared_out)
+        # A square matrix, or a single row, is rather another layer that happens to have the shape of a table.
+        rows, columns = module.weight.shape
+        by_shape = not declared_out and rows not in (1, columns) and module.weight.shape in token_shapes
         if declared or by_shape:
             why = "the model's output embeddings" if declared else "a linear layer onto the vocabulary"
-            yield child.weight, _one(Role.OUTPUT_HEAD, child.weight, why)
+            yield module.weight, _one(Role.OUTPUT_HEAD, module.weight, why)
 
 
-def _declared(module: nn.Module, method: str) -> list[nn.Module]:
-    """What the models in `module` return from `method`; a model may have none, or decline to answer."""
+def _declared(modules: Iterable[nn.Module], method: str) -> list[nn.Module]:
+    """What modules return from `method`; a model may have none, or decline to answer."""
     found = []
-    for child in module.modules():
-        declare = getattr(child, method, None)
+    for module in modules:
+        declare = getattr(module, method, None)
         if callable(declare):
             try:
                 answer = declare()
@@ -146,76 +196,94 @@ def _declared(module: nn.Module, method: str) -> list[nn.Module]:
     return found
 
 
-def _apply_layout(layout: ModuleLayout, prefix: str, module: nn.Module, roles: dict[int, ParameterRole]) -> None:
-    """Give the parameters of `module` the roles its layout names."""
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    for relative, part_roles in layout.parameters.items():
-        parameter = parameters.get(relative)
-        if parameter is None:
+def _own_layouts(tree: _Tree, layouts: Layouts) -> Iterator[tuple[ModuleLayout, Node]]:
+    """Layouts that the user gave for classes of this model.
+
+    Raises:
+        ValueError: No module is of such a class, or its parameters have other names than the layout's.
+    """
+    for class_name, given in layouts.items():
+        layout = named_layout(given) if isinstance(given, str) else given
+        nodes = [node for node in tree.nodes if _is_a(node.module, class_name)]
+        if not nodes:
+            raise ValueError(
+                f"partition_layouts: no module of this model is of class {class_name!r}; it has "
+                f"{', '.join(sorted({type(node.module).__name__ for node in tree.nodes}))}"
+            )
+        for node in nodes:
+            names = [name for name, _ in tree.below(node)]
+            if not any(layout.find(name) for name in names):
+                raise ValueError(
+                    f"partition_layouts: {layout.name!r} names none of the parameters of {class_name} "
+                    f"({', '.join(names[:8])}); it names {', '.join(layout.parameters)}"
+                )
+            yield layout, node
+
+
+def _table_layouts(tree: _Tree) -> list[tuple[ModuleLayout, Node]]:
+    """Layouts of the table with their modules; a class tells more than names of children, so it goes first."""
+    found = [(layout, node) for node in tree.nodes for layout in find_layouts(node.module)]
+    return sorted(found, key=lambda pair: (not is_registered(pair[0]), not pair[0].classes))
+
+
+def _deciding(module: nn.Module) -> list[ModuleLayout]:
+    """The layouts that say whether a module attends: that of its class, or else all."""
+    found = find_layouts(module)
+    return [layout for layout in found if layout.classes] or found
+
+
+def _is_a(module: nn.Module, class_name: str) -> bool:
+    return any(class_name in (base.__name__, qualified_name(base)) for base in type(module).__mro__)
+
+
+def _apply_layout(
+    layout: ModuleLayout, node: Node, tree: _Tree, roles: dict[int, ParameterRole], settled: set[int]
+) -> None:
+    """Give the parameters of a module the roles its layout names, unless another layout came first."""
+    for relative, leaf in tree.below(node):
+        rows = layout.find(relative)
+        known = roles[id(leaf.parameter)]
+        if rows is None or id(leaf.parameter) in settled or _is_settled_by_type(known, rows, layout):
             continue
-        axis = roles[id(parameter)].axis or 0
-        rows = parameter.shape[axis]
-        why = f"{relative} of {type(module).__name__}"
-        if len(part_roles) == 1 and part_roles[0] not in (Role.QUERY, Role.KEY):
-            roles[id(parameter)] = ParameterRole((Part(part_roles[0], rows),), why, axis)
-            continue
-        try:
-            parts, problem = _head_parts(layout, module, part_roles, rows), ""
-        except _UnknownHeadsError as error:
-            role = part_roles[0] if len(part_roles) == 1 else Role.FUSED_QKV
-            parts, problem = (Part(role, rows),), str(error)
-        roles[id(parameter)] = ParameterRole(parts, why, axis, problem=problem)
+        settled.add(id(leaf.parameter))
+        why = f"{relative} of {type(node.module).__name__}"
+        shape = tuple(leaf.parameter.shape)
+        roles[id(leaf.parameter)] = layout.role(rows, node.module, shape, known.axis or 0, why)
 
 
-class _UnknownHeadsError(Exception):
-    """The heads of a projection cannot be told."""
+def _is_settled_by_type(known: ParameterRole, rows: Rows, layout: ModuleLayout) -> bool:
+    """Whether the type of a layer, or the model's own word on its embeddings, says more than a layout."""
+    role = known.roles[0]
+    if role in (Role.CONV, Role.NORM, Role.BIAS):
+        return True
+    if role is Role.EXPERT:
+        return not layout.classes
+    return role is Role.TOKEN_EMBEDDING and rows.roles == (Role.OUTPUT_HEAD,)
 
 
-def _head_parts(layout: ModuleLayout, module: nn.Module, part_roles: tuple[Role, ...], rows: int) -> tuple[Part, ...]:
-    """Parts whose rows come in heads, checked against the rows that are there."""
-    heads = _first_attribute(module, layout.num_heads)
-    key_heads = _first_attribute(module, layout.num_key_value_heads) or heads
-    head_dim = _first_attribute(module, layout.head_dim)
-    if head_dim is None and part_roles == (Role.QUERY,) and heads and rows % heads == 0:
-        head_dim = rows // heads
-    if head_dim is None:
-        raise _UnknownHeadsError(f"{type(module).__name__} tells no head size in {' or '.join(layout.head_dim)}")
-    if rows % head_dim:
-        raise _UnknownHeadsError(
-            f"{rows} rows are no multiple of the head size {head_dim} that {type(module).__name__} tells"
-        )
-    if len(part_roles) == 1:
-        return (Part(part_roles[0], rows, head_dim),)
-    counts = {Role.QUERY: heads, Role.KEY: key_heads, Role.VALUE: key_heads}
-    parts = tuple(Part(role, (counts[role] or 0) * head_dim, head_dim) for role in part_roles)
-    if sum(part.length for part in parts) != rows:
-        raise _UnknownHeadsError(
-            f"{heads} query heads and {key_heads} key-value heads of {head_dim} rows do not add up to the {rows} rows"
-        )
-    return parts
+def _fused_weights(tree: _Tree) -> Iterator[Leaf]:
+    """Weights of linear layers whose name says that they hold query, key and value."""
+    for leaf in tree.leaves:
+        layer, _, own_name = leaf.plain_name.rpartition(".")
+        is_linear = isinstance(leaf.owner, nn.Linear) or find_layer(leaf.owner) is not None
+        if own_name == "weight" and layer.rpartition(".")[2] in FUSED_NAMES and is_linear:
+            yield leaf
 
 
-def _first_attribute(module: nn.Module, paths: tuple[str, ...]) -> int | None:
-    """The first of the dotted attributes that holds a positive integer."""
-    for path in paths:
-        try:
-            value: Any = attrgetter(path)(module)
-        except AttributeError:
-            continue
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
-
-
-def _mark_unknown_fused(module: nn.Module, roles: dict[int, ParameterRole]) -> None:
+def _mark_unknown_fused(tree: _Tree, roles: dict[int, ParameterRole], settled: set[int]) -> None:
     """Mark fused query-key-value matrices of classes that no layout knows, for the strategy to refuse."""
-    for prefix, child in module.named_modules():
-        parent, _, leaf = prefix.rpartition(".")
-        weight = getattr(child, "weight", None)
-        if leaf not in FUSED_NAMES or not isinstance(weight, nn.Parameter):
+    owners = {node.plain_name: node.module for node in tree.nodes}
+    for leaf in _fused_weights(tree):
+        if id(leaf.parameter) in settled:
             continue
-        known = roles[id(weight)]
-        if known.roles == (Role.LINEAR,):
-            problem = f"no layout tells how {type(module.get_submodule(parent)).__name__} orders query, key and value"
-            parts = (Part(Role.FUSED_QKV, known.parts[0].length),)
-            roles[id(weight)] = ParameterRole(parts, f"{leaf!r}: fused", known.axis, problem=problem)
+        layer = leaf.plain_name.rpartition(".")[0]
+        parent = owners.get(layer.rpartition(".")[0])
+        fused = layer.rpartition(".")[2]
+        class_name = type(parent).__name__
+        problem = (
+            f"no layout tells how {class_name} orders query, key and value (name one, such as "
+            f"partition_layouts={{'{class_name}': 'fused_contiguous'}}, 'fused_per_head' or 'fused_per_group')"
+        )
+        known = roles[id(leaf.parameter)]
+        parts = (Part(Role.FUSED_QKV, known.parts[0].length),)
+        roles[id(leaf.parameter)] = ParameterRole(parts, f"{fused!r}: fused", known.axis, problem=problem)

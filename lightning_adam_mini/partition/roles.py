@@ -23,7 +23,9 @@ class Role(StrEnum):
     EXPERT = "expert"
     CONV = "conv"
     NORM = "norm"
+    """Scales: of norms, of residual branches (LayerScale), of adapters (DoRA's magnitudes)."""
     BIAS = "bias"
+    """Whatever is added to activations or attention scores, tables of relative positions among it."""
     LORA = "lora"
     FUSED_QKV = "fused_qkv"
     """A fused query, key and value whose order is unknown; strategies that need it refuse."""
@@ -55,7 +57,8 @@ class ParameterRole:
         axis: Dimension of the output neurons or tokens; None for tensors without such a dimension.
         batch_axes: Dimensions that keep independent matrices apart (experts).
         repeats: How often the sequence of parts repeats along `axis`.
-        problem: Why the heads cannot be told, with the remedy; empty where they can.
+        problem: Why the heads cannot be told; empty where they can.
+        known: Whether a rule gave the role; False where none applied.
     """
 
     parts: tuple[Part, ...]
@@ -64,6 +67,7 @@ class ParameterRole:
     batch_axes: tuple[int, ...] = ()
     repeats: int = 1
     problem: str = ""
+    known: bool = True
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -72,5 +76,5 @@ class ParameterRole:
 
     @property
     def name(self) -> str:
-        """The role, or the roles joined by `+` for a fused parameter."""
-        return "+".join(self.roles)
+        """The role; for a fused parameter its different roles in order, joined by `+`."""
+        return "+".join(dict.fromkeys(self.roles))

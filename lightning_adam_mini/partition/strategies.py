@@ -7,6 +7,7 @@ models that are no Transformers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -115,7 +116,7 @@ def cut_parameter(name: str, shape: tuple[int, ...], role: ParameterRole, cuts: 
     wanted = {cuts[part.role] for part in role.parts}
     if Cut.HEAD in wanted and (role.problem or any(_lacks_head(part, cuts[part.role]) for part in role.parts)):
         problem = role.problem or f"{role.name} has no heads to cut by"
-        key = "fused_qkv" if Role.FUSED_QKV in role.roles else name
+        key = "fused_qkv" if Role.FUSED_QKV in role.roles else _of_every_layer(name)
         raise ValueError(
             f"{name}: {problem}; tell its layout with register_layout, or override its cut, for example "
             f"partition_overrides={{'{key}': 'row'}}"
@@ -124,6 +125,8 @@ def cut_parameter(name: str, shape: tuple[int, ...], role: ParameterRole, cuts: 
         return Blocks.element(shape)
     if wanted == {Cut.WHOLE}:
         return Blocks.whole(shape, batch_axes=role.batch_axes)
+    if wanted == {Cut.ROW}:
+        return Blocks.rows(shape, axis=role.axis, batch_axes=role.batch_axes)
     if wanted == {Cut.ROW_COLUMN}:
         lengths = tuple(part.length for part in role.parts)
         return Blocks.row_column(
@@ -136,6 +139,12 @@ def cut_parameter(name: str, shape: tuple[int, ...], role: ParameterRole, cuts: 
         )
     segments = tuple(_segment(part, cuts[part.role], role.repeats) for part in role.parts)
     return Blocks.segmented(shape, segments, axis=role.axis, repeats=role.repeats, batch_axes=role.batch_axes)
+
+
+def _of_every_layer(name: str) -> str:
+    """An override for a parameter and its like in other layers."""
+    escaped = re.sub(r"(?<![^.\\])\d+(?![^.\\])", r"\\d+", re.escape(name))
+    return name if escaped == re.escape(name) else f"re:{escaped}"
 
 
 def _lacks_head(part: Part, cut: Cut) -> bool:

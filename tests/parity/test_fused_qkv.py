@@ -7,6 +7,7 @@ from torch import nn
 import tiny_models
 from lightning_adam_mini import AdamMini
 from lightning_adam_mini.partition import ModuleLayout, Role, layouts, register_layout
+from lightning_adam_mini.partition.layouts.orders import CONTIGUOUS
 from tiny_models import DIM, HEADS, KV_HEADS, FusedAttention, SeparateAttention, random_gradient
 
 STRATEGIES = ["transformer", "transformer_early", "transformer_rank_one", "element"]
@@ -26,11 +27,9 @@ def own_layout(monkeypatch):
     monkeypatch.setattr(layouts, "LAYOUTS", list(layouts.LAYOUTS))
     register_layout(
         ModuleLayout(
+            "mine",
             classes=(f"{FusedAttention.__module__}.FusedAttention",),
-            parameters={
-                "qkv.weight": (Role.QUERY, Role.KEY, Role.VALUE),
-                "proj.weight": (Role.ATTENTION_OUTPUT,),
-            },
+            parameters={"qkv.weight": CONTIGUOUS, "proj.weight": Role.ATTENTION_OUTPUT},
         )
     )
 

@@ -18,6 +18,7 @@ from lightning_adam_mini.partition import (
     register_layout,
     resolve_strategy,
 )
+from lightning_adam_mini.partition.layouts.orders import CONTIGUOUS
 from tiny_models import DIM, HEADS, FusedAttention, SeparateAttention
 
 
@@ -185,7 +186,7 @@ def test_strategies_that_need_heads_refuse_what_tells_none(strategy):
             super().__init__()
             del self.head_dim, self.num_heads, self.num_key_value_heads
 
-    with pytest.raises(ValueError, match=r"q_proj.weight: Headless tells no head size in head_dim") as error:
+    with pytest.raises(ValueError, match=r"q_proj.weight: its module tells neither the size of a head") as error:
         partition_module(Headless(), strategy)
     assert_the_named_override_settles(SeparateAttention(), error)
     rank_one = partition_module(Headless(), "transformer_rank_one")
@@ -206,7 +207,7 @@ def test_queries_derive_the_head_size_from_their_heads():
     ("module", "message"),
     [
         (SeparateAttention(head_dim=3), "12 rows are no multiple of the head size 5"),
-        (tiny_models.attention(), "24 rows are no multiple of the head size 5"),
+        (tiny_models.attention(), "24 rows are not what MultiheadAttention tells .heads 4, kv_heads 4, head_dim 5"),
     ],
 )
 def test_head_sizes_that_do_not_divide(module, message):
@@ -218,7 +219,9 @@ def test_head_sizes_that_do_not_divide(module, message):
 def test_head_counts_that_do_not_add_up():
     module = tiny_models.attention()
     module.num_heads = 2
-    with pytest.raises(ValueError, match="2 query heads and 2 key-value heads of 2 rows do not add up to the 24 rows"):
+    with pytest.raises(
+        ValueError, match=r"24 rows are not what MultiheadAttention tells \(heads 2, kv_heads 2, head_dim 2\)"
+    ):
         partition_module(module)
 
 
@@ -228,7 +231,7 @@ def test_an_unknown_strategy():
 
 
 def test_overrides_see_through_wrappers():
-    compiled = nn.ModuleDict({"module": torch.compile(SeparateAttention())})
+    compiled = nn.DataParallel(torch.compile(SeparateAttention()))
     for key in ("q_proj.weight", "re:q_.*", "module._orig_mod.q_proj.weight"):
         partition = partition_module(compiled, "transformer", {key: "whole"})
         assert partition["module._orig_mod.q_proj.weight"].blocks.num_values == 1
@@ -245,8 +248,9 @@ def test_a_registered_layout_settles_a_fused_matrix():
         partition_module(FusedAttention(), "transformer")
     register_layout(
         ModuleLayout(
+            "mine",
             classes=(f"{FusedAttention.__module__}.FusedAttention",),
-            parameters={"qkv.weight": (Role.QUERY, Role.KEY, Role.VALUE), "proj.weight": (Role.ATTENTION_OUTPUT,)},
+            parameters={"qkv.weight": CONTIGUOUS, "proj.weight": Role.ATTENTION_OUTPUT},
         )
     )
     partition = partition_module(FusedAttention())
@@ -258,7 +262,9 @@ def test_a_registered_layout_settles_a_fused_matrix():
 def test_a_registered_layout_takes_precedence_and_holds_for_subclasses():
     register_layout(
         ModuleLayout(
-            classes=("torch.nn.modules.activation.MultiheadAttention",), parameters={"in_proj_weight": (Role.LINEAR,)}
+            "mine",
+            classes=("torch.nn.modules.activation.MultiheadAttention",),
+            parameters={"in_proj_weight": Role.LINEAR},
         )
     )
 
@@ -293,7 +299,11 @@ def test_auto_takes_unknown_attention_for_a_transformer():
 
     model = nn.Sequential(Attention(), nn.Linear(8, 4))
     assert resolve_strategy("auto", model).name == "transformer"
-    assert partition_module(model)["0.query.weight"].blocks.num_values == 8
+    with pytest.raises(ValueError, match=r"0.query.weight: its module tells neither the size of a head") as error:
+        partition_module(model)
+    key = str(error.value).split("'")[1]
+    partition = partition_module(model, overrides={key: "row", "key": "row"})
+    assert partition["0.query.weight"].blocks.num_values == 8
 
 
 def test_auto_never_gives_a_token_table_one_number():

@@ -1,0 +1,92 @@
+"""Layers whose parameters torch's own types do not tell; names are relative to the layer."""
+
+from __future__ import annotations
+
+from lightning_adam_mini.partition.layouts.orders import EXPERT_ROWS, EXPERT_ROWS_LAST
+from lightning_adam_mini.partition.module_layout import ModuleLayout, Rows
+from lightning_adam_mini.partition.roles import Role
+
+__all__ = ["LAYOUTS"]
+
+LINEAR = Role.LINEAR
+
+
+LAYOUTS: list[ModuleLayout] = [
+    ModuleLayout(
+        "conv1d",
+        classes=("transformers.pytorch_utils.Conv1D",),
+        parameters={"weight": Rows(LINEAR, axis=1)},  # (inputs, outputs)
+    ),
+    ModuleLayout(
+        "recurrent",
+        classes=("torch.nn.modules.rnn.RNNBase", "torch.nn.modules.rnn.RNNCellBase"),
+        parameters={"weight_*": LINEAR, "bias_*": Role.BIAS},
+    ),
+    ModuleLayout("bilinear", classes=("torch.nn.modules.linear.Bilinear",), parameters={"weight": LINEAR}),
+    ModuleLayout(
+        "parallel_experts",
+        classes=("transformers.models.*ParallelExperts",),
+        parameters={"weight": EXPERT_ROWS},
+    ),
+    ModuleLayout(
+        "router",
+        classes=("transformers.models.*Router", "diffusers.models.*MoEGate"),
+        parameters={"weight": LINEAR, "bias": Role.BIAS, "e_score_correction_bias": Role.BIAS},
+    ),
+    ModuleLayout(
+        "recurrent_gemma",  # block-diagonal gates, (blocks, inputs, outputs)
+        classes=("transformers.models.recurrent_gemma.modeling_recurrent_gemma.RecurrentGemmaRglru",),
+        parameters={
+            "input_gate_weight": Rows(LINEAR, axis=2, batch_axes=(0,)),
+            "recurrent_gate_weight": Rows(LINEAR, axis=2, batch_axes=(0,)),
+        },
+    ),
+    ModuleLayout(
+        "positions_on_a_grid",  # (1, rows, columns, width), or windows for rows
+        classes=(
+            "timm.models.naflexvit.NaFlexEmbeds",
+            "timm.models.nest.NestLevel",
+            "timm.models.vision_transformer_sam.VisionTransformerSAM",
+            "timm.models.volo.VOLO",
+            "transformers.models.*VisionEncoder",
+        ),
+        parameters={"pos_embed": Rows(Role.POSITION_EMBEDDING, axis=2, batch_axes=(0, 1))},
+    ),
+    ModuleLayout(
+        "positions_on_a_grid_after_width",  # (1, width, rows, columns)
+        classes=("timm.models.hiera.Hiera", "timm.models.hieradet_sam2.HieraDet", "timm.models.tnt.TNT"),
+        parameters=dict.fromkeys(
+            ("pos_embed", "pos_embed_win", "pos_embed_window", "pixel_pos"),
+            Rows(Role.POSITION_EMBEDDING, axis=3, batch_axes=(2,)),
+        ),
+    ),
+    ModuleLayout(
+        "affine",
+        classes=("timm.models.mlp_mixer.Affine",),
+        parameters={"alpha": Role.NORM, "beta": Role.BIAS},
+    ),
+    ModuleLayout("scale", classes=("timm.models.metaformer.Scale", "*LayerScale"), parameters={"scale": Role.NORM}),
+    ModuleLayout(
+        "mllama_positions",
+        classes=("transformers.models.mllama.modeling_mllama.MllamaPrecomputedPositionEmbedding",),
+        parameters={"embedding": Role.POSITION_EMBEDDING},
+    ),
+    ModuleLayout(
+        "torch_geometric_steps",  # (steps, inputs, outputs)
+        classes=("torch_geometric.nn.conv.gated_graph_conv.GatedGraphConv",),
+        parameters={"weight": Rows(LINEAR, axis=2, batch_axes=(0,))},
+    ),
+    ModuleLayout(
+        "torch_geometric_linear",
+        classes=("torch_geometric.nn.dense.linear.Linear",),
+        parameters={"weight": LINEAR},
+    ),
+    ModuleLayout(
+        "torch_geometric_relational",  # (relations or node types, inputs, outputs)
+        classes=(
+            "torch_geometric.nn.dense.linear.HeteroLinear",
+            "torch_geometric.nn.conv.rgcn_conv.RGCNConv",
+        ),
+        parameters={"weight": EXPERT_ROWS_LAST, "root": Rows(LINEAR, axis=1)},
+    ),
+]

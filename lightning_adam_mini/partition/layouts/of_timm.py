@@ -1,0 +1,155 @@
+"""Layouts for classes of timm."""
+
+from __future__ import annotations
+
+from lightning_adam_mini.partition.layouts.orders import CONTIGUOUS, CONTIGUOUS_KEY_VALUE, OUTPUTS, PER_HEAD
+from lightning_adam_mini.partition.module_layout import ModuleLayout, Rows, Span
+from lightning_adam_mini.partition.roles import Role
+
+__all__ = ["LAYOUTS"]
+
+Q, K, V, OUT, MLP, LINEAR = Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUTPUT, Role.MLP, Role.LINEAR
+
+
+def _classes(*names: str) -> tuple[str, ...]:
+    return tuple(f"timm.{name}" for name in names)
+
+
+LAYOUTS: list[ModuleLayout] = [
+    ModuleLayout(
+        "timm_contiguous",
+        classes=_classes(
+            "layers.attention.Attention",
+            "layers.attention.AttentionRope",
+            "layers.attention_pool2d.AttentionPool2d",
+            "layers.attention_pool2d.RotAttentionPool2d",
+            "models.beit.Attention",
+            "models.cait.TalkingHeadAttn",
+            "models.coat.FactorAttnConvRelPosEnc",
+            "models.convit.MHSA",
+            "models.davit.WindowAttention",
+            "models.eva.EvaAttention",
+            "models.fastvit.Attention",
+            "models.hiera.MaskUnitAttention",
+            "models.hieradet_sam2.MultiScaleAttention",
+            "models.metaformer.Attention",
+            "models.mvitv2.MultiScaleAttention",
+            "models.nest.Attention",
+            "models.swin_transformer.WindowAttention",
+            "models.swin_transformer_v2.WindowAttention",
+            "models.swin_transformer_v2_cr.WindowMultiHeadAttention",
+            "models.twins.LocallyGroupedAttn",
+            "models.vision_transformer_relpos.RelPosAttention",
+            "models.vision_transformer_sam.Attention",
+            "models.volo.Attention",
+        ),
+        parameters={
+            "qkv.weight": CONTIGUOUS,
+            "q.weight": Q,
+            "k.weight": K,
+            "v.weight": V,
+            "q_proj.weight": Q,
+            "k_proj.weight": K,
+            "v_proj.weight": V,
+            "proj.weight": OUT,
+            "cpb_mlp.*": LINEAR,
+            "meta_mlp.*": LINEAR,
+            "rel_pos.mlp.*": LINEAR,
+        },
+    ),
+    ModuleLayout(
+        "timm_cross_covariance",  # attention between channels of a group: a head is a group of channels
+        classes=_classes(
+            "models.davit.ChannelAttention",
+            "models.davit.ChannelAttentionV2",
+            "models.edgenext.CrossCovarianceAttn",
+            "models.xcit.XCA",
+        ),
+        parameters={"qkv.weight": CONTIGUOUS, "proj.weight": OUT},
+        sizes={"heads": ("groups", "num_heads"), "kv_heads": ("groups", "num_heads")},
+    ),
+    ModuleLayout(
+        "timm_own_value_size",  # query, key and a value of another size for each head
+        classes=_classes(
+            "models.efficientformer.Attention",
+            "models.levit.Attention",
+            "models.levit.AttentionDownsample",
+            "models.tiny_vit.Attention",
+        ),
+        parameters={
+            "qkv.weight": Rows(Span(Q, 1), Span(K, 1), V, repeats="heads"),
+            "q.ln.weight": Q,
+            "kv.weight": Rows(Span(K, 1), V, repeats="heads"),
+            "proj.weight": OUT,
+            "proj.ln.weight": OUT,
+        },
+        sizes={"head_dim": "key_dim"},
+    ),
+    ModuleLayout(
+        "timm_differential_attention",  # thirds; two queries and two keys of half the size for each head
+        classes=_classes("layers.diff_attention.DiffAttention"),
+        parameters={"qkv.weight": Rows(Q, K, V), "proj.weight": OUT},
+    ),
+    ModuleLayout(
+        "timm_outlook_attention",  # scores come from a layer of their own, without keys
+        classes=_classes("models.volo.OutlookAttention"),
+        parameters={"v.weight": V, "proj.weight": OUT},
+        attends=True,
+    ),
+    ModuleLayout(
+        "maxxvit_per_head",
+        classes=_classes("models.maxxvit.AttentionCl"),
+        parameters={"qkv.weight": PER_HEAD, **OUTPUTS},
+        only_if="head_first",
+    ),
+    ModuleLayout(
+        "maxxvit",
+        classes=_classes("models.maxxvit.AttentionCl"),
+        parameters={"qkv.weight": CONTIGUOUS, **OUTPUTS},
+    ),
+    ModuleLayout(
+        "gcvit",
+        classes=_classes("models.gcvit.WindowAttentionGlobal"),
+        parameters={"qkv.weight": CONTIGUOUS_KEY_VALUE, **OUTPUTS},
+        only_if="use_global",
+    ),
+    ModuleLayout(
+        "gcvit_local",
+        classes=_classes("models.gcvit.WindowAttentionGlobal"),
+        parameters={"qkv.weight": CONTIGUOUS, **OUTPUTS},
+    ),
+    ModuleLayout(
+        "timm_query_then_key_value",
+        classes=_classes(
+            "layers.attention_pool.AttentionPoolLatent",
+            "models.pvt_v2.Attention",
+            "models.twins.GlobalSubSampleAttn",
+            "models.volo.ClassAttention",
+        ),
+        parameters={"q.weight": Q, "kv.weight": CONTIGUOUS_KEY_VALUE, "proj.weight": OUT},
+    ),
+    ModuleLayout(
+        "query_key_then_value",
+        classes=_classes("models.convit.GPSA", "models.tnt.Attention"),
+        parameters={"qk.weight": Rows(Span(Q, "heads"), Span(K, "heads")), "v.weight": V, **OUTPUTS},
+    ),
+    ModuleLayout(
+        "parallel_scaling_block",  # the block's feed-forward rows first, then query, key and value
+        classes=_classes(
+            "models.vision_transformer.ParallelScalingBlock", "models.vision_transformer.DiffParallelScalingBlock"
+        ),
+        parameters={
+            "in_proj.weight": Rows(Span(MLP), Span(Q, "heads"), Span(K, "heads"), Span(V, "heads")),
+            "attn_out_proj.weight": OUT,
+            "mlp_out_proj.weight": MLP,
+        },
+    ),
+    ModuleLayout(
+        "spatial_gating", classes=_classes("models.mlp_mixer.SpatialGatingUnit"), parameters={"proj.weight": MLP}
+    ),
+    ModuleLayout(
+        "timm_small_networks",  # of a head, or from relative positions to scores
+        classes=_classes("models.metaformer.MlpHead", "models.mambaout.MlpHead", "layers.pos_embed_rel.RelPosMlp"),
+        parameters={"fc1.weight": LINEAR, "fc2.weight": LINEAR},
+    ),
+]

@@ -1,0 +1,305 @@
+"""Layouts for classes of transformers."""
+
+from __future__ import annotations
+
+from lightning_adam_mini.partition.layouts.orders import (
+    CONTIGUOUS,
+    CONTIGUOUS_KEY_VALUE,
+    EXPERT_ROWS_LAST,
+    OUTPUTS,
+    PER_GROUP,
+    PER_HEAD,
+    QUERY_GATE,
+)
+from lightning_adam_mini.partition.module_layout import ModuleLayout, Rows, Span
+from lightning_adam_mini.partition.roles import Role
+
+__all__ = ["LAYOUTS"]
+
+Q, K, V, OUT, MLP, LINEAR, EXPERT = (
+    Role.QUERY,
+    Role.KEY,
+    Role.VALUE,
+    Role.ATTENTION_OUTPUT,
+    Role.MLP,
+    Role.LINEAR,
+    Role.EXPERT,
+)
+
+
+def _classes(*names: str) -> tuple[str, ...]:
+    """Qualified names from `model.Class`."""
+    models = (name.split(".") for name in names)
+    return tuple(f"transformers.models.{model}.modeling_{model}.{cls}" for model, cls in models)
+
+
+LAYOUTS: list[ModuleLayout] = [
+    ModuleLayout(
+        "gpt2_cross_attention",
+        classes=_classes("gpt2.GPT2Attention", "decision_transformer.DecisionTransformerGPT2Attention")
+        + _classes("gpt_bigcode.GPTBigCodeAttention", "imagegpt.ImageGPTAttention"),
+        parameters={"q_attn.weight": Q, "c_attn.weight": CONTIGUOUS_KEY_VALUE, "c_proj.weight": OUT},
+        only_if="is_cross_attention",
+        sizes={"kv_heads": "num_heads"},
+    ),
+    ModuleLayout(
+        "gpt2",
+        classes=_classes("gpt2.GPT2Attention", "decision_transformer.DecisionTransformerGPT2Attention")
+        + _classes("imagegpt.ImageGPTAttention", "openai.Attention"),
+        parameters={"c_attn.weight": CONTIGUOUS, "c_proj.weight": OUT},
+        sizes={"kv_heads": ("num_heads", "n_head")},
+    ),
+    ModuleLayout(
+        "gpt_bigcode_multi_query",
+        classes=_classes("gpt_bigcode.GPTBigCodeAttention"),
+        parameters={"c_attn.weight": CONTIGUOUS, "c_proj.weight": OUT},
+        only_if="multi_query",
+        sizes={"kv_heads": "kv_heads"},
+    ),
+    ModuleLayout(
+        "gpt_bigcode",
+        classes=_classes("gpt_bigcode.GPTBigCodeAttention"),
+        parameters={"c_attn.weight": PER_HEAD, "c_proj.weight": OUT},
+    ),
+    ModuleLayout(
+        "falcon_new_decoder",
+        classes=_classes("falcon.FalconAttention"),
+        parameters={"query_key_value.weight": PER_GROUP, "dense.weight": OUT},
+        only_if="new_decoder_architecture",
+    ),
+    ModuleLayout(
+        "falcon_multi_query",
+        classes=_classes("falcon.FalconAttention"),
+        parameters={"query_key_value.weight": CONTIGUOUS, "dense.weight": OUT},
+        only_if="multi_query",
+    ),
+    ModuleLayout(
+        "per_head",
+        classes=_classes(
+            "bloom.BloomAttention",
+            "falcon.FalconAttention",
+            "gpt_neox.GPTNeoXAttention",
+            "gpt_neox_japanese.GPTNeoXJapaneseAttention",
+            "minimax.MiniMaxLightningAttention",
+            "persimmon.PersimmonAttention",
+        ),
+        parameters={"query_key_value.weight": PER_HEAD, "qkv_proj.weight": PER_HEAD, **OUTPUTS},
+    ),
+    ModuleLayout(
+        "deberta",
+        classes=_classes("deberta.DisentangledSelfAttention"),
+        parameters={"in_proj.weight": PER_HEAD, "pos_proj.weight": K, "pos_q_proj.weight": Q},
+    ),
+    ModuleLayout(
+        "codegen",  # four chunks, from its origin on four model-parallel devices; values before keys
+        classes=_classes("codegen.CodeGenAttention"),
+        parameters={
+            "qkv_proj.weight": Rows(Q, V, K, repeats=4),
+            "out_proj.weight": OUT,
+        },
+    ),
+    ModuleLayout(
+        "contiguous",
+        classes=_classes(
+            "bark.BarkSelfAttention",
+            "blip.BlipAttention",
+            "blip_2.Blip2Attention",
+            "cohere_compass.CohereCompassVisionAttention",
+            "dbrx.DbrxAttention",
+            "deepseek_ocr2.DeepseekOcr2SamVisionAttention",
+            "dots3_note.Dots3NoteVisionAttention",
+            "ernie4_5_vl_moe.Ernie4_5_VLMoeVisionAttention",
+            "exaone4_5.Exaone4_5_VisionAttention",
+            "florence2.Florence2VisionWindowAttention",
+            "glm4v.Glm4vVisionAttention",
+            "glm4v_moe.Glm4vMoeVisionAttention",
+            "glm5_next.Glm5NextVisionAttention",
+            "glm_image.GlmImageVisionAttention",
+            "glm_ocr.GlmOcrVisionAttention",
+            "got_ocr2.GotOcr2VisionAttention",
+            "hiera.HieraMaskUnitAttention",
+            "instructblip.InstructBlipAttention",
+            "instructblipvideo.InstructBlipVideoAttention",
+            "layoutlmv2.LayoutLMv2SelfAttention",
+            "mgp_str.MgpstrAttention",
+            "modernbert.ModernBertAttention",
+            "mpt.MptAttention",
+            "phi3.Phi3Attention",
+            "phi4_multimodal.Phi4MultimodalAttention",
+            "pp_formulanet.PPFormulaNetVisionAttention",
+            "pp_ocrv5_mobile_rec.PPOCRV5MobileRecAttention",
+            "pp_ocrv5_server_rec.PPOCRV5ServerRecAttention",
+            "pp_ocrv6_small_rec.PPOCRV6SmallRecAttention",
+            "qwen2_5_vl.Qwen2_5_VLVisionAttention",
+            "qwen2_vl.VisionAttention",
+            "qwen3_5.Qwen3_5VisionAttention",
+            "qwen3_5_moe.Qwen3_5MoeVisionAttention",
+            "qwen3_omni_moe.Qwen3OmniMoeVisionAttention",
+            "qwen3_vl.Qwen3VLVisionAttention",
+            "qwen3_vl_moe.Qwen3VLMoeVisionAttention",
+            "sam.SamVisionAttention",
+            "sam2.Sam2MultiScaleAttention",
+            "sam_hq.SamHQVisionAttention",
+            "seggpt.SegGptAttention",
+            "slanext.SLANeXtVisionAttention",
+            "timesformer.TimesformerSelfAttention",
+            "unlimited_ocr.UnlimitedOcrSamVisionAttention",
+            "vitdet.VitDetAttention",
+        ),
+        parameters={
+            "qkv.weight": CONTIGUOUS,
+            "qkv_proj.weight": CONTIGUOUS,
+            "query_key_value.weight": CONTIGUOUS,
+            "Wqkv.weight": CONTIGUOUS,
+            "att_proj.weight": CONTIGUOUS,
+            "qkv_linear.weight": CONTIGUOUS,
+            **OUTPUTS,
+        },
+    ),
+    ModuleLayout(
+        "cross_covariance",  # attention between channels of a group: a head is a group of channels
+        classes=_classes("florence2.Florence2VisionChannelAttention"),
+        parameters={"qkv.weight": CONTIGUOUS, **OUTPUTS},
+        sizes={"heads": "groups", "kv_heads": "groups"},
+    ),
+    ModuleLayout(
+        "levit",  # query, key and a wider value for each head
+        classes=_classes("levit.LevitAttention", "levit.LevitAttentionSubsample"),
+        parameters={
+            "queries_keys_values.weight": Rows(Span(Q, 1), Span(K, 1), V, repeats="heads"),
+            "queries.weight": Q,
+            "keys_values.weight": Rows(Span(K, 1), V, repeats="heads"),
+            "projection.weight": OUT,
+        },
+        sizes={"head_dim": "key_dim"},
+    ),
+    ModuleLayout(
+        "query_then_key_value",
+        classes=_classes(
+            "evolla.EvollaSequenceCompressorAttention",
+            "granite_speech.GraniteSpeechConformerAttention",
+            "granite_speech_plus.GraniteSpeechPlusConformerAttention",
+        ),
+        parameters={"to_q.weight": Q, "to_kv.weight": CONTIGUOUS_KEY_VALUE, **OUTPUTS},
+    ),
+    ModuleLayout(
+        "gated_query",
+        classes=_classes(
+            "qwen3_next.Qwen3NextAttention",
+            "qwen3_5.Qwen3_5Attention",
+            "qwen3_5_moe.Qwen3_5MoeAttention",
+            "qwen4_exp.Qwen4ExpTextAttention",
+        ),
+        parameters={"q_proj.weight": QUERY_GATE, "k_proj.weight": K, "v_proj.weight": V, "o_proj.weight": OUT},
+    ),
+    ModuleLayout(
+        "gated_delta_net",  # for each key head its query, its key, and the values and gates of its value heads
+        classes=_classes("qwen3_next.Qwen3NextGatedDeltaNet"),
+        parameters={
+            "in_proj_qkvz.weight": Rows(Span(Q, 1, "key_size"), Span(K, 1, "key_size"), V, LINEAR, repeats="key_heads"),
+            "out_proj.weight": OUT,
+        },
+        sizes={"key_heads": "num_k_heads", "key_size": "head_k_dim"},
+    ),
+    ModuleLayout(
+        "gated_delta_net_contiguous",
+        classes=_classes("qwen3_5.Qwen3_5GatedDeltaNet", "qwen3_5_moe.Qwen3_5MoeGatedDeltaNet"),
+        parameters={
+            "in_proj_qkv.weight": Rows(
+                Span(Q, "key_heads", "key_size"),
+                Span(K, "key_heads", "key_size"),
+                Span(V, "value_heads", "value_size"),
+            ),
+            "out_proj.weight": OUT,
+        },
+        sizes={
+            "key_heads": "num_k_heads",
+            "value_heads": "num_v_heads",
+            "key_size": "head_k_dim",
+            "value_size": "head_v_dim",
+        },
+    ),
+    ModuleLayout(
+        "jetmoe",  # each expert has queries and outputs of its own, all share keys and values
+        classes=_classes("jetmoe.JetMoeAttention"),
+        parameters={
+            "experts.input_linear.weight": Rows(Q, axis=1, batch_axes=(0,)),
+            "experts.output_linear.weight": Rows(OUT, axis=1, batch_axes=(0,)),
+            "kv_proj.weight": CONTIGUOUS_KEY_VALUE,
+        },
+        sizes={"heads": ()},
+    ),
+    ModuleLayout(
+        "led",
+        classes=_classes("led.LEDEncoderAttention"),
+        parameters={"output.weight": OUT},
+    ),
+    ModuleLayout(
+        "xlnet",  # (width, heads, head size): relative positions have keys of their own
+        classes=_classes("xlnet.XLNetRelativeAttention"),
+        parameters={
+            "q": Rows(Span(Q, size=1), axis=1),
+            "k": Rows(Span(K, size=1), axis=1),
+            "r": Rows(Span(K, size=1), axis=1),
+            "v": Rows(V, axis=2, batch_axes=(1,)),
+            "o": OUT,
+            "r_w_bias": Role.BIAS,
+            "r_r_bias": Role.BIAS,
+            "r_s_bias": Role.BIAS,
+        },
+        sizes={"heads": (), "kv_heads": ()},
+    ),
+    ModuleLayout(
+        "experts_transposed",  # (experts, inputs, outputs)
+        classes=_classes("llama4.Llama4TextExperts"),
+        parameters={"gate_up_proj": EXPERT_ROWS_LAST, "down_proj": EXPERT_ROWS_LAST},
+    ),
+    ModuleLayout(
+        "dbrx_experts",  # (experts x hidden units, width): outputs of w1 and v1, inputs of w2
+        classes=_classes("dbrx.DbrxExpertGLU"),
+        parameters={"w1": EXPERT, "v1": EXPERT, "w2": EXPERT},
+    ),
+    ModuleLayout(
+        "layoutlmv3",
+        classes=_classes("layoutlmv3.LayoutLMv3Encoder"),
+        parameters={f"{name}.weight": Role.BIAS for name in ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias")},
+    ),
+    ModuleLayout(
+        "luke",
+        classes=_classes("luke.LukeEntityEmbeddings"),
+        parameters={"entity_embeddings.weight": Role.TOKEN_EMBEDDING},
+    ),
+    ModuleLayout(
+        "perceiver",
+        classes=_classes("perceiver.PerceiverTextPreprocessor"),
+        parameters={"position_embeddings.weight": Role.POSITION_EMBEDDING},
+    ),
+    ModuleLayout(
+        "funnel_feed_forward",
+        classes=_classes("funnel.FunnelPositionwiseFFN"),
+        parameters={"linear_1.weight": MLP, "linear_2.weight": MLP},
+    ),
+    ModuleLayout("ctrl_layer", classes=_classes("ctrl.EncoderLayer"), parameters={"ffn.*": MLP}),
+    ModuleLayout(
+        "rwkv_feed_forward",
+        classes=_classes("rwkv.RwkvFeedForward"),
+        parameters={"key.weight": MLP, "receptance.weight": MLP, "value.weight": MLP},
+    ),
+    ModuleLayout(
+        "bark_feed_forward",
+        classes=_classes("bark.BarkMLP"),
+        parameters={"in_proj.weight": MLP, "out_proj.weight": MLP},
+    ),
+    ModuleLayout("patchtst_layer", classes=_classes("patchtst.PatchTSTEncoderLayer"), parameters={"ff.*": MLP}),
+    ModuleLayout(
+        "lin1_lin2",
+        classes=_classes(
+            "distilbert.FFN",
+            "flaubert.TransformerFFN",
+            "sam.SamMLPBlock",
+            "sam_hq.SamHQMLPBlock",
+            "xlm.TransformerFFN",
+        ),
+        parameters={"lin1.weight": MLP, "lin2.weight": MLP},
+    ),
+]

@@ -1,0 +1,314 @@
+"""The vocabulary of layouts: how a module class orders the rows of its parameters.
+
+A layout speaks of sizes by name (`heads`, `head_dim`, ...), which are read from attributes of the module at hand. So
+one layout holds for every size of a model, and can be checked against the forward code of its class.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from operator import attrgetter
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+
+from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
+
+__all__ = ["SIZES", "ModuleLayout", "Rows", "Span", "UnknownRowsError", "qualified_name"]
+
+Size = str | int
+"""A size by its name, or as a number."""
+
+SIZES: Mapping[str, tuple[Size, ...]] = MappingProxyType(
+    {
+        "heads": ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "config.num_attention_heads"),
+        "kv_heads": ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "config.num_key_value_heads"),
+        "head_dim": ("head_dim", "attention_head_size", "head_size", "d_head", "dim_per_head"),
+    }
+)
+"""Attributes to read sizes from where a layout names no others: the first that holds a positive integer.
+
+`kv_heads` is `heads` where none does; `head_dim` follows from the number of rows and heads; `group` is the number of
+query heads for each key-value head.
+"""
+
+
+_WORDS = {"heads": "the number of heads", "kv_heads": "the number of key-value heads", "head_dim": "the size of a head"}
+
+
+class UnknownRowsError(Exception):
+    """The order of a parameter's rows cannot be told from the module at hand."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive rows of one role: `count` heads of `size` rows each.
+
+    Args:
+        role: Their role.
+        count: Number of heads; None for the rows that others leave, in equal shares where several spans take them.
+        size: Rows of one head.
+    """
+
+    role: Role
+    count: Size | None = None
+    size: Size = "head_dim"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one parameter, along its output axis.
+
+    Args:
+        *spans: What they do, in order; a role stands for all rows that other spans leave.
+        repeats: How often the sequence of spans repeats.
+        axis: Dimension of the rows, from the end where negative; None for the one that the type of the layer tells.
+        batch_axes: Dimensions that keep independent matrices apart (experts).
+    """
+
+    spans: tuple[Span, ...]
+    repeats: Size = 1
+    axis: int | None = None
+    batch_axes: tuple[int, ...] = ()
+
+    def __init__(
+        self, *spans: Span | Role, repeats: Size = 1, axis: int | None = None, batch_axes: tuple[int, ...] = ()
+    ) -> None:
+        as_spans = tuple(span if isinstance(span, Span) else Span(span) for span in spans)
+        for name, value in (("spans", as_spans), ("repeats", repeats), ("axis", axis), ("batch_axes", batch_axes)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """Roles of the spans, in order."""
+        return tuple(span.role for span in self.spans)
+
+
+@dataclass(frozen=True)
+class ModuleLayout:
+    """What the parameters of a module class do.
+
+    Args:
+        name: What recipes and messages call it.
+        parameters: Rows by parameter name relative to the module, in which `*` stands for anything; names that the
+            module at hand lacks are skipped. A role stands for `Rows(role)`.
+        classes: Qualified names of the classes that it describes, in which `*` stands for anything; subclasses count.
+        children: Names of children and own parameters that a module must have, where `classes` is empty.
+        only_if: An attribute that must be true for the layout to apply, for classes with several.
+        sizes: Attributes (dotted paths, or two divided by `/`) or numbers for sizes beyond `SIZES`, or in place of
+            those.
+        attends: Whether a model with such a module is a Transformer: by default, if the layout names queries.
+    """
+
+    name: str
+    parameters: Mapping[str, Rows | Role]
+    classes: tuple[str, ...] = ()
+    children: tuple[str, ...] = ()
+    only_if: str | None = None
+    sizes: Mapping[str, Size | tuple[Size, ...]] = field(default_factory=dict)
+    attends: bool | None = None
+
+    @property
+    def is_attention(self) -> bool:
+        """Whether the module attends over tokens."""
+        if self.attends is not None:
+            return self.attends
+        return any(Role.QUERY in rows.roles for rows in self.rows.values())
+
+    @property
+    def rows(self) -> dict[str, Rows]:
+        """`parameters` with `Rows` for every name."""
+        return {name: Rows(rows) if isinstance(rows, Role) else rows for name, rows in self.parameters.items()}
+
+    def matches(self, module: nn.Module) -> bool:
+        """Whether the layout describes `module`."""
+        if self.classes:
+            if not any(_is_among(qualified_name(base), self.classes) for base in type(module).__mro__):
+                return False
+        elif not self.children or any(_member(module, child) is None for child in self.children):
+            return False
+        return self.only_if is None or bool(getattr(module, self.only_if, False))
+
+    def find(self, relative_name: str) -> Rows | None:
+        """The rows of a parameter by its name relative to the module, or None."""
+        for pattern, rows in self.parameters.items():
+            if pattern == relative_name or ("*" in pattern and fnmatch.fnmatchcase(relative_name, pattern)):
+                return Rows(rows) if isinstance(rows, Role) else rows
+        return None
+
+    def role(self, rows: Rows, module: nn.Module, shape: tuple[int, ...], axis: int, why: str) -> ParameterRole:
+        """The role of one parameter of `module`.
+
+        Args:
+            rows: What `find` returned.
+            module: The module that the layout describes.
+            shape: Shape of the parameter.
+            axis: Dimension of its output neurons, where `rows` names none.
+            why: For the reader of a report.
+
+        Returns:
+            The role; where the rows cannot be told, with the `problem`.
+        """
+        axis = axis if rows.axis is None else rows.axis
+        if not -len(shape) <= axis < len(shape):
+            problem = f"its shape {shape} has no dimension {axis}"
+            return ParameterRole((Part(Role.OTHER, shape[0]),), why, problem=problem, known=False)
+        axis %= len(shape)
+        try:
+            repeats, parts = self._parts(rows, module, shape[axis])
+        except UnknownRowsError as error:
+            role = rows.roles[0] if len(rows.spans) == 1 else Role.FUSED_QKV
+            return ParameterRole((Part(role, shape[axis]),), why, axis, rows.batch_axes, problem=str(error))
+        return ParameterRole(parts, why, axis, rows.batch_axes, repeats)
+
+    def _parts(self, rows: Rows, module: nn.Module, length: int) -> tuple[int, tuple[Part, ...]]:
+        """Number of repeats and the parts of one, checked against the `length` rows that are there."""
+        sizes = _Sizes(self, module)
+        if len(rows.spans) == 1 and rows.spans[0].count is None:
+            span = rows.spans[0]
+            heads = sizes.get("heads" if span.role is Role.QUERY else "kv_heads")
+            head_dim = _head_dim(span, sizes, length, heads)
+            if span.role is Role.QUERY and head_dim and heads and _are_other_heads(length, heads * head_dim, sizes):
+                raise UnknownRowsError(f"its {length} rows are not {heads} heads of {head_dim} rows")
+            return 1, (Part(span.role, length, head_dim),)
+        repeats = sizes.need(rows.repeats)
+        counts = [None if span.count is None else sizes.need(span.count) for span in rows.spans]
+        if sizes.get("head_dim") is None and all(counts) and all(span.size == "head_dim" for span in rows.spans):
+            sizes.settle("head_dim", length, repeats * sum(count or 0 for count in counts))
+        known = [None if n is None else n * sizes.need(s.size) for n, s in zip(counts, rows.spans, strict=True)]
+        rest = length // repeats - sum(n or 0 for n in known)
+        lengths = [rest // known.count(None) if n is None else n for n in known]
+        if repeats * sum(lengths) != length or rest < 0:
+            told = ", ".join(f"{name} {size}" for name, size in sizes.read.items())
+            raise UnknownRowsError(f"its {length} rows are not what {type(module).__name__} tells ({told})")
+        return repeats, tuple(
+            Part(span.role, rows_of_span, _head_dim(span, sizes, rows_of_span))
+            for span, rows_of_span in zip(rows.spans, lengths, strict=True)
+        )
+
+
+class _Sizes:
+    """Sizes by name, read from a module's attributes; `read` names those that were asked for and found."""
+
+    def __init__(self, layout: ModuleLayout, module: nn.Module) -> None:
+        self._layout, self._module = layout, module
+        self._of_configuration: set[str] = set()
+        self.read: dict[str, int] = {}
+
+    def is_of_configuration(self, size: str) -> bool:
+        """Whether a size was read from the model's configuration instead of the module's own attributes."""
+        return size in self._of_configuration
+
+    def get(self, size: Size) -> int | None:
+        """The size, or None where the module does not tell it."""
+        if isinstance(size, int):
+            return size
+        if size not in self.read:
+            value = self._look_up(size)
+            if value is None:
+                return None
+            self.read[size] = value
+        return self.read[size]
+
+    def need(self, size: Size) -> int:
+        """The size.
+
+        Raises:
+            UnknownRowsError: The module does not tell it.
+        """
+        value = self.get(size)
+        if value is None:
+            raise UnknownRowsError(f"{type(self._module).__name__} does not tell {self.describe(size)}")
+        return value
+
+    def describe(self, size: Size) -> str:
+        """A size, for messages, with the attributes that may hold it."""
+        paths = ", ".join(str(path) for path in self._paths(size))
+        return f"{_WORDS.get(str(size), size)} ({paths})" if paths else _WORDS.get(str(size), str(size))
+
+    def settle(self, size: str, length: int, count: int) -> None:
+        """Derive a size from `length` rows that hold it `count` times.
+
+        Raises:
+            UnknownRowsError: They do not.
+        """
+        if length % count:
+            raise UnknownRowsError(f"its {length} rows are no multiple of the {count} heads")
+        self.read[size] = length // count
+
+    def _look_up(self, size: Size) -> int | None:
+        if size == "group":
+            heads, kv_heads = self.get("heads"), self.get("kv_heads")
+            return heads // kv_heads if heads and kv_heads and heads % kv_heads == 0 else None
+        for path in self._paths(size):
+            value: Any = path
+            if isinstance(path, str):
+                value = _attribute(self._module, path)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                if isinstance(path, str) and path.startswith("config."):
+                    self._of_configuration.add(str(size))
+                return value
+        return self.get("heads") if size == "kv_heads" else None
+
+    def _paths(self, size: Size) -> tuple[Size, ...]:
+        own = self._layout.sizes.get(str(size))
+        if own is None:
+            return SIZES.get(str(size), ())
+        return own if isinstance(own, tuple) else (own,)
+
+
+def _head_dim(span: Span, sizes: _Sizes, length: int, heads: int | None = None) -> int | None:
+    """Rows of a head in `length` rows of one role; None for roles without heads, and values of unknown heads.
+
+    Raises:
+        UnknownRowsError: They cannot be told for queries or keys.
+    """
+    if span.role not in (Role.QUERY, Role.KEY, Role.VALUE):
+        return None
+    head_dim = sizes.get(span.size)
+    if head_dim is None and heads and length % heads == 0:
+        head_dim = length // heads
+    if span.role is Role.VALUE:
+        return head_dim if head_dim and length % head_dim == 0 else None
+    if head_dim is None:
+        of_heads = sizes.describe("heads" if span.role is Role.QUERY else "kv_heads")
+        raise UnknownRowsError(f"its module tells neither {sizes.describe(span.size)} nor {of_heads}")
+    if length % head_dim:
+        raise UnknownRowsError(f"its {length} rows are no multiple of the head size {head_dim}")
+    return head_dim
+
+
+def _are_other_heads(length: int, expected: int, sizes: _Sizes) -> bool:
+    """Whether queries have other rows than their heads.
+
+    A configuration may count the heads of another part of the model, so that its word is no proof; but twice as many
+    rows as it tells are queries with gates.
+    """
+    return length != expected and (not sizes.is_of_configuration("heads") or length == 2 * expected)
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    """An attribute by its dotted path, or the quotient of two; None where there is none."""
+    try:
+        if "/" in path:
+            dividend, divisor = (attrgetter(part)(module) for part in path.split("/"))
+            return dividend // divisor if dividend % divisor == 0 else None
+        return attrgetter(path)(module)
+    except AttributeError:
+        return None
+
+
+def _is_among(name: str, names: tuple[str, ...]) -> bool:
+    return name in names or any("*" in pattern and fnmatch.fnmatchcase(name, pattern) for pattern in names)
+
+
+def _member(module: nn.Module, name: str) -> object:
+    return module._modules.get(name) if name in module._modules else module._parameters.get(name)
+
+
+def qualified_name(cls: type) -> str:
+    """Module and name of a class, as the table spells it."""
+    return f"{cls.__module__}.{cls.__qualname__}"

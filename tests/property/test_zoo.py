@@ -1,0 +1,68 @@
+"""Every parameter of every model in the zoo has the role, cut and blocks that its source says, and the model trains."""
+
+import math
+
+import pytest
+import torch
+
+import model_zoo
+from lightning_adam_mini import AdamMini, partition_module
+from lightning_adam_mini.blocks import Kind
+from lightning_adam_mini.measure.memory import optimizer_state_bytes
+from lightning_adam_mini.partition import resolve_strategy
+
+ENTRIES = model_zoo.entries()
+
+
+@pytest.fixture(params=ENTRIES, ids=str)
+def entry(request):
+    return ENTRIES[request.param]
+
+
+def test_the_zoo_is_large():
+    assert len({entry.target for entry in ENTRIES.values()}) >= 60
+
+
+def test_every_parameter_is_what_its_source_says(entry):
+    model = entry.build()
+    cuts = partition_module(model, "transformer")
+    found = {name: (cut.role.name, cut.cut, cut.blocks.num_values) for name, cut in cuts.items()}
+    expected = {}
+    for name, parameter in model.named_parameters():
+        wanted = entry.expected(name)
+        blocks = parameter.numel() if wanted.blocks is None else wanted.blocks
+        expected[name] = (wanted.role, wanted.cut, blocks)
+    assert found == expected
+    assert resolve_strategy("auto", model).name == entry.partition
+    assert not model_zoo.unused_patterns(entry, list(cuts))
+
+
+def test_each_element_lies_in_exactly_one_block(entry):
+    model = entry.build()
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    for name, cut in partition_module(model, "transformer").items():
+        assert cut.blocks.kind is not Kind.ROW_COLUMN
+        index = cut.blocks.block_index()
+        assert index.shape == shapes[name]
+        sizes = torch.bincount(index.flatten(), minlength=cut.blocks.num_values)
+        assert len(sizes) == cut.blocks.num_values
+        assert sizes.min() > 0
+        assert sizes.sum() == math.prod(shapes[name])
+
+
+def test_the_model_takes_three_steps(entry):
+    model = entry.build()
+    optimizer = AdamMini(model, lr=1e-3)
+    values = sum(cut.blocks.num_values for cut in optimizer.partition.values())
+    trained = list(model.parameters())
+    before = [parameter.detach().clone() for parameter in trained]
+    for _ in range(3):
+        optimizer.zero_grad()
+        entry.loss(model).backward()
+        optimizer.step()
+    after = [parameter.detach() for parameter in trained]
+    assert all(torch.isfinite(parameter).all() for parameter in after)
+    assert any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    elements = sum(parameter.numel() for parameter in trained if parameter.requires_grad)
+    steps = sum(parameter.requires_grad for parameter in trained)
+    assert optimizer_state_bytes(optimizer) == 4 * (elements + values + steps)
