@@ -20,12 +20,12 @@ help: ## List the targets
 	@echo 'usage: make TARGET [ARGS="..."] [PYTHON=python3] [WORKERS=2]'
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
-install: $(STAMP) ## Make .venv with everything for language models and development
+install: $(STAMP) ## Make .venv with every domain and what development needs
 
 $(STAMP): pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --editable '.[llm,dev]'
+	$(BIN)/python -m pip install --editable '.[llm,vision,diffusion,graph,dev]'
 	touch $@
 
 fit: install ## Train the small GPT-2 recipe; ARGS="--trainer.max_steps 100" adds options

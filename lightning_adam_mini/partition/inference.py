@@ -15,12 +15,10 @@ from functools import cached_property
 from operator import itemgetter
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
+from lightning_adam_mini.partition.layer_types import role_from_type, role_of_all
 from lightning_adam_mini.partition.layouts import (
-    BARE_PARAMETERS,
     FUSED_NAMES,
     find_layer,
     find_layouts,
@@ -32,8 +30,6 @@ from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
 from lightning_adam_mini.partition.tree import Leaf, Node, leaves, walk
 
 __all__ = ["has_tokens", "infer_roles"]
-
-NORM_TYPES = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, _NormBase)
 
 Layouts = Mapping[str, "str | ModuleLayout"]
 """Layouts by class, as qualified or bare name: the name of a row of the table, or a layout."""
@@ -59,9 +55,9 @@ def infer_roles(module: nn.Module, layouts: Layouts | None = None) -> dict[str, 
     tree = _Tree(list(walk(module)), list(leaves(module)))
     by_parameter: dict[int, ParameterRole] = {}
     for leaf in tree.leaves:
-        if isinstance(leaf.parameter, UninitializedTensorMixin):
+        if is_lazy(leaf.parameter):
             raise ValueError(f"{leaf.name}: has no shape yet; run one batch through the model first (lazy layers)")
-        _keep_more_specific(by_parameter, leaf.parameter, _from_type(leaf))
+        _keep_more_specific(by_parameter, leaf.parameter, role_from_type(leaf))
     for weight, role in _declared_embeddings(tree):
         by_parameter[id(weight)] = role
     settled: set[int] = set()
@@ -95,55 +91,11 @@ class _Tree:
     def below(self, node: Node) -> Iterator[tuple[str, Leaf]]:
         """Parameters below a module, by their plain names relative to it."""
         prefix = f"{node.plain_name}." if node.plain_name else ""
-        for plain_name, leaf in self._sorted[bisect_left(self._sorted, prefix, key=itemgetter(0)) :]:
+        for place in range(bisect_left(self._sorted, prefix, key=itemgetter(0)), len(self._sorted)):
+            plain_name, leaf = self._sorted[place]
             if not plain_name.startswith(prefix):
                 return
             yield plain_name.removeprefix(prefix), leaf
-
-
-def _one(role: Role, parameter: Tensor, why: str, axis: int | None = 0, *, known: bool = True) -> ParameterRole:
-    axis = axis if parameter.dim() else None
-    return ParameterRole((Part(role, parameter.shape[axis] if axis is not None else 1),), why, axis, known=known)
-
-
-def _from_type(leaf: Leaf) -> ParameterRole:
-    """The role that the type of the owning module tells, or else the name of a bare parameter."""
-    owner, name, parameter = leaf.owner, leaf.own_name, leaf.parameter
-    kind = type(owner).__name__
-    is_vector = parameter.numel() == max(parameter.shape, default=1)
-    if parameter.dim() == 0:
-        return _one(Role.OTHER, parameter, f"{name!r} of {kind}: a number")
-    layer = find_layer(owner)
-    rows = layer.find(name) if layer else None
-    if layer and rows:
-        role = layer.role(rows, owner, tuple(parameter.shape), 0, f"{name} of {kind}")
-        if role.known:
-            return role
-    is_linear, is_norm = isinstance(owner, nn.Linear), isinstance(owner, NORM_TYPES)
-    if ((is_vector or is_norm) and name == "bias") or name.endswith(("_bias", "_biases")):
-        return _one(Role.BIAS, parameter, f"{name} of {kind}")
-    if is_norm or (is_vector and "Norm" in kind) or (kind.endswith("Norm") and not is_linear):
-        return _one(Role.NORM, parameter, f"scale of {kind}")
-    if name == "weight_scale" or (name == "weight_g" and hasattr(owner, "weight_v")):
-        return _one(Role.NORM, parameter, f"scale of {kind} with weight norm")
-    if name == "weight" or (name == "weight_v" and hasattr(owner, "weight_g")):
-        if isinstance(owner, nn.Embedding):
-            return _one(Role.TOKEN_EMBEDDING, parameter, "nn.Embedding")
-        if isinstance(owner, _ConvNd):
-            return _one(Role.CONV, parameter, kind, axis=1 if isinstance(owner, _ConvTransposeNd) else 0)
-        if is_linear:
-            return _one(Role.LINEAR, parameter, "nn.Linear")
-    bare = BARE_PARAMETERS.get(name)
-    if bare is None or (bare is Role.NORM and not is_vector):
-        return _one(Role.OTHER, parameter, f"no rule for {name!r} of {kind}", known=False)
-    why = f"{name} of {kind}"
-    if bare is not Role.POSITION_EMBEDDING:
-        return _one(bare, parameter, why)
-    if parameter.dim() not in (2, 3):
-        return _one(Role.OTHER, parameter, f"{why}: positions in {parameter.dim()} dimensions", known=False)
-    # (positions, width), or (1 or tables, positions, width)
-    rows = parameter.shape[-2]
-    return ParameterRole((Part(bare, rows),), why, parameter.dim() - 2, tuple(range(parameter.dim() - 2)))
 
 
 _SPECIFICITY = {Role.OTHER: 0, Role.LINEAR: 1, Role.POSITION_EMBEDDING: 2, Role.OUTPUT_HEAD: 2, Role.TOKEN_EMBEDDING: 3}
@@ -166,7 +118,7 @@ def _declared_embeddings(tree: _Tree) -> Iterator[tuple[Tensor, ParameterRole]]:
         for embedding in embeddings:
             if not any(embedding.weight is token.weight for token in tokens):
                 why = "an embedding that is not the model's input embedding"
-                yield embedding.weight, _one(Role.POSITION_EMBEDDING, embedding.weight, why)
+                yield embedding.weight, role_of_all(Role.POSITION_EMBEDDING, embedding.weight, why)
     token_weights = {id(token.weight) for token in tokens or embeddings}
     token_shapes = {token.weight.shape for token in tokens or embeddings}
     for module in modules:
@@ -178,7 +130,7 @@ def _declared_embeddings(tree: _Tree) -> Iterator[tuple[Tensor, ParameterRole]]:
         by_shape = not declared_out and rows not in (1, columns) and module.weight.shape in token_shapes
         if declared or by_shape:
             why = "the model's output embeddings" if declared else "a linear layer onto the vocabulary"
-            yield module.weight, _one(Role.OUTPUT_HEAD, module.weight, why)
+            yield module.weight, role_of_all(Role.OUTPUT_HEAD, module.weight, why)
 
 
 def _declared(modules: Iterable[nn.Module], method: str) -> list[nn.Module]:

@@ -1,0 +1,62 @@
+"""Roles by the type of the layer that owns a parameter, or else by the parameter's own name."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from lightning_adam_mini.partition.layouts import BARE_PARAMETERS, find_layer
+from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
+from lightning_adam_mini.partition.tree import Leaf
+
+__all__ = ["role_from_type", "role_of_all"]
+
+NORM_TYPES = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, _NormBase)
+
+
+def role_of_all(role: Role, parameter: Tensor, why: str, axis: int | None = 0, *, known: bool = True) -> ParameterRole:
+    """The role of a parameter whose rows all do the same."""
+    axis = axis if parameter.dim() else None
+    return ParameterRole((Part(role, parameter.shape[axis] if axis is not None else 1),), why, axis, known=known)
+
+
+def role_from_type(leaf: Leaf) -> ParameterRole:
+    """The role that the type of the owning module tells, or else the name of a bare parameter."""
+    owner, name, parameter = leaf.owner, leaf.own_name, leaf.parameter
+    kind = type(owner).__name__
+    is_vector = parameter.numel() == max(parameter.shape, default=1)
+    if parameter.dim() == 0:
+        return role_of_all(Role.OTHER, parameter, f"{name!r} of {kind}: a number")
+    layer = find_layer(owner)
+    rows = layer.find(name) if layer else None
+    if layer and rows:
+        role = layer.role(rows, owner, tuple(parameter.shape), 0, f"{name} of {kind}")
+        if role.known:
+            return role
+    is_linear, is_norm = isinstance(owner, nn.Linear), isinstance(owner, NORM_TYPES)
+    if ((is_vector or is_norm) and name == "bias") or name.endswith(("_bias", "_biases")):
+        return role_of_all(Role.BIAS, parameter, f"{name} of {kind}")
+    if is_norm or (is_vector and "Norm" in kind) or (kind.endswith("Norm") and not is_linear):
+        return role_of_all(Role.NORM, parameter, f"scale of {kind}")
+    if name == "weight_scale" or (name == "weight_g" and hasattr(owner, "weight_v")):
+        return role_of_all(Role.NORM, parameter, f"scale of {kind} with weight norm")
+    if name == "weight" or (name == "weight_v" and hasattr(owner, "weight_g")):
+        if isinstance(owner, nn.Embedding):
+            return role_of_all(Role.TOKEN_EMBEDDING, parameter, "nn.Embedding")
+        if isinstance(owner, _ConvNd):
+            return role_of_all(Role.CONV, parameter, kind, axis=1 if isinstance(owner, _ConvTransposeNd) else 0)
+        if is_linear:
+            return role_of_all(Role.LINEAR, parameter, "nn.Linear")
+    bare = BARE_PARAMETERS.get(name)
+    if bare is None or (bare is Role.NORM and not is_vector):
+        return role_of_all(Role.OTHER, parameter, f"no rule for {name!r} of {kind}", known=False)
+    why = f"{name} of {kind}"
+    if bare is not Role.POSITION_EMBEDDING:
+        return role_of_all(bare, parameter, why)
+    if parameter.dim() not in (2, 3):
+        return role_of_all(Role.OTHER, parameter, f"{why}: positions in {parameter.dim()} dimensions", known=False)
+    # (positions, width), or (1 or tables, positions, width)
+    return ParameterRole(
+        (Part(bare, parameter.shape[-2]),), why, parameter.dim() - 2, tuple(range(parameter.dim() - 2))
+    )
