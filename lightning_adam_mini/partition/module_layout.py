@@ -7,17 +7,18 @@ one layout holds for every size of a model, and can be checked against the forwa
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
 
-__all__ = ["SIZES", "ModuleLayout", "Rows", "Span", "UnknownRowsError", "qualified_name"]
+__all__ = ["SIZES", "ModuleLayout", "Rows", "Span", "UnknownRowsError", "members", "qualified_name"]
 
 Size = str | int
 """A size by its name, or as a number."""
@@ -110,6 +111,9 @@ class ModuleLayout:
     only_if: str | None = None
     sizes: Mapping[str, Size | tuple[Size, ...]] = field(default_factory=dict)
     attends: bool | None = None
+    _described: WeakKeyDictionary[type, bool] = field(
+        default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
+    )
 
     @property
     def is_attention(self) -> bool:
@@ -123,14 +127,21 @@ class ModuleLayout:
         """`parameters` with `Rows` for every name."""
         return {name: Rows(rows) if isinstance(rows, Role) else rows for name, rows in self.parameters.items()}
 
-    def matches(self, module: nn.Module) -> bool:
-        """Whether the layout describes `module`."""
+    def matches(self, module: nn.Module, members: Set[str]) -> bool:
+        """Whether the layout describes `module`, whose children and own parameters are `members`."""
         if self.classes:
-            if not any(_is_among(qualified_name(base), self.classes) for base in type(module).__mro__):
+            if not self._describes(type(module)):
                 return False
-        elif not self.children or any(_member(module, child) is None for child in self.children):
+        elif not self.children or not members.issuperset(self.children):
             return False
         return self.only_if is None or bool(getattr(module, self.only_if, False))
+
+    def _describes(self, cls: type) -> bool:
+        known = self._described.get(cls)
+        if known is None:
+            known = any(_is_among(qualified_name(base), self.classes) for base in cls.__mro__)
+            self._described[cls] = known
+        return known
 
     def find(self, relative_name: str) -> Rows | None:
         """The rows of a parameter by its name relative to the module, or None."""
@@ -305,8 +316,10 @@ def _is_among(name: str, names: tuple[str, ...]) -> bool:
     return name in names or any("*" in pattern and fnmatch.fnmatchcase(name, pattern) for pattern in names)
 
 
-def _member(module: nn.Module, name: str) -> object:
-    return module._modules.get(name) if name in module._modules else module._parameters.get(name)
+def members(module: nn.Module) -> frozenset[str]:
+    """Names of the children and own parameters that a module has."""
+    own = [*module._modules.items(), *module._parameters.items()]
+    return frozenset(name for name, member in own if member is not None)
 
 
 def qualified_name(cls: type) -> str:

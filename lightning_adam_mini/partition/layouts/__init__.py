@@ -16,7 +16,7 @@ from torch import nn
 from lightning_adam_mini.partition.layouts import by_names, layers, of_diffusers, of_timm, of_torch, of_transformers
 from lightning_adam_mini.partition.layouts.bare_parameters import BARE_PARAMETERS
 from lightning_adam_mini.partition.layouts.orders import CONTIGUOUS, OUTPUTS, PER_GROUP, PER_HEAD
-from lightning_adam_mini.partition.module_layout import ModuleLayout
+from lightning_adam_mini.partition.module_layout import ModuleLayout, members
 
 __all__ = [
     "BARE_PARAMETERS",
@@ -39,7 +39,7 @@ LAYOUTS: list[ModuleLayout] = [
 ]
 """Modules that are made of layers, those that are known by their class first."""
 
-_BUILT_IN = tuple(LAYOUTS)
+_BUILT_IN = frozenset(map(id, LAYOUTS))
 
 LAYERS = layers.LAYOUTS
 """Layers whose parameters torch's own types do not tell."""
@@ -92,19 +92,20 @@ def register_layout(layout: ModuleLayout) -> None:
 
 def is_registered(layout: ModuleLayout) -> bool:
     """Whether a user added the layout."""
-    return layout not in _BUILT_IN
+    return id(layout) not in _BUILT_IN
 
 
 def find_layouts(module: nn.Module) -> list[ModuleLayout]:
     """The first layout for the class of `module`, and those for the names of its children, in order."""
-    found = [layout for layout in LAYOUTS if layout.matches(module)]
+    names = members(module)
+    found = [layout for layout in LAYOUTS if layout.matches(module, names)]
     first_of_class = next((layout for layout in found if layout.classes), None)
     return [layout for layout in found if not layout.classes or layout is first_of_class]
 
 
 def find_layer(module: nn.Module) -> ModuleLayout | None:
     """The entry of `LAYERS` for the type of `module`, or None."""
-    return next((layout for layout in LAYERS if layout.matches(module)), None)
+    return next((layout for layout in LAYERS if layout.matches(module, frozenset())), None)
 
 
 def named_layout(name: str) -> ModuleLayout:
