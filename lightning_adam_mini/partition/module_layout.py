@@ -7,7 +7,7 @@ one layout holds for every size of a model, and can be checked against the forwa
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from types import MappingProxyType
@@ -127,7 +127,7 @@ class ModuleLayout:
         """`parameters` with `Rows` for every name."""
         return {name: Rows(rows) if isinstance(rows, Role) else rows for name, rows in self.parameters.items()}
 
-    def matches(self, module: nn.Module, members: Set[str]) -> bool:
+    def matches(self, module: nn.Module, members: frozenset[str]) -> bool:
         """Whether the layout describes `module`, whose children and own parameters are `members`."""
         if self.classes:
             if not self._describes(type(module)):
@@ -198,6 +198,7 @@ class ModuleLayout:
         return repeats, tuple(
             Part(span.role, rows_of_span, _head_dim(span, sizes, rows_of_span))
             for span, rows_of_span in zip(rows.spans, lengths, strict=True)
+            if rows_of_span
         )
 
 
@@ -258,7 +259,9 @@ class _Sizes:
             value: Any = path
             if isinstance(path, str):
                 value = _attribute(self._module, path)
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            # A part that a layout names may be missing, such as latent attention's rows for positions.
+            least = 0 if size in self._layout.sizes and size not in SIZES else 1
+            if isinstance(value, int) and not isinstance(value, bool) and value >= least:
                 if isinstance(path, str) and path.startswith("config."):
                     self._of_configuration.add(str(size))
                 return value

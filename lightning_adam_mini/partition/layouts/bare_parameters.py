@@ -11,6 +11,12 @@ __all__ = ["BARE_PARAMETERS"]
 
 _POSITIONS = (
     "decoder_pos_embed",
+    "height_rel",
+    "level_embed",
+    "memory_temporal_positional_encoding",
+    "pos_emb_h",
+    "pos_emb_t",
+    "pos_emb_w",
     "patch_pos",
     "pos_embed",
     "pos_embed_0",
@@ -21,11 +27,15 @@ _POSITIONS = (
     "position_embeddings",
     "position_enc",
     "positional_embedding",
+    "positional_embedding_vlm",
     "rel_pos_h",
     "rel_pos_w",
     "time_embeddings",
+    "width_rel",
 )
 _SCALES = (
+    "ffn_gamma",
+    "gain",
     "gamma",
     "gamma1",
     "gamma2",
@@ -41,19 +51,31 @@ _SCALES = (
     "layer_scale_parameter",
     "ls1",
     "ls2",
+    "per_dim_scale",
 )
 _SMALL = (
     # tokens that stand for no word or patch
     "class_embedding",
     "class_token",
     "cls_token",
+    "detection_tokens",
     "dist_token",
     "distillation_token",
+    "image_newline",
     "latent",
+    "latent_queries",
+    "latent_query",
+    "latents",
     "mask_token",
     "masked_spec_embed",
     "mem_kv",
+    "memory_tokens",
+    "no_memory_embedding",
+    "no_memory_positional_encoding",
+    "no_object_pointer",
+    "occlusion_spatial_embedding_parameter",
     "probe",
+    "query_tokens",
     "reg_token",
     "register_tokens",
     "storage_tokens",
@@ -64,6 +86,12 @@ _SMALL = (
     "att_src",
     "logit_bias",
     "logit_scale",
+    # modulations that adaptive norms add to those of the time step
+    "adaln_scale_shift",
+    "modulate_table",
+    "modulation",
+    "scale_shift_table",
+    "to_scale_shift_gate",
     # of state-space layers
     "A_log",
     "D",
@@ -74,6 +102,9 @@ BARE_PARAMETERS: Mapping[str, Role] = MappingProxyType(
         **dict.fromkeys(_POSITIONS, Role.POSITION_EMBEDDING),
         **dict.fromkeys(_SCALES, Role.NORM),
         **dict.fromkeys(_SMALL, Role.OTHER),
-        **dict.fromkeys(("dt_bias", "relative_position_bias_table", "sinks"), Role.BIAS),
+        **dict.fromkeys(
+            ("bias_u", "bias_v", "dt_bias", "pos_bias_u", "pos_bias_v", "relative_position_bias_table", "sinks"),
+            Role.BIAS,
+        ),
     }
 )

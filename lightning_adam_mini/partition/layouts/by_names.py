@@ -212,4 +212,49 @@ LAYOUTS: list[ModuleLayout] = [
             ("intermediate_dense", "output_dense", "intermediate_dense.weight output_dense.weight"),
         )
     ),
+    ModuleLayout(
+        "indexer",  # of sparse attention: many query heads, one key
+        children=("wq_b", "wk", "weights_proj"),
+        parameters={
+            "wq_b.weight": Q,
+            "wk.weight": K,
+            "weights_proj.weight": LINEAR,
+            "index_kpool_compress_gate": LINEAR,
+            "index_kpool_compress_ape": Role.BIAS,
+        },
+        sizes={"kv_heads": 1},
+    ),
+    ModuleLayout(
+        "to_query_to_key_to_value",
+        children=("to_query", "to_key", "to_value"),
+        parameters={
+            "to_query.weight": Q,
+            "to_key.weight": K,
+            "to_value.weight": V,
+            "out_layer.weight": OUT,
+            **OUTPUTS,
+        },
+    ),
+    ModuleLayout(
+        "relative_keys",
+        children=("relative_k_proj",),
+        parameters={
+            "relative_k_proj.weight": K,
+        },
+    ),
+    ModuleLayout(
+        "relative_keys_linear_pos",
+        children=("linear_q", "linear_pos"),
+        parameters={
+            "linear_pos.weight": K,
+        },
+    ),
+    ModuleLayout(
+        "shared_keys_and_values",
+        children=("q_proj", "o_proj"),
+        parameters={
+            "q_proj.weight": Q,
+            "o_proj.weight": OUT,
+        },
+    ),
 ]

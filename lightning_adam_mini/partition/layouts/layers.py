@@ -49,12 +49,19 @@ LAYOUTS: list[ModuleLayout] = [
             "timm.models.vision_transformer_sam.VisionTransformerSAM",
             "timm.models.volo.VOLO",
             "transformers.models.*VisionEncoder",
+            "transformers.models.pp_formulanet.modeling_pp_formulanet.PPFormulaNetVisionModel",
         ),
         parameters={"pos_embed": Rows(Role.POSITION_EMBEDDING, axis=2, batch_axes=(0, 1))},
     ),
     ModuleLayout(
         "positions_on_a_grid_after_width",  # (1, width, rows, columns)
-        classes=("timm.models.hiera.Hiera", "timm.models.hieradet_sam2.HieraDet", "timm.models.tnt.TNT"),
+        classes=(
+            "timm.models.hiera.Hiera",
+            "timm.models.hieradet_sam2.HieraDet",
+            "timm.models.pit.PoolingVisionTransformer",
+            "timm.models.tnt.TNT",
+            "transformers.models.sam2.modeling_sam2.Sam2HieraDetModel",
+        ),
         parameters=dict.fromkeys(
             ("pos_embed", "pos_embed_win", "pos_embed_window", "pixel_pos"),
             Rows(Role.POSITION_EMBEDDING, axis=3, batch_axes=(2,)),
@@ -88,5 +95,86 @@ LAYOUTS: list[ModuleLayout] = [
             "torch_geometric.nn.conv.rgcn_conv.RGCNConv",
         ),
         parameters={"weight": EXPERT_ROWS_LAST, "root": Rows(LINEAR, axis=1)},
+    ),
+    ModuleLayout(
+        "hyper_connection",
+        classes=("transformers.models.*HyperConnection", "transformers.models.*HyperHead"),
+        parameters={
+            "fn": LINEAR,
+            "base": Role.BIAS,
+            "scale": Role.NORM,
+            "hc_fn": LINEAR,
+            "hc_base": Role.BIAS,
+            "hc_scale": Role.NORM,
+        },
+    ),
+    ModuleLayout(
+        "zamba",
+        classes=("transformers.models.zamba.modeling_zamba.ZambaMambaMixer",),
+        parameters={
+            "x_proj_weight": Rows(LINEAR, axis=1, batch_axes=(0,)),
+            "dt_proj_weight": Rows(LINEAR, axis=1, batch_axes=(0,)),
+            "dt_proj_bias": Role.BIAS,
+        },
+    ),
+    ModuleLayout(
+        "codebook_heads",
+        classes=("transformers.models.csm.modeling_csm.CsmCodebooksHead",),
+        parameters={
+            "weight": Rows(Role.OUTPUT_HEAD, axis=2, batch_axes=(0,)),
+        },
+    ),
+    ModuleLayout(
+        "yolos_positions",
+        classes=("transformers.models.yolos.modeling_yolos.InterpolateMidPositionEmbeddings",),
+        parameters={
+            "mid_position_embeddings": Rows(Role.POSITION_EMBEDDING, axis=2, batch_axes=(0, 1)),
+        },
+    ),
+    ModuleLayout(
+        "projections_from_the_right",
+        classes=(
+            "transformers.models.gemma3.modeling_gemma3.Gemma3MultiModalProjector",
+            "transformers.models.t5gemma2.modeling_t5gemma2.T5Gemma2MultiModalProjector",
+            "transformers.models.omdet_turbo.modeling_omdet_turbo.OmDetTurboLanguageBackbone",
+            "transformers.models.x_clip.modeling_x_clip.XCLIPModel",
+        ),
+        parameters={
+            "mm_input_projection_weight": Rows(LINEAR, axis=1),
+            "text_projection": Rows(LINEAR, axis=1),
+            "prompts_visual_projection": Rows(LINEAR, axis=1),
+        },
+    ),
+    ModuleLayout(
+        "snake",
+        classes=("*Snake1d", "*SnakeBeta", "*DynamicTanh"),
+        parameters={
+            "alpha": Role.NORM,
+            "beta": Role.NORM,
+        },
+    ),
+    ModuleLayout(
+        "grn",
+        classes=("*GRN",),
+        parameters={
+            "weight": Role.NORM,
+            "gamma": Role.NORM,
+            "beta": Role.BIAS,
+            "bias": Role.BIAS,
+        },
+    ),
+    ModuleLayout(
+        "prelu",
+        classes=("torch.nn.modules.activation.PReLU",),
+        parameters={
+            "weight": Role.NORM,
+        },
+    ),
+    ModuleLayout(
+        "motion",
+        classes=("diffusers.models.transformers.transformer_wan_animate.MotionLinear",),
+        parameters={
+            "weight": LINEAR,
+        },
     ),
 ]

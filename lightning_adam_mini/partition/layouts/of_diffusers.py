@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from lightning_adam_mini.partition.layouts.orders import CONTIGUOUS_KEY_VALUE, JOINT_ATTENTION
+from lightning_adam_mini.partition.layouts.orders import (
+    CONTIGUOUS,
+    CONTIGUOUS_KEY_VALUE,
+    EXPERT_ROWS_LAST,
+    JOINT_ATTENTION,
+    OUTPUTS,
+)
 from lightning_adam_mini.partition.module_layout import ModuleLayout, Rows, Span
 from lightning_adam_mini.partition.roles import Role
 
@@ -51,5 +57,101 @@ LAYOUTS: list[ModuleLayout] = [
         "diffusers_feed_forward",
         classes=("diffusers.models.attention.FeedForward",),
         parameters={"net.*": MLP},
+    ),
+    ModuleLayout(
+        "diffusers_nucleus_experts",
+        classes=("diffusers.models.transformers.transformer_nucleusmoe_image.SwiGLUExperts",),
+        parameters={
+            "gate_up_proj": EXPERT_ROWS_LAST,
+            "down_proj": EXPERT_ROWS_LAST,
+        },
+    ),
+    ModuleLayout(
+        "diffusers_prx",
+        classes=("diffusers.models.transformers.transformer_prx.PRXAttention",),
+        parameters={
+            "img_qkv_proj.weight": CONTIGUOUS,
+            "txt_kv_proj.weight": CONTIGUOUS_KEY_VALUE,
+            **OUTPUTS,
+        },
+    ),
+    ModuleLayout(
+        "diffusers_joyimage",
+        classes=(
+            "diffusers.models.transformers.transformer_joyimage.JoyImageAttention",
+            "diffusers.models.transformers.transformer_joyimage_edit_plus.JoyImageEditPlusAttention",
+        ),
+        parameters={
+            "img_attn_qkv.weight": CONTIGUOUS,
+            "txt_attn_qkv.weight": CONTIGUOUS,
+            "img_attn_proj.weight": OUT,
+            "txt_attn_proj.weight": OUT,
+        },
+    ),
+    ModuleLayout(
+        "diffusers_minimax_h3_audio",
+        classes=("diffusers.models.autoencoders.autoencoder_kl_minimax_h3_audio.MiniMaxH3AudioCausalAttention",),
+        parameters={
+            "qkv.weight": CONTIGUOUS,
+            **OUTPUTS,
+        },
+    ),
+    ModuleLayout(
+        "diffusers_differential",  # two queries and two keys for each head
+        classes=(
+            "diffusers.models.autoencoders.autoencoder_same.SAMEAttention",
+            "diffusers.models.transformers.transformer_stable_audio3.StableAudio3SelfAttention",
+            "diffusers.models.transformers.transformer_stable_audio3.StableAudio3CrossAttention",
+        ),
+        parameters={
+            "to_qkv.weight": Rows(
+                Span(Q, "heads"), Span(Q, "heads"), Span(K, "heads"), Span(K, "heads"), Span(V, "heads")
+            ),
+            "to_q.weight": Rows(Span(Q, "heads"), Span(Q, "heads")),
+            "to_kv.weight": Rows(Span(K, "heads"), Span(K, "heads"), Span(V, "heads")),
+            **OUTPUTS,
+        },
+        only_if="use_differential",
+        sizes={"head_dim": "dim_heads"},
+    ),
+    ModuleLayout(
+        "diffusers_not_differential",
+        classes=(
+            "diffusers.models.autoencoders.autoencoder_same.SAMEAttention",
+            "diffusers.models.transformers.transformer_stable_audio3.StableAudio3SelfAttention",
+            "diffusers.models.transformers.transformer_stable_audio3.StableAudio3CrossAttention",
+        ),
+        parameters={
+            "to_qkv.weight": CONTIGUOUS,
+            "to_q.weight": Q,
+            "to_kv.weight": CONTIGUOUS_KEY_VALUE,
+            **OUTPUTS,
+        },
+        sizes={"head_dim": "dim_heads"},
+    ),
+    ModuleLayout(
+        "diffusers_sana_wm",
+        classes=(
+            "diffusers.models.transformers.transformer_sana_wm.BidirectionalGDNUCPESinglePathLiteLA",
+            "diffusers.models.transformers.transformer_sana_wm._SoftmaxUCPESinglePathLiteLA",
+        ),
+        parameters={
+            "qkv.weight": CONTIGUOUS,
+            "q_proj_cam.weight": Q,
+            "k_proj_cam.weight": K,
+            "v_proj_cam.weight": V,
+            "out_proj_cam.weight": OUT,
+            **OUTPUTS,
+        },
+        sizes={"head_dim": "dim"},
+    ),
+    ModuleLayout(
+        "diffusers_sana_wm_cross",
+        classes=("diffusers.models.transformers.transformer_sana_wm.MultiHeadCrossAttention",),
+        parameters={
+            "q_linear.weight": Q,
+            "kv_linear.weight": CONTIGUOUS_KEY_VALUE,
+            **OUTPUTS,
+        },
     ),
 ]

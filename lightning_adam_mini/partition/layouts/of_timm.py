@@ -152,4 +152,12 @@ LAYOUTS: list[ModuleLayout] = [
         classes=_classes("models.metaformer.MlpHead", "models.mambaout.MlpHead", "layers.pos_embed_rel.RelPosMlp"),
         parameters={"fc1.weight": LINEAR, "fc2.weight": LINEAR},
     ),
+    ModuleLayout(
+        "timm_csatv2",
+        classes=_classes("models.csatv2.SpatialTransformerBlock"),
+        parameters={
+            "qkv.weight": CONTIGUOUS,
+        },
+        sizes={"heads": 1, "kv_heads": 1},
+    ),
 ]

@@ -302,4 +302,255 @@ LAYOUTS: list[ModuleLayout] = [
         ),
         parameters={"lin1.weight": MLP, "lin2.weight": MLP},
     ),
+    ModuleLayout(
+        "deepseek_v4",  # one projection is read as key and as value: its rows are those of the value
+        classes=_classes("deepseek_v4.DeepseekV4Attention"),
+        parameters={
+            "q_a_proj.weight": LINEAR,
+            "q_b_proj.weight": Q,
+            "kv_proj.weight": V,
+            "o_a_proj.weight": OUT,
+            "o_b_proj.weight": OUT,
+        },
+    ),
+    ModuleLayout(
+        "deepseek_v4_compressor",
+        classes=_classes("deepseek_v4.DeepseekV4CSACompressor", "deepseek_v4.DeepseekV4HCACompressor"),
+        parameters={
+            "kv_proj.weight": V,
+            "gate_proj.weight": LINEAR,
+            "position_bias": Role.BIAS,
+        },
+        attends=True,
+    ),
+    ModuleLayout(
+        "deepseek_v4_indexer",
+        classes=_classes("deepseek_v4.DeepseekV4Indexer"),
+        parameters={
+            "q_b_proj.weight": Q,
+            "kv_proj.weight": K,
+            "gate_proj.weight": LINEAR,
+            "position_bias": Role.BIAS,
+        },
+    ),
+    ModuleLayout(
+        "groupvit_assign",
+        classes=_classes("groupvit.GroupViTAssignAttention"),
+        parameters={
+            "q_proj.weight": Q,
+            "k_proj.weight": K,
+            "v_proj.weight": V,
+            **OUTPUTS,
+        },
+        sizes={"heads": 1, "kv_heads": 1},
+    ),
+    ModuleLayout(
+        "olmo_hybrid",
+        classes=_classes("olmo_hybrid.OlmoHybridGatedDeltaNet"),
+        parameters={
+            "q_proj.weight": Q,
+            "k_proj.weight": K,
+            "v_proj.weight": Rows(Span(V, "value_heads", "value_size")),
+            **OUTPUTS,
+        },
+        sizes={
+            "heads": "num_k_heads",
+            "kv_heads": "num_k_heads",
+            "head_dim": "head_k_dim",
+            "value_heads": "num_v_heads",
+            "value_size": "head_v_dim",
+        },
+    ),
+    ModuleLayout(
+        "qwen4_exp_vision",
+        classes=_classes("qwen4_exp.Qwen4ExpVisionAttention"),
+        parameters={
+            "qkv.weight": CONTIGUOUS,
+            **OUTPUTS,
+        },
+    ),
+    ModuleLayout(
+        "xlstm",
+        classes=_classes("xlstm.xLSTMLayer"),
+        parameters={
+            "q.weight": Q,
+            "k.weight": K,
+            "v.weight": V,
+            "qkv_opreact.weight": Rows(
+                Span(Q, "heads", "qk_size"),
+                Span(K, "heads", "qk_size"),
+                Span(V, "heads", "v_size"),
+                Span(LINEAR, "heads", "v_size"),
+            ),
+            **OUTPUTS,
+        },
+        sizes={
+            "heads": "config.num_heads",
+            "kv_heads": "config.num_heads",
+            "qk_size": "qk_dim/config.num_heads",
+            "v_size": "v_dim/config.num_heads",
+        },
+    ),
+    ModuleLayout(
+        "reformer_shared_query_key",  # each row is query and key at once
+        classes=_classes("reformer.LSHSelfAttention"),
+        parameters={
+            "query_key.weight": Q,
+            "value.weight": V,
+        },
+    ),
+    ModuleLayout(
+        "cpmant",
+        classes=_classes("cpmant.CpmAntAttention"),
+        parameters={
+            "project_q.weight": Q,
+            "project_k.weight": K,
+            "project_v.weight": V,
+            "attention_out.weight": OUT,
+        },
+        sizes={"head_dim": "dim_head"},
+    ),
+    ModuleLayout(
+        "cvt",
+        classes=_classes("cvt.CvtSelfAttention"),
+        parameters={
+            "projection_query.weight": Q,
+            "projection_key.weight": K,
+            "projection_value.weight": V,
+        },
+    ),
+    ModuleLayout(
+        "gemma3n_audio_positions",
+        classes=_classes("gemma3n.Gemma3nAudioRelativePositionEmbedding"),
+        parameters={
+            "pos_proj.weight": K,
+        },
+        attends=False,
+    ),
+    ModuleLayout(
+        "zaya",
+        classes=_classes("zaya.ZayaCCAProjection"),
+        parameters={
+            "q_proj.weight": Q,
+            "k_proj.weight": K,
+            "v_proj_current.weight": V,
+            "v_proj_delayed.weight": V,
+        },
+    ),
+    ModuleLayout(
+        "conditional_detr",
+        classes=_classes(
+            "conditional_detr.ConditionalDetrDecoderSelfAttention",
+            "conditional_detr.ConditionalDetrDecoderCrossAttention",
+        ),
+        parameters={
+            "q_content_proj.weight": Q,
+            "q_pos_proj.weight": Q,
+            "q_pos_sine_proj.weight": Q,
+            "k_content_proj.weight": K,
+            "k_pos_proj.weight": K,
+            "v_proj.weight": V,
+            "o_proj.weight": OUT,
+        },
+        sizes={"heads": (), "kv_heads": ()},
+    ),
+    ModuleLayout(
+        "dab_detr_self",
+        classes=_classes("dab_detr.DabDetrDecoderLayerSelfAttention"),
+        parameters={
+            "self_attn_query_content_proj.weight": Q,
+            "self_attn_query_pos_proj.weight": Q,
+            "self_attn_key_content_proj.weight": K,
+            "self_attn_key_pos_proj.weight": K,
+            "self_attn_value_proj.weight": V,
+            "self_attn.output_proj.weight": OUT,
+        },
+        sizes={"heads": "self_attn.attention_heads", "kv_heads": "self_attn.attention_heads"},
+    ),
+    ModuleLayout(
+        "dab_detr_cross",
+        classes=_classes("dab_detr.DabDetrDecoderLayerCrossAttention"),
+        parameters={
+            "cross_attn_query_content_proj.weight": Q,
+            "cross_attn_query_pos_proj.weight": Q,
+            "cross_attn_query_pos_sine_proj.weight": Q,
+            "cross_attn_key_content_proj.weight": K,
+            "cross_attn_key_pos_proj.weight": K,
+            "cross_attn_value_proj.weight": V,
+            "cross_attn.output_proj.weight": OUT,
+        },
+        sizes={"heads": "decoder_attention_heads", "kv_heads": "decoder_attention_heads"},
+    ),
+    ModuleLayout(
+        "lilt",  # the flow of the page's layout has smaller heads
+        classes=_classes("lilt.LiltSelfAttention"),
+        parameters={
+            "query.weight": Q,
+            "key.weight": K,
+            "value.weight": V,
+            "layout_query.weight": Rows(Span(Q, "heads", "layout_size")),
+            "layout_key.weight": Rows(Span(K, "heads", "layout_size")),
+            "layout_value.weight": V,
+        },
+        sizes={"layout_size": "attention_head_size/channel_shrink_ratio"},
+    ),
+    ModuleLayout(
+        "aimv2_pooling",
+        classes=_classes("aimv2.Aimv2AttentionPoolingHead"),
+        parameters={
+            "k_proj.weight": K,
+            "v_proj.weight": V,
+            "output_proj.weight": OUT,
+        },
+        attends=True,
+    ),
+    ModuleLayout(
+        "grounding_dino_fusion",
+        classes=_classes(
+            "grounding_dino.GroundingDinoBiMultiHeadAttention", "mm_grounding_dino.MMGroundingDinoBiMultiHeadAttention"
+        ),
+        parameters={
+            "vision_proj.weight": Q,
+            "text_proj.weight": K,
+            "values_vision_proj.weight": V,
+            "values_text_proj.weight": V,
+            "out_vision_proj.weight": OUT,
+            "out_text_proj.weight": OUT,
+        },
+    ),
+    ModuleLayout(
+        "axk2",  # query and output gate of each head
+        classes=_classes("axk2.AXK2Attention"),
+        parameters={
+            "q_a_proj.weight": LINEAR,
+            "q_gate_proj.weight": Rows(Span(Q, 1), Span(LINEAR, 1, "value_dim"), repeats="heads"),
+        },
+        sizes={"head_dim": "qk_head_dim", "value_dim": "v_head_dim"},
+    ),
+    ModuleLayout(
+        "pp_doclayout_pointer",
+        classes=_classes("pp_doclayout_v4.PPDocLayoutV4GlobalPointer"),
+        parameters={
+            "q_proj.weight": Q,
+            "k_proj.weight": K,
+        },
+        sizes={"heads": 1, "kv_heads": 1},
+    ),
+    ModuleLayout(
+        "ibert_embeddings",
+        classes=_classes("ibert.IBertEmbeddings"),
+        parameters={
+            "word_embeddings.weight": Role.TOKEN_EMBEDDING,
+            "token_type_embeddings.weight": Role.POSITION_EMBEDDING,
+            "position_embeddings.weight": Role.POSITION_EMBEDDING,
+        },
+    ),
+    ModuleLayout(
+        "reformer_positions",
+        classes=_classes("reformer.AxialPositionEmbeddings"),
+        parameters={
+            "weights.0": Rows(Role.POSITION_EMBEDDING, axis=0),
+            "weights.1": Rows(Role.POSITION_EMBEDDING, axis=1),
+        },
+    ),
 ]
