@@ -126,7 +126,7 @@ class Application(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            parsers = getattr(self, "_subcommand_parsers", {}).values()
+            parsers = [parser, *getattr(self, "_subcommand_parsers", {}).values()]
             options = {name for own in parsers for name in own._option_string_actions}
             raise ArgumentError(None, near_option(str(error), options)) from error
 

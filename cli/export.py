@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import yaml
+
+from .arguments import Parser
 
 __all__ = ["main"]
 
@@ -23,7 +24,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         ValueError: The folder holds no run, or its task cannot be exported.
     """
-    parser = _Parser(prog="adam-mini export", description="Save a run's model and tokenizer for from_pretrained.")
+    parser = Parser(prog="adam-mini export", description="Save a run's model and tokenizer for from_pretrained.")
     parser.add_argument("run_dir", type=Path, help="Folder of the run.")
     parser.add_argument("--ckpt_path", default="last", help="Checkpoint file, or `last`.")
     parser.add_argument("--out", type=Path, default=None, help="New folder for the model; RUN_DIR/hf by default.")
@@ -50,13 +51,6 @@ def main(arguments: Sequence[str]) -> None:
     task.on_load_checkpoint(saved := AtomicCheckpointIO().load_checkpoint(checkpoint, weights_only=True))
     task.load_state_dict(saved["state_dict"])
     log.info("%s", f"exported to {task.export(options.out or options.run_dir / 'hf')}")
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser that leaves it to the command to tell an error."""
-
-    def error(self, message: str) -> NoReturn:
-        raise argparse.ArgumentError(None, message)
 
 
 def _on_one_cpu(config: Path, run_dir: Path) -> dict[str, Any]:

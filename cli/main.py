@@ -21,6 +21,7 @@ USAGE = f"""adam-mini {__version__}: train with Adam-mini and its peers
   adam-mini test     --config RECIPE --ckpt_path last
   adam-mini predict  --config RECIPE --ckpt_path last
   adam-mini export   RUN_DIR [--out FOLDER]        a language model for from_pretrained
+  adam-mini explain  RECIPE | --hf CONFIG.json     blocks and memory of a model, before any training
   adam-mini recipes                                list the packaged recipes
   adam-mini --version
 
@@ -77,6 +78,11 @@ def _dispatch(command: str, rest: list[str]) -> int:
         recipes = list_recipes()
         width = max(map(len, recipes), default=0)
         sys.stdout.writelines(f"{name:<{width}}  {title}\n" for name, title in recipes.items())
+        return 0
+    if command == "explain":
+        from .explain import main as explain
+
+        explain(rest)
         return 0
     _show_log()
     if command == "export":

@@ -50,10 +50,12 @@ def near_option(message: str, options: Iterable[str]) -> str:
         message: What the parser said.
         options: The options that exist, such as `--trainer.max_steps`.
     """
-    match = re.search(r"unrecognized arguments: (--[^\s=]+)|does not accept option '([\w.]+)'", message)
+    match = re.search(
+        r"unrecognized arguments: (--[^\s=]+)|does not accept option '([\w.]+)'|\AOption '([\w.]+)' is not acc", message
+    )
     if match is None:
         return message
-    name = match[1] or f"--{match[2]}"
+    name = match[1] or f"--{match[2] or match[3]}"
     return f"there is no option {name}{_did_you_mean(name, options) or '.'} `adam-mini fit --help` lists all"
 
 

@@ -16,8 +16,12 @@ def list_recipes() -> dict[str, str]:
     return {path.relative_to(root).as_posix(): _title(path) for path in sorted(root.rglob("*.yaml"))}
 
 
-def find_recipe(name: str) -> Path:
+def find_recipe(name: str, *, given_as: str = "--config") -> Path:
     """The file of a `--config` value: a path that exists, else a packaged recipe with or without `.yaml`.
+
+    Args:
+        name: The value.
+        given_as: What the message calls it.
 
     Raises:
         ValueError: Neither exists; with the recipes whose names come near.
@@ -32,7 +36,7 @@ def find_recipe(name: str) -> Path:
     by_stem = [recipe for recipe in recipes if Path(recipe).stem == Path(name).stem]
     near = by_stem or difflib.get_close_matches(name, recipes, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else "`adam-mini recipes` lists the packaged ones"
-    raise ValueError(f"--config {name}: no such file, and no recipe of that name; {hint}")
+    raise ValueError(f"{given_as} {name}: no such file, and no recipe of that name; {hint}")
 
 
 def resolve_configs(arguments: Sequence[str]) -> tuple[list[str], str | None]:

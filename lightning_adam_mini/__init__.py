@@ -5,15 +5,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_adam_mini.blocks import Blocks
+    from lightning_adam_mini.measure import explain
     from lightning_adam_mini.optim import AdamMini
     from lightning_adam_mini.partition import partition_module, register_layout
 
-__all__ = ["AdamMini", "Blocks", "partition_module", "register_layout"]
+__all__ = ["AdamMini", "Blocks", "explain", "partition_module", "register_layout"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "AdamMini": "lightning_adam_mini.optim",
     "Blocks": "lightning_adam_mini.blocks",
+    "explain": "lightning_adam_mini.measure",
     "partition_module": "lightning_adam_mini.partition",
     "register_layout": "lightning_adam_mini.partition",
 }

@@ -10,7 +10,7 @@ from hashlib import blake2b
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
@@ -58,6 +58,19 @@ class Task(LightningModule):
     def flops_per_unit(self, batch: Any) -> float | None:
         """FLOPs of a forward and backward pass for one unit; None where no formula is known."""
         return None
+
+    def outline(self, data: LightningDataModule) -> list[str]:
+        """Make the network on the meta device, for whoever asks for its shapes alone; no data are read.
+
+        Args:
+            data: The data module as the recipe makes it, before its setup.
+
+        Returns:
+            What may differ in a run, one sentence each.
+        """
+        with torch.device("meta"):
+            self.configure_model()
+        return []
 
     def summary(self) -> dict[str, str]:
         """Lines of the report that only the task knows, after training: name and text."""

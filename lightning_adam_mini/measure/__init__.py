@@ -1,10 +1,14 @@
-"""What training costs: memory and floating-point operations."""
+"""What training costs: memory and floating-point operations, and where the memory goes."""
 
+from lightning_adam_mini.measure.explanation import ExplainedParameter, Explanation, explain
 from lightning_adam_mini.measure.flops import peak_flops, transformer_flops_per_token
 from lightning_adam_mini.measure.memory import adamw_state_bytes, optimizer_state_bytes, peak_memory_bytes
 
 __all__ = [
+    "ExplainedParameter",
+    "Explanation",
     "adamw_state_bytes",
+    "explain",
     "optimizer_state_bytes",
     "peak_flops",
     "peak_memory_bytes",

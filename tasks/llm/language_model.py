@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import SumMetric
@@ -22,7 +23,7 @@ from lightning_adam_mini.measure import transformer_flops_per_token
 from lightning_adam_mini.schedule import Schedule
 
 from ..base import Task
-from .model import Attention, active_parameters, build_config, build_model
+from .model import Attention, active_parameters, build_config, build_model, read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -115,6 +116,24 @@ class LanguageModel(Task):
         if self.compile_model:
             model.compile()
         self.model = model
+
+    def outline(self, data: LightningDataModule) -> list[str]:
+        """See `Task.outline`: the vocabulary is the one that the settings of the data tell.
+
+        Raises:
+            ValueError: As `configure_model`.
+        """
+        options, told = dict(self.config), []
+        if self.init_from is None and "vocab_size" not in options:
+            planned = getattr(data, "planned_vocab_size", None)
+            if planned is not None:
+                options["vocab_size"] = planned
+            if getattr(data, "trains_tokenizer", False):
+                told.append(f"the vocabulary has {planned:,} tokens at most: a tokenizer is trained on the text")
+        config = read_config(self.init_from) if self.init_from else build_config(self.architecture, options)
+        with torch.device("meta"):
+            self.model = build_model(config, None, "eager")  # whose implementation of attention is always there
+        return told
 
     @property
     def network(self) -> PreTrainedModel:

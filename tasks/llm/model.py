@@ -12,7 +12,7 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["Attention", "active_parameters", "build_config", "build_model"]
+__all__ = ["Attention", "active_parameters", "build_config", "build_model", "read_config"]
 
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 
@@ -94,16 +94,34 @@ def build_model(config: PreTrainedConfig | None, init_from: str | None, attentio
     if init_from is None:
         assert config is not None
         return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    folder = _model_folder(init_from)
+    # In the trainer's precision, whatever precision the folder was saved in.
+    return AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True, attn_implementation=attention, dtype=torch.get_default_dtype()
+    )
+
+
+def read_config(init_from: str) -> PreTrainedConfig:
+    """The configuration of a local folder, for a model without its weights.
+
+    Raises:
+        ValueError: `init_from` is no folder with a model.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(_model_folder(init_from), local_files_only=True)
+    config.dtype = torch.get_default_dtype()  # as `build_model`
+    return config
+
+
+def _model_folder(init_from: str) -> Path:
     folder = Path(init_from).expanduser()
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"init_from: {init_from} is no local folder with a config.json; no download is made, so give a folder "
             "saved by save_pretrained or by adam-mini export"
         )
-    # In the trainer's precision, whatever precision the folder was saved in.
-    return AutoModelForCausalLM.from_pretrained(
-        folder, local_files_only=True, attn_implementation=attention, dtype=torch.get_default_dtype()
-    )
+    return folder
 
 
 def active_parameters(model: PreTrainedModel) -> int:

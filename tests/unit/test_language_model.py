@@ -56,6 +56,16 @@ def test_refused_configurations(architecture, options, told):
         LanguageModel(architecture=architecture, config=options)
 
 
+@pytest.mark.parametrize(("architecture", "config"), [("gpt2", CONFIG), ("llama", LLAMA)])
+def test_the_outline_is_the_network_without_memory(architecture, config):
+    options = {"architecture": architecture, "config": config, "activation_checkpointing": True, "compile": True}
+    task = LanguageModel(**options)
+    assert task.outline(SimpleNamespace()) == []
+    real = built(config, architecture=architecture)
+    assert {name: p.shape for name, p in task.named_parameters()} == {n: p.shape for n, p in real.named_parameters()}
+    assert all(parameter.is_meta for parameter in task.parameters())
+
+
 def test_head_size_of_its_own():
     assert build_config("qwen3", {**LLAMA, "hidden_size": 10, "num_attention_heads": 4, "head_dim": 6}).head_dim == 6
 

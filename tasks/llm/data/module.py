@@ -159,6 +159,16 @@ class TokenDataModule(LightningDataModule, ABC):
         return self._opened.vocab_size
 
     @property
+    def planned_vocab_size(self) -> int | None:
+        """Possible tokens as far as the settings tell, before any text is read; None where they do not."""
+        return None
+
+    @property
+    def trains_tokenizer(self) -> bool:
+        """Whether the tokenizer comes from the text, which may yield fewer tokens than planned."""
+        return False
+
+    @property
     def num_train_tokens(self) -> int:
         """Tokens of the training part."""
         return len(self._opened.train)

@@ -41,6 +41,18 @@ class TextDataModule(TokenDataModule):
         self.wanted_vocab_size = vocab_size
         self.corpus_hash: str | None = None
 
+    @property
+    def planned_vocab_size(self) -> int:
+        """See `TokenDataModule.planned_vocab_size`."""
+        if self.wanted_vocab_size is not None:
+            return self.wanted_vocab_size
+        return DEFAULT_BPE_VOCAB_SIZE if self.tokenizer_spec is None else len(load_tokenizer(self.tokenizer_spec))
+
+    @property
+    def trains_tokenizer(self) -> bool:
+        """See `TokenDataModule.trains_tokenizer`."""
+        return self.tokenizer_spec is None
+
     @abstractmethod
     def hash_corpus(self) -> str:
         """Hash of all text; it must be quick, since every start of a run asks for it."""

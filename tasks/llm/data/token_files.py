@@ -59,6 +59,14 @@ class TokenFiles(TokenDataModule):
         """The files, for messages."""
         return f"{', '.join(self.train_files)} and {', '.join(self.val_files)}"
 
+    @property
+    def planned_vocab_size(self) -> int:
+        """See `TokenDataModule.planned_vocab_size`."""
+        if self.wanted_vocab_size is not None:
+            return self.wanted_vocab_size
+        assert self.tokenizer_spec is not None
+        return len(load_tokenizer(self.tokenizer_spec))
+
     def open_source(self) -> TokenSource:
         """Check every file."""
         vocab_size, load = self.wanted_vocab_size, None

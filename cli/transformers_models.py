@@ -1,0 +1,107 @@
+"""Models of transformers without weights or downloads, from a `config.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .model_building import Source, building, config_file, is_subclass, near, package, quiet, read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = ["of_transformers"]
+
+
+def of_transformers(name: str) -> Source:
+    """A model of transformers from a `config.json`, of random weights in float32.
+
+    Args:
+        name: The file, a folder with it, or the name of a model in the local cache of the hub.
+
+    Raises:
+        ValueError: There is no such file on this machine, or transformers cannot build what it says.
+    """
+    transformers = package("transformers", "--hf", "llm")
+    with quiet():
+        path = config_file("--hf", name) or _cached(name)
+        options = read_json("--hf", path)
+        config = _transformers_config(path, options)
+        architecture = _architecture(options)
+        cls: Any = getattr(transformers, architecture, None)
+        with building(f"--hf {path}"), torch.device("meta"):
+            if is_subclass(cls, transformers.PreTrainedModel):
+                model = cls(config)
+            else:
+                mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+                auto = transformers.AutoModelForCausalLM if type(config) in mapping else transformers.AutoModel
+                model = auto.from_config(config, dtype=torch.get_default_dtype())
+    told = [] if architecture in ("", type(model).__name__) else [_other_class(architecture, model)]
+    told += [
+        f"{path.name} does not say {size}, so {type(part).__name__}'s default of {value} is taken: heads decide about "
+        "blocks"
+        for part, size, value in _defaults(config, options)
+    ]
+    return Source(model, warnings=tuple(told))
+
+
+def _cached(name: str) -> Path:
+    """The configuration of a model in the local cache of the hub.
+
+    Raises:
+        ValueError: It is not there; nothing is downloaded.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        path = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        path = None
+    if not isinstance(path, str):
+        raise ValueError(
+            f"--hf {name}: not on this machine, and nothing is downloaded; give a local config.json, from "
+            f"`hf download {name} config.json` elsewhere or written with model_type and the sizes"
+        )
+    return Path(path)
+
+
+def _architecture(options: Mapping[str, Any]) -> str:
+    """The first class that a configuration names; empty where it names none."""
+    match options.get("architectures"):
+        case str(name) | [str(name), *_]:
+            return name
+    return ""
+
+
+def _transformers_config(path: Path, options: dict[str, Any]) -> PreTrainedConfig:
+    from transformers import CONFIG_MAPPING
+
+    model_type = options.get("model_type")
+    if not isinstance(model_type, str):
+        raise ValueError(f"--hf {path}: it has no model_type, such as llama, which says what to build")
+    if model_type not in CONFIG_MAPPING:
+        own_code = "; it brings code of its own, which is never run here" if "auto_map" in options else ""
+        hint = near(model_type, list(CONFIG_MAPPING))
+        raise ValueError(f"--hf {path}: transformers knows no model_type {model_type!r}{own_code or hint}")
+    with building(f"--hf {path}"):
+        return CONFIG_MAPPING[model_type].from_dict(options)
+
+
+def _defaults(config: Any, options: Mapping[str, Any]) -> Iterator[tuple[Any, str, int]]:
+    """Numbers of heads that a configuration or a part of it does not say: the part, their name and the default."""
+    name = "num_attention_heads"
+    value = getattr(config, name, None)
+    if isinstance(value, int) and not {name, config.attribute_map.get(name)} & options.keys():
+        yield config, config.attribute_map.get(name, name), value
+    for part in config.sub_configs:
+        if isinstance(options.get(part), dict):
+            yield from _defaults(getattr(config, part), options[part])
+
+
+def _other_class(architecture: str, model: nn.Module) -> str:
+    return f"transformers has no class {architecture}; this is {type(model).__name__}"

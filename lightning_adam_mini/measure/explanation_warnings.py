@@ -1,0 +1,108 @@
+"""What a user should look at before training with a partition, each in one sentence with its remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lightning_adam_mini.blocks import Kind
+from lightning_adam_mini.measure.collapse import collapse_names
+from lightning_adam_mini.partition import Cut, CutParameter, Role, Strategy
+
+if TYPE_CHECKING:
+    from lightning_adam_mini.measure.explanation import Totals
+
+__all__ = ["find_warnings"]
+
+TABLES = frozenset({Role.TOKEN_EMBEDDING, Role.POSITION_EMBEDDING, Role.OUTPUT_HEAD})
+
+
+def find_warnings(strategy: Strategy, cuts: Sequence[CutParameter], totals: Totals) -> tuple[str, ...]:
+    """Warnings about the trainable parameters of a model.
+
+    Args:
+        strategy: The strategy that cut them, where no override did.
+        cuts: The trainable parameters.
+        totals: Sums over them.
+    """
+    found = [
+        _nothing_trained(cuts),
+        _unknown(strategy, cuts, totals),
+        *_unknown_heads(strategy, cuts),
+        _collapsed(strategy, cuts),
+        _larger_than_adamw(strategy, totals),
+    ]
+    return tuple(warning for warning in found if warning)
+
+
+def _nothing_trained(cuts: Sequence[CutParameter]) -> str:
+    return "" if cuts else "every parameter is frozen: there is nothing to train, and AdamMini refuses the model"
+
+
+def _unknown(strategy: Strategy, cuts: Sequence[CutParameter], totals: Totals) -> str:
+    """That a strategy which goes by roles met parameters without one."""
+    unknown = [cut for cut in cuts if not cut.role.known and not _is_overridden(cut)]
+    if not unknown or not strategy.cuts:
+        return ""
+    share = 100 * sum(_elements(cut) for cut in unknown) / max(totals.elements, 1)
+    cut = strategy.cut(Role.OTHER)
+    kept = "keep a full second moment" if cut is Cut.ELEMENT else f"are cut {cut}"
+    return (
+        f"no rule knows {_names(unknown)} ({share:.2g} % of the parameters), which {kept}; tell what they do with "
+        f"partition_layouts, or cut them with partition_overrides={{{unknown[0].name!r}: 'row'}}"
+    )
+
+
+def _unknown_heads(strategy: Strategy, cuts: Sequence[CutParameter]) -> list[str]:
+    """That heads, or the order of a fused matrix, cannot be told, where the cut did not need them."""
+    by_problem: dict[tuple[str, str, bool], list[CutParameter]] = {}
+    for cut in cuts:
+        if cut.role.problem and cut.blocks.kind is not Kind.ELEMENT:
+            by_problem.setdefault((cut.role.problem, cut.cut, _is_overridden(cut)), []).append(cut)
+    return [
+        f"{_names(members)}: {problem}; "
+        + ("your override" if overridden else f"{strategy.name!r}")
+        + f" cuts by {how} instead of by head: tell the order with partition_layouts"
+        for (problem, how, overridden), members in by_problem.items()
+    ]
+
+
+def _collapsed(strategy: Strategy, cuts: Sequence[CutParameter]) -> str:
+    """That one number a tensor, the rule for models that are no Transformers, met what belongs to Transformers."""
+    if strategy.cuts or strategy.otherwise is not Cut.WHOLE:
+        return ""
+    tables = [cut for cut in cuts if not _is_overridden(cut) and TABLES & set(cut.role.roles)]
+    unknown = [cut for cut in cuts if not _is_overridden(cut) and not cut.role.known and len(cut.blocks.shape) > 1]
+    if not tables and not unknown:
+        return ""
+    what = [f"the embeddings and heads {_names(tables)}"] if tables else []
+    what += [f"{_names(unknown)}, which no rule knows"] if unknown else []
+    key = tables[0].role.name if tables else unknown[0].name
+    return (
+        f"{strategy.name!r} keeps one number for a whole tensor, also for {', and for '.join(what)}; if this is a "
+        f"Transformer, take partition='transformer', else consider partition_overrides={{{key!r}: 'row'}}"
+    )
+
+
+def _larger_than_adamw(strategy: Strategy, totals: Totals) -> str:
+    if totals.state_bytes <= totals.adamw_state_bytes:
+        return ""
+    return (
+        f"{strategy.name!r} keeps more than AdamW here: a second moment is float32 or wider, whatever the parameters "
+        "are, and few are shared"
+    )
+
+
+def _is_overridden(cut: CutParameter) -> bool:
+    return cut.why != cut.role.why
+
+
+def _elements(cut: CutParameter) -> int:
+    elements = 1
+    for size in cut.blocks.shape:
+        elements *= size
+    return elements
+
+
+def _names(cuts: Sequence[CutParameter]) -> str:
+    return collapse_names(cut.name for cut in cuts)
