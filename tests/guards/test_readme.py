@@ -16,7 +16,9 @@ MAKE = [command for command in documented_commands("make") if command.is_complet
 TRAINING = [command for command in ADAM_MINI if command.words[1:2] and command.words[1] in TRAINER_SUBCOMMANDS]
 OTHER = [command for command in ADAM_MINI if command not in TRAINING]
 # What one machine of the CI cannot offer, or an earlier run left behind.
-NEEDS_MORE = re.compile(r"num_nodes|gpu|cuda|fsdp|ModelParallel|ckpt_path|devices[ =](?:[2-9]|auto)|init_from|export runs")
+NEEDS_MORE = re.compile(
+    r"num_nodes|gpu|cuda|fsdp|ModelParallel|ckpt_path|devices[ =](?:[2-9]|auto)|init_from|export runs"
+)
 
 
 def call(words: list[str], monkeypatch) -> int:
