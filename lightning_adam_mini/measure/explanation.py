@@ -35,6 +35,7 @@ class ExplainedParameter:
         blocks: Numbers that are kept of its second moment: one a block, or one a row and one a column.
         state_bytes: Bytes of its state: the first moment, the second moment and a step of 4 bytes.
         adamw_state_bytes: Bytes that torch's AdamW keeps for it.
+        known: Whether a rule told its role.
     """
 
     name: str
@@ -46,6 +47,7 @@ class ExplainedParameter:
     blocks: int
     state_bytes: int
     adamw_state_bytes: int
+    known: bool
 
     @property
     def elements(self) -> int:
@@ -202,6 +204,7 @@ def _row(
         blocks=cut.blocks.num_values,
         state_bytes=STEP_BYTES + exp_avg_bytes + cut.blocks.num_bytes(second_moment_dtype(parameter)),
         adamw_state_bytes=adamw_state_bytes([parameter]),
+        known=cut.role.known,
     )
 
 

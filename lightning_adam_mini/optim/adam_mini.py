@@ -133,7 +133,7 @@ class AdamMini(Optimizer):
                     "partition='default' says that this is meant.",
                     stacklevel=2,
                 )
-        self._cuts = {parameter: cuts[name] for name, parameter in named.items()}
+        self._cuts = {parameter: cuts[name] for name, parameter in named.items() if name in cuts}
 
         if not (entries and isinstance(entries[0], dict)):
             flat = [_parameter(entry) for entry in entries] if entries else list(named.values())

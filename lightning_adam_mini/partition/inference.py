@@ -9,18 +9,18 @@ them knows is `Role.OTHER`.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_adam_mini.partition.layer_types import role_from_type, role_of_all
+from lightning_adam_mini.partition.embeddings import roles_of_embeddings
+from lightning_adam_mini.partition.layer_types import role_from_type
 from lightning_adam_mini.partition.layouts import (
     FUSED_NAMES,
-    find_layer,
     find_layouts,
     is_registered,
     named_layout,
@@ -58,13 +58,15 @@ def infer_roles(module: nn.Module, layouts: Layouts | None = None) -> dict[str, 
         if is_lazy(leaf.parameter):
             raise ValueError(f"{leaf.name}: has no shape yet; run one batch through the model first (lazy layers)")
         _keep_more_specific(by_parameter, leaf.parameter, role_from_type(leaf))
-    for weight, role in _declared_embeddings(tree):
-        by_parameter[id(weight)] = role
+    for leaf, role in roles_of_embeddings(tree.nodes, tree.leaves):
+        by_parameter[id(leaf.parameter)] = role
     settled: set[int] = set()
     for layout, node in [*_own_layouts(tree, layouts or {}), *_table_layouts(tree)]:
         _apply_layout(layout, node, tree, by_parameter, settled)
     _mark_unknown_fused(tree, by_parameter, settled)
-    return {name: by_parameter[id(parameter)] for name, parameter in module.named_parameters()}
+    # Modules that make their parameters when asked for them give others than those that the tree found.
+    by_name = {leaf.name: by_parameter[id(leaf.parameter)] for leaf in tree.leaves}
+    return {name: by_parameter.get(id(parameter)) or by_name[name] for name, parameter in module.named_parameters()}
 
 
 def has_tokens(module: nn.Module, layouts: Layouts | None = None) -> bool:
@@ -105,47 +107,6 @@ def _keep_more_specific(roles: dict[int, ParameterRole], parameter: nn.Parameter
     known = roles.get(id(parameter))
     if known is None or _SPECIFICITY.get(role.roles[0], 2) > _SPECIFICITY.get(known.roles[0], 2):
         roles[id(parameter)] = role
-
-
-def _declared_embeddings(tree: _Tree) -> Iterator[tuple[Tensor, ParameterRole]]:
-    """Token embeddings, position tables and output heads, as models declare them or as shapes tell."""
-    modules = [node.module for node in tree.nodes]
-    embeddings = [module for module in modules if isinstance(module, nn.Embedding)]
-    declared_in = _declared(modules, "get_input_embeddings")
-    declared_out = _declared(modules, "get_output_embeddings")
-    tokens = [e for e in embeddings if any(e is other for other in declared_in)]
-    if tokens:
-        for embedding in embeddings:
-            if not any(embedding.weight is token.weight for token in tokens):
-                why = "an embedding that is not the model's input embedding"
-                yield embedding.weight, role_of_all(Role.POSITION_EMBEDDING, embedding.weight, why)
-    token_weights = {id(token.weight) for token in tokens or embeddings}
-    token_shapes = {token.weight.shape for token in tokens or embeddings}
-    for module in modules:
-        if not isinstance(module, nn.Linear) or id(module.weight) in token_weights:
-            continue
-        declared = any(module is other for other in declared_out)
-        # A square matrix, or a single row, is rather another layer that happens to have the shape of a table.
-        rows, columns = module.weight.shape
-        by_shape = not declared_out and rows not in (1, columns) and module.weight.shape in token_shapes
-        if declared or by_shape:
-            why = "the model's output embeddings" if declared else "a linear layer onto the vocabulary"
-            yield module.weight, role_of_all(Role.OUTPUT_HEAD, module.weight, why)
-
-
-def _declared(modules: Iterable[nn.Module], method: str) -> list[nn.Module]:
-    """What modules return from `method`; a model may have none, or decline to answer."""
-    found = []
-    for module in modules:
-        declare = getattr(module, method, None)
-        if callable(declare):
-            try:
-                answer = declare()
-            except (NotImplementedError, AttributeError, TypeError):
-                continue
-            if isinstance(answer, nn.Module):
-                found.append(answer)
-    return found
 
 
 def _own_layouts(tree: _Tree, layouts: Layouts) -> Iterator[tuple[ModuleLayout, Node]]:
@@ -216,9 +177,8 @@ def _is_settled_by_type(known: ParameterRole, rows: Rows, layout: ModuleLayout) 
 def _fused_weights(tree: _Tree) -> Iterator[Leaf]:
     """Weights of linear layers whose name says that they hold query, key and value."""
     for leaf in tree.leaves:
-        layer, _, own_name = leaf.plain_name.rpartition(".")
-        is_linear = isinstance(leaf.owner, nn.Linear) or find_layer(leaf.owner) is not None
-        if own_name == "weight" and layer.rpartition(".")[2] in FUSED_NAMES and is_linear:
+        is_fused = leaf.own_name == "weight" and leaf.layer.rpartition(".")[2] in FUSED_NAMES
+        if is_fused and role_from_type(leaf).roles == (Role.LINEAR,):
             yield leaf
 
 
@@ -228,9 +188,8 @@ def _mark_unknown_fused(tree: _Tree, roles: dict[int, ParameterRole], settled: s
     for leaf in _fused_weights(tree):
         if id(leaf.parameter) in settled:
             continue
-        layer = leaf.plain_name.rpartition(".")[0]
-        parent = owners.get(layer.rpartition(".")[0])
-        fused = layer.rpartition(".")[2]
+        parent_name, _, fused = leaf.layer.rpartition(".")
+        parent = owners.get(parent_name)
         class_name = type(parent).__name__
         problem = (
             f"no layout tells how {class_name} orders query, key and value (name one, such as "

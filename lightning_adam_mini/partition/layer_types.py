@@ -28,11 +28,11 @@ def role_from_type(leaf: Leaf) -> ParameterRole:
     is_vector = parameter.numel() == max(parameter.shape, default=1)
     if parameter.dim() == 0:
         return role_of_all(Role.OTHER, parameter, f"{name!r} of {kind}: a number")
-    layer = find_layer(owner)
+    layer = find_layer(owner, name)
     rows = layer.find(name) if layer else None
     if layer and rows:
         role = layer.role(rows, owner, tuple(parameter.shape), 0, f"{name} of {kind}")
-        if role.known:
+        if role.known and (is_vector or Role.NORM not in role.roles):
             return role
     is_linear, is_norm = isinstance(owner, nn.Linear), isinstance(owner, NORM_TYPES)
     if ((is_vector or is_norm) and name == "bias") or name.endswith(("_bias", "_biases")):
@@ -49,7 +49,7 @@ def role_from_type(leaf: Leaf) -> ParameterRole:
         if is_linear:
             return role_of_all(Role.LINEAR, parameter, "nn.Linear")
     bare = BARE_PARAMETERS.get(name)
-    if bare is None or (bare is Role.NORM and not is_vector):
+    if bare is None:
         return role_of_all(Role.OTHER, parameter, f"no rule for {name!r} of {kind}", known=False)
     why = f"{name} of {kind}"
     if bare is not Role.POSITION_EMBEDDING:

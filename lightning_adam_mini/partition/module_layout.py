@@ -311,7 +311,7 @@ def _attribute(module: nn.Module, path: str) -> Any:
             dividend, divisor = (attrgetter(part)(module) for part in path.split("/"))
             return dividend // divisor if dividend % divisor == 0 else None
         return attrgetter(path)(module)
-    except AttributeError:
+    except Exception:  # noqa: BLE001 - what an attribute computes may raise anything
         return None
 
 

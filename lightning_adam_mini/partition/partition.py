@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 from torch import nn
@@ -60,16 +60,19 @@ def partition_module(
             as `fused_per_head`, or a `ModuleLayout`. They come before the table.
 
     Returns:
-        Cut parameters by name, in the order of `module.named_parameters()`.
+        Cut parameters by name, in the order of `module.named_parameters()`. A frozen one that cannot be cut as asked is
+        left out, since it has no second moment to be cut.
 
     Raises:
         ValueError: An unknown strategy, cut or layout, an override that matches nothing or contradicts another, or a
             parameter that cannot be cut as asked.
     """
     roles = infer_roles(module, layouts)
-    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    named = dict(module.named_parameters())
+    shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
+    frozen = {name for name, parameter in named.items() if not parameter.requires_grad}
     table = resolve_strategy(strategy, module, layouts)
-    return _cut_parameters(shapes, roles, table, Overrides(overrides or {}, plain_names(module)))
+    return _cut_parameters(shapes, roles, table, Overrides(overrides or {}, plain_names(module)), frozen)
 
 
 def partition_tensors(
@@ -98,12 +101,19 @@ def _cut_parameters(
     roles: Mapping[str, ParameterRole],
     strategy: Strategy,
     overrides: Overrides,
+    frozen: Set[str] = frozenset(),
 ) -> dict[str, CutParameter]:
     partition = {}
     for name, role in roles.items():
         by_role, why = overrides.cuts(name, role, strategy)
         cuts = tuple(by_role[part_role] for part_role in role.roles)
-        partition[name] = CutParameter(name, role, cuts, cut_parameter(name, shapes[name], role, by_role), why)
+        try:
+            blocks = cut_parameter(name, shapes[name], role, by_role)
+        except ValueError:
+            if name in frozen:
+                continue
+            raise
+        partition[name] = CutParameter(name, role, cuts, blocks, why)
     overrides.raise_if_unused(roles)
     return partition
 

@@ -79,6 +79,11 @@ class Leaf:
         """Its name within the owner."""
         return self.plain_name.rpartition(".")[2]
 
+    @property
+    def layer(self) -> str:
+        """Plain name of the owner."""
+        return self.plain_name.rpartition(".")[0]
+
 
 def walk(module: nn.Module) -> Iterator[Node]:
     """Every module of the tree once, outer ones first."""
@@ -104,7 +109,14 @@ def leaves(module: nn.Module) -> Iterator[Leaf]:
 
 def plain_names(module: nn.Module) -> dict[str, str]:
     """Plain names of all parameters by their names in `module.named_parameters()`."""
-    return {leaf.name: leaf.plain_name for leaf in leaves(module)}
+    found = list(leaves(module))
+    # Some wrappers leave their prefix out of `named_parameters()`, so that names alone do not tell which is which.
+    by_parameter = {id(leaf.parameter): leaf.plain_name for leaf in reversed(found)}
+    by_name = {leaf.name: leaf.plain_name for leaf in found}
+    return {
+        name: by_parameter.get(id(parameter)) or by_name.get(name, name)
+        for name, parameter in module.named_parameters()
+    }
 
 
 def _walk(module: nn.Module, name: str, plain_name: str, seen: set[int]) -> Iterator[Node]:

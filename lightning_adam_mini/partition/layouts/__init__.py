@@ -103,9 +103,10 @@ def find_layouts(module: nn.Module) -> list[ModuleLayout]:
     return [layout for layout in found if not layout.classes or layout is first_of_class]
 
 
-def find_layer(module: nn.Module) -> ModuleLayout | None:
-    """The entry of `LAYERS` for the type of `module`, or None."""
-    return next((layout for layout in LAYERS if layout.matches(module, frozenset())), None)
+def find_layer(module: nn.Module, name: str) -> ModuleLayout | None:
+    """The first entry of `LAYERS` for the type of `module` that knows its parameter `name`, or None."""
+    matching = (layout for layout in LAYERS if layout.matches(module, frozenset()))
+    return next((layout for layout in matching if layout.find(name)), None)
 
 
 def named_layout(name: str) -> ModuleLayout:

@@ -33,26 +33,6 @@ _POSITIONS = (
     "time_embeddings",
     "width_rel",
 )
-_SCALES = (
-    "ffn_gamma",
-    "gain",
-    "gamma",
-    "gamma1",
-    "gamma2",
-    "gamma3",
-    "gamma_1",
-    "gamma_2",
-    "lambda1",
-    "lambda_1",
-    "lambda_2",
-    "layer_scale",
-    "layer_scale_1",
-    "layer_scale_2",
-    "layer_scale_parameter",
-    "ls1",
-    "ls2",
-    "per_dim_scale",
-)
 _SMALL = (
     # tokens that stand for no word or patch
     "class_embedding",
@@ -100,7 +80,6 @@ _SMALL = (
 BARE_PARAMETERS: Mapping[str, Role] = MappingProxyType(
     {
         **dict.fromkeys(_POSITIONS, Role.POSITION_EMBEDDING),
-        **dict.fromkeys(_SCALES, Role.NORM),
         **dict.fromkeys(_SMALL, Role.OTHER),
         **dict.fromkeys(
             ("bias_u", "bias_v", "dt_bias", "pos_bias_u", "pos_bias_v", "relative_position_bias_table", "sinks"),

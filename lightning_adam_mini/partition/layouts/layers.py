@@ -11,6 +11,36 @@ __all__ = ["LAYOUTS"]
 LINEAR = Role.LINEAR
 
 
+LIBRARIES = ("diffusers", "timm", "torchvision", "transformers")
+
+SCALES = (
+    "ffn_gamma",
+    "gain",
+    "gamma",
+    "gamma1",
+    "gamma2",
+    "gamma3",
+    "gamma_1",
+    "gamma_2",
+    "lambda1",
+    "lambda_1",
+    "lambda_2",
+    "layer_scale",
+    "layer_scale_1",
+    "layer_scale_2",
+    "layer_scale_parameter",
+    "ls1",
+    "ls2",
+    "per_dim_scale",
+)
+"""Scales of norms and of residual branches, by the names that these libraries give them; elsewhere a name proves
+nothing."""
+
+
+def _in_libraries(*patterns: str) -> tuple[str, ...]:
+    return tuple(f"{library}.{pattern}" for library in LIBRARIES for pattern in patterns)
+
+
 LAYOUTS: list[ModuleLayout] = [
     ModuleLayout(
         "conv1d",
@@ -72,7 +102,11 @@ LAYOUTS: list[ModuleLayout] = [
         classes=("timm.models.mlp_mixer.Affine",),
         parameters={"alpha": Role.NORM, "beta": Role.BIAS},
     ),
-    ModuleLayout("scale", classes=("timm.models.metaformer.Scale", "*LayerScale"), parameters={"scale": Role.NORM}),
+    ModuleLayout(
+        "scale",
+        classes=("timm.models.metaformer.Scale", *_in_libraries("*LayerScale")),
+        parameters={"scale": Role.NORM},
+    ),
     ModuleLayout(
         "mllama_positions",
         classes=("transformers.models.mllama.modeling_mllama.MllamaPrecomputedPositionEmbedding",),
@@ -147,7 +181,7 @@ LAYOUTS: list[ModuleLayout] = [
     ),
     ModuleLayout(
         "snake",
-        classes=("*Snake1d", "*SnakeBeta", "*DynamicTanh"),
+        classes=_in_libraries("*Snake1d", "*SnakeBeta", "*DynamicTanh"),
         parameters={
             "alpha": Role.NORM,
             "beta": Role.NORM,
@@ -155,7 +189,7 @@ LAYOUTS: list[ModuleLayout] = [
     ),
     ModuleLayout(
         "grn",
-        classes=("*GRN",),
+        classes=_in_libraries("*GRN"),
         parameters={
             "weight": Role.NORM,
             "gamma": Role.NORM,
@@ -177,4 +211,5 @@ LAYOUTS: list[ModuleLayout] = [
             "weight": LINEAR,
         },
     ),
+    ModuleLayout("scales", classes=_in_libraries("*"), parameters=dict.fromkeys(SCALES, Role.NORM)),
 ]
