@@ -31,6 +31,9 @@ def main(arguments: Sequence[str]) -> None:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
+    for name in ("recipe", "hf", "timm", "diffusers", "partition"):
+        if getattr(options, name) == "":
+            parser.error(f"{'RECIPE' if name == 'recipe' else f'--{name}'} is empty: give a name, or leave it out")
     sources = {name: getattr(options, name) for name in ("recipe", "hf", "timm", "diffusers")}
     given = {name: value for name, value in sources.items() if value is not None}
     if len(given) != 1:

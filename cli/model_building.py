@@ -103,23 +103,25 @@ def read_json(option: str, path: Path) -> dict[str, Any]:
     """The content of a configuration.
 
     Raises:
-        ValueError: It is no JSON object.
+        ValueError: It is no JSON object, or nested deeper than can be read.
     """
     try:
         options = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{option} {path}: this is not JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{option} {path}: this is nested too deeply for a configuration") from error
     if not isinstance(options, dict):
         raise ValueError(f"{option} {path}: a configuration is a JSON object, not a {type(options).__name__}")
     return options
 
 
 def is_subclass(cls: Any, base: type) -> bool:
-    """Whether this is a class below `base`; names that a package exports may be anything."""
-    return isinstance(cls, type) and issubclass(cls, base)
+    """Whether this is a class below `base`, and not `base` itself; names that a package exports may be anything."""
+    return isinstance(cls, type) and issubclass(cls, base) and cls is not base
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """A question after the names that come near, for the end of a message; empty where none does."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    """A question after the other names that come near, for the end of a message; empty where none does."""
+    near = difflib.get_close_matches(name, [other for other in known if other != name], n=3, cutoff=0.5)
     return f"; did you mean {', '.join(near)}?" if near else ""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
+import yaml
 
 from .model_building import Source, building, config_file, is_subclass, near, package, quiet, read_json
 from .recipes import find_recipe
@@ -19,9 +21,10 @@ def of_recipe(name: str) -> Source:
     """The task of a recipe with its optimizer's partition, as `fit` would build it.
 
     Raises:
-        ValueError: There is no such recipe, or the task cannot be built.
+        ValueError: There is no such recipe, it cannot be read, or the task cannot be built.
     """
     recipe = find_recipe(name, given_as="recipe")
+    _check_yaml(name, recipe)
     from lightning_adam_mini.factory import AdamMini
 
     package("lightning", f"recipe {name}", "llm")
@@ -49,6 +52,24 @@ def of_recipe(name: str) -> Source:
         exp_avg_dtype=dtype,
         warnings=tuple(told),
     )
+
+
+def _check_yaml(name: str, recipe: Path) -> None:
+    """Check that a recipe can be read: what the parser says of one that cannot does not name the file.
+
+    Raises:
+        ValueError: It is not UTF-8, or no YAML of options.
+    """
+    try:
+        with recipe.open(encoding="utf-8") as file:
+            options = yaml.safe_load(file)
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        kind = "UTF-8" if isinstance(error, UnicodeDecodeError) else "YAML"
+        raise ValueError(f"recipe {name}: this is not {kind}: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"recipe {name}: this is nested too deeply for a recipe") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"recipe {name}: a recipe holds options such as `model: ...`, not a {type(options).__name__}")
 
 
 def of_timm(name: str) -> Source:
@@ -83,8 +104,8 @@ def of_diffusers(name: str) -> Source:
             raise ValueError(f"--diffusers {path}: it has no _class_name, which says what to build")
         cls: Any = getattr(diffusers, str(class_name), None)
         if not is_subclass(cls, diffusers.ModelMixin):
-            classes = [known for known in dir(diffusers.models) if known[0].isupper()]
-            hint = near(str(class_name), classes)
+            classes = [known for known in dir(diffusers.models) if known[0].isupper() and known != "AutoModel"]
+            hint = near(str(class_name), (known for known in classes if not known.endswith("Mixin")))
             raise ValueError(f"--diffusers {name}: diffusers has no model {class_name}{hint}")
         remedy = "" if path else "; its defaults may be incomplete: give a config.json with _class_name"
         with building(f"--diffusers {name}", remedy), torch.device("meta"):

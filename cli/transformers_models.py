@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 __all__ = ["of_transformers"]
+
+HEADS = ("num_attention_heads", "num_key_value_heads")
 
 
 def of_transformers(name: str) -> Source:
@@ -30,9 +33,13 @@ def of_transformers(name: str) -> Source:
     with quiet():
         path = config_file("--hf", name) or _cached(name)
         options = read_json("--hf", path)
-        config = _transformers_config(path, options)
         architecture = _architecture(options)
         cls: Any = getattr(transformers, architecture, None)
+        if cls is transformers.PreTrainedModel:
+            raise ValueError(
+                f"--hf {path}: {architecture} is the base of all models; name one, such as LlamaForCausalLM"
+            )
+        config = _transformers_config(path, options)
         with building(f"--hf {path}"), torch.device("meta"):
             if is_subclass(cls, transformers.PreTrainedModel):
                 model = cls(config)
@@ -89,15 +96,23 @@ def _transformers_config(path: Path, options: dict[str, Any]) -> PreTrainedConfi
         hint = near(model_type, list(CONFIG_MAPPING))
         raise ValueError(f"--hf {path}: transformers knows no model_type {model_type!r}{own_code or hint}")
     with building(f"--hf {path}"):
-        return CONFIG_MAPPING[model_type].from_dict(options)
+        config = CONFIG_MAPPING[model_type].from_dict(options)
+        # Attention never runs, so what it would run with, also in parts, need not be here.
+        config._attn_implementation = "eager"
+    return config
 
 
 def _defaults(config: Any, options: Mapping[str, Any]) -> Iterator[tuple[Any, str, int]]:
-    """Numbers of heads that a configuration or a part of it does not say: the part, their name and the default."""
-    name = "num_attention_heads"
-    value = getattr(config, name, None)
-    if isinstance(value, int) and not {name, config.attribute_map.get(name)} & options.keys():
-        yield config, config.attribute_map.get(name, name), value
+    """Numbers of heads that a configuration or a part of it does not say: the part, their name and the default.
+
+    A default of None is no guess: such a number follows from what the configuration says.
+    """
+    own_names, parameters = config.attribute_map, signature(type(config)).parameters
+    said = {own_names.get(key, key) for key in options}
+    for name in dict.fromkeys(own_names.get(name, name) for name in HEADS):
+        default = parameters[name].default if name in parameters else None
+        if name not in said and isinstance(default, int):
+            yield config, name, default
     for part in config.sub_configs:
         if isinstance(options.get(part), dict):
             yield from _defaults(getattr(config, part), options[part])

@@ -162,15 +162,14 @@ def explain(
         The explanation; its bytes are those that the optimizer will hold.
 
     Raises:
-        ValueError: What `AdamMini` would raise: an unknown partition, cut or layout, an override that matches nothing,
-            or a parameter that cannot be cut as asked.
+        ValueError: `model` is no module; or what `AdamMini` would raise: an unknown partition, cut or layout, an
+            override that matches nothing, or a parameter that cannot be cut as asked.
 
     Example:
         >>> print(explain(nn.Linear(4, 2)).totals.blocks)
         2
     """
-    if exp_avg_dtype is not None and not exp_avg_dtype.is_floating_point:
-        raise ValueError(f"exp_avg_dtype must be a floating dtype or None, not {exp_avg_dtype}")
+    _check(model, exp_avg_dtype)
     strategy = resolve_strategy(partition, model, partition_layouts)
     cuts = partition_module(model, strategy, partition_overrides, partition_layouts)
     named = dict(model.named_parameters())
@@ -184,10 +183,26 @@ def explain(
     return Explanation(
         partition=strategy.name,
         rows=tuple(rows),
-        warnings=find_warnings(strategy, [cuts[name] for name in trained], Totals.of(rows)),
+        warnings=find_warnings(strategy, [cuts[name] for name in trained], Totals.of(rows), len(frozen)),
         frozen_tensors=len(frozen),
         frozen_elements=sum(parameter.numel() for parameter in frozen),
     )
+
+
+def _check(model: object, exp_avg_dtype: object) -> None:
+    """Check what has no place in the messages of a parameter.
+
+    Raises:
+        ValueError: The model is no module, or the dtype none of floating numbers.
+    """
+    if not isinstance(model, nn.Module):
+        given = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise ValueError(f"explain takes a model, an instance of nn.Module as in explain(nn.Linear(4, 2)), not {given}")
+    is_floating = isinstance(exp_avg_dtype, torch.dtype) and exp_avg_dtype.is_floating_point
+    if exp_avg_dtype is not None and not is_floating:
+        raise ValueError(
+            f"exp_avg_dtype must be a floating dtype, such as torch.bfloat16, or None, not {exp_avg_dtype!r}"
+        )
 
 
 def _row(

@@ -17,16 +17,17 @@ __all__ = ["find_warnings"]
 TABLES = frozenset({Role.TOKEN_EMBEDDING, Role.POSITION_EMBEDDING, Role.OUTPUT_HEAD})
 
 
-def find_warnings(strategy: Strategy, cuts: Sequence[CutParameter], totals: Totals) -> tuple[str, ...]:
+def find_warnings(strategy: Strategy, cuts: Sequence[CutParameter], totals: Totals, frozen: int) -> tuple[str, ...]:
     """Warnings about the trainable parameters of a model.
 
     Args:
         strategy: The strategy that cut them, where no override did.
         cuts: The trainable parameters.
         totals: Sums over them.
+        frozen: Number of parameters that are left out.
     """
     found = [
-        _nothing_trained(cuts),
+        _nothing_trained(cuts, frozen),
         _unknown(strategy, cuts, totals),
         *_unknown_heads(strategy, cuts),
         _collapsed(strategy, cuts),
@@ -35,8 +36,11 @@ def find_warnings(strategy: Strategy, cuts: Sequence[CutParameter], totals: Tota
     return tuple(warning for warning in found if warning)
 
 
-def _nothing_trained(cuts: Sequence[CutParameter]) -> str:
-    return "" if cuts else "every parameter is frozen: there is nothing to train, and AdamMini refuses the model"
+def _nothing_trained(cuts: Sequence[CutParameter], frozen: int) -> str:
+    if cuts:
+        return ""
+    why = "every parameter is frozen" if frozen else "the model has no parameters"
+    return f"{why}: there is nothing to train, and AdamMini refuses the model"
 
 
 def _unknown(strategy: Strategy, cuts: Sequence[CutParameter], totals: Totals) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from lightning_adam_mini.partition.layer_types import role_of_all
+from lightning_adam_mini.partition.layer_types import EMBEDDING_TYPES, role_of_all
 from lightning_adam_mini.partition.roles import ParameterRole, Role
 from lightning_adam_mini.partition.tree import Leaf, Node
 
@@ -19,25 +19,31 @@ def roles_of_embeddings(nodes: Sequence[Node], leaves: Sequence[Leaf]) -> Iterat
     Layers are compared by their plain names, since a model may declare a wrapper, and parameters are those of the tree,
     since reading a parametrized weight computes it.
     """
-    embeddings = [leaf for leaf in leaves if leaf.own_name == "weight" and isinstance(leaf.owner, nn.Embedding)]
+    embeddings = [leaf for leaf in leaves if leaf.own_name == "weight" and isinstance(leaf.owner, EMBEDDING_TYPES)]
     declared_in = _declared(nodes, "get_input_embeddings")
-    declared_out = _declared(nodes, "get_output_embeddings")
-    tokens = [leaf for leaf in embeddings if leaf.layer in declared_in]
+    declared_out = {name for names in _declared(nodes, "get_output_embeddings").values() for name in names}
+    tokens = [leaf for leaf in embeddings if any(leaf.layer in names for names in declared_in.values())]
     token_parameters = {id(leaf.parameter) for leaf in tokens or embeddings}
-    if tokens:
-        for leaf in embeddings:
-            if id(leaf.parameter) not in token_parameters:
-                why = "an embedding that is not the model's input embedding"
-                yield leaf, role_of_all(Role.POSITION_EMBEDDING, leaf.parameter, why)
-    token_shapes = {leaf.parameter.shape for leaf in tokens or embeddings}
-    for leaf in leaves:
-        is_linear = leaf.own_name == "weight" and isinstance(leaf.owner, nn.Linear)
-        if not is_linear or id(leaf.parameter) in token_parameters:
-            continue
+    # A model speaks of the tables within it.
+    scopes = [scope for scope, names in declared_in.items() if any(leaf.layer in names for leaf in tokens)]
+    for leaf in embeddings:
+        if id(leaf.parameter) not in token_parameters and any(_is_within(leaf, scope) for scope in scopes):
+            why = "an embedding that is not the model's input embedding"
+            yield leaf, role_of_all(Role.POSITION_EMBEDDING, leaf.parameter, why)
+    linear = [leaf for leaf in leaves if leaf.own_name == "weight" and isinstance(leaf.owner, nn.Linear)]
+    untied = [leaf for leaf in linear if id(leaf.parameter) not in token_parameters]
+    for leaf in untied:
         if leaf.layer in declared_out:
             yield leaf, role_of_all(Role.OUTPUT_HEAD, leaf.parameter, "the model's output embeddings")
-        elif not declared_out and leaf.parameter.shape in token_shapes and _is_oblong(leaf):
-            yield leaf, role_of_all(Role.OUTPUT_HEAD, leaf.parameter, "a linear layer onto the vocabulary")
+    token_shapes = {leaf.parameter.shape for leaf in tokens or embeddings}
+    by_shape = [leaf for leaf in untied if leaf.parameter.shape in token_shapes and _is_oblong(leaf)]
+    if by_shape and not declared_out:  # the last one: others happen to have the shape of some table
+        why = "the last linear layer with the shape of a table of tokens"
+        yield by_shape[-1], role_of_all(Role.OUTPUT_HEAD, by_shape[-1].parameter, why)
+
+
+def _is_within(leaf: Leaf, scope: str) -> bool:
+    return not scope or leaf.plain_name.startswith(f"{scope}.")
 
 
 def _is_oblong(leaf: Leaf) -> bool:
@@ -45,17 +51,20 @@ def _is_oblong(leaf: Leaf) -> bool:
     return leaf.parameter.dim() == 2 and leaf.parameter.shape[0] not in (1, leaf.parameter.shape[1])
 
 
-def _declared(nodes: Sequence[Node], method: str) -> set[str]:
-    """Plain names of what modules return from `method`; a model may have none, or decline to answer."""
+def _declared(nodes: Sequence[Node], method: str) -> dict[str, set[str]]:
+    """Plain names of what modules return from `method`, by those of the modules.
+
+    A model may have no such method, or decline to answer in whatever way.
+    """
     plain_names = {id(node.module): node.plain_name for node in nodes}
-    found = set()
+    found: dict[str, set[str]] = {}
     for node in nodes:
         declare = getattr(node.module, method, None)
         if callable(declare):
             try:
                 answer = declare()
-            except (NotImplementedError, AttributeError, TypeError):
+            except Exception:  # noqa: BLE001 - it is the model's code
                 continue
             if id(answer) in plain_names:
-                found.add(plain_names[id(answer)])
+                found.setdefault(node.plain_name, set()).add(plain_names[id(answer)])
     return found

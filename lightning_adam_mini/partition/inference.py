@@ -18,9 +18,11 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_adam_mini.partition.embeddings import roles_of_embeddings
-from lightning_adam_mini.partition.layer_types import role_from_type
+from lightning_adam_mini.partition.heads import checked_heads
+from lightning_adam_mini.partition.layer_types import EMBEDDING_TYPES, role_from_type
 from lightning_adam_mini.partition.layouts import (
     FUSED_NAMES,
+    FUSED_PAIRS,
     find_layouts,
     is_registered,
     named_layout,
@@ -72,7 +74,7 @@ def infer_roles(module: nn.Module, layouts: Layouts | None = None) -> dict[str, 
 def has_tokens(module: nn.Module, layouts: Layouts | None = None) -> bool:
     """Whether any part of `module` looks tokens up or attends over them, be it in a class that no layout knows."""
     tree = _Tree(list(walk(module)), list(leaves(module)))
-    if any(isinstance(node.module, nn.Embedding) for node in tree.nodes):
+    if any(isinstance(node.module, EMBEDDING_TYPES) for node in tree.nodes):
         return True
     own = [layout for layout, _ in _own_layouts(tree, layouts or {})]
     of_table = [layout for node in tree.nodes for layout in _deciding(node.module)]
@@ -117,6 +119,10 @@ def _own_layouts(tree: _Tree, layouts: Layouts) -> Iterator[tuple[ModuleLayout, 
     """
     for class_name, given in layouts.items():
         layout = named_layout(given) if isinstance(given, str) else given
+        if not isinstance(layout, ModuleLayout):
+            raise ValueError(
+                f"partition_layouts: {class_name!r} must have the name of a layout or a ModuleLayout, not {given!r}"
+            )
         nodes = [node for node in tree.nodes if _is_a(node.module, class_name)]
         if not nodes:
             raise ValueError(
@@ -129,6 +135,12 @@ def _own_layouts(tree: _Tree, layouts: Layouts) -> Iterator[tuple[ModuleLayout, 
                 raise ValueError(
                     f"partition_layouts: {layout.name!r} names none of the parameters of {class_name} "
                     f"({', '.join(names[:8])}); it names {', '.join(layout.parameters)}"
+                )
+            missing = [name for name in layout.parameters if not any(name == n or "*" in name for n in names)]
+            if missing and not isinstance(given, str):
+                raise ValueError(
+                    f"partition_layouts: {class_name} has no {missing[0]} as {layout.name!r} says; it has "
+                    f"{', '.join(names[:8])}"
                 )
             yield layout, node
 
@@ -153,6 +165,7 @@ def _apply_layout(
     layout: ModuleLayout, node: Node, tree: _Tree, roles: dict[int, ParameterRole], settled: set[int]
 ) -> None:
     """Give the parameters of a module the roles its layout names, unless another layout came first."""
+    given: list[nn.Parameter] = []
     for relative, leaf in tree.below(node):
         rows = layout.find(relative)
         known = roles[id(leaf.parameter)]
@@ -162,6 +175,9 @@ def _apply_layout(
         why = f"{relative} of {type(node.module).__name__}"
         shape = tuple(leaf.parameter.shape)
         roles[id(leaf.parameter)] = layout.role(rows, node.module, shape, known.axis or 0, why)
+        given.append(leaf.parameter)
+    for parameter, role in checked_heads([(parameter, roles[id(parameter)]) for parameter in given]):
+        roles[id(parameter)] = role
 
 
 def _is_settled_by_type(known: ParameterRole, rows: Rows, layout: ModuleLayout) -> bool:
@@ -171,13 +187,15 @@ def _is_settled_by_type(known: ParameterRole, rows: Rows, layout: ModuleLayout) 
         return True
     if role is Role.EXPERT:
         return not layout.classes
-    return role is Role.TOKEN_EMBEDDING and rows.roles == (Role.OUTPUT_HEAD,)
+    tables = {Role.TOKEN_EMBEDDING, Role.POSITION_EMBEDDING, Role.BIAS}
+    return role is Role.TOKEN_EMBEDDING and not tables.issuperset(rows.roles)
 
 
 def _fused_weights(tree: _Tree) -> Iterator[Leaf]:
     """Weights of linear layers whose name says that they hold query, key and value."""
     for leaf in tree.leaves:
-        is_fused = leaf.own_name == "weight" and leaf.layer.rpartition(".")[2] in FUSED_NAMES
+        name = leaf.layer.rpartition(".")[2].lower()
+        is_fused = leaf.own_name == "weight" and (name in FUSED_NAMES or name in FUSED_PAIRS)
         if is_fused and role_from_type(leaf).roles == (Role.LINEAR,):
             yield leaf
 

@@ -10,8 +10,11 @@ from lightning_adam_mini.partition.layouts import BARE_PARAMETERS, find_layer
 from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
 from lightning_adam_mini.partition.tree import Leaf
 
-__all__ = ["role_from_type", "role_of_all"]
+__all__ = ["EMBEDDING_TYPES", "role_from_type", "role_of_all"]
 
+EMBEDDING_TYPES = (nn.Embedding, nn.EmbeddingBag)
+
+NORM_SCALES = frozenset({"g", "gamma", "scale", "weight"})
 NORM_TYPES = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, _NormBase)
 
 
@@ -32,21 +35,22 @@ def role_from_type(leaf: Leaf) -> ParameterRole:
     rows = layer.find(name) if layer else None
     if layer and rows:
         role = layer.role(rows, owner, tuple(parameter.shape), 0, f"{name} of {kind}")
-        if role.known and (is_vector or Role.NORM not in role.roles):
+        # One number for a matrix takes a class that is named in full.
+        if role.known and (is_vector or Role.NORM not in role.roles or not any("*" in c for c in layer.classes)):
             return role
-    is_linear, is_norm = isinstance(owner, nn.Linear), isinstance(owner, NORM_TYPES)
+    is_norm = isinstance(owner, NORM_TYPES)
     if ((is_vector or is_norm) and name == "bias") or name.endswith(("_bias", "_biases")):
         return role_of_all(Role.BIAS, parameter, f"{name} of {kind}")
-    if is_norm or (is_vector and "Norm" in kind) or (kind.endswith("Norm") and not is_linear):
+    if is_norm or (is_vector and "Norm" in kind and name in NORM_SCALES):
         return role_of_all(Role.NORM, parameter, f"scale of {kind}")
-    if name == "weight_scale" or (name == "weight_g" and hasattr(owner, "weight_v")):
+    if leaf.is_scale_of_weight_norm:
         return role_of_all(Role.NORM, parameter, f"scale of {kind} with weight norm")
-    if name == "weight" or (name == "weight_v" and hasattr(owner, "weight_g")):
-        if isinstance(owner, nn.Embedding):
+    if name == "weight":
+        if isinstance(owner, EMBEDDING_TYPES):
             return role_of_all(Role.TOKEN_EMBEDDING, parameter, "nn.Embedding")
         if isinstance(owner, _ConvNd):
             return role_of_all(Role.CONV, parameter, kind, axis=1 if isinstance(owner, _ConvTransposeNd) else 0)
-        if is_linear:
+        if isinstance(owner, nn.Linear):
             return role_of_all(Role.LINEAR, parameter, "nn.Linear")
     bare = BARE_PARAMETERS.get(name)
     if bare is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
@@ -25,8 +26,26 @@ Size = str | int
 
 SIZES: Mapping[str, tuple[Size, ...]] = MappingProxyType(
     {
-        "heads": ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "config.num_attention_heads"),
-        "kv_heads": ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "config.num_key_value_heads"),
+        "heads": (
+            "num_heads",
+            "num_attention_heads",
+            "n_heads",
+            "n_head",
+            "heads",
+            "nhead",
+            "no_heads",
+            "n_local_heads",
+            "config.num_attention_heads",
+        ),
+        "kv_heads": (
+            "num_key_value_heads",
+            "num_kv_heads",
+            "n_kv_heads",
+            "kv_heads",
+            "num_query_groups",
+            "n_local_kv_heads",
+            "config.num_key_value_heads",
+        ),
         "head_dim": ("head_dim", "attention_head_size", "head_size", "d_head", "dim_per_head"),
     }
 )
@@ -115,6 +134,19 @@ class ModuleLayout:
         default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
     )
 
+    def __post_init__(self) -> None:
+        """Refuse what could never describe a module.
+
+        Raises:
+            ValueError: Something is of another type than the annotations say.
+        """
+        for field_name in ("classes", "children"):
+            if isinstance(getattr(self, field_name), str):
+                raise ValueError(f"layout {self.name!r}: {field_name} must be a tuple of names, not one string")
+        for name, rows in self.parameters.items():
+            if not isinstance(rows, Role | Rows):
+                raise ValueError(f"layout {self.name!r}: {name!r} must have a Role or Rows, not {rows!r}")
+
     @property
     def is_attention(self) -> bool:
         """Whether the module attends over tokens."""
@@ -168,6 +200,9 @@ class ModuleLayout:
             problem = f"its shape {shape} has no dimension {axis}"
             return ParameterRole((Part(Role.OTHER, shape[0]),), why, problem=problem, known=False)
         axis %= len(shape)
+        if rows.batch_axes and (max(rows.batch_axes) >= axis or len(rows.batch_axes) + 1 >= len(shape)):
+            problem = f"its shape {shape} has too few dimensions"
+            return ParameterRole((Part(Role.OTHER, shape[0]),), why, problem=problem, known=False)
         try:
             repeats, parts = self._parts(rows, module, shape[axis])
         except UnknownRowsError as error:
@@ -256,15 +291,13 @@ class _Sizes:
             heads, kv_heads = self.get("heads"), self.get("kv_heads")
             return heads // kv_heads if heads and kv_heads and heads % kv_heads == 0 else None
         for path in self._paths(size):
-            value: Any = path
-            if isinstance(path, str):
-                value = _attribute(self._module, path)
+            value: Any = _attribute(self._module, path) if isinstance(path, str) else path
             # A part that a layout names may be missing, such as latent attention's rows for positions.
             least = 0 if size in self._layout.sizes and size not in SIZES else 1
-            if isinstance(value, int) and not isinstance(value, bool) and value >= least:
+            if _is_integer(value) and value >= least:
                 if isinstance(path, str) and path.startswith("config."):
                     self._of_configuration.add(str(size))
-                return value
+                return int(value)
         return self.get("heads") if size == "kv_heads" else None
 
     def _paths(self, size: Size) -> tuple[Size, ...]:
@@ -302,6 +335,10 @@ def _are_other_heads(length: int, expected: int, sizes: _Sizes) -> bool:
     rows as it tells are queries with gates.
     """
     return length != expected and (not sizes.is_of_configuration("heads") or length == 2 * expected)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _attribute(module: nn.Module, path: str) -> Any:

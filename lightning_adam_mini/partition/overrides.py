@@ -29,6 +29,8 @@ class Overrides:
         self._patterns: dict[str, re.Pattern[str]] = {}
         self._used: set[str] = set()
         for key, cut in rules.items():
+            if not isinstance(key, str):
+                raise ValueError(f"partition_overrides: {key!r} is no role, name or pattern")
             if cut not in list(Cut):
                 raise ValueError(f"partition_overrides: unknown cut {cut!r} for {key!r}; choose from {', '.join(Cut)}")
             self._rules[key] = Cut(cut)

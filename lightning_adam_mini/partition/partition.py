@@ -126,6 +126,8 @@ def resolve_strategy(strategy: str | Strategy, module: nn.Module | None, layouts
     """
     if isinstance(strategy, Strategy):
         return strategy
+    if not isinstance(strategy, str):
+        raise ValueError(f"partition must be the name of a strategy or a Strategy, not {strategy!r}")
     if strategy == "auto":
         return STRATEGIES["transformer" if module is not None and has_tokens(module, layouts) else "default"]
     if strategy not in STRATEGIES:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from torch import nn
+from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.weight_norm import WeightNorm
 
 from lightning_adam_mini.partition.module_layout import qualified_name
 
@@ -67,12 +69,14 @@ class Leaf:
         plain_name: Without the names that wrappers and parametrizations add.
         owner: The module that it belongs to.
         parameter: The parameter.
+        is_scale_of_weight_norm: Whether it is the scale that weight norm takes out of a weight.
     """
 
     name: str
     plain_name: str
     owner: nn.Module
     parameter: nn.Parameter
+    is_scale_of_weight_norm: bool = False
 
     @property
     def own_name(self) -> str:
@@ -95,16 +99,8 @@ def leaves(module: nn.Module) -> Iterator[Leaf]:
     for node in walk(module):
         if isinstance(node.module, ParametrizationList):
             continue  # its owner gives the parameters
-        for name, parameter in node.module._parameters.items():
-            if parameter is not None:
-                yield Leaf(_join(node.name, name), _join(node.plain_name, name), node.module, parameter)
-        for name, originals in _parametrized(node.module):
-            for suffix, parameter in originals._parameters.items():
-                if parameter is not None:
-                    # Weight norm keeps the direction, of the weight's shape, as `original1`, and its scale beside it.
-                    plain = name if suffix in ("original", "original1") else f"{name}_scale"
-                    full = _join(node.name, f"parametrizations.{name}.{suffix}")
-                    yield Leaf(full, _join(node.plain_name, plain), node.module, parameter)
+        for name, plain, parameter, is_scale in [*_own(node.module), *_parametrized(node.module)]:
+            yield Leaf(_join(node.name, name), _join(node.plain_name, plain), node.module, parameter, is_scale)
 
 
 def plain_names(module: nn.Module) -> dict[str, str]:
@@ -144,12 +140,31 @@ def _transparent_children(module: nn.Module) -> frozenset[str]:
     return frozenset()
 
 
-def _parametrized(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+_Own = tuple[str, str, nn.Parameter, bool]
+"""Name within the owner, plain name, parameter, and whether it is the scale that weight norm takes out of a weight."""
+
+
+def _own(module: nn.Module) -> Iterator[_Own]:
+    """Parameters that a module holds itself; the older weight norm makes `_g` and `_v` of one, by a hook."""
+    normed = {hook.name for hook in module._forward_pre_hooks.values() if isinstance(hook, WeightNorm)}
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            is_normed = name[:-2] in normed
+            plain = name[:-2] if is_normed and name.endswith("_v") else name
+            yield name, plain, parameter, is_normed and name.endswith("_g")
+
+
+def _parametrized(module: nn.Module) -> Iterator[_Own]:
+    """Parameters from which a module's own are computed."""
     lists = module._modules.get("parametrizations")
-    if isinstance(lists, nn.ModuleDict):
-        for name, originals in lists.items():
-            if isinstance(originals, ParametrizationList):
-                yield name, originals
+    for name, originals in lists.items() if isinstance(lists, nn.ModuleDict) else ():
+        is_weight_norm = isinstance(next(iter(originals.children()), None), _WeightNorm)
+        for suffix, parameter in originals._parameters.items():
+            if parameter is not None:
+                is_scale = is_weight_norm and suffix == "original0"
+                is_weight = suffix == "original" or (is_weight_norm and suffix == "original1")
+                plain = name if is_weight else f"{name}_scale" if is_scale else f"{name}.{suffix}"
+                yield f"parametrizations.{name}.{suffix}", plain, parameter, is_scale
 
 
 def _join(prefix: str, name: str) -> str:

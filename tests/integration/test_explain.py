@@ -253,6 +253,47 @@ def test_a_part_of_a_configuration_without_heads(folder, capsys):
     assert "so CLIPTextConfig's default of 8 is taken" in warning
 
 
+def test_a_configuration_without_heads_of_keys(folder, capsys):
+    """Llama takes as many as there are heads; Mistral has a number of its own."""
+    options = {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}
+    write_json(folder / "config.json", options)
+    assert as_json(capsys, "--hf", "config.json")["warnings"] == []
+    mistral = options | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "hidden_size": 64}
+    write_json(folder / "config.json", mistral | {"num_attention_heads": 16})
+    (warning,) = as_json(capsys, "--hf", "config.json")["warnings"]
+    assert warning.startswith("config.json does not say num_key_value_heads, so MistralConfig's default of 8 is taken")
+    write_json(folder / "config.json", mistral | {"num_key_value_heads": 2})
+    assert as_json(capsys, "--hf", "config.json")["warnings"] == []
+
+
+@pytest.mark.parametrize("alias", ["num_attention_heads", "n_head"])
+def test_a_configuration_with_heads_under_another_name(folder, capsys, alias):
+    write_json(folder / "config.json", {"model_type": "gpt2", "n_embd": 8, "n_layer": 1, alias: 2})
+    assert as_json(capsys, "--hf", "config.json")["warnings"] == []
+    write_json(folder / "config.json", {"model_type": "gpt2", "n_embd": 24, "n_layer": 1})
+    (warning,) = as_json(capsys, "--hf", "config.json")["warnings"]
+    assert warning.startswith("config.json does not say n_head, so GPT2Config's default of 12 is taken")
+
+
+@pytest.mark.parametrize("option", ["_attn_implementation", "attn_implementation"])
+def test_attention_that_is_not_installed(folder, capsys, option):
+    """It never runs."""
+    write_json(folder / "config.json", LLAMA)
+    as_is = as_json(capsys, "--hf", "config.json")
+    write_json(folder / "config.json", LLAMA | {option: "flash_attention_2"})
+    assert as_json(capsys, "--hf", "config.json") == as_is
+    write_json(folder / "config.json", {key: value for key, value in LLAMA.items() if key != "architectures"})
+    assert as_json(capsys, "--hf", "config.json") == as_is
+
+
+def test_attention_of_a_part_that_is_not_installed(folder, capsys):
+    part = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4}
+    asked = {"_attn_implementation": "flash_attention_2"}
+    parts = {"text_config": part | asked, "vision_config": part | asked}
+    write_json(folder / "config.json", {"model_type": "clip", **parts, **asked})
+    assert as_json(capsys, "--hf", "config.json")["warnings"] == []
+
+
 def test_a_model_of_timm(folder, capsys):
     timm = pytest.importorskip("timm")
     assert as_json(capsys, "--timm", "resnet18") == explain(timm.create_model("resnet18")).to_dict()
@@ -304,6 +345,11 @@ COMMANDS = [
     ([*GPT2_TINY, "--override", "value=hole"], VALUE, "unknown cut 'hole' for 'value'; choose from head, row"),
     ([*GPT2_TINY, "--override", "vale=whole"], VALUE, "'vale' matches no parameter"),
     ([*GPT2_TINY, "--override", "re:[=row"], VALUE, "'re:[' is no regular expression"),
+    ([*GPT2_TINY, "--partition", ""], COMMAND, "--partition is empty: give a name, or leave it out"),
+    ([""], COMMAND, "RECIPE is empty: give a name"),
+    (["--hf", ""], COMMAND, "--hf is empty: give a name"),
+    (["--timm", ""], COMMAND, "--timm is empty: give a name"),
+    (["--diffusers", ""], COMMAND, "--diffusers is empty: give a name"),
     ([*GPT2_TINY, "--partition", "transfomer"], VALUE, "unknown partition 'transfomer'; choose from auto"),
     ([*GPT2_TINY, "--layout", "Foo=gpt2"], VALUE, "no module of this model is of class 'Foo'"),
     ([*GPT2_TINY, "--layout", "GPT2Attention=foo"], VALUE, "there is no layout 'foo'"),
@@ -325,6 +371,9 @@ COMMANDS = [
     (["--timm", "vit_base_patch16_2244"], VALUE, "timm has no model of that name; did you mean vit_base_patch16_224"),
     (["--timm", "hf-hub:timm/resnet18"], VALUE, "timm has no model of that name; did you mean resnet18"),
     (["--diffusers", "UNet2DConditonModel"], VALUE, "did you mean UNet2DConditionModel"),
+    (["--diffusers", "ModelMixin"], VALUE, "diffusers has no model ModelMixin; did you mean VQModel"),
+    (["--diffusers", "AutoModel"], VALUE, "diffusers has no model AutoModel; did you mean AutoencoderKL"),
+    (["--diffusers", "AutoModl"], VALUE, "diffusers has no model AutoModl; did you mean AutoencoderKL"),
     (["--diffusers", "DDPMScheduler"], VALUE, "diffusers has no model DDPMScheduler"),
     (["--diffusers", "Transformer2DModel"], VALUE, "its defaults may be incomplete: give a config.json"),
     (["--diffusers", "nowhere.json"], VALUE, "--diffusers nowhere.json: no such file"),
@@ -341,9 +390,16 @@ def test_options(folder, capsys, arguments, code, told):
     assert list(folder.iterdir()) == []
 
 
+NESTED = "[" * 100_000
 FILES = [
     ("--hf", "{", "this is not JSON"),
+    ("--hf", NESTED, "this is nested too deeply for a configuration"),
     ("--hf", "[1]", "a configuration is a JSON object, not a list"),
+    (
+        "--hf",
+        LLAMA | {"architectures": ["PreTrainedModel"]},
+        "PreTrainedModel is the base of all models; name one, such",
+    ),
     ("--hf", {"hidden_size": 8}, "it has no model_type, such as llama"),
     ("--hf", {"model_type": ["llama"]}, "it has no model_type"),
     ("--hf", {"model_type": "lama"}, "transformers knows no model_type 'lama'; did you mean llama"),
@@ -358,6 +414,8 @@ FILES = [
     ),
     ("--hf", LLAMA | {"vocab_size": -1}, "cannot be built: RuntimeError"),
     ("--diffusers", "{", "this is not JSON"),
+    ("--diffusers", NESTED, "this is nested too deeply for a configuration"),
+    ("--diffusers", {"_class_name": "ModelMixin"}, "diffusers has no model ModelMixin"),
     ("--diffusers", {}, "it has no _class_name"),
     ("--diffusers", {"_class_name": "UNet2DModl"}, "diffusers has no model UNet2DModl; did you mean UNet2DModel"),
     ("--diffusers", UNET | {"block_out_channels": []}, "config.json: cannot be built"),
@@ -370,6 +428,23 @@ def test_files(folder, capsys, option, content, told):
         pytest.importorskip("diffusers")
     write_json(folder / "config.json", content)
     refused(capsys, VALUE, told, option, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"model: \xff\n", "this is not UTF-8: 'utf-8' codec can't decode byte 0xff"),
+        (b"model: [a\n b: }", "this is not YAML: while parsing"),
+        (b"model: \x00", "this is not YAML: unacceptable character"),
+        (NESTED.encode(), "this is nested too deeply for a recipe"),
+        (b"some text", "a recipe holds options such as `model: ...`, not a str"),
+        (b"", "a recipe holds options such as `model: ...`, not a NoneType"),
+    ],
+    ids=["bytes", "syntax", "characters", "nested", "text", "nothing"],
+)
+def test_a_recipe_that_cannot_be_read(folder, capsys, content, told):
+    (folder / "tiny.yaml").write_bytes(content)
+    refused(capsys, VALUE, f"recipe tiny.yaml: {told}", "tiny.yaml")
 
 
 def test_a_recipe_that_fit_would_refuse(work_dir, capsys):

@@ -24,7 +24,7 @@ class FusedConv1D(nn.Module):
 
 @pytest.fixture
 def own_layout(monkeypatch):
-    monkeypatch.setattr(layouts, "LAYOUTS", list(layouts.LAYOUTS))
+    monkeypatch.setattr(layouts, "REGISTERED", [])
     register_layout(
         ModuleLayout(
             "mine",

@@ -34,7 +34,7 @@ TABLE_WORDS = {
     for layout in [*layouts.LAYOUTS, *layouts.LAYERS]
     for pattern in [*layout.parameters, *layout.children]
     for word in re.split(r"[^A-Za-z0-9_]+", pattern)
-} | {*layouts.FUSED_NAMES, *layouts.BARE_PARAMETERS, "weight", "bias"}
+} | {*layouts.FUSED_NAMES, *layouts.FUSED_PAIRS, *layouts.BARE_PARAMETERS, "weight", "bias"}
 # Names that hold parts of others: "wo" in network, "v_proj" in conv_proj, "embed" and "output" in paths of norms.
 MISLEADING = (
     "network",
@@ -320,10 +320,18 @@ def partition_of(model, strategy):
 
 
 def described(model, strategy, overrides=None):
-    """Role, cut and blocks of each parameter in order."""
+    """Name, role, cut and blocks of each parameter in order."""
     partition = partition_module(model, strategy, overrides)
-    assert list(partition) == [name for name, _ in model.named_parameters()]
-    return [(cut.role.name, cut.role.known, cut.cut, cut.blocks) for cut in partition.values()]
+    assert_complete(partition, model)
+    plain = plain_names(model)
+    return {plain[name]: (cut.role.name, cut.role.known, cut.cut, cut.blocks) for name, cut in partition.items()}
+
+
+def assert_complete(partition, model):
+    """Each parameter has an entry, in the model's order; only a frozen one that cannot be cut has none."""
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert list(partition) == [name for name in required if name in partition]
+    assert not any(required[name] for name in required.keys() - partition.keys())
 
 
 def own_names(model):
@@ -337,9 +345,10 @@ def own_names(model):
 def test_every_element_lies_in_one_block(tree, strategy):
     model = build(tree)
     partition = partition_of(model, strategy)
-    assert list(partition) == [name for name, _ in model.named_parameters()]
-    for name, parameter in model.named_parameters():
-        blocks = partition[name].blocks
+    assert_complete(partition, model)
+    parameters = dict(model.named_parameters())
+    for name, cut in partition.items():
+        parameter, blocks = parameters[name], cut.blocks
         assert blocks.shape == parameter.shape
         if blocks.kind is Kind.ROW_COLUMN:
             continue  # every element has a row and a column, but no block
@@ -350,6 +359,24 @@ def test_every_element_lies_in_one_block(tree, strategy):
             assert len(sizes) == blocks.num_values
             assert sizes.min() > 0
             assert sizes.sum() == parameter.numel()
+
+
+@many
+@given(any_trees, strategies)
+def test_frozen_parameters_are_left_out_only_where_training_them_would_raise(tree, strategy):
+    model = build(tree)
+    model.requires_grad_(False)
+    left_out = {name for name, _ in model.named_parameters()} - partition_module(model, strategy).keys()
+    problems = {}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(True)
+        try:
+            partition_module(model, strategy)
+        except ValueError as error:
+            problems[name] = str(error)
+        parameter.requires_grad_(False)
+    assert problems.keys() == left_out
+    assert all(message.startswith(f"{name}: ") for name, message in problems.items())
 
 
 @many
@@ -395,7 +422,7 @@ def test_names_that_no_table_knows_decide_nothing(tree, strategy, data):
     first, second = build(tree), build(tree, renamed=renamed)
     if settled_overrides(first, strategy):
         strategy = "default"  # what must be settled is settled by name
-    assert described(first, strategy) == described(second, strategy)
+    assert list(described(first, strategy).values()) == list(described(second, strategy).values())
 
 
 @many
@@ -403,9 +430,13 @@ def test_names_that_no_table_knows_decide_nothing(tree, strategy, data):
 def test_without_wrappers_names_are_plain(tree):
     """Be they those that a wrapper gives to what it wraps; parametrizations alone rename a weight."""
     model = build(tree)
-    names = [re.sub(r"parametrizations\.(\w+)\.original1$", r"\1", name) for name, _ in model.named_parameters()]
-    names = [re.sub(r"parametrizations\.(\w+)\.original0$", r"\1_scale", name) for name in names]
-    assert own_names(model) == names
+    expected = {
+        name: re.sub(r"parametrizations\.(\w+)\.original1$", r"\1", name) for name, _ in model.named_parameters()
+    }
+    plain = plain_names(model)
+    for name, own in expected.items():
+        if not name.endswith(".original0"):  # weight norm's scale, for which there is no plain name
+            assert plain[name] == own
 
 
 @many
@@ -438,6 +469,8 @@ def test_an_override_holds_or_says_why_not(tree, strategy, cut, data):
         problem = str(error)
     if partition is None:
         assert names_parameter(problem, model) or problem.startswith("partition_overrides: ")
+    elif name not in partition:
+        assert not dict(model.named_parameters())[name].requires_grad
     else:
         assert partition[name].cut == cut or partition[name].blocks.kind is Kind.ELEMENT  # of what has no dimensions
         assert repr(name) in partition[name].why

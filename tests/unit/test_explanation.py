@@ -130,6 +130,14 @@ def test_a_frozen_model():
     assert "every parameter is frozen" in str(explanation).splitlines()[-1]
 
 
+def test_a_model_without_parameters():
+    explanation = explain(nn.ReLU())
+    assert explanation.rows == ()
+    assert explanation.warnings == (
+        "the model has no parameters: there is nothing to train, and AdamMini refuses the model",
+    )
+
+
 def test_other_names_of_a_shared_parameter():
     explained = rows(explain(tiny_models.gpt2()))
     assert explained["transformer.wte.weight"].why == "nn.Embedding; also lm_head.weight"
@@ -326,7 +334,13 @@ def shapeless():
             {"partition_layouts": {"NoSuchClass": "gpt2"}},
             "no module of this model is of class 'NoSuchClass'",
         ),
-        (tiny_models.gpt2, {"exp_avg_dtype": torch.int8}, "exp_avg_dtype must be a floating dtype"),
+        (tiny_models.gpt2, {"exp_avg_dtype": torch.int8}, "floating dtype, such as torch.bfloat16, or None, not torch"),
+        (tiny_models.gpt2, {"exp_avg_dtype": "bfloat16"}, "floating dtype, such as torch.bfloat16, or None, not 'bf"),
+        (tiny_models.gpt2, {"exp_avg_dtype": float}, "floating dtype, such as torch.bfloat16, or None, not <class 'fl"),
+        (nn.Linear(2, 2).parameters, {}, r"explain takes a model, an instance of nn.Module .*, not a generator$"),
+        (nn.Linear(2, 2).state_dict, {}, r"explain takes a model, an instance of nn.Module .*, not a OrderedDict$"),
+        (lambda: None, {}, r"explain takes a model, an instance of nn.Module .*, not a NoneType$"),
+        (lambda: nn.Linear, {}, r"explain takes a model, an instance of nn.Module .*, not the class Linear$"),
         (tiny_models.FusedAttention, {"partition": "transformer"}, "no layout tells how FusedAttention"),
         (shapeless, {}, "has no shape yet"),
         (lambda: nn.Linear(2, 2, dtype=torch.complex64), {}, "complex parameters are not supported"),

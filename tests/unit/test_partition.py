@@ -239,7 +239,7 @@ def test_overrides_see_through_wrappers():
 
 @pytest.fixture
 def no_layout_stays(monkeypatch):
-    monkeypatch.setattr(layouts, "LAYOUTS", list(layouts.LAYOUTS))
+    monkeypatch.setattr(layouts, "REGISTERED", [])
 
 
 @pytest.mark.usefixtures("no_layout_stays")

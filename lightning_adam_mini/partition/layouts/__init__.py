@@ -15,14 +15,26 @@ from torch import nn
 
 from lightning_adam_mini.partition.layouts import by_names, layers, of_diffusers, of_timm, of_torch, of_transformers
 from lightning_adam_mini.partition.layouts.bare_parameters import BARE_PARAMETERS
-from lightning_adam_mini.partition.layouts.orders import CONTIGUOUS, OUTPUTS, PER_GROUP, PER_HEAD
-from lightning_adam_mini.partition.module_layout import ModuleLayout, members
+from lightning_adam_mini.partition.layouts.orders import (
+    CONTIGUOUS,
+    CONTIGUOUS_KEY_VALUE,
+    KEY_VALUE_PER_HEAD,
+    OUTPUTS,
+    PER_GROUP,
+    PER_HEAD,
+    K,
+    Q,
+)
+from lightning_adam_mini.partition.module_layout import ModuleLayout, Rows, Span, members
+from lightning_adam_mini.partition.roles import Role
 
 __all__ = [
     "BARE_PARAMETERS",
     "FUSED_NAMES",
+    "FUSED_PAIRS",
     "LAYERS",
     "LAYOUTS",
+    "REGISTERED",
     "find_layer",
     "find_layouts",
     "is_registered",
@@ -39,66 +51,84 @@ LAYOUTS: list[ModuleLayout] = [
 ]
 """Modules that are made of layers, those that are known by their class first."""
 
-_BUILT_IN = frozenset(map(id, LAYOUTS))
+REGISTERED: list[ModuleLayout] = []
+"""What users added; it goes before the table."""
 
 LAYERS = layers.LAYOUTS
 """Layers whose parameters torch's own types do not tell."""
 
 FUSED_NAMES = frozenset(
     {
-        "Wqkv",
         "att_proj",
         "c_attn",
         "in_proj_qkv",
-        "kv",
-        "kv_proj",
-        "qk",
+        "in_proj_qkvz",
+        "linear_qkv",
+        "proj_qkv",
         "qkv",
+        "qkv_layer",
         "qkv_linear",
         "qkv_proj",
+        "queries_keys_values",
         "query_key_value",
-        "to_kv",
         "to_qkv",
+        "w_pack",
+        "w_qkv",
         "wqkv",
     }
 )
-"""Names of linear layers that hold a fused query, key or value, whose order only the class can tell."""
+"""Lower-case names of linear layers that hold a query, key and value, whose order only the class can tell."""
+_KEY_VALUE = (CONTIGUOUS_KEY_VALUE, KEY_VALUE_PER_HEAD)
+_QUERY_KEY = (Rows(Span(Q, "heads"), Span(K, "kv_heads")), Rows(Span(Q, 1), Span(K, 1), repeats="heads"))
+FUSED_PAIRS = {
+    **dict.fromkeys(("keys_values", "kv", "kv_linear", "kv_proj", "to_kv", "w_kv"), _KEY_VALUE),
+    **dict.fromkeys(("qk", "qk_proj", "to_qk"), _QUERY_KEY),
+}
+"""The same for pairs: a key and value, or a query and key, with their rows one after the other and head by head."""
 
-_ORDERS = [
-    ModuleLayout(name, {**dict.fromkeys((f"{fused}.weight" for fused in sorted(FUSED_NAMES)), rows), **OUTPUTS})
-    for name, rows in (
-        ("fused_contiguous", CONTIGUOUS),
-        ("fused_per_head", PER_HEAD),
-        ("fused_per_group", PER_GROUP),
-    )
-]
+
+def _of_order(name: str, fused: Rows, pair: int) -> ModuleLayout:
+    parameters: dict[str, Rows | Role] = dict.fromkeys((f"{fused_name}.weight" for fused_name in FUSED_NAMES), fused)
+    parameters |= {f"{pair_name}.weight": orders[pair] for pair_name, orders in FUSED_PAIRS.items()}
+    parameters |= {f"{query}.weight": Q for query in ("q", "q_proj", "query", "to_q", "wq")}
+    return ModuleLayout(name, {**parameters, **OUTPUTS})
+
+
+ORDERS = (
+    _of_order("fused_contiguous", CONTIGUOUS, 0),
+    _of_order("fused_per_head", PER_HEAD, 1),
+    _of_order("fused_per_group", PER_GROUP, 1),
+)
 """Layouts that describe no class by themselves: users give them to classes of their own."""
 
 
 def register_layout(layout: ModuleLayout) -> None:
-    """Add a layout for a class of one's own; it takes precedence over those that are there.
+    """Add a layout for a class of one's own; it takes precedence over the table.
+
+    One that was registered under the same name before is replaced.
 
     Raises:
-        ValueError: The layout would describe no module, or another has its name.
+        ValueError: The layout would describe no module, or an entry of the table has its name.
     """
     if not layout.classes and not layout.children:
         raise ValueError(f"layout {layout.name!r} names neither classes nor children, so it would describe no module")
-    if any(other.name == layout.name and other != layout for other in [*LAYOUTS, *_ORDERS]):
+    for name in layout.classes:
+        if "." not in name and "*" not in name:
+            raise ValueError(f"layout {layout.name!r}: {name!r} is no qualified name; write my_package.module.{name}")
+    if any(other.name == layout.name for other in [*LAYOUTS, *ORDERS]):
         raise ValueError(f"there is a layout {layout.name!r} already; give yours a name of its own")
-    if layout in LAYOUTS:
-        LAYOUTS.remove(layout)
-    LAYOUTS.insert(0, layout)
+    REGISTERED[:] = [layout, *(other for other in REGISTERED if other.name != layout.name)]
 
 
 def is_registered(layout: ModuleLayout) -> bool:
     """Whether a user added the layout."""
-    return id(layout) not in _BUILT_IN
+    return any(layout is other for other in REGISTERED)
 
 
 def find_layouts(module: nn.Module) -> list[ModuleLayout]:
     """The first layout for the class of `module`, and those for the names of its children, in order."""
     names = members(module)
-    found = [layout for layout in LAYOUTS if layout.matches(module, names)]
+    found = [layout for layout in [*REGISTERED, *LAYOUTS] if layout.matches(module, names)]
     first_of_class = next((layout for layout in found if layout.classes), None)
     return [layout for layout in found if not layout.classes or layout is first_of_class]
 
@@ -115,8 +145,8 @@ def named_layout(name: str) -> ModuleLayout:
     Raises:
         ValueError: There is none; with the names that come near.
     """
-    known = {layout.name: layout for layout in [*_ORDERS, *LAYOUTS]}
+    known = {layout.name: layout for layout in [*ORDERS, *REGISTERED, *LAYOUTS]}
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3) or [layout.name for layout in _ORDERS]
+        near = difflib.get_close_matches(name, known, n=3) or [layout.name for layout in ORDERS]
         raise ValueError(f"partition_layouts: there is no layout {name!r}; did you mean {', '.join(near)}?")
     return known[name]

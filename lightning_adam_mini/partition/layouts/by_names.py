@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from lightning_adam_mini.partition.layouts.orders import EXPERT_ROWS, EXPERT_ROWS_LAST, JOINT_ATTENTION, OUTPUTS
+from lightning_adam_mini.partition.layouts.orders import (
+    EXPERT,
+    EXPERT_ROWS,
+    EXPERT_ROWS_LAST,
+    JOINT_ATTENTION,
+    LINEAR,
+    MLP,
+    OUT,
+    OUTPUTS,
+    K,
+    Q,
+    V,
+)
 from lightning_adam_mini.partition.module_layout import ModuleLayout, Rows, Span
 from lightning_adam_mini.partition.roles import Role
 
 __all__ = ["LAYOUTS"]
-
-Q, K, V, OUT, MLP, LINEAR, EXPERT = (
-    Role.QUERY,
-    Role.KEY,
-    Role.VALUE,
-    Role.ATTENTION_OUTPUT,
-    Role.MLP,
-    Role.LINEAR,
-    Role.EXPERT,
-)
 
 
 LAYOUTS: list[ModuleLayout] = [
@@ -49,13 +51,13 @@ LAYOUTS: list[ModuleLayout] = [
             "relative_attention_bias.weight": Role.BIAS,
             "global_relative_attention_bias.weight": Role.BIAS,
         },
-        sizes={"head_dim": ("key_value_proj_dim", "attention_head_size", "head_dim"), "kv_heads": ()},
+        sizes={"head_dim": ("key_value_proj_dim", "attention_head_size", "head_dim")},
     ),
     ModuleLayout(
         "diffusers_attention",
         children=("to_q", "to_k", "to_v"),
         parameters=JOINT_ATTENTION,
-        sizes={"head_dim": ("head_dim", "dim_head", "inner_dim/heads")},
+        sizes={"head_dim": ("head_dim", "dim_head", "attention_head_dim", "inner_dim/heads")},
     ),
     ModuleLayout(
         "query_key_value",
@@ -130,6 +132,9 @@ LAYOUTS: list[ModuleLayout] = [
             ("relative_attention_bias", Role.BIAS),
             ("rel_attn_embed", Role.BIAS),
             ("embed_positions", Role.POSITION_EMBEDDING),
+            ("embed_timestep", Role.POSITION_EMBEDDING),
+            ("position_embedding", Role.POSITION_EMBEDDING),
+            ("position_embeddings", Role.POSITION_EMBEDDING),
             ("query_position_embeddings", Role.POSITION_EMBEDDING),
             ("lm_head", Role.OUTPUT_HEAD),
         )

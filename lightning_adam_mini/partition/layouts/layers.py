@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from lightning_adam_mini.partition.layouts.orders import EXPERT_ROWS, EXPERT_ROWS_LAST
+from lightning_adam_mini.partition.layouts.orders import EXPERT_ROWS, EXPERT_ROWS_LAST, LINEAR
 from lightning_adam_mini.partition.module_layout import ModuleLayout, Rows
 from lightning_adam_mini.partition.roles import Role
 
 __all__ = ["LAYOUTS"]
-
-LINEAR = Role.LINEAR
 
 
 LIBRARIES = ("diffusers", "timm", "torchvision", "transformers")
@@ -101,6 +99,14 @@ LAYOUTS: list[ModuleLayout] = [
         "affine",
         classes=("timm.models.mlp_mixer.Affine",),
         parameters={"alpha": Role.NORM, "beta": Role.BIAS},
+    ),
+    ModuleLayout(
+        "cohere_norm",  # (heads, head size), over the size
+        classes=(
+            "transformers.models.cohere.modeling_cohere.CohereLayerNorm",
+            "transformers.models.cohere2.modeling_cohere2.Cohere2LayerNorm",
+        ),
+        parameters={"weight": Role.NORM},
     ),
     ModuleLayout(
         "scale",

@@ -7,17 +7,26 @@ from lightning_adam_mini.partition.layouts.orders import (
     CONTIGUOUS_KEY_VALUE,
     EXPERT_ROWS_LAST,
     JOINT_ATTENTION,
+    MLP,
+    OUT,
     OUTPUTS,
+    K,
+    Q,
+    V,
 )
 from lightning_adam_mini.partition.module_layout import ModuleLayout, Rows, Span
-from lightning_adam_mini.partition.roles import Role
 
 __all__ = ["LAYOUTS"]
 
-Q, K, V, OUT, MLP = Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUTPUT, Role.MLP
-
 
 LAYOUTS: list[ModuleLayout] = [
+    ModuleLayout(
+        "diffusers_multiscale_attention",  # linear, over pixels, also within convolutional networks
+        classes=("diffusers.models.attention_processor.SanaMultiscaleLinearAttention",),
+        parameters=JOINT_ATTENTION,
+        sizes={"head_dim": "attention_head_dim"},
+        attends=False,
+    ),
     ModuleLayout(
         "diffusers_pixel_attention",  # within convolutional networks, over pixels: it makes no Transformer of them
         classes=("diffusers.models.attention_processor.Attention",),

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from lightning_adam_mini.partition.layouts.orders import CONTIGUOUS, CONTIGUOUS_KEY_VALUE, OUTPUTS, PER_HEAD
+from lightning_adam_mini.partition.layouts.orders import (
+    CONTIGUOUS,
+    CONTIGUOUS_KEY_VALUE,
+    LINEAR,
+    MLP,
+    OUT,
+    OUTPUTS,
+    PER_HEAD,
+    K,
+    Q,
+    V,
+)
 from lightning_adam_mini.partition.module_layout import ModuleLayout, Rows, Span
-from lightning_adam_mini.partition.roles import Role
 
 __all__ = ["LAYOUTS"]
-
-Q, K, V, OUT, MLP, LINEAR = Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUTPUT, Role.MLP, Role.LINEAR
 
 
 def _classes(*names: str) -> tuple[str, ...]:

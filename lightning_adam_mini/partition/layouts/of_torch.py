@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from lightning_adam_mini.partition.layouts.orders import CONTIGUOUS
+from lightning_adam_mini.partition.layouts.orders import CONTIGUOUS, LINEAR, MLP, OUT, K, Q, V
 from lightning_adam_mini.partition.module_layout import ModuleLayout, Rows, Span
 from lightning_adam_mini.partition.roles import Role
 
 __all__ = ["LAYOUTS"]
-
-Q, K, V, OUT, MLP, LINEAR = Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUTPUT, Role.MLP, Role.LINEAR
 
 
 LAYOUTS: list[ModuleLayout] = [

@@ -5,26 +5,23 @@ from __future__ import annotations
 from lightning_adam_mini.partition.layouts.orders import (
     CONTIGUOUS,
     CONTIGUOUS_KEY_VALUE,
+    EXPERT,
     EXPERT_ROWS_LAST,
+    LINEAR,
+    MLP,
+    OUT,
     OUTPUTS,
     PER_GROUP,
     PER_HEAD,
     QUERY_GATE,
+    K,
+    Q,
+    V,
 )
 from lightning_adam_mini.partition.module_layout import ModuleLayout, Rows, Span
 from lightning_adam_mini.partition.roles import Role
 
 __all__ = ["LAYOUTS"]
-
-Q, K, V, OUT, MLP, LINEAR, EXPERT = (
-    Role.QUERY,
-    Role.KEY,
-    Role.VALUE,
-    Role.ATTENTION_OUTPUT,
-    Role.MLP,
-    Role.LINEAR,
-    Role.EXPERT,
-)
 
 
 def _classes(*names: str) -> tuple[str, ...]:

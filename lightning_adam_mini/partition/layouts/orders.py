@@ -8,16 +8,25 @@ from lightning_adam_mini.partition.roles import Role
 __all__ = [
     "CONTIGUOUS",
     "CONTIGUOUS_KEY_VALUE",
+    "EXPERT",
     "EXPERT_ROWS",
     "EXPERT_ROWS_LAST",
     "JOINT_ATTENTION",
+    "KEY_VALUE_PER_HEAD",
+    "LINEAR",
+    "MLP",
+    "OUT",
     "OUTPUTS",
     "PER_GROUP",
     "PER_HEAD",
     "QUERY_GATE",
+    "K",
+    "Q",
+    "V",
 ]
 
 Q, K, V, OUT = Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUTPUT
+MLP, LINEAR, EXPERT = Role.MLP, Role.LINEAR, Role.EXPERT
 
 CONTIGUOUS = Rows(Span(Q, "heads"), Span(K, "kv_heads"), Span(V, "kv_heads"))
 """All queries, all keys, all values: Q Q Q Q K K V V."""
@@ -25,16 +34,18 @@ CONTIGUOUS_KEY_VALUE = Rows(Span(K, "kv_heads"), Span(V, "kv_heads"))
 """All keys, all values: K K V V."""
 PER_HEAD = Rows(Span(Q, 1), Span(K, 1), Span(V, 1), repeats="heads")
 """Query, key and value of each head: Q K V, Q K V."""
+KEY_VALUE_PER_HEAD = Rows(Span(K, 1), Span(V, 1), repeats="kv_heads")
+"""Key and value of each head: K V, K V."""
 PER_GROUP = Rows(Span(Q, "group"), Span(K, 1), Span(V, 1), repeats="kv_heads")
 """Queries, key and value of each key-value head: Q Q K V, Q Q K V."""
-QUERY_GATE = Rows(Span(Q, 1), Span(Role.LINEAR, 1), repeats="heads")
+QUERY_GATE = Rows(Span(Q, 1), Span(LINEAR, 1), repeats="heads")
 """Query and output gate of each head: Q gate, Q gate."""
 
 # Experts in one tensor of three dimensions, with the gate's and the up rows in halves or alternating: each row is a
 # block of its own, so that their order makes no difference.
-EXPERT_ROWS = Rows(Role.EXPERT, axis=1, batch_axes=(0,))
+EXPERT_ROWS = Rows(EXPERT, axis=1, batch_axes=(0,))
 """(experts, outputs, inputs)"""
-EXPERT_ROWS_LAST = Rows(Role.EXPERT, axis=2, batch_axes=(0,))
+EXPERT_ROWS_LAST = Rows(EXPERT, axis=2, batch_axes=(0,))
 """(experts, inputs, outputs)"""
 
 OUTPUTS = {
