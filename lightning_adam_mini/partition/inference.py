@@ -165,7 +165,7 @@ def _apply_layout(
     layout: ModuleLayout, node: Node, tree: _Tree, roles: dict[int, ParameterRole], settled: set[int]
 ) -> None:
     """Give the parameters of a module the roles its layout names, unless another layout came first."""
-    given: list[nn.Parameter] = []
+    of_all_rows: list[nn.Parameter] = []
     for relative, leaf in tree.below(node):
         rows = layout.find(relative)
         known = roles[id(leaf.parameter)]
@@ -175,8 +175,9 @@ def _apply_layout(
         why = f"{relative} of {type(node.module).__name__}"
         shape = tuple(leaf.parameter.shape)
         roles[id(leaf.parameter)] = layout.role(rows, node.module, shape, known.axis or 0, why)
-        given.append(leaf.parameter)
-    for parameter, role in checked_heads([(parameter, roles[id(parameter)]) for parameter in given]):
+        if rows.takes_all:  # what a layout counts or sizes itself is its own word
+            of_all_rows.append(leaf.parameter)
+    for parameter, role in checked_heads([(parameter, roles[id(parameter)]) for parameter in of_all_rows]):
         roles[id(parameter)] = role
 
 

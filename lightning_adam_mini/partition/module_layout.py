@@ -106,6 +106,11 @@ class Rows:
         """Roles of the spans, in order."""
         return tuple(span.role for span in self.spans)
 
+    @property
+    def takes_all(self) -> bool:
+        """Whether all rows do the same, however many there are."""
+        return len(self.spans) == 1 and self.spans[0].count is None
+
 
 @dataclass(frozen=True)
 class ModuleLayout:
@@ -213,7 +218,7 @@ class ModuleLayout:
     def _parts(self, rows: Rows, module: nn.Module, length: int) -> tuple[int, tuple[Part, ...]]:
         """Number of repeats and the parts of one, checked against the `length` rows that are there."""
         sizes = _Sizes(self, module)
-        if len(rows.spans) == 1 and rows.spans[0].count is None:
+        if rows.takes_all:
             span = rows.spans[0]
             heads = sizes.get("heads" if span.role is Role.QUERY else "kv_heads")
             head_dim = _head_dim(span, sizes, length, heads)
