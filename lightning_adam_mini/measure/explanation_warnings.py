@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -48,7 +49,7 @@ def _unknown(strategy: Strategy, cuts: Sequence[CutParameter], totals: Totals) -
     unknown = [cut for cut in cuts if not cut.role.known and not _is_overridden(cut)]
     if not unknown or not strategy.cuts:
         return ""
-    share = 100 * sum(_elements(cut) for cut in unknown) / max(totals.elements, 1)
+    share = 100 * sum(math.prod(cut.blocks.shape) for cut in unknown) / max(totals.elements, 1)
     cut = strategy.cut(Role.OTHER)
     kept = "keep a full second moment" if cut is Cut.ELEMENT else f"are cut {cut}"
     return (
@@ -99,13 +100,6 @@ def _larger_than_adamw(strategy: Strategy, totals: Totals) -> str:
 
 def _is_overridden(cut: CutParameter) -> bool:
     return cut.why != cut.role.why
-
-
-def _elements(cut: CutParameter) -> int:
-    elements = 1
-    for size in cut.blocks.shape:
-        elements *= size
-    return elements
 
 
 def _names(cuts: Sequence[CutParameter]) -> str:

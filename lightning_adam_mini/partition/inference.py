@@ -20,13 +20,7 @@ from torch.nn.parameter import is_lazy
 from lightning_adam_mini.partition.embeddings import roles_of_embeddings
 from lightning_adam_mini.partition.heads import checked_heads
 from lightning_adam_mini.partition.layer_types import EMBEDDING_TYPES, role_from_type
-from lightning_adam_mini.partition.layouts import (
-    FUSED_NAMES,
-    FUSED_PAIRS,
-    find_layouts,
-    is_registered,
-    named_layout,
-)
+from lightning_adam_mini.partition.layouts import FUSED_NAMES, FUSED_PAIRS, find_layouts, is_registered, named_layout
 from lightning_adam_mini.partition.module_layout import ModuleLayout, Rows, qualified_name
 from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
 from lightning_adam_mini.partition.tree import Leaf, Node, leaves, walk
@@ -54,7 +48,7 @@ def infer_roles(module: nn.Module, layouts: Layouts | None = None) -> dict[str, 
     Note:
         Heads that cannot be told are no error here, since not every cut needs them: `ParameterRole.problem` says why.
     """
-    tree = _Tree(list(walk(module)), list(leaves(module)))
+    tree = _Tree.of(module)
     by_parameter: dict[int, ParameterRole] = {}
     for leaf in tree.leaves:
         if is_lazy(leaf.parameter):
@@ -73,7 +67,7 @@ def infer_roles(module: nn.Module, layouts: Layouts | None = None) -> dict[str, 
 
 def has_tokens(module: nn.Module, layouts: Layouts | None = None) -> bool:
     """Whether any part of `module` looks tokens up or attends over them, be it in a class that no layout knows."""
-    tree = _Tree(list(walk(module)), list(leaves(module)))
+    tree = _Tree.of(module)
     if any(isinstance(node.module, EMBEDDING_TYPES) for node in tree.nodes):
         return True
     own = [layout for layout, _ in _own_layouts(tree, layouts or {})]
@@ -87,6 +81,11 @@ def has_tokens(module: nn.Module, layouts: Layouts | None = None) -> bool:
 class _Tree:
     nodes: list[Node]
     leaves: list[Leaf]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _Tree:
+        nodes = list(walk(module))
+        return cls(nodes, list(leaves(nodes)))
 
     @cached_property
     def _sorted(self) -> list[tuple[str, Leaf]]:

@@ -31,9 +31,8 @@ def role_from_type(leaf: Leaf) -> ParameterRole:
     is_vector = parameter.numel() == max(parameter.shape, default=1)
     if parameter.dim() == 0:
         return role_of_all(Role.OTHER, parameter, f"{name!r} of {kind}: a number")
-    layer = find_layer(owner, name)
-    rows = layer.find(name) if layer else None
-    if layer and rows:
+    if found := find_layer(owner, name):
+        layer, rows = found
         role = layer.role(rows, owner, tuple(parameter.shape), 0, f"{name} of {kind}")
         # One number for a matrix takes a class that is named in full.
         if role.known and (is_vector or Role.NORM not in role.roles or not any("*" in c for c in layer.classes)):

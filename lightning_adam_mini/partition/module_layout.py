@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from numbers import Integral
 from operator import attrgetter
 from types import MappingProxyType
@@ -159,7 +160,7 @@ class ModuleLayout:
             return self.attends
         return any(Role.QUERY in rows.roles for rows in self.rows.values())
 
-    @property
+    @cached_property
     def rows(self) -> dict[str, Rows]:
         """`parameters` with `Rows` for every name."""
         return {name: Rows(rows) if isinstance(rows, Role) else rows for name, rows in self.parameters.items()}
@@ -182,9 +183,9 @@ class ModuleLayout:
 
     def find(self, relative_name: str) -> Rows | None:
         """The rows of a parameter by its name relative to the module, or None."""
-        for pattern, rows in self.parameters.items():
+        for pattern, rows in self.rows.items():
             if pattern == relative_name or ("*" in pattern and fnmatch.fnmatchcase(relative_name, pattern)):
-                return Rows(rows) if isinstance(rows, Role) else rows
+                return rows
         return None
 
     def role(self, rows: Rows, module: nn.Module, shape: tuple[int, ...], axis: int, why: str) -> ParameterRole:

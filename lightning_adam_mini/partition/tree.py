@@ -6,7 +6,7 @@ neither layouts nor overrides depend on how a model was prepared for training.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -94,9 +94,9 @@ def walk(module: nn.Module) -> Iterator[Node]:
     yield from _walk(module, "", "", set())
 
 
-def leaves(module: nn.Module) -> Iterator[Leaf]:
-    """Every parameter, at each place where it is used, in the order of `named_parameters()`."""
-    for node in walk(module):
+def leaves(nodes: Iterable[Node]) -> Iterator[Leaf]:
+    """Every parameter of a tree, at each place where it is used, in the order of `named_parameters()`."""
+    for node in nodes:
         if isinstance(node.module, ParametrizationList):
             continue  # its owner gives the parameters
         for name, plain, parameter, is_scale in [*_own(node.module), *_parametrized(node.module)]:
@@ -105,7 +105,7 @@ def leaves(module: nn.Module) -> Iterator[Leaf]:
 
 def plain_names(module: nn.Module) -> dict[str, str]:
     """Plain names of all parameters by their names in `module.named_parameters()`."""
-    found = list(leaves(module))
+    found = list(leaves(walk(module)))
     # Some wrappers leave their prefix out of `named_parameters()`, so that names alone do not tell which is which.
     by_parameter = {id(leaf.parameter): leaf.plain_name for leaf in reversed(found)}
     by_name = {leaf.name: leaf.plain_name for leaf in found}

@@ -133,10 +133,12 @@ def find_layouts(module: nn.Module) -> list[ModuleLayout]:
     return [layout for layout in found if not layout.classes or layout is first_of_class]
 
 
-def find_layer(module: nn.Module, name: str) -> ModuleLayout | None:
-    """The first entry of `LAYERS` for the type of `module` that knows its parameter `name`, or None."""
-    matching = (layout for layout in LAYERS if layout.matches(module, frozenset()))
-    return next((layout for layout in matching if layout.find(name)), None)
+def find_layer(module: nn.Module, name: str) -> tuple[ModuleLayout, Rows] | None:
+    """The first entry of `LAYERS` for the type of `module` that knows its parameter `name`, with its rows, or None."""
+    for layout in LAYERS:
+        if layout.matches(module, frozenset()) and (rows := layout.find(name)):
+            return layout, rows
+    return None
 
 
 def named_layout(name: str) -> ModuleLayout:

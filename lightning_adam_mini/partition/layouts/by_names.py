@@ -243,16 +243,12 @@ LAYOUTS: list[ModuleLayout] = [
     ModuleLayout(
         "relative_keys",
         children=("relative_k_proj",),
-        parameters={
-            "relative_k_proj.weight": K,
-        },
+        parameters={"relative_k_proj.weight": K},
     ),
     ModuleLayout(
         "relative_keys_linear_pos",
         children=("linear_q", "linear_pos"),
-        parameters={
-            "linear_pos.weight": K,
-        },
+        parameters={"linear_pos.weight": K},
     ),
     ModuleLayout(
         "shared_keys_and_values",

@@ -160,16 +160,12 @@ LAYOUTS: list[ModuleLayout] = [
     ModuleLayout(
         "codebook_heads",
         classes=("transformers.models.csm.modeling_csm.CsmCodebooksHead",),
-        parameters={
-            "weight": Rows(Role.OUTPUT_HEAD, axis=2, batch_axes=(0,)),
-        },
+        parameters={"weight": Rows(Role.OUTPUT_HEAD, axis=2, batch_axes=(0,))},
     ),
     ModuleLayout(
         "yolos_positions",
         classes=("transformers.models.yolos.modeling_yolos.InterpolateMidPositionEmbeddings",),
-        parameters={
-            "mid_position_embeddings": Rows(Role.POSITION_EMBEDDING, axis=2, batch_axes=(0, 1)),
-        },
+        parameters={"mid_position_embeddings": Rows(Role.POSITION_EMBEDDING, axis=2, batch_axes=(0, 1))},
     ),
     ModuleLayout(
         "projections_from_the_right",
@@ -206,16 +202,12 @@ LAYOUTS: list[ModuleLayout] = [
     ModuleLayout(
         "prelu",
         classes=("torch.nn.modules.activation.PReLU",),
-        parameters={
-            "weight": Role.NORM,
-        },
+        parameters={"weight": Role.NORM},
     ),
     ModuleLayout(
         "motion",
         classes=("diffusers.models.transformers.transformer_wan_animate.MotionLinear",),
-        parameters={
-            "weight": LINEAR,
-        },
+        parameters={"weight": LINEAR},
     ),
     ModuleLayout("scales", classes=_in_libraries("*"), parameters=dict.fromkeys(SCALES, Role.NORM)),
 ]

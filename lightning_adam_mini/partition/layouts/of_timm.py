@@ -163,9 +163,7 @@ LAYOUTS: list[ModuleLayout] = [
     ModuleLayout(
         "timm_csatv2",
         classes=_classes("models.csatv2.SpatialTransformerBlock"),
-        parameters={
-            "qkv.weight": CONTIGUOUS,
-        },
+        parameters={"qkv.weight": CONTIGUOUS},
         sizes={"heads": 1, "kv_heads": 1},
     ),
 ]

@@ -419,9 +419,7 @@ LAYOUTS: list[ModuleLayout] = [
     ModuleLayout(
         "gemma3n_audio_positions",
         classes=_classes("gemma3n.Gemma3nAudioRelativePositionEmbedding"),
-        parameters={
-            "pos_proj.weight": K,
-        },
+        parameters={"pos_proj.weight": K},
         attends=False,
     ),
     ModuleLayout(
