@@ -22,6 +22,7 @@ packages += [f"{PACKAGE}.configs.{name}" for name in find_namespace_packages("co
 setup(
     packages=packages,
     package_dir=package_dir,
-    # Everything that is not Python and still belongs to the code: recipes, kernel sources, the typing marker.
-    package_data={"": ["py.typed", "*.c", "*.h", "*.yaml"]},
+    # Everything that is not Python and still belongs to the code: recipes, kernel sources, page templates, the marker
+    # of types.
+    package_data={"": ["py.typed", "*.c", "*.h", "*.yaml", "templates/*"]},
 )

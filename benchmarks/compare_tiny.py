@@ -20,8 +20,8 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from machine import cpu_name
 
+from lightning_adam_mini.measure import cpu_name
 from lightning_adam_mini.tasks.metrics_file import read_metrics
 
 RECIPES = ("llm/llama_tiny.yaml", "llm/gpt2_tiny.yaml")

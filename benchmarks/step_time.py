@@ -17,12 +17,11 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from machine import cpu_name
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_adam_mini import AdamMini
-from lightning_adam_mini.measure import optimizer_state_bytes
+from lightning_adam_mini.measure import cpu_name, optimizer_state_bytes
 
 
 def public_package(model: nn.Module) -> torch.optim.Optimizer:

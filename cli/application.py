@@ -17,7 +17,15 @@ from lightning_adam_mini.factory import OptimizerFactory
 from lightning_adam_mini.schedule import Schedule
 
 from ..tasks.base import Task
-from ..tasks.callbacks import GracefulInterrupt, PerformanceMonitor, PredictionFile, RunCheckpoint, RunReport
+from ..tasks.callbacks import (
+    GracefulInterrupt,
+    PerformanceMonitor,
+    PredictionFile,
+    RunCheckpoint,
+    RunReport,
+    StopOnDivergence,
+)
+from ..tasks.callbacks.checkpoint import HEADLINE
 from ..tasks.checkpoint_io import AtomicCheckpointIO
 from ..tasks.metrics_file import MetricsFile
 from .messages import near_option
@@ -72,6 +80,8 @@ class Application(LightningCLI):
         warnings.filterwarnings(
             "ignore", message="Checkpoint directory .* exists and is not empty"
         )  # of a run that goes on
+        # Tasks that average their weights say themselves what they cannot shard.
+        warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback with a model that")
         try:
             super().__init__(
                 Task,
@@ -112,7 +122,7 @@ class Application(LightningCLI):
         parser.set_defaults(
             {
                 "checkpoint.save_last": True,
-                "checkpoint.monitor": "val_loss",
+                "checkpoint.monitor": HEADLINE,
                 "checkpoint.filename": "best-{step}",
                 "checkpoint.save_top_k": 1,
                 # Else a second `last.ckpt` in a folder that was moved would be `last-v1.ckpt`, which nobody resumes.
@@ -154,7 +164,8 @@ class Application(LightningCLI):
             own = [MetricsFile(run_dir), TensorBoardLogger(run_dir, name="tensorboard", version="")]
             given = [logger for logger in _as_list(config.get("logger")) if logger is not True]
             kwargs["logger"] = [*own, *given]
-        callbacks = [*_as_list(config.get("callbacks")), GracefulInterrupt(), RunReport(), PredictionFile()]
+        callbacks = [*_as_list(config.get("callbacks")), StopOnDivergence(), GracefulInterrupt()]
+        callbacks += [RunReport(), PredictionFile()]
         if config.get("enable_progress_bar") is not False:
             callbacks.append(ProgressBar(leave=True))
         kwargs["callbacks"] = callbacks

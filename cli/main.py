@@ -38,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line without the program's name; `sys.argv` by default.
 
     Returns:
-        The exit code: 0; 2 where the command line is wrong, 130 after Ctrl-C, 1 after any other error. An error is told
-        in one line; `ADAM_MINI_TRACEBACK=1` shows where it arose.
+        The exit code: 0; 2 where the command line is wrong, 3 where training diverged, 130 after Ctrl-C, 1 after any
+        other error. An error is told in one line; `ADAM_MINI_TRACEBACK=1` shows where it arose.
     """
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from .messages import one_line
 
         sys.stderr.write(f"adam-mini: error: {one_line(str(error))}\n")
-        return 2 if isinstance(error, ArgumentError) else 1
+        return getattr(error, "exit_code", 2 if isinstance(error, ArgumentError) else 1)
 
 
 def _is_for_users(error: Exception) -> bool:

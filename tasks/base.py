@@ -1,4 +1,4 @@
-"""What all tasks share: an optimizer factory, a schedule, and checkpoints that say what they are."""
+"""What all tasks share: an optimizer factory, a schedule, a headline, and checkpoints that say what they are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from hashlib import blake2b
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -19,6 +20,8 @@ from torch.optim import Optimizer
 from lightning_adam_mini import factory
 from lightning_adam_mini.factory import OptimizerFactory
 from lightning_adam_mini.schedule import Schedule
+
+from .headline import Headline
 
 __all__ = ["Task"]
 
@@ -39,8 +42,11 @@ class Task(LightningModule):
         schedule: Learning-rate schedule, stepped once an optimizer step.
     """
 
-    unit = "samples"
+    unit: ClassVar[str] = "samples"
     """What throughput counts: samples, tokens, nodes."""
+
+    headline: ClassVar[Headline] = Headline()
+    """The figure that runs are compared by."""
 
     def __init__(self, optimizer: OptimizerFactory | None = None, schedule: Schedule | None = None) -> None:
         super().__init__()
@@ -74,6 +80,17 @@ class Task(LightningModule):
 
     def summary(self) -> dict[str, str]:
         """Lines of the report that only the task knows, after training: name and text."""
+        return {}
+
+    def pictures(self, folder: Path) -> dict[str, Path]:
+        """Draw what only the task knows, on rank zero after training.
+
+        Args:
+            folder: The run folder, for the files.
+
+        Returns:
+            Files by the words of the report.
+        """
         return {}
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

@@ -1,9 +1,20 @@
-"""Callbacks of every run: checkpoints, performance figures, a report, predictions on disk, and a clean stop."""
+"""Callbacks of every run: checkpoints, figures, a report, predictions, averaged weights, and when to stop."""
 
 from .checkpoint import RunCheckpoint
+from .divergence import DivergenceError, StopOnDivergence
+from .ema import WeightEMA
 from .interrupt import GracefulInterrupt
 from .performance import PerformanceMonitor
 from .predictions import PredictionFile
 from .report import RunReport
 
-__all__ = ["GracefulInterrupt", "PerformanceMonitor", "PredictionFile", "RunCheckpoint", "RunReport"]
+__all__ = [
+    "DivergenceError",
+    "GracefulInterrupt",
+    "PerformanceMonitor",
+    "PredictionFile",
+    "RunCheckpoint",
+    "RunReport",
+    "StopOnDivergence",
+    "WeightEMA",
+]

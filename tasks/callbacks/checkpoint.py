@@ -5,21 +5,32 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-__all__ = ["RunCheckpoint"]
+from ..base import Task
+
+__all__ = ["HEADLINE", "RunCheckpoint"]
+
+HEADLINE = "headline"
+"""Monitors the metric of the task's headline, whatever it is."""
 
 
 class RunCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint in the run folder, with a `last.ckpt` that is never older than the last validation.
+
+    With `monitor: headline` the best checkpoint is the best by the task's own headline.
 
     Lightning itself writes `last.ckpt` only where the monitored metric has improved: a run that no longer improves
     would lose everything since then.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Choose `checkpoints` in the run folder, and remove what a killed process left half written there."""
+        """Choose what is best and the folder, and remove what a killed process left half written there."""
+        if self.monitor == HEADLINE and isinstance(pl_module, Task):
+            self.monitor, self.mode = pl_module.headline.curve, pl_module.headline.mode
+            self.kth_value = torch.tensor(torch.inf if self.mode == "min" else -torch.inf)
         if self.dirpath is None:
             self.dirpath = os.path.realpath(Path(trainer.default_root_dir) / "checkpoints")
         super().setup(trainer, pl_module, stage)

@@ -23,7 +23,8 @@ class PerformanceMonitor(Callback):
     Metrics, at the trainer's logging interval: `tokens_per_second` (or the task's unit; over all ranks), `mfu` (model
     FLOPs utilisation, a fraction of the device's peak), `optimizer_milliseconds` (the update alone: no backward pass,
     no clipping; mean since the last row), `step_milliseconds`, `optimizer_state_bytes` and `peak_memory_bytes` (of one
-    rank).
+    rank), `training_seconds` (time in training steps since the first one, without validation, over all starts of the
+    run; in a row of its own at each validation too).
 
     Args:
         peak_flops: Peak dense FLOP/s of one device, for devices that are not in the table. On a CPU a matrix product
@@ -39,6 +40,15 @@ class PerformanceMonitor(Callback):
         self._last_step = 0
         self._outside = 0.0
         self._left = 0.0
+        self._trained = 0.0
+
+    def state_dict(self) -> dict[str, float]:
+        """The training time so far."""
+        return {"training_seconds": self._training_seconds()}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Count on from the training time of a checkpoint."""
+        self._trained = state_dict.get("training_seconds", 0.0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the device's peak and start to time the optimizer."""
@@ -53,12 +63,16 @@ class PerformanceMonitor(Callback):
         self._open_window()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validation within training does not count as training time."""
+        """Validation within training does not count as training time, which is noted beside its figures."""
         self._left = time.perf_counter()
+        if trainer.training and not trainer.sanity_checking:
+            for logger in trainer.loggers:
+                logger.log_metrics({"training_seconds": self._training_seconds()}, step=trainer.global_step - 1)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See `on_validation_start`."""
         self._outside += time.perf_counter() - self._left
+        self._left = 0.0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -74,13 +88,14 @@ class PerformanceMonitor(Callback):
         if step == self._last_step or step % interval:
             return
         optimizer_milliseconds = self._timer.mean_milliseconds()  # waits for the device, before the clock is read
-        elapsed = time.perf_counter() - self._window_start - self._outside
+        elapsed = self._elapsed()
         metrics = {
             f"{pl_module.unit}_per_second": self._units * trainer.world_size / elapsed,
             "step_milliseconds": 1000 * elapsed / (step - self._last_step),
             "optimizer_milliseconds": optimizer_milliseconds,
             "optimizer_state_bytes": float(sum(optimizer_state_bytes(o) for o in trainer.optimizers)),
             "peak_memory_bytes": float(peak_memory_bytes(pl_module.device)),
+            "training_seconds": self._trained + elapsed,
         }
         if self._flops and self.peak_flops:
             metrics["mfu"] = self._flops / elapsed / self.peak_flops
@@ -88,7 +103,21 @@ class PerformanceMonitor(Callback):
             logger.log_metrics(metrics, step=step - 1)  # Lightning's number of this step, under which losses stand
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
         self._last_step = step
+        self._trained += elapsed
         self._open_window()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock."""
+        self._trained, self._window_start = self._training_seconds(), 0.0
+
+    def _elapsed(self) -> float:
+        """Seconds of training since the last row."""
+        return time.perf_counter() - self._window_start - self._outside if self._window_start else 0.0
+
+    def _training_seconds(self) -> float:
+        """Seconds of training since the first step; within a validation, up to its start."""
+        waiting = time.perf_counter() - self._left if self._left else 0.0
+        return self._trained + self._elapsed() - waiting
 
     def _open_window(self) -> None:
         self._units, self._flops, self._outside = 0, 0.0, 0.0

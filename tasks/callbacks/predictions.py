@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from ..run_files import write_text
 
 __all__ = ["PredictionFile"]
 
@@ -37,9 +38,6 @@ class PredictionFile(Callback):
         """Write the file."""
         rank = f".rank{trainer.global_rank}" if trainer.global_rank else ""
         path = Path(trainer.default_root_dir) / f"predictions{rank}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        beside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows), "utf-8")
-        beside.replace(path)
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows))
         self._rows = []
         log.info("%s", f"predictions: {path}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from lightning_adam_mini.measure import adamw_state_bytes, optimizer_state_bytes
-
 from ..base import Task
 from ..metrics_file import read_metrics
+from ..run_files import save_figure, write_text
+from .result import run_result
 
 __all__ = ["RunReport"]
 
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class RunReport(Callback):
-    """Writes `report.md` and `loss_curve.png` to the run folder when training ends, and logs the report."""
+    """Writes `report.md`, `result.json` and pictures to the run folder when training ends, and logs the report."""
 
     def __init__(self) -> None:
         self._trained = False
@@ -36,7 +37,7 @@ class RunReport(Callback):
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write both files, from the metrics of the whole run."""
+        """Write the files, from the metrics of the whole run."""
         if getattr(trainer, "fast_dev_run", False) or not isinstance(pl_module, Task):
             return
         if not self._trained:
@@ -47,47 +48,43 @@ class RunReport(Callback):
             return
         folder = Path(trainer.default_root_dir)
         metrics = read_metrics(folder)
-        picture = folder / "loss_curve.png"
-        _plot(metrics, picture)
+        pictures = {"loss curve": folder / "loss_curve.png"}
+        _plot(metrics, pictures["loss curve"])
+        pictures |= pl_module.pictures(folder)
+        result = run_result(trainer, pl_module, metrics)
+        write_text(folder / "result.json", json.dumps(result, indent=1) + "\n")
         lines = {
             "steps": f"{trainer.global_step}",
             "optimizer": type(pl_module.optimizer_factory).__name__,
             **pl_module.summary(),
-            **_costs(trainer, pl_module, metrics),
-            "loss curve": str(picture),
+            **_costs(result["costs"]),
+            **{name: str(path) for name, path in pictures.items()},
         }
         width = max(map(len, lines))
         log.info("%s", "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items()))
         text = f"# {folder.name}\n\n" + "".join(f"- **{name}**: {value}\n" for name, value in lines.items())
-        beside = folder / ".report.md.tmp"
-        beside.write_text(text, "utf-8")
-        beside.replace(folder / "report.md")
+        write_text(folder / "report.md", text)
 
 
-def _costs(trainer: Trainer, task: Task, metrics: dict[str, dict[int, float]]) -> dict[str, str]:
-    own = sum(optimizer_state_bytes(optimizer) for optimizer in trainer.optimizers)
-    adamw = adamw_state_bytes(task.parameters())
-    costs = {"optimizer state": f"{own / 1e6:.2f} MB; AdamW's for this model: {adamw / 1e6:.2f} MB ({own / adamw:.1%})"}
-    units = f"{task.unit}_per_second"
+def _costs(costs: dict[str, Any]) -> dict[str, str]:
+    own, adamw = costs["optimizer_state_bytes"], costs["adamw_state_bytes"]
+    lines = {"optimizer state": f"{own / 1e6:.2f} MB; AdamW's for this model: {adamw / 1e6:.2f} MB ({own / adamw:.1%})"}
     for name, label, scale, unit in (
-        (units, "throughput", 1.0, f"{task.unit}/s"),
+        ("units_per_second", "throughput", 1.0, f"{costs['unit']}/s"),
         ("step_milliseconds", "step time", 1.0, "ms"),
         ("optimizer_milliseconds", "of it the optimizer's update", 1.0, "ms"),
         ("peak_memory_bytes", "peak memory", 1e-6, "MB"),
     ):
-        if values := list(metrics.get(name, {}).values()):
-            middle = sorted(values)[len(values) // 2]
-            costs[label] = f"{middle * scale:,.1f} {unit}"
-    return costs
+        if costs[name] is not None:
+            lines[label] = f"{costs[name] * scale:,.1f} {unit}"
+    return lines
 
 
 def _plot(metrics: dict[str, dict[int, float]], path: Path) -> None:
     """Training and validation loss by step, as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     for name, style in (
         ("train_loss", {"linewidth": 0.9, "alpha": 0.6}),
@@ -100,6 +97,4 @@ def _plot(metrics: dict[str, dict[int, float]], path: Path) -> None:
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
-    beside = path.with_name(f".{path.name}.tmp")
-    figure.savefig(beside, dpi=120, format="png")
-    beside.replace(path)
+    save_figure(figure, path)

@@ -23,6 +23,7 @@ from lightning_adam_mini.measure import transformer_flops_per_token
 from lightning_adam_mini.schedule import Schedule
 
 from ..base import Task
+from ..headline import Headline
 from .model import Attention, active_parameters, build_config, build_model, read_config
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class LanguageModel(Task):
     """
 
     unit = "tokens"
+    headline = Headline(label="validation loss, nats a token")
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .cache import hash_files, remember
+from ...data.cache import hash_files, remember
 from .hf_reading import UNNAMED, VAL_NAMES, Column, data_files, named_columns
 from .splits import check_val_fraction, split_of
 from .text_cache import Split

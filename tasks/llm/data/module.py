@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .cache import default_cache_dir
-from .sampling import ResumableLoader, TrainSampler, ValidationSampler
+from ...data.cache import default_cache_dir
+from ...data.module import SampledDataModule
 from .statistics import unigram_loss
 from .token_stream import TokenStream
 from .windows import TrainWindows, ValidationWindows, collate_windows
@@ -41,7 +40,7 @@ class TokenSource:
     val_bytes: int | None = None
 
 
-class TokenDataModule(LightningDataModule, ABC):
+class TokenDataModule(SampledDataModule, ABC):
     """Batches of token windows for training, validation and generation.
 
     A batch is ``{"input_ids": (B, T), "labels": (B, T)}``, int64, with the labels already shifted by one and -100 where
@@ -83,30 +82,17 @@ class TokenDataModule(LightningDataModule, ABC):
         prompts: list[str] | None = None,
         cache_dir: str | None = None,
     ) -> None:
-        super().__init__()
-        counts = {
-            "context_length": context_length,
-            "batch_size": batch_size,
-            "val_tokens": val_tokens,
-            "epoch_samples": epoch_samples,
-        }
+        super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
+        counts = {"context_length": context_length, "val_tokens": val_tokens, "epoch_samples": epoch_samples}
         for name, value in counts.items():
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        for name, value in {"num_workers": num_workers, "seed": seed}.items():
-            if value < 0:
-                raise ValueError(f"`{name}` must be at least 0, got {value}.")
         self.context_length = context_length
-        self.batch_size = batch_size
-        self.num_workers = num_workers
         self.val_tokens = val_tokens
         self.epoch_samples = epoch_samples
-        self.seed = seed
         self.prompts = list(self.default_prompts if prompts is None else prompts)
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self._source: TokenSource | None = None
-        self._samples_before = 0
-        self._train_sampler: TrainSampler | None = None
 
     @abstractmethod
     def open_source(self) -> TokenSource:
@@ -131,23 +117,7 @@ class TokenDataModule(LightningDataModule, ABC):
                 )
         self._source = source
         self.__dict__.pop("tokenizer", None)
-        if stage in (None, "fit"):
-            # A second `fit` of the same trainer goes on; a new trainer starts from the first sample.
-            batches_before = self.trainer.fit_loop.total_batch_idx + 1 if self.trainer is not None else 0
-            self._samples_before = batches_before * self.batch_size * self._replicas()["num_replicas"]
-            self._train_sampler = None
-
-    def state_dict(self) -> dict[str, int]:
-        """The samples that were handed out, for checkpoints at the end of an epoch.
-
-        Between two epochs Lightning does not load the state of the loader itself.
-        """
-        sampler = self._train_sampler
-        return {"samples_seen": self._samples_before if sampler is None else sampler.samples_seen}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on after the samples of a checkpoint."""
-        self._samples_before = state_dict["samples_seen"]
+        super().setup(stage)
 
     def describe(self) -> str:
         """The data in a few words, for messages."""
@@ -194,7 +164,7 @@ class TokenDataModule(LightningDataModule, ABC):
         """Nats per validation token of guessing by the training tokens' frequencies: what any model must beat."""
         return unigram_loss(self._opened.train, self._opened.val, vocab_size=self.vocab_size)
 
-    def train_dataloader(self) -> ResumableLoader:
+    def train_dataloader(self) -> DataLoader[Any]:
         """Random windows, counted on over the run."""
         stream = self._opened.train
         dataset = TrainWindows(
@@ -203,11 +173,7 @@ class TokenDataModule(LightningDataModule, ABC):
             seed=self.seed,
             num_samples=self.epoch_samples or max(1, len(stream) // self.context_length),
         )
-        # A trainer that reloads its loaders every epoch must not read the first epoch again.
-        samples_seen = self._samples_before if self._train_sampler is None else self._train_sampler.samples_seen
-        sampler = TrainSampler(dataset, batch_size=self.batch_size, samples_seen=samples_seen, **self._replicas())
-        self._train_sampler = sampler
-        return ResumableLoader(dataset, sampler=sampler, **self._loader_settings())
+        return self.train_loader(dataset, collate=self._collate)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The same windows at every evaluation."""
@@ -242,23 +208,11 @@ class TokenDataModule(LightningDataModule, ABC):
 
     def _evaluation_loader(self, *, max_tokens: int | None) -> DataLoader[Any]:
         dataset = ValidationWindows(self._opened.val, context_length=self.context_length, max_tokens=max_tokens)
-        sampler = ValidationSampler(dataset, batch_size=self.batch_size, **self._replicas())
-        return DataLoader(dataset, sampler=sampler, **self._loader_settings())
+        return self.evaluation_loader(dataset, collate=self._collate)
 
-    def _replicas(self) -> dict[str, int]:
-        # The strategy knows which ranks share their data: under tensor parallelism that is not the world size.
-        replicas = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
-        return {"num_replicas": 1, "rank": 0} if replicas is None else dict(replicas)
-
-    def _loader_settings(self) -> dict[str, Any]:
-        return {
-            "batch_size": self.batch_size,
-            "num_workers": self.num_workers,
-            "collate_fn": partial(collate_windows, context_length=self.context_length),
-            "pin_memory": self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
-            # Loaders draw a seed for their workers: from here, so that reading data leaves the model's dropout alone.
-            "generator": torch.Generator(),
-        }
+    @property
+    def _collate(self) -> Callable[[list[Any]], dict[str, Tensor]]:
+        return partial(collate_windows, context_length=self.context_length)
 
 
 def _take_only(items: list[Any]) -> Any:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 
-from .cache import atomic_file, only_one, read_json, write_json
+from ...data.cache import atomic_file, only_one, read_json, write_json
 from .token_stream import STORAGE, TokenPart, TokenStream, TokenType
 from .tokenizer import load_tokenizer, train_bpe
 

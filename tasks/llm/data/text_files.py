@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .cache import hash_files, remember
+from ...data.cache import hash_files, remember
 from .splits import check_val_fraction, split_names, split_of
 from .text_cache import Split
 from .text_module import TextDataModule

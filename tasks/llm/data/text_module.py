@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from .cache import digest, hash_files
+from ...data.cache import digest, hash_files
 from .module import TokenDataModule, TokenSource
 from .text_cache import TRAINED_TOKENIZER, Split, prepare_text
 from .tokenizer import MIN_VOCAB_SIZE, load_tokenizer, tokenizer_files

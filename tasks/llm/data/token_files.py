@@ -6,8 +6,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
+from ...data.cache import remember
 from .bin_format import largest_token, read_part
-from .cache import remember
 from .module import TokenDataModule, TokenSource
 from .token_stream import TokenPart, TokenStream
 from .tokenizer import load_tokenizer

@@ -1,0 +1,42 @@
+"""Files of a run folder: written beside their place and renamed, so that others see all of a file or none."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["replacing", "save_figure", "write_text"]
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; it takes the place of `path` where nothing was raised.
+
+    Args:
+        path: The file; its folder is made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield beside
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8."""
+    with replacing(path) as beside:
+        beside.write_text(text, "utf-8")
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Save a figure of matplotlib as PNG."""
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=120, format="png")
