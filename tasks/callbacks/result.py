@@ -68,7 +68,7 @@ def _costs(trainer: Trainer, task: Task, metrics: Metrics) -> dict[str, Any]:
         "unit": task.unit,
         "peak_memory_bytes": max(metrics.get("peak_memory_bytes", {}).values(), default=None),
         "optimizer_state_bytes": sum(optimizer_state_bytes(optimizer) for optimizer in trainer.optimizers),
-        "predicted_state_bytes": getattr(task.optimizer_factory, "predict_state_bytes", lambda _: None)(task),
+        "predicted_state_bytes": task.optimizer_factory.predict_state_bytes(task),
         "adamw_state_bytes": adamw_state_bytes(parameters),
         "parameters": sum(p.numel() for p in parameters),
         "parameter_bytes": sum(p.numel() * p.element_size() for p in parameters),

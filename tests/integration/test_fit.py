@@ -71,7 +71,7 @@ def test_state_bytes_are_the_optimizers_own(work_dir):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_trains(work_dir, name):
-    lr = {"SGD": 0.3, "Lion": 2e-3}.get(name, 1e-2)
+    lr = {"SGD": 0.3, "Lion": 2e-3, "LAMB": 0.1}.get(name, 1e-2)
     assert run("fit", "--run_dir", "run", "--optimizer", name, "--optimizer.lr", lr, "--trainer.max_steps", 20) == 0
     losses = read_metrics("run")["val_loss"]
     assert losses[20] < losses[5] - 0.05

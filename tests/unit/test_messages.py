@@ -34,7 +34,7 @@ def said(*arguments):
     return str(error.value)
 
 
-CHOICES = "Adafactor, Adam, AdamMini, AdamW, Lion, SGD"
+CHOICES = "Adafactor, Adam, AdamMini, AdamW, CAME, LAMB, Lion, Muon, NovoGrad, SGD, SM3"
 
 
 @pytest.mark.parametrize(

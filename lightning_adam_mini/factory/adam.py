@@ -1,0 +1,145 @@
+"""Adam and its kin: AdamW, Adam, Adam-mini."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_adam_mini import optim
+from lightning_adam_mini.factory.base import OptimizerFactory
+from lightning_adam_mini.optim.state import second_moment_dtype
+from lightning_adam_mini.partition import partition_module
+
+__all__ = ["STEP_BYTES", "Adam", "AdamMini", "AdamW", "CutName", "PartitionName", "adam_state_bytes"]
+
+PartitionName = Literal["auto", "transformer", "transformer_early", "transformer_rank_one", "default", "element"]
+CutName = Literal["head", "row", "whole", "element", "row_column"]
+
+STEP_BYTES = 4
+"""A float32 number for each parameter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamMini(OptimizerFactory):
+    """Adam-mini: AdamW with one second moment a block, half of AdamW's memory. It takes AdamW's learning rate.
+
+    Args:
+        betas: Decay rates of the first and second moment.
+        eps: Added to the root of the second moment.
+        partition: How parameters are cut into blocks: `auto` (`transformer` for models that look tokens up or attend
+            over them, else `default`), `transformer`, `transformer_early`, `transformer_rank_one`, `default` or
+            `element`.
+        partition_overrides: Cuts by role, parameter name or `re:` pattern: `head`, `row`, `whole`, `element` or
+            `row_column`. The first that matches wins.
+        partition_layouts: Names of layouts by the class of a module that the library does not know, such as
+            `{my_package.Attention: fused_per_head}`.
+        exp_avg_dtype: Dtype of the first moment; the parameter's by default.
+        implementation: `reference`, `foreach`, or None to choose.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    partition: PartitionName = "auto"
+    partition_overrides: dict[str, CutName] = field(default_factory=dict)
+    partition_layouts: dict[str, str] = field(default_factory=dict)
+    exp_avg_dtype: Literal["float32", "bfloat16"] | None = None
+    implementation: Literal["reference", "foreach"] | None = None
+
+    def build(self, module: nn.Module) -> optim.AdamMini:
+        """See `OptimizerFactory.build`."""
+        self.refuse_sparse_gradients(module)
+        return optim.AdamMini(
+            module,
+            lr=self.lr,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            partition=self.partition,
+            partition_overrides=self.partition_overrides,
+            partition_layouts=self.partition_layouts,
+            weight_decay_policy=self.weight_decay_policy,
+            exp_avg_dtype=self._exp_avg_dtype(),
+            implementation=self.implementation,
+        )
+
+    def predict_state_bytes(self, module: nn.Module) -> int:
+        """See `OptimizerFactory.predict_state_bytes`: a first moment of each parameter and a second of each block."""
+        cuts = partition_module(module, self.partition, self.partition_overrides, self.partition_layouts)
+        return sum(
+            STEP_BYTES
+            + parameter.numel() * (self._exp_avg_dtype() or parameter.dtype).itemsize
+            + cuts[name].blocks.num_bytes(second_moment_dtype(parameter))
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        )
+
+    def _exp_avg_dtype(self) -> torch.dtype | None:
+        return getattr(torch, self.exp_avg_dtype) if self.exp_avg_dtype else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(OptimizerFactory):
+    """AdamW (Loshchilov and Hutter 2019, Alg. 2), torch's.
+
+    Args:
+        betas: Decay rates of the first and second moment.
+        eps: Added to the root of the second moment.
+        fused: Use torch's fused kernel; torch chooses by default.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    fused: bool | None = None
+
+    elementwise: ClassVar[bool] = True
+
+    def build(self, module: nn.Module) -> Optimizer:
+        """See `OptimizerFactory.build`."""
+        return torch.optim.AdamW(
+            self.groups(module), lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=0.0, fused=self.fused
+        )
+
+    def predict_state_bytes(self, module: nn.Module) -> int:
+        """See `OptimizerFactory.predict_state_bytes`: two moments of each parameter."""
+        return sum(adam_state_bytes(parameter) for parameter in self.parameters(module))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adam(OptimizerFactory):
+    """Adam (Kingma and Ba 2015, Alg. 1), torch's, with weight decay as an L2 term of the gradient.
+
+    Its learning rate is AdamW's; a weight decay that AdamW takes is far too large for it.
+
+    Args:
+        weight_decay: Coefficient of the L2 term.
+        betas: Decay rates of the first and second moment.
+        eps: Added to the root of the second moment.
+        fused: Use torch's fused kernel; torch chooses by default.
+    """
+
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    fused: bool | None = None
+
+    decoupled_weight_decay: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = True
+
+    def build(self, module: nn.Module) -> Optimizer:
+        """See `OptimizerFactory.build`."""
+        return torch.optim.Adam(
+            self.groups(module), lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=0.0, fused=self.fused
+        )
+
+    def predict_state_bytes(self, module: nn.Module) -> int:
+        """See `OptimizerFactory.predict_state_bytes`: two moments of each parameter."""
+        return sum(adam_state_bytes(parameter) for parameter in self.parameters(module))
+
+
+def adam_state_bytes(parameter: nn.Parameter) -> int:
+    """Bytes of Adam's state of one parameter: a step and two moments in the parameter's dtype."""
+    return STEP_BYTES + 2 * parameter.numel() * parameter.element_size()

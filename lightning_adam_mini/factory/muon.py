@@ -1,0 +1,119 @@
+"""Muon for hidden matrices, AdamW for everything else: which parameter is whose."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_adam_mini.factory import rules
+from lightning_adam_mini.factory.adam import adam_state_bytes
+from lightning_adam_mini.factory.base import OptimizerFactory, require
+from lightning_adam_mini.partition import CutParameter, Role
+
+__all__ = ["Muon"]
+
+_Trainable = tuple[nn.Parameter, CutParameter]
+
+HIDDEN = frozenset(
+    {
+        Role.QUERY,
+        Role.KEY,
+        Role.VALUE,
+        Role.FUSED_QKV,
+        Role.ATTENTION_OUTPUT,
+        Role.MLP,
+        Role.LINEAR,
+        Role.EXPERT,
+        Role.CONV,
+        Role.LORA,
+    }
+)
+"""Roles of hidden matrices. Tables, output heads, norms, biases and what no rule knows are AdamW's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Muon(OptimizerFactory):
+    """Muon (Jordan et al. 2024) for hidden matrices, torch's, and torch's AdamW for the rest, in one optimizer.
+
+    Updates are scaled to AdamW's size (Liu et al. 2025, Eq. 4), so both take AdamW's learning rate and weight decay.
+    Conv kernels are flattened to one row a channel, experts are a matrix each, a fused query, key and value is one
+    matrix. Embeddings, declared output heads, norms, biases and unknown parameters are AdamW's.
+
+    Args:
+        momentum: Decay rate of the first moment of hidden matrices.
+        nesterov: Use Nesterov's momentum.
+        ns_steps: Newton-Schulz iterations that make the update orthogonal.
+        betas: AdamW's decay rates of the first and second moment.
+        eps: Added to the root of AdamW's second moment.
+        adamw_for: More parameters for AdamW, by role, parameter name or `re:` pattern, such as a classifier's
+            `re:.*fc.*`.
+    """
+
+    momentum: float = 0.95
+    nesterov: bool = True
+    ns_steps: int = 5
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    adamw_for: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """See `OptimizerFactory.__post_init__`."""
+        super().__post_init__()
+        require(1 <= self.ns_steps < 100, "ns_steps", "in 1..99", self.ns_steps)
+        for entry in self.adamw_for:
+            try:
+                re.compile(entry.removeprefix("re:"))
+            except re.error as error:
+                raise ValueError(f"adamw_for: {entry!r} is no regular expression: {error}") from error
+
+    def build(self, module: nn.Module) -> Optimizer:
+        """See `OptimizerFactory.build`."""
+        hidden, rest = self._shared_out(module)
+        muon = {"momentum": self.momentum, "nesterov": self.nesterov, "ns_steps": self.ns_steps}
+        flat = [(p, cut) for p, cut in hidden if not cut.role.batch_axes]
+        stacked = [(p, cut) for p, cut in hidden if cut.role.batch_axes]
+        groups: list[dict[str, Any]] = [
+            *({**group, **muon, "rule": "muon", "stacked": False} for group in self.grouped(flat)),
+            *({**group, **muon, "rule": "muon", "stacked": True} for group in self.grouped(stacked)),
+            *({**group, "betas": self.betas, "eps": self.eps, "rule": "adamw"} for group in self.grouped(rest)),
+        ]
+        return rules.MuonWithAdamW(groups, lr=self.lr)
+
+    def predict_state_bytes(self, module: nn.Module) -> int:
+        """See `OptimizerFactory.predict_state_bytes`: a momentum of hidden matrices; of the rest, AdamW's moments."""
+        hidden, rest = self._shared_out(module)
+        return sum(p.numel() * p.element_size() for p, _ in hidden) + sum(adam_state_bytes(p) for p, _ in rest)
+
+    def _shared_out(self, module: nn.Module) -> tuple[list[_Trainable], list[_Trainable]]:
+        """The trainable parameters of Muon and those of AdamW.
+
+        Raises:
+            ValueError: No parameter is Muon's, or an entry of `adamw_for` matches none.
+        """
+        trainable = self.trainable(module)
+        for entry in self.adamw_for:
+            if not any(_matches(entry, cut) for _, cut in trainable):
+                present = ", ".join(sorted({role for _, cut in trainable for role in cut.role.roles}))
+                raise ValueError(f"adamw_for: {entry!r} matches no trainable parameter; this model has roles {present}")
+        hidden: list[_Trainable] = []
+        rest: list[_Trainable] = []
+        for parameter, cut in trainable:
+            is_hidden = HIDDEN.issuperset(cut.role.roles) and len(cut.blocks.shape) >= 2
+            own = is_hidden and not any(_matches(entry, cut) for entry in self.adamw_for)
+            (hidden if own else rest).append((parameter, cut))
+        if not hidden:
+            raise ValueError(
+                "Muon needs hidden matrices, and this model has none that it may train: its parameters are embeddings, "
+                "output heads, vectors or unknown; take AdamW"
+            )
+        return hidden, rest
+
+
+def _matches(entry: str, cut: CutParameter) -> bool:
+    if entry.startswith("re:"):
+        return re.fullmatch(entry.removeprefix("re:"), cut.name) is not None
+    return entry == cut.name or entry in cut.role.roles

@@ -1,0 +1,62 @@
+"""The step loop of rules that update one tensor after another."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+__all__ = ["TensorwiseOptimizer"]
+
+
+class TensorwiseOptimizer(Optimizer):
+    """An optimizer of which a subclass writes the update of one tensor.
+
+    Each parameter counts its own steps, as `state["step"]` (float32, on the CPU).
+    """
+
+    @abstractmethod
+    def update_(self, param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """Update a parameter and its state in place; the gradient stays as it is.
+
+        Args:
+            param: The parameter.
+            grad: Its gradient, of the same shape.
+            state: Its state, with nothing but `step` (1) at its first step.
+            group: The options of its group.
+        """
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step.
+
+        Args:
+            closure: Evaluates the model again and returns the loss.
+
+        Returns:
+            What the closure returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None or not param.numel():
+                    continue
+                state = self.state[param]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32)
+                state["step"] += 1
+                self.update_(param, param.grad, state, group)
+        return loss
