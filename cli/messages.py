@@ -25,6 +25,8 @@ _WORDS = {"float": "a number", "int": "a whole number", "bool": "true or false",
 
 def one_line(message: str) -> str:
     """The innermost cause in a message of jsonargparse, behind the option's name; any other message on one line."""
+    if match := re.match(r"Caught \w+ in DataLoader worker process.*\n[\w.]+: (.*)", message, re.DOTALL):
+        message = match[1]  # of a reading process, whose traceback comes as text
     if message.startswith("the following arguments are required") and "model" in message:
         return f"{message}; give a recipe: --config llm/gpt2_tiny.yaml (`adam-mini recipes` lists them)"
     if match := re.match(r"Unexpected config: ?(.{,40})", message):

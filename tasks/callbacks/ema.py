@@ -61,6 +61,9 @@ class WeightEMA(WeightAveraging):
         """Save the average as `state_dict` and the raw weights as `current_model_state`, whichever stands where."""
         if self._average_model is None:
             return
+        if trainer.training and not self._training_is_over:
+            # Whoever saves after a step may have its turn before this callback: the step belongs to the average.
+            self.on_train_batch_end(trainer, pl_module, None, None, 0)
         averaged = checkpoint["state_dict"]
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if self._training_is_over:

@@ -108,3 +108,8 @@ def test_an_error_in_a_class_is_the_cause():
         "Given value: Namespace(lr=-1)"
     )
     assert one_line(message) == "lr must be positive: not -1"
+
+
+def test_an_error_of_a_reading_process_is_its_last_line():
+    text = "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File x\n"
+    assert one_line(text + "ValueError: cannot read a.png; remove it\n") == "cannot read a.png; remove it"

@@ -1,0 +1,5 @@
+"""Image classification."""
+
+from .classifier import ImageClassifier
+
+__all__ = ["ImageClassifier"]

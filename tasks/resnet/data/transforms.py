@@ -1,0 +1,171 @@
+"""How images are cropped, augmented and normalised: one frozen value, and the transforms of torchvision that it means.
+
+Items stay `uint8` until their batch is on the device, so that workers hand over a quarter of the bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Transforms"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transforms:
+    """Crops, augmentation and normalisation. None means the data set's own.
+
+    Args:
+        size: Height and width of what the model gets, in pixels.
+        crop: For training: `resized` takes a random part of the image and resizes it (as for ImageNet), `padded` pads
+            and takes a random window (as for CIFAR), `center` is validation's.
+        scale: Of `resized`: smallest and largest part of the area.
+        padding: Of `padded`: pixels of black on each side.
+        flip: Probability of a horizontal flip in training.
+        policy: Augmentation that draws from a list of operations, by its name in torchvision, or `none`.
+        operations: Of `randaugment`: operations an image.
+        magnitude: Of `randaugment`: their strength, 0 to 30.
+        erasing: Probability that a rectangle is replaced by the mean in training.
+        resize: For validation: the shorter side before the central crop of `size`; None for `size` itself.
+        eval_size: Height and width of what the model gets in validation; None for `size`.
+        interpolation: How images are resized.
+        mean: Of each channel, in [0, 1].
+        std: Of each channel, in [0, 1].
+
+    Raises:
+        ValueError: A value is out of its range.
+    """
+
+    size: int | None = None
+    crop: Literal["resized", "padded", "center"] = "padded"
+    scale: tuple[float, float] = (0.08, 1.0)
+    padding: int = 4
+    flip: float | None = None
+    policy: Literal["none", "randaugment", "autoaugment", "trivialaugment"] = "none"
+    operations: int = 2
+    magnitude: int = 9
+    erasing: float = 0.0
+    resize: int | None = None
+    eval_size: int | None = None
+    interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        for name in ("size", "resize", "eval_size", "operations"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"transforms.{name} must be at least 1, not {value}")
+        for name in ("flip", "erasing"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value <= 1.0:
+                raise ValueError(f"transforms.{name} is a probability in [0, 1], not {value}")
+        if self.padding < 0:
+            raise ValueError(f"transforms.padding must not be negative, not {self.padding}")
+        if not 0 <= self.magnitude <= 30:
+            raise ValueError(f"transforms.magnitude must be in 0 to 30, not {self.magnitude}")
+        if not 0.0 < self.scale[0] <= self.scale[1] <= 1.0:
+            raise ValueError(
+                f"transforms.scale is two parts of the area in (0, 1], the smaller first, not {self.scale}"
+            )
+        if self.mean is not None and not all(0.0 <= value <= 1.0 for value in self.mean):
+            raise ValueError(f"transforms.mean is of pixels in [0, 1], not {self.mean}; divide by 255 what is of bytes")
+        if self.std is not None and not all(0.0 < value <= 1.0 for value in self.std):
+            raise ValueError(f"transforms.std is of pixels in [0, 1], not {self.std}; divide by 255 what is of bytes")
+        if self.resize is not None and self.resize < (self.eval_size or self.size or 1):
+            raise ValueError(
+                f"transforms.resize = {self.resize} is below the crop of {self.eval_size or self.size}; raise resize"
+            )
+
+    def training(self) -> Callable[[Any], Any]:
+        """From a PIL image or a `uint8` tensor `(C, H, W)` to a `uint8` tensor, at random by torch's generator."""
+        from torchvision.transforms import v2
+
+        assert self.size is not None
+        assert self.flip is not None
+        assert self.mean is not None
+        steps: list[Callable[[Any], Any]] = []
+        mode = v2.InterpolationMode(self.interpolation)
+        if self.crop == "resized":
+            steps.append(v2.RandomResizedCrop(self.size, scale=self.scale, interpolation=mode, antialias=True))
+        elif self.crop == "padded":
+            steps.append(_Sized(self.size, mode))
+            if self.padding:
+                steps.append(v2.RandomCrop(self.size, padding=self.padding))
+        else:
+            steps += self._central(self.size, mode)
+        if self.flip:
+            steps.append(v2.RandomHorizontalFlip(self.flip))
+        if self.policy == "randaugment":
+            steps.append(v2.RandAugment(self.operations, self.magnitude, interpolation=mode))
+        elif self.policy != "none":
+            policy = v2.AutoAugment if self.policy == "autoaugment" else v2.TrivialAugmentWide
+            steps.append(policy(interpolation=mode))
+        steps.append(_to_tensor)
+        if self.erasing:
+            steps.append(v2.RandomErasing(self.erasing, value=[round(255 * value) for value in self.mean]))
+        return _Chain(steps)
+
+    def evaluation(self) -> Callable[[Any], Any]:
+        """From a PIL image or a `uint8` tensor `(C, H, W)` to the middle of it."""
+        from torchvision.transforms import v2
+
+        size = self.eval_size or self.size
+        assert size is not None
+        return _Chain([*self._central(size, v2.InterpolationMode(self.interpolation)), _to_tensor])
+
+    def _central(self, size: int, mode: Any) -> list[Callable[[Any], Any]]:
+        """Resize the shorter side and take the middle; nothing where an image has that size already."""
+        from torchvision.transforms import v2
+
+        steps = [v2.Resize(self.resize or size, interpolation=mode, antialias=True), v2.CenterCrop(size)]
+        return [_UnlessSized(size, steps)] if self.resize in (None, size) else list(steps)
+
+
+class _Chain:
+    """Transforms one after another; `v2.Compose` looks into its inputs again for each, which costs more than a crop."""
+
+    def __init__(self, steps: list[Callable[[Any], Any]]) -> None:
+        self.steps = steps
+
+    def __call__(self, image: Any) -> Any:
+        for step in self.steps:
+            image = step(image)
+        return image
+
+
+class _UnlessSized:
+    """Runs transforms on images that do not have the size yet."""
+
+    def __init__(self, size: int, steps: list[Any]) -> None:
+        self.size = size
+        self.steps = steps
+
+    def __call__(self, image: Any) -> Any:
+        from torchvision.transforms.v2 import functional
+
+        if functional.get_size(image) != [self.size, self.size]:
+            for step in self.steps:
+                image = step(image)
+        return image
+
+
+class _Sized(_UnlessSized):
+    """Resizes images to a square, if they are not one of that size yet."""
+
+    def __init__(self, size: int, mode: Any) -> None:
+        from torchvision.transforms import v2
+
+        super().__init__(size, [v2.Resize((size, size), interpolation=mode, antialias=True)])
+
+
+def _to_tensor(image: Any) -> Any:
+    from torch import Tensor
+    from torchvision.transforms.v2 import functional
+
+    return image if isinstance(image, Tensor) else functional.pil_to_tensor(image)
