@@ -1,4 +1,4 @@
-"""`adam-mini export`: a trained language model as a transformers folder."""
+"""`adam-mini export`: a trained model as a folder of the library that its network comes from."""
 
 from __future__ import annotations
 
@@ -24,10 +24,15 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         ValueError: The folder holds no run, or its task cannot be exported.
     """
-    parser = Parser(prog="adam-mini export", description="Save a run's model and tokenizer for from_pretrained.")
+    parser = Parser(
+        prog="adam-mini export",
+        description="Save the model of a run for the from_pretrained of its library: transformers or diffusers.",
+    )
     parser.add_argument("run_dir", type=Path, help="Folder of the run.")
     parser.add_argument("--ckpt_path", default="last", help="Checkpoint file, or `last`.")
-    parser.add_argument("--out", type=Path, default=None, help="New folder for the model; RUN_DIR/hf by default.")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="New folder for the model; RUN_DIR/hf or RUN_DIR/diffusers by default."
+    )
     options = parser.parse_args(arguments)
     config = options.run_dir / "config.yaml"
     if not config.is_file():
@@ -42,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
     application = Application(_on_one_cpu(config, options.run_dir), run=False)
     task, data, trainer = application.model, application.datamodule, application.trainer
     if not hasattr(task, "export"):
-        raise ValueError(f"{type(task).__name__} has no export to a transformers folder; language models have")
+        raise ValueError(f"{type(task).__name__} has no export; language models and diffusion models have")
     data.prepare_data()
     data.setup("predict")
     cast("Any", trainer).datamodule = data  # as fit does
@@ -50,7 +55,8 @@ def main(arguments: Sequence[str]) -> None:
     task.configure_model()
     task.on_load_checkpoint(saved := AtomicCheckpointIO().load_checkpoint(checkpoint, weights_only=True))
     task.load_state_dict(saved["state_dict"])
-    log.info("%s", f"exported to {task.export(options.out or options.run_dir / 'hf')}")
+    folder = options.out or options.run_dir / getattr(task, "export_folder", "hf")
+    log.info("%s", f"exported to {task.export(folder)}")
 
 
 def _on_one_cpu(config: Path, run_dir: Path) -> dict[str, Any]:

@@ -1,0 +1,170 @@
+"""Images from files: how one is cropped and scaled, and a module for any folder of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Literal
+
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ...data.images import IMAGE_SUFFIXES, read_image
+from .module import ImageData, Parts
+
+__all__ = ["ImageFiles", "ScaledImages", "find_images", "split_by_name"]
+
+_say = rank_zero_only(logging.getLogger(__name__).info)
+
+
+class ScaledImages(Dataset[Tensor]):
+    """Images of files, cropped and scaled to `(C, H, W)` in [-1, 1].
+
+    Args:
+        paths: The files.
+        image_size: Pixels a side. The shorter side is scaled to it, and the middle of the longer one kept.
+        channels: 3 or 1.
+        crop: Pixels a side of the square that is cut out of the middle before; None takes the whole image.
+    """
+
+    def __init__(self, paths: Sequence[Path], *, image_size: int, channels: int, crop: int | None = None) -> None:
+        self.paths = paths
+        self.image_size = image_size
+        self.mode = "RGB" if channels == 3 else "L"
+        self.crop = crop
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """One image.
+
+        Raises:
+            ValueError: The file holds no image, or one that is smaller than `crop`; with its path.
+        """
+        from torchvision.transforms import functional
+
+        path = self.paths[index]
+        image = read_image(path, self.mode)
+        if self.crop is not None:
+            if min(image.size) < self.crop:  # torchvision would fill up with black
+                width, height = image.size
+                raise ValueError(
+                    f"{path} has {width} x {height} pixels, fewer than the crop of {self.crop}: lower `crop`"
+                )
+            image = functional.center_crop(image, [self.crop])
+        image = functional.center_crop(functional.resize(image, [self.image_size]), [self.image_size])
+        return functional.pil_to_tensor(image).float() / 127.5 - 1
+
+
+class ImageFiles(ImageData):
+    """All images in a folder and the folders in it.
+
+    A fixed part is held out for validation, chosen by the hashes of the files' names: the same on every machine.
+
+    Args:
+        path: The folder.
+        image_size: Pixels a side; see `ScaledImages`.
+        crop: Pixels a side of the square that is cut out of the middle before; the whole image by default.
+        channels: 3 for colour, 1 for grey; images are converted.
+        val_fraction: Share of the images for validation.
+        check_files: Decode every file before training starts. Otherwise a damaged one stops the run when it is read.
+        batch_size: See `ImageData`, also below.
+        num_workers: Processes that read ahead.
+        flip: Mirror every second training image.
+        val_images: Images of one validation.
+        num_images: Images that `predict` makes.
+        image_seed: Seed of the first of them.
+        seed: Of the order of the training images.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        image_size: int = 64,
+        crop: int | None = None,
+        channels: Literal[1, 3] = 3,
+        val_fraction: float = 0.05,
+        check_files: bool = False,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        flip: bool = True,
+        val_images: int | None = None,
+        num_images: int = 16,
+        image_seed: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            image_size=image_size,
+            channels=channels,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            flip=flip,
+            val_images=val_images,
+            num_images=num_images,
+            image_seed=image_seed,
+            seed=seed,
+        )
+        if not 0 < val_fraction < 1:
+            raise ValueError(f"`val_fraction` must lie between 0 and 1, got {val_fraction}.")
+        if crop is not None and crop < 1:
+            raise ValueError(f"`crop` must be at least 1, got {crop}.")
+        self.path = Path(path).expanduser()
+        self.crop = crop
+        self.val_fraction = val_fraction
+        self.check_files = check_files
+
+    def open_parts(self) -> Parts:
+        """See `ImageData.open_parts`.
+
+        Raises:
+            ValueError: There is no such folder, or it has fewer than two images; or, with `check_files`, one of them
+                is none.
+        """
+        paths = find_images(self.path)
+        if self.check_files and (self.trainer is None or self.trainer.is_global_zero):
+            for _ in map(self._scaled(paths).__getitem__, range(len(paths))):
+                pass
+        train, val = split_by_name(paths, self.val_fraction, root=self.path)
+        _say("%s: %d images for training, %d for validation", self.path, len(train), len(val))
+        return Parts(self._scaled(train), self._scaled(val))
+
+    def _scaled(self, paths: Sequence[Path]) -> ScaledImages:
+        return ScaledImages(paths, image_size=self.image_size, channels=self.channels, crop=self.crop)
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Image files of a folder and the folders in it, sorted; hidden files are no images.
+
+    Raises:
+        ValueError: There is no such folder, or it has fewer than two images.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}: give data.path a folder of images")
+    found = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+    )
+    if len(found) < 2:
+        kinds = " ".join(sorted(IMAGE_SUFFIXES))
+        raise ValueError(f"{folder} holds {len(found)} images ({kinds}); at least 2 are needed, one for validation")
+    return found
+
+
+def split_by_name(paths: Sequence[Path], val_fraction: float, *, root: Path) -> tuple[list[Path], list[Path]]:
+    """Training and validation files: the share of smallest hashes of the names below `root` is held out.
+
+    Both parts have at least one file, and few change sides where files are added.
+    """
+    ordered = sorted(paths, key=lambda path: blake2b(path.relative_to(root).as_posix().encode()).digest())
+    number = min(max(1, round(val_fraction * len(paths))), len(paths) - 1)
+    held_out = set(ordered[:number])
+    return [path for path in paths if path not in held_out], sorted(held_out)

@@ -1,0 +1,386 @@
+"""Denoising diffusion models of images.
+
+Shapes: `B` images, `C` channels, `H` by `W` pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningDataModule
+from torch import Tensor
+from torchmetrics import SumMetric
+
+from lightning_adam_mini.factory import OptimizerFactory
+from lightning_adam_mini.schedule import Schedule
+
+from ..base import Task
+from ..callbacks import WeightEMA
+from ..headline import Headline
+from .comparison import check_images, compare_with_real
+from .noise import BetaSchedule, Prediction, build_schedule, evaluation_draws, loss_weights, seeded_noise, target
+from .pipeline_folder import save_pipeline
+from .sampling import ddim_sample, write_grid, write_image
+from .unet import build_unet, check_unet, fit_to_data
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
+
+__all__ = ["DiffusionModel"]
+
+# Images that go through the network at once where samples are made.
+_SAMPLE_BATCH = 128
+_PREDICTS = {"epsilon": "noise", "v_prediction": "velocity", "sample": "image"}
+
+
+class DiffusionModel(Task):
+    """A diffusion model (Ho et al. 2020): diffusers' UNet2DModel, trained to tell noise from image.
+
+    Validation is the same in every run: each image has a timestep and a noise of its own, and the squared error counts
+    unweighted. Validation, samples and checkpoints have the averaged weights, where `ema_decay` is given.
+
+    Args:
+        optimizer: Factory of the optimizer.
+        schedule: Learning-rate schedule.
+        config: Fields of UNet2DModel, such as `block_out_channels`; diffusers' defaults elsewhere. Size and channels
+            are the data's.
+        num_train_timesteps: Timesteps of the noise.
+        beta_schedule: How noise grows over them, by diffusers' names; `squaredcos_cap_v2` is the cosine.
+        prediction_type: What the network predicts: the noise (`epsilon`), the velocity or the image (`sample`).
+        min_snr_gamma: Weigh the timesteps of the training loss by min-SNR (Hang et al. 2023; 5 in the paper); all alike
+            by default.
+        ema_decay: Decay of the moving average of the weights, which grows up to this; null for none.
+        activation_checkpointing: Compute activations again in the backward pass, for memory.
+        compile: Compile the model with torch.compile.
+        sample_every: Draw samples in every so many validations, and at the end; 0 for never.
+        num_samples: Images of a grid of samples.
+        sample_steps: Steps of DDIM, for samples and `predict`.
+        sample_seed: Seed of the first image of a grid; the others follow.
+        pca_features: Compare samples with real images at the end of training and in `test`: the Frechet distance in
+            so many principal components of the training images. 0 for no comparison.
+        frechet_images: Samples for it, and as many training images for the distance of real from real images.
+
+    Raises:
+        ValueError: A number is out of range, or diffusers cannot build the network.
+    """
+
+    unit: ClassVar[str] = "images"
+    headline: ClassVar[Headline] = Headline(metric="val_loss", mode="min", label="validation MSE of the noise")
+    export_folder: ClassVar[str] = "diffusers"
+    """Name of the folder that `adam-mini export` writes in the run folder."""
+
+    def __init__(
+        self,
+        optimizer: OptimizerFactory | None = None,
+        schedule: Schedule | None = None,
+        config: dict[str, Any] | None = None,
+        num_train_timesteps: int = 1000,
+        beta_schedule: BetaSchedule = "squaredcos_cap_v2",
+        prediction_type: Prediction = "epsilon",
+        min_snr_gamma: float | None = None,
+        ema_decay: float | None = 0.9999,
+        activation_checkpointing: bool = False,
+        compile: bool = False,  # noqa: A002 - the field's word
+        sample_every: int = 1,
+        num_samples: int = 64,
+        sample_steps: int = 50,
+        sample_seed: int = 0,
+        pca_features: int = 0,
+        frechet_images: int = 512,
+    ) -> None:
+        super().__init__(optimizer, schedule)
+        for name, value, least in (
+            ("num_samples", num_samples, 1),
+            ("sample_steps", sample_steps, 1),
+            ("sample_every", sample_every, 0),
+            ("sample_seed", sample_seed, 0),
+            ("pca_features", pca_features, 0),
+            ("frechet_images", frechet_images, 2),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, not {value}")
+        if sample_steps > num_train_timesteps:
+            raise ValueError(
+                f"sample_steps is {sample_steps}, more than num_train_timesteps, {num_train_timesteps}: lower it"
+            )
+        if min_snr_gamma is not None and not min_snr_gamma > 0:
+            raise ValueError(f"min_snr_gamma must be positive, not {min_snr_gamma}; null weighs all timesteps alike")
+        if ema_decay is not None and not 0 < ema_decay < 1:
+            raise ValueError(f"ema_decay must be between 0 and 1, not {ema_decay}; null averages no weights")
+        self.save_hyperparameters()
+        self.config = dict(config or {})
+        check_unet(self.config)  # wrong options raise here, before any data are read
+        self.noise_schedule = build_schedule(num_train_timesteps, beta_schedule, prediction_type)
+        self.ema_decay = ema_decay
+        self.activation_checkpointing = activation_checkpointing
+        self.compile_model = compile
+        self.sample_every = sample_every
+        self.num_samples = num_samples
+        self.sample_steps = sample_steps
+        self.sample_seed = sample_seed
+        self.pca_features = pca_features
+        self.frechet_images = frechet_images
+        alphas = self.noise_schedule.alphas_cumprod
+        self.loss_weights = None if min_snr_gamma is None else loss_weights(alphas, prediction_type, min_snr_gamma)
+        self.val_total = SumMetric(nan_strategy="disable")  # a loss that is not a number must show
+        self.val_count = SumMetric()
+        self._validations = 0
+        self._grid: Path | None = None
+        self._frechet: tuple[float, float] | None = None
+
+    def configure_model(self) -> None:
+        """Make the network, for the data's size and channels.
+
+        Raises:
+            ValueError: The U-Net does not fit the images.
+        """
+        if self.model is None:
+            self._build(self._data_module())
+
+    def outline(self, data: LightningDataModule) -> list[str]:
+        """See `Task.outline`."""
+        with torch.device("meta"):
+            self._build(data)
+        return []
+
+    def _build(self, data: Any) -> None:
+        model = build_unet(fit_to_data(self.config, getattr(data, "image_shape", None)))
+        if self.activation_checkpointing:
+            model.enable_gradient_checkpointing()
+        model.train()
+        if self.compile_model:
+            model.compile()
+        self.model = model
+
+    def setup(self, stage: str) -> None:
+        """See `Task.setup`; the data must be enough for the comparison with real images.
+
+        Raises:
+            ValueError: They are not.
+        """
+        super().setup(stage)
+        if self.pca_features and stage != "predict":
+            check_images(self._data_module(), self.pca_features)
+
+    def on_fit_start(self) -> None:
+        """See `Task.on_fit_start`; the weights of the loss are no buffer, for they stay in float32."""
+        super().on_fit_start()
+        if self.loss_weights is not None:
+            self.loss_weights = self.loss_weights.to(self.device)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The average of the weights."""
+        return [] if self.ema_decay is None else [WeightEMA(self.ema_decay)]
+
+    @property
+    def network(self) -> UNet2DModel:
+        """The U-Net, once `configure_model` has made it."""
+        assert self.model is not None
+        return cast("UNet2DModel", self.model)
+
+    @property
+    def num_timesteps(self) -> int:
+        """Timesteps of the noise."""
+        return int(self.noise_schedule.config.num_train_timesteps)
+
+    def forward(self, images: Tensor, timesteps: Tensor) -> Tensor:
+        """What the network predicts, float32 `(B, C, H, W)`, from noisy images `(B, C, H, W)` and `(B,)`."""
+        return self.network(images.to(self.network.dtype), timesteps).sample.float()
+
+    def squared_errors(self, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Squared errors `(B, C, H, W)` of the prediction, in float32 whatever the precision of the network.
+
+        Args:
+            images: `(B, C, H, W)` in [-1, 1].
+            noise: The same shape, normal.
+            timesteps: `(B,)`.
+        """
+        images, noise = images.float(), noise.float()
+        noisy = self.noise_schedule.add_noise(images, noise, timesteps)
+        wanted = target(self.noise_schedule, images, noise, timesteps)
+        return F.mse_loss(self(noisy, timesteps), wanted, reduction="none")
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Mean squared error of a batch of images, at random timesteps; weighted with `min_snr_gamma`."""
+        noise = torch.randn(batch.shape, device=batch.device)
+        timesteps = torch.randint(self.num_timesteps, (len(batch),), device=batch.device)
+        errors = self.squared_errors(batch, noise, timesteps)
+        if self.loss_weights is not None:
+            errors = errors.flatten(1).mean(1) * self.loss_weights[timesteps]
+        loss = errors.mean()
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the mean anew."""
+        self.val_total.reset()
+        self.val_count.reset()
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Sum the squared errors, each image at the timestep and with the noise of its index."""
+        indices, images = batch
+        shape = cast("tuple[int, int, int]", tuple(images.shape[1:]))
+        counted = len(images)
+        if not counted:  # other ranks wait for this one's collectives, and diffusers' attention takes no empty batch
+            indices, images = indices.new_zeros(1), images.new_zeros(1, *shape)
+        timesteps, noise = evaluation_draws(indices.tolist(), shape, self.num_timesteps, seed=0)
+        errors = self.squared_errors(images, noise.to(images.device), timesteps.to(images.device))
+        self.val_total.update(errors[:counted].flatten(1).mean(1).sum())
+        self.val_count.update(counted)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean over all images of all ranks; draw samples where it is their turn."""
+        loss = self.val_total.compute() / self.val_count.compute()
+        # The same on all ranks already; sync_dist says so to Lightning.
+        stage = "test" if self.trainer.testing else "val"
+        self.log(f"{stage}_loss", loss, prog_bar=True, sync_dist=True)
+        if self.pca_features and self.trainer.state.fn in ("test", "validate"):
+            self._frechet = self._compare("test" if stage == "test" else "val")
+            self.log(f"{stage}_pca_frechet", torch.tensor(self._frechet[0], dtype=torch.float32), sync_dist=True)
+        if self._is_training_validation():
+            self._validations += 1
+            if self.sample_every and self._validations % self.sample_every == 0:
+                self._write_grid()
+
+    def on_test_epoch_start(self) -> None:
+        """See `on_validation_epoch_start`."""
+        self.on_validation_epoch_start()
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """See `validation_step`."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """See `on_validation_epoch_end`."""
+        self.on_validation_epoch_end()
+
+    def on_train_end(self) -> None:
+        """Draw the last samples, and compare others with real images; the averaged weights are in place."""
+        if getattr(self.trainer, "fast_dev_run", False):
+            return
+        with self._evaluating():
+            if self.sample_every and self._grid != self._grid_path():
+                self._write_grid()
+            if self.pca_features:
+                self._frechet = self._compare("val")
+                value = {"val_pca_frechet": self._frechet[0]}
+                for logger in self.trainer.loggers:
+                    logger.log_metrics(value, step=self.trainer.global_step - 1)  # Lightning's number of the last step
+                self.trainer.callback_metrics.update({name: torch.tensor(each) for name, each in value.items()})
+
+    def sample(self, seeds: list[int]) -> Tensor:
+        """New images `(B, C, H, W)` in [-1, 1], on the CPU, each from the noise of its seed alone."""
+        with self._evaluating():
+            made = [self._sample(seeds[at : at + _SAMPLE_BATCH]) for at in range(0, len(seeds), _SAMPLE_BATCH)]
+        return torch.cat(made) if made else torch.empty(0, *self._image_shape())
+
+    def _sample(self, seeds: list[int]) -> Tensor:
+        noise = seeded_noise(seeds, self._image_shape()).to(self.device)
+        return ddim_sample(self._predict, self.noise_schedule, noise, self.sample_steps).cpu()
+
+    def _predict(self, images: Tensor, timesteps: Tensor) -> Tensor:
+        """`forward` in the precision of the trainer, which holds in its steps only."""
+        trainer = self._trainer
+        with contextlib.nullcontext() if trainer is None else trainer.precision_plugin.forward_context():
+            return self(images, timesteps)
+
+    def _compare(self, part: Literal["val", "test"]) -> tuple[float, float]:
+        """See `compare_with_real`."""
+        # Seeds of the grids are left out: these images are new.
+        first = self.sample_seed + self.num_samples
+        return compare_with_real(
+            self._data_module(),
+            part,
+            lambda number: self.sample(list(range(first, first + number))),
+            num_features=self.pca_features,
+            num_images=self.frechet_images,
+        )
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> list[dict[str, Any]]:
+        """Make the image of each seed, as PNG in `predictions/`: `{"image": path in the run folder, "seed": ...}`."""
+        seeds = batch[1].tolist()
+        folder = Path(self.trainer.default_root_dir)
+        rows = []
+        for seed, image in zip(seeds, self.sample(seeds), strict=True):
+            name = f"predictions/seed_{seed:06d}.png"
+            write_image(image, folder / name)
+            rows.append({"image": name, "seed": seed})
+        return rows
+
+    def export(self, folder: str | Path) -> Path:
+        """See `save_pipeline`."""
+        return save_pipeline(self.network, self.noise_schedule, folder)
+
+    def batch_units(self, batch: Tensor) -> int:
+        """Images of a batch."""
+        return len(batch)
+
+    def summary(self) -> dict[str, str]:
+        """Final loss, and how far samples are from real images."""
+        lines = {"parameters": f"{sum(p.numel() for p in self.parameters()):,}"}
+        loss = self.trainer.callback_metrics.get("val_loss")
+        if loss is not None:
+            predicted = _PREDICTS[self.noise_schedule.config.prediction_type]
+            lines["validation loss"] = f"{loss:.4f}, mean squared error of the {predicted}"
+        if self._frechet is not None:
+            made, real = self._frechet
+            lines["Frechet distance"] = (
+                f"{made:.3f} in {self.pca_features} principal components, {self.frechet_images} samples from the "
+                f"validation images; training images: {real:.3f}"
+            )
+        return lines
+
+    def pictures(self, folder: Path) -> dict[str, Path]:
+        """The last grid of samples."""
+        return {} if self._grid is None else {"samples": self._grid}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the number of validations too, after which samples are drawn."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["validations"] = self._validations
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See `Task.on_load_checkpoint`."""
+        super().on_load_checkpoint(checkpoint)
+        self._validations = checkpoint.get("validations", 0)
+
+    def _write_grid(self) -> None:
+        """Write samples to `samples/step_000600.png`; all ranks make them, the first one writes."""
+        images = self.sample(list(range(self.sample_seed, self.sample_seed + self.num_samples)))
+        self._grid = self._grid_path()
+        if self.trainer.is_global_zero:
+            write_grid(images, self._grid)
+
+    def _grid_path(self) -> Path:
+        return Path(self.trainer.default_root_dir) / "samples" / f"step_{self.trainer.global_step:06d}.png"
+
+    def _is_training_validation(self) -> bool:
+        trainer = self.trainer
+        return trainer.state.fn == "fit" and not trainer.sanity_checking and not getattr(trainer, "fast_dev_run", False)
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Without dropout and gradients."""
+        was_training = self.network.training
+        self.network.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.network.train(was_training)
+
+    def _image_shape(self) -> tuple[int, int, int]:
+        config = self.network.config
+        size = config.sample_size
+        if size is None:
+            raise ValueError("set model.config.sample_size: without data nobody knows the size of the images to make")
+        return config.in_channels, size, size
+
+    def _data_module(self) -> Any:
+        trainer = self._trainer
+        return None if trainer is None else getattr(trainer, "datamodule", None)
