@@ -54,6 +54,7 @@ class Task(LightningModule):
         self.schedule = schedule or Schedule()
         self.model: nn.Module | None = None
         self._seed = 0
+        self._batch_of_step = (-1, 0)
         self.before_update: Callable[[], None] | None = None
         """Called between clipping and the optimizer's own step, by whoever times it."""
 
@@ -123,13 +124,16 @@ class Task(LightningModule):
             )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Draw dropout and the like from a generator that depends on the seed, the step and the rank alone.
+        """Draw dropout and the like from a generator that depends on seed, step, batch of the step and rank alone.
 
         So a resumed run draws what the uninterrupted one would have drawn, and validation in between draws nothing
         from the training's generator.
         """
-        self._log_after(self.trainer.global_step + 1)
-        position = (self._seed, self.trainer.global_step, batch_idx, self.trainer.global_rank)
+        step = self.trainer.global_step
+        self._log_after(step + 1)
+        # Not Lightning's own number of the batch, which goes on counting where a run is resumed at the end of an epoch.
+        self._batch_of_step = (step, self._batch_of_step[1] + 1 if self._batch_of_step[0] == step else 0)
+        position = (self._seed, *self._batch_of_step, self.trainer.global_rank)
         torch.manual_seed(int.from_bytes(blake2b(repr(position).encode(), digest_size=8).digest()))
 
     def configure_gradient_clipping(

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 
 from lightning_adam_mini.measure import optimizer_state_bytes, peak_flops, peak_memory_bytes
@@ -65,7 +66,7 @@ class PerformanceMonitor(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validation within training does not count as training time, which is noted beside its figures."""
         self._left = time.perf_counter()
-        if trainer.training and not trainer.sanity_checking:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             for logger in trainer.loggers:
                 logger.log_metrics({"training_seconds": self._training_seconds()}, step=trainer.global_step - 1)
 

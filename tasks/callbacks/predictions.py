@@ -15,9 +15,11 @@ __all__ = ["PredictionFile"]
 
 log = logging.getLogger(__name__)
 
+_SHOWN = 8
+
 
 class PredictionFile(Callback):
-    """Writes what `predict` returns to `predictions.jsonl` in the run folder, and to the log.
+    """Writes what `predict` returns to `predictions.jsonl` in the run folder, and the first few to the log.
 
     A task returns a list of objects that JSON can hold from `predict_step`. The file is replaced when all are there;
     each rank but the first writes one of its own.
@@ -32,12 +34,13 @@ class PredictionFile(Callback):
         """Keep the batch's predictions."""
         for row in outputs or []:
             self._rows.append(row)
-            log.info("%s", "\n".join(f"{key}: {value}" for key, value in row.items()))
+            if len(self._rows) <= _SHOWN:
+                log.info("%s", "\n".join(f"{key}: {value}" for key, value in row.items()))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file."""
         rank = f".rank{trainer.global_rank}" if trainer.global_rank else ""
         path = Path(trainer.default_root_dir) / f"predictions{rank}.jsonl"
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows))
-        self._rows = []
-        log.info("%s", f"predictions: {path}")
+        total, self._rows = len(self._rows), []
+        log.info("%s", f"{total} predictions: {path}")

@@ -115,7 +115,7 @@ def test_predictions(work_dir, capsys):
     rows = [json.loads(line) for line in written[0].splitlines()]
     assert [row["prompt"] for row in rows] == ["the cat", "", "a dog likes"]
     assert all(row["continuation"] for row in rows)
-    assert "predictions: run/predictions.jsonl" in capsys.readouterr().out
+    assert " predictions: run/predictions.jsonl" in capsys.readouterr().out
     assert (work_dir / "run" / "metrics.jsonl").read_bytes() == before
 
     model = trained("run").eval()

@@ -143,7 +143,7 @@ def test_evaluation_without_a_checkpoint_is_told(work_dir):
 
 def test_last_is_the_newest_even_where_validation_gets_worse(work_dir, monkeypatch):
     monkeypatch.setattr(RunCheckpoint, "on_train_end", lambda *_: None)  # as if the run was killed in its last steps
-    options = ["--optimizer.lr", 1.0, "--schedule.shape", "constant", "--schedule.warmup", 0]
+    options = ["--optimizer.lr", 3.0, "--schedule.shape", "constant", "--schedule.warmup", 0]
     assert run("fit", "--run_dir", "run", "--trainer.max_steps", 10, *options) == 0
     losses = read_metrics("run")["val_loss"]
     assert losses[10] > losses[5], "else this test shows nothing"

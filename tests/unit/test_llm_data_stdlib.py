@@ -63,7 +63,7 @@ def test_batches_are_code(stdlib):
 
 def test_no_sources(monkeypatch, tmp_path):
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
-    with pytest.raises(FileNotFoundError, match=r"no sources of the standard library in .*: use TextFiles"):
+    with pytest.raises(FileNotFoundError, match=r"no sources of the standard library in .*: give data of your own"):
         StdlibText(cache_dir=str(tmp_path)).prepare_data()
 
 

@@ -1,21 +1,14 @@
 """The text that every machine has: the sources of Python's standard library."""
 
 import hashlib
-import sys
-import sysconfig
 from collections.abc import Iterator
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
+from ...data.standard_library import library_files
 from .text_cache import Split
 from .text_module import TextDataModule
 
-# Tests and tools that not every installation carries, and other people's packages.
-_LEFT_OUT = frozenset(
-    {"__pycache__", "_pyrepl", "config", "dist-packages", "ensurepip", "idle_test"}
-    | {"idlelib", "lib2to3", "site-packages", "test", "tests", "turtledemo"}
-)
 # The rest of `encodings` is a hundred generated tables.
 _ENCODINGS = frozenset({"__init__.py", "idna.py", "punycode.py"})
 # Of a thousand.
@@ -54,24 +47,12 @@ class StdlibText(TextDataModule):
 
     @cached_property
     def _texts(self) -> tuple[tuple[str, str], ...]:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        texts = tuple(
-            (path.relative_to(root).as_posix(), path.read_text("utf-8", errors="replace"))
-            for path in sorted(root.rglob("*.py"))
-            if _is_wanted(path.relative_to(root))
-        )
-        if not texts:
-            raise FileNotFoundError(
-                f"There are no sources of the standard library in {root}: use TextFiles with a folder of your own text."
-            )
-        return texts
+        root, files = library_files()
+        wanted = ((path.relative_to(root).as_posix(), path) for path in files)
+        return tuple((name, path.read_text("utf-8", errors="replace")) for name, path in wanted if _is_text(name))
 
 
-def _is_wanted(path: Path) -> bool:
-    """Whether a file, given relative to the library's folder, is part of the corpus."""
-    if any(part in _LEFT_OUT or part.startswith("config-") for part in path.parts):
-        return False
-    if path.parts[0] == "encodings" and path.as_posix().removeprefix("encodings/") not in _ENCODINGS:
-        return False
-    # Also leaves out `_sysconfigdata*`, which the build generates.
-    return path.parts[0].removesuffix(".py") in sys.stdlib_module_names
+def _is_text(name: str) -> bool:
+    """Whether somebody wrote the file of this name below the library's folder."""
+    folder, _, rest = name.partition("/")
+    return folder != "encodings" or rest in _ENCODINGS

@@ -1,0 +1,122 @@
+"""Planetoid's citation graphs on disk, in torch_geometric's layout."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..graph import Graph
+from ..packages import require
+from .graph_cache import cached_graph
+from .module import GraphDataModule
+
+__all__ = ["Planetoid"]
+
+# Features and classes of each.
+_SHAPES = {"Cora": (1433, 7), "CiteSeer": (3703, 6), "PubMed": (500, 3)}
+_PARTS = ("x", "tx", "allx", "y", "ty", "ally", "graph", "test.index")
+
+
+class Planetoid(GraphDataModule):
+    """Cora, CiteSeer or PubMed (Yang et al. 2016, arXiv 1603.08861): papers, citations and bags of words.
+
+    The files `ind.cora.x` and so on are those of torch_geometric's `Planetoid(root=path, name=name)`. They are pickles:
+    take them from a source that you trust. Nothing is downloaded.
+
+    Args:
+        path: Folder that holds `NAME/raw/ind.name.x`, or the raw files themselves.
+        name: Which graph.
+        split: `public` trains on 20 nodes a class; `full` on all nodes that are neither validation nor test.
+        normalize_features: Divide the features of a node by their sum.
+        kwargs: Settings of every graph, see `GraphDataModule`.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        name: Literal["Cora", "CiteSeer", "PubMed"] = "Cora",
+        split: Literal["public", "full"] = "public",
+        normalize_features: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.path = Path(path).expanduser()
+        self.graph_name = name
+        self.split = split
+        self.normalize_features = normalize_features
+
+    @property
+    def planned_features(self) -> int:
+        """Words of the vocabulary."""
+        return _SHAPES[self.graph_name][0]
+
+    @property
+    def planned_classes(self) -> int:
+        """Topics."""
+        return _SHAPES[self.graph_name][1]
+
+    def describe(self) -> str:
+        """The graph and its folder."""
+        return f"{self.graph_name} in {self.path}"
+
+    def open_graph(self) -> Graph:
+        """See `GraphDataModule.open_graph`.
+
+        Raises:
+            ValueError: A file is missing or cannot be read.
+        """
+        prefix = f"ind.{self.graph_name.lower()}"
+        raw = self._raw_folder(prefix)
+        stats = [(raw / f"{prefix}.{part}").stat() for part in _PARTS]
+        key = [str(raw.resolve()), [[stat.st_size, stat.st_mtime_ns] for stat in stats], self.split]
+        return cached_graph(self.cache_dir, prefix, [*key, self.normalize_features], lambda: self._read(raw))
+
+    def _raw_folder(self, prefix: str) -> Path:
+        folders = (self.path / self.graph_name / "raw", self.path / "raw", self.path)
+        raw = next((folder for folder in folders if (folder / f"{prefix}.graph").exists()), folders[0])
+        if missing := [f"{prefix}.{part}" for part in _PARTS if not (raw / f"{prefix}.{part}").exists()]:
+            raise ValueError(
+                f"{raw} has no {missing[0]} ({len(missing)} of {len(_PARTS)} files are missing): put the files of "
+                f"Planetoid's {self.graph_name} there, or give their folder as data.path; nothing is downloaded"
+            )
+        return raw
+
+    def _read(self, raw: Path) -> Graph:
+        from torch_geometric.io import read_planetoid_data
+
+        require("scipy", "Planetoid (its files hold scipy's matrices)")
+        try:
+            data = read_planetoid_data(str(raw), self.graph_name.lower())
+        except (
+            OSError,
+            ValueError,
+            IndexError,
+            EOFError,
+            RuntimeError,
+            AttributeError,
+            pickle.UnpicklingError,
+        ) as error:
+            raise ValueError(
+                f"{self.describe()}: the files cannot be read ({str(error).splitlines()[0][:120]}): get them again"
+            ) from error
+        x = data.x.float()
+        if self.normalize_features:
+            x = x / x.sum(dim=1, keepdim=True).clamp(min=1.0)
+        train = ~(data.val_mask | data.test_mask) if self.split == "full" else data.train_mask
+        return Graph(
+            x=x,
+            y=data.y.long(),
+            edge_index=data.edge_index.contiguous(),
+            train=_numbers(train),
+            val=_numbers(data.val_mask),
+            test=_numbers(data.test_mask),
+        )
+
+
+def _numbers(mask: Tensor) -> Tensor:
+    return torch.nonzero(mask).flatten()

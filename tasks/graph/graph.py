@@ -1,0 +1,84 @@
+"""A graph with labelled nodes: the whole of it, or a part that one step sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Graph"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Graph:
+    """Nodes with features and labels, edges, and which nodes are for training, validation and test.
+
+    Shapes: `N` nodes, `F` features, `E` edges.
+
+    Args:
+        x: Features `(N, F)`, float32.
+        y: Class of each node `(N,)`, int64.
+        edge_index: Source and target of each edge `(2, E)`, int64. Messages run from source to target.
+        train: Numbers of the training nodes.
+        val: Numbers of the validation nodes.
+        test: Numbers of the test nodes.
+        seeds: Training nodes that the loss is over, where these are not all of `train`.
+        whole: Whether this is the whole graph, which stays on the device.
+        class_names: Name of each class, where there are any.
+        node_names: Name of each node, where there are any.
+    """
+
+    x: Tensor
+    y: Tensor
+    edge_index: Tensor
+    train: Tensor
+    val: Tensor
+    test: Tensor
+    seeds: Tensor | None = None
+    whole: bool = False
+    class_names: tuple[str, ...] = ()
+    node_names: tuple[str, ...] = ()
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes, N."""
+        return self.x.shape[0]
+
+    def to(self, device: torch.device) -> Graph:
+        """The same graph on a device."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
+
+    def check(self, where: str, num_classes: int) -> None:
+        """Check that edges, labels and splits name what exists.
+
+        Args:
+            where: The data in a few words, for messages.
+            num_classes: Classes that labels may name.
+
+        Raises:
+            ValueError: With the first number that is out of range, or the split that is empty or shared.
+        """
+        for name, numbers, bound, of in (
+            ("an edge", self.edge_index, self.num_nodes, "nodes"),
+            ("a label", self.y, num_classes, "classes"),
+            ("the training split", self.train, self.num_nodes, "nodes"),
+            ("the validation split", self.val, self.num_nodes, "nodes"),
+            ("the test split", self.test, self.num_nodes, "nodes"),
+        ):
+            if "split" in name and not numbers.numel():
+                raise ValueError(f"{where}: {name} is empty; every split needs at least one node")
+            wrong = numbers[(numbers < 0) | (numbers >= bound)]
+            if wrong.numel():
+                raise ValueError(f"{where}: {name} names {int(wrong[0])}, but there are {bound:,} {of}, counted from 0")
+        numbers, counts = torch.cat([self.train, self.val, self.test]).unique(return_counts=True)
+        if (counts > 1).any():
+            raise ValueError(
+                f"{where}: node {int(numbers[counts > 1][0])} is twice in the splits; training, validation and test "
+                "must not share nodes"
+            )
+        if not self.x.isfinite().all():
+            raise ValueError(f"{where}: the features hold values that are not finite numbers; mend the file")
