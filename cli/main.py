@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from lightning_adam_mini import __version__
 
+from .compare.child import guard
 from .recipes import list_recipes, resolve_configs
 
 __all__ = ["main"]
@@ -22,6 +23,8 @@ USAGE = f"""adam-mini {__version__}: train with Adam-mini and its peers
   adam-mini predict  --config RECIPE --ckpt_path last
   adam-mini export   RUN_DIR [--out FOLDER]        a language model for from_pretrained
   adam-mini explain  RECIPE | --hf CONFIG.json     blocks and memory of a model, before any training
+  adam-mini compare  RECIPE... --optimizers ...    several optimizers, learning rates and seeds, with a report
+  adam-mini report   DIR                           the report of a comparison, written again
   adam-mini recipes                                list the packaged recipes
   adam-mini --version
 
@@ -43,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
+        guard()
         return _dispatch(command, rest)
     except KeyboardInterrupt:
         return 130
@@ -84,6 +88,10 @@ def _dispatch(command: str, rest: list[str]) -> int:
 
         explain(rest)
         return 0
+    if command in ("compare", "report"):
+        from .compare import command as comparison
+
+        return comparison.main(rest) if command == "compare" else comparison.report(rest)
     _show_log()
     if command == "export":
         from .export import main as export

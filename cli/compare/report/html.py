@@ -1,0 +1,26 @@
+"""The report as one page that needs no other file, no network and no script."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .legend import key
+from .page import Page
+from .theme import theme_css
+
+__all__ = ["render_html"]
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def render_html(page: Page) -> str:
+    """The page; every text in it is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    environment.globals["zip"] = zip
+    style = f"{theme_css(choosable=True)}\n{(TEMPLATES / 'report.css').read_text('utf-8')}"
+    keys = [key(number) for number in range(len(page.optimizers))]
+    return environment.get_template("report.html.j2").render(page=page, keys=keys, style=style)
