@@ -40,13 +40,14 @@ class RunReport(Callback):
         """Write the files, from the metrics of the whole run."""
         if getattr(trainer, "fast_dev_run", False) or not isinstance(pl_module, Task):
             return
+        folder = Path(trainer.default_root_dir)
         if not self._trained:
             rank_zero_warn(
                 f"no step was left to train: the checkpoint is at step {trainer.global_step}; raise trainer.max_steps "
                 "or trainer.max_epochs"
             )
-            return
-        folder = Path(trainer.default_root_dir)
+            if (folder / "result.json").exists():
+                return  # else the run was killed between its last checkpoint and its report
         metrics = read_metrics(folder)
         pictures = {"loss curve": folder / "loss_curve.png"}
         _plot(metrics, pictures["loss curve"])

@@ -1,5 +1,6 @@
 """A run that stops and is resumed ends where the run that never stopped ends, to the last bit."""
 
+import json
 import shutil
 import warnings
 
@@ -143,7 +144,7 @@ def test_evaluation_without_a_checkpoint_is_told(work_dir):
 
 def test_last_is_the_newest_even_where_validation_gets_worse(work_dir, monkeypatch):
     monkeypatch.setattr(RunCheckpoint, "on_train_end", lambda *_: None)  # as if the run was killed in its last steps
-    options = ["--optimizer.lr", 3.0, "--schedule.shape", "constant", "--schedule.warmup", 0]
+    options = ["--optimizer.lr", 3.0, "--schedule.shape", "constant", "--schedule.warmup", 20]  # it rises
     assert run("fit", "--run_dir", "run", "--trainer.max_steps", 10, *options) == 0
     losses = read_metrics("run")["val_loss"]
     assert losses[10] > losses[5], "else this test shows nothing"
@@ -174,6 +175,16 @@ def test_no_step_left_is_told_and_spoils_no_report(work_dir):
     with pytest.warns(UserWarning, match="no step was left to train: the checkpoint is at step 20"):
         assert run("fit", "--run_dir", "run", "--ckpt_path", "last") == 0
     assert (work_dir / "run" / "report.md").read_bytes() == report
+
+
+def test_a_report_that_a_kill_prevented_is_written_at_the_next_start(work_dir):
+    assert run("fit", "--run_dir", "run") == 0
+    written = json.loads((work_dir / "run" / "result.json").read_text())
+    (work_dir / "run" / "result.json").unlink()
+    with pytest.warns(UserWarning, match="no step was left"):
+        assert run("fit", "--run_dir", "run", "--ckpt_path", "last") == 0
+    again = json.loads((work_dir / "run" / "result.json").read_text())
+    assert (again["steps"], again["headline"]) == (written["steps"], written["headline"])
 
 
 def test_reading_metrics_counts_repeated_steps_once(work_dir):
