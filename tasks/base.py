@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
@@ -45,8 +46,8 @@ class Task(LightningModule):
     unit: ClassVar[str] = "samples"
     """What throughput counts: samples, tokens, nodes."""
 
-    headline: ClassVar[Headline] = Headline()
-    """The figure that runs are compared by."""
+    headline: Headline = Headline()
+    """The figure that runs are compared by; the options of a task may word it."""
 
     def __init__(self, optimizer: OptimizerFactory | None = None, schedule: Schedule | None = None) -> None:
         super().__init__()
@@ -153,12 +154,18 @@ class Task(LightningModule):
         checkpoint["optimizer_factory"] = {"name": type(self.optimizer_factory).__name__, **options}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another model or optimizer before anything is overwritten.
+        """Refuse the checkpoint of another model, optimizer or kind of weights before anything is overwritten.
 
         Raises:
             ValueError: With the first difference.
         """
         _check_weights(checkpoint.get("state_dict", {}), self.state_dict())
+        averages = self._trainer is not None and any(isinstance(c, WeightAveraging) for c in self.trainer.callbacks)
+        if self._is_training() and "current_model_state" in checkpoint and not averages:
+            raise ValueError(
+                "the checkpoint holds averaged weights, and this run averages none: continue with the model.ema_decay "
+                "that it was trained with, or start a new run"
+            )
         if not self._is_training():
             self._log_after(checkpoint.get("global_step", 0))
             return

@@ -18,14 +18,28 @@ class Headline:
         label: The figure in words, with its unit.
         validated: Metric of each validation, drawn over the steps; the best checkpoint has its best. `metric` where it
             is not given.
+        validated_label: The same in words.
+        selected_by: Metric whose last value chooses hyperparameters, where `metric` is a test figure, which must not.
     """
 
     metric: str = "val_loss"
     mode: Literal["min", "max"] = "min"
     label: str = "validation loss"
     validated: str | None = None
+    validated_label: str | None = None
+    selected_by: str | None = None
 
     @property
     def curve(self) -> str:
         """The metric of each validation."""
         return self.validated or self.metric
+
+    @property
+    def curve_label(self) -> str:
+        """The metric of each validation, in words."""
+        return self.validated_label or self.label
+
+    @property
+    def selection(self) -> str:
+        """The metric that chooses hyperparameters, good in the same direction."""
+        return self.selected_by or self.metric

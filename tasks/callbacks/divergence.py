@@ -44,7 +44,8 @@ class StopOnDivergence(Callback):
         if isinstance(loss, Tensor) and self._first_bad is not None:
             bad = (self._first_bad < 0) & ~loss.detach().isfinite().all()
             self._first_bad.masked_fill_(bad, trainer.global_step)
-        if trainer.global_step % cast("Any", trainer).log_every_n_steps == 0:
+        interval = cast("Any", trainer).log_every_n_steps
+        if interval and trainer.global_step % interval == 0:
             self._check_training(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

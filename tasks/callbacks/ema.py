@@ -35,13 +35,30 @@ class WeightEMA(WeightAveraging):
         self.warmup = warmup
         self._training_is_over = False
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make the average in a fit.
+
+        Raises:
+            ValueError: The weights would be averaged in a precision in which a small step is lost, or in another one
+                than theirs.
+        """
+        if stage == "fit" and trainer.precision in ("bf16-true", "16-true", "64-true"):
+            raise ValueError(
+                f"an average of the weights needs trainer.precision 32-true, bf16-mixed or 16-mixed, not "
+                f"{trainer.precision}; or set model.ema_decay to null"
+            )
+        super().setup(trainer, pl_module, stage)
+        if self._average_model is not None:  # else each step would wait for the device three times to read the count
+            self._average_model.n_averaged = self._average_model.n_averaged.cpu()
+
     @torch.no_grad()
     def _average(self, averaged: list[Tensor], current: list[Tensor], updates: Tensor | int) -> None:
         """Update all tensors of one dtype."""
         if not averaged[0].is_floating_point():  # counters, such as those of batch norm
             torch._foreach_copy_(averaged, current)
             return
-        seen = int(updates)
+        assert self._average_model is not None
+        seen = int(self._average_model.n_averaged)  # not `updates`, which torch has moved to the device
         decay = min(self.decay, (1 + seen) / (10 + seen)) if self.warmup else self.decay
         torch._foreach_lerp_(averaged, current, 1.0 - decay)
 
@@ -64,6 +81,8 @@ class WeightEMA(WeightAveraging):
         if trainer.training and not self._training_is_over:
             # Whoever saves after a step may have its turn before this callback: the step belongs to the average.
             self.on_train_batch_end(trainer, pl_module, None, None, 0)
+            if self.state_key in checkpoint.get("callbacks", {}):
+                checkpoint["callbacks"][self.state_key] = self.state_dict()
         averaged = checkpoint["state_dict"]
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if self._training_is_over:

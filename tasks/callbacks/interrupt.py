@@ -7,7 +7,7 @@ import signal
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -22,7 +22,8 @@ class GracefulInterrupt(Callback):
     """On Ctrl-C or SIGTERM: finishes the optimizer step, saves `last.ckpt` and says how to go on; again stops at once.
 
     A checkpoint that is saved within a step would hold weights of which only some are updated. The process ends with
-    128 plus the signal's number, as shells expect. All ranks stop after the same step, whichever got the signal.
+    128 plus the signal's number, as shells expect. All ranks stop after the same step, whichever got the signal;
+    several stop where the trainer logs.
     """
 
     def __init__(self) -> None:
@@ -49,7 +50,13 @@ class GracefulInterrupt(Callback):
         """Save and stop where a step has just been completed."""
         stepped = trainer.global_step != self._last_step
         self._last_step = trainer.global_step
-        if not (stepped and trainer.strategy.reduce_boolean_decision(bool(self._signum), all=False)):
+        if not stepped:
+            return
+        # Several ranks agree at the logging interval alone: to ask makes the host wait for the device.
+        interval = cast("Any", trainer).log_every_n_steps if trainer.world_size > 1 else 1
+        if trainer.global_step % max(interval, 1):
+            return
+        if not trainer.strategy.reduce_boolean_decision(bool(self._signum), all=False):
             return
         run_dir = Path(trainer.default_root_dir)
         folder = Path(getattr(trainer.checkpoint_callback, "dirpath", None) or run_dir / "checkpoints")

@@ -86,7 +86,7 @@ class PerformanceMonitor(Callback):
         self._flops += units * (pl_module.flops_per_unit(batch) or 0.0)
         step = trainer.global_step
         interval = cast("Any", trainer).log_every_n_steps  # set by the trainer, but not declared
-        if step == self._last_step or step % interval:
+        if step == self._last_step or not interval or step % interval:
             return
         optimizer_milliseconds = self._timer.mean_milliseconds()  # waits for the device, before the clock is read
         elapsed = self._elapsed()

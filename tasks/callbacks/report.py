@@ -49,11 +49,11 @@ class RunReport(Callback):
             if (folder / "result.json").exists():
                 return  # else the run was killed between its last checkpoint and its report
         metrics = read_metrics(folder)
+        result = run_result(trainer, pl_module, metrics)
+        write_text(folder / "result.json", json.dumps(result, indent=1) + "\n")
         pictures = {"loss curve": folder / "loss_curve.png"}
         _plot(metrics, pictures["loss curve"])
         pictures |= pl_module.pictures(folder)
-        result = run_result(trainer, pl_module, metrics)
-        write_text(folder / "result.json", json.dumps(result, indent=1) + "\n")
         lines = {
             "steps": f"{trainer.global_step}",
             "optimizer": type(pl_module.optimizer_factory).__name__,

@@ -33,8 +33,9 @@ def run_result(trainer: Trainer, task: Task, metrics: Metrics) -> dict[str, Any]
         metrics: As `read_metrics` gives them, of all starts of the run.
 
     Returns:
-        `steps`; `optimizer`, its name and options; `headline`, the task's with its last `value`; `metrics`, the last
-        value of each; `costs`, medians over the rows of the log, bytes and seconds; `hardware`, `versions`, `command`.
+        `steps`; `optimizer`, its name and options; `headline`, the task's with its last `value` and that of the metric
+        that chooses hyperparameters, `selection`; `metrics`, the last value of each; `costs`, medians over the rows of
+        the log, bytes and seconds; `hardware`, `versions`, `command`.
         Figures that were not measured, or are not numbers, are None.
     """
     headline = task.headline
@@ -47,7 +48,9 @@ def run_result(trainer: Trainer, task: Task, metrics: Metrics) -> dict[str, Any]
             "mode": headline.mode,
             "label": headline.label,
             "curve": headline.curve,
+            "curve_label": headline.curve_label,
             "value": last.get(headline.metric),
+            "selection": last.get(headline.selection),
         },
         "metrics": last,
         "costs": _costs(trainer, task, metrics),
@@ -59,12 +62,13 @@ def run_result(trainer: Trainer, task: Task, metrics: Metrics) -> dict[str, Any]
 
 def _costs(trainer: Trainer, task: Task, metrics: Metrics) -> dict[str, Any]:
     parameters = [p for p in task.parameters() if p.requires_grad]
-    middle = {name: median(values.values()) for name, values in metrics.items() if values}
+    finite = {name: [v for v in values.values() if math.isfinite(v)] for name, values in metrics.items()}
+    middle = {name: median(values) for name, values in finite.items() if values}
     training_seconds = list(metrics.get("training_seconds", {}).values())
     return {
-        "step_milliseconds": _number(middle.get("step_milliseconds")),
-        "optimizer_milliseconds": _number(middle.get("optimizer_milliseconds")),
-        "units_per_second": _number(middle.get(f"{task.unit}_per_second")),
+        "step_milliseconds": middle.get("step_milliseconds"),
+        "optimizer_milliseconds": middle.get("optimizer_milliseconds"),
+        "units_per_second": middle.get(f"{task.unit}_per_second"),
         "unit": task.unit,
         "peak_memory_bytes": max(metrics.get("peak_memory_bytes", {}).values(), default=None),
         "optimizer_state_bytes": sum(optimizer_state_bytes(optimizer) for optimizer in trainer.optimizers),

@@ -8,10 +8,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["IMAGE_SUFFIXES", "read_image"]
+__all__ = ["IMAGE_SUFFIXES", "find_images", "read_image"]
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 """Endings of the files that count as images, in lower case."""
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Image files in a folder and below, sorted; hidden files, which macOS leaves in archives, are none."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+    )
 
 
 def read_image(path: str | Path, mode: str = "RGB") -> Image:
@@ -28,6 +37,8 @@ def read_image(path: str | Path, mode: str = "RGB") -> Image:
 
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"it has more than 8 bits a channel (Pillow's mode {image.mode}); convert it to 8")
             return image.convert(mode)  # decodes all of it, so that a file that was cut off shows here
     except FileNotFoundError as error:
         raise ValueError(f"there is no image {path}: it was removed while the data were in use") from error

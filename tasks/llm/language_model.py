@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torchmetrics import SumMetric
 
 from lightning_adam_mini.factory import OptimizerFactory
 from lightning_adam_mini.measure import transformer_flops_per_token
@@ -24,6 +23,7 @@ from lightning_adam_mini.schedule import Schedule
 
 from ..base import Task
 from ..headline import Headline
+from ..metrics import MeanLoss
 from .model import Attention, active_parameters, build_config, build_model, read_config
 
 if TYPE_CHECKING:
@@ -83,8 +83,7 @@ class LanguageModel(Task):
         self.sample_tokens = sample_tokens
         self.temperature = temperature
         self.top_k = top_k
-        self.val_total = SumMetric(nan_strategy="disable")  # a loss that is not a number must show
-        self.val_count = SumMetric()
+        self.val_mean = MeanLoss()
         self._sample = ""
         self._active_parameters = 0
         if init_from is None:
@@ -156,8 +155,7 @@ class LanguageModel(Task):
 
     def on_validation_epoch_start(self) -> None:
         """Start the mean anew."""
-        self.val_total.reset()
-        self.val_count.reset()
+        self.val_mean.reset()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Sum the cross-entropy over labels; -100 is no label."""
@@ -165,12 +163,11 @@ class LanguageModel(Task):
         logits = self(batch["input_ids"])
         count = (labels != -100).sum()
         total = F.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="sum")
-        self.val_total.update(total)
-        self.val_count.update(count)
+        self.val_mean.update(total, count)
 
     def validation_loss(self) -> Tensor:
         """Mean cross-entropy over the tokens of all ranks so far, in nats; not a number where there were none."""
-        return self.val_total.compute() / self.val_count.compute()
+        return self.val_mean.compute()
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean over all tokens of all ranks, and continue the sample prompt."""

@@ -8,6 +8,7 @@ import torch
 
 from lightning_adam_mini import factory
 from lightning_adam_mini.measure import adamw_state_bytes
+from lightning_adam_mini.tasks.llm import LanguageModel
 from lightning_adam_mini.tasks.metrics_file import read_metrics
 from tiny_runs import assert_same_state, checkpoint, run
 
@@ -160,3 +161,17 @@ def test_the_last_step_is_validated_whatever_the_interval(work_dir):
     assert run("fit", "--run_dir", "run", "--trainer.max_steps", 7) == 0
     assert list(read_metrics("run")["val_loss"]) == [5, 7]
     assert "validation loss" in (work_dir / "run" / "report.md").read_text()
+
+
+def test_a_run_without_logging_comes_to_its_end(work_dir):
+    assert run("fit", "--run_dir", "run", "--trainer.log_every_n_steps", 0) == 0
+
+
+def test_a_picture_that_fails_costs_no_result(work_dir, monkeypatch):
+    def fail(self, folder):
+        raise RuntimeError("no picture")
+
+    monkeypatch.setattr(LanguageModel, "pictures", fail)
+    with pytest.raises(RuntimeError, match="no picture"):
+        run("fit", "--run_dir", "run")
+    assert (work_dir / "run" / "result.json").exists()

@@ -109,7 +109,7 @@ def test_validation_weighs_tokens_and_not_batches():
     labels = [losses[0, 0], *losses[1], *losses[1]]
     assert task.validation_loss().item() == pytest.approx(torch.stack(labels).mean().item(), rel=1e-6)
     task.on_validation_epoch_start()
-    assert task.val_count.compute() == 0
+    assert task.val_mean.count == 0
 
 
 def test_a_second_call_of_configure_model_keeps_the_weights():

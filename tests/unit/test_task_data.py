@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from torch.utils.data import default_collate
 
-from lightning_adam_mini.tasks.data.images import read_image
+from lightning_adam_mini.tasks.data.images import find_images, read_image
 from lightning_adam_mini.tasks.data.module import SampledDataModule
 from lightning_adam_mini.tasks.data.padding import PaddedItems, collate_padded
 from lightning_adam_mini.tasks.data.sampling import ValidationSampler
@@ -118,3 +118,18 @@ def test_images_are_decoded_whole(tmp_path):
             read_image(tmp_path / name)
     with pytest.raises(ValueError, match="there is no image"):
         read_image(tmp_path / "missing.jpg")
+
+
+def test_deep_images_are_refused(tmp_path):
+    """Pillow would cut 16 bits off at 255, and show a white image."""
+    Image.new("I;16", (4, 4), 40000).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match=r"deep\.png.*more than 8 bits"):
+        read_image(tmp_path / "deep.png", "L")
+
+
+def test_images_are_found_below_a_folder_but_no_hidden_files(tmp_path):
+    for name in ("b.PNG", "a/c.jpg", "a/._c.jpg", ".hidden.png", "text.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "folder.png").mkdir()
+    assert [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)] == ["a/c.jpg", "b.PNG"]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -49,10 +49,14 @@ def fit(folder, steps, task=None, ckpt_path=None, **options):
     torch.manual_seed(0)
     loader = DataLoader(torch.randn(4 * 6, 3, generator=torch.Generator().manual_seed(1)), batch_size=4)
     task = task or Line()
-    trainer = Trainer(
-        max_steps=steps, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        enable_checkpointing=False, default_root_dir=folder, num_sanity_val_steps=0, **options,
-    )  # fmt: skip
+    plain = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    options = {"accelerator": "cpu", "num_sanity_val_steps": 0, **plain, **options}
+    trainer = Trainer(max_steps=steps, default_root_dir=folder, **options)
     trainer.fit(task, loader, loader, ckpt_path=ckpt_path)
     return task, trainer
 
@@ -101,3 +105,49 @@ def test_a_checkpoint_holds_both_and_resumes_the_run(tmp_path, when):
 def test_the_decay_is_a_fraction(decay):
     with pytest.raises(ValueError, match="decay"):
         WeightEMA(decay)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_count_of_updates_stays_with_the_host(tmp_path, monkeypatch):
+    """Every look at it would wait for the device."""
+    seen = []
+    average = WeightEMA._average
+
+    def noting(self, *args):
+        seen.append(self._average_model.n_averaged.device.type)
+        average(self, *args)
+
+    monkeypatch.setattr(WeightEMA, "_average", noting)
+    fit(tmp_path, 3, accelerator="gpu")
+    assert set(seen) == {"cpu"}
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
+def test_precisions_that_would_lose_the_average_are_refused(tmp_path, precision):
+    with pytest.raises(ValueError, match=r"32-true, bf16-mixed or 16-mixed.*ema_decay"):
+        fit(tmp_path, 3, precision=precision)
+
+
+def test_averaged_weights_are_not_taken_for_raw_ones(tmp_path):
+    """With the raw weights' optimizer state."""
+    _, trainer = fit(tmp_path, 6)
+    trainer.save_checkpoint(tmp_path / "averaged.ckpt")
+    without = Line()
+    without.configure_callbacks = list
+    with pytest.raises(ValueError, match=r"averages none.*ema_decay"):
+        fit(tmp_path, 12, without, ckpt_path=tmp_path / "averaged.ckpt")
+
+
+def test_a_save_within_a_step_counts_the_step_once(tmp_path):
+    """A callback that saves may have its turn before the average; with accumulation no step follows the next batch."""
+
+    class SavesFirst(Callback):
+        def on_train_batch_end(self, trainer, task, *args):
+            if trainer.global_step == 2 and not (tmp_path / "early.ckpt").exists():
+                trainer.save_checkpoint(tmp_path / "early.ckpt")
+
+    options = {"accumulate_grad_batches": 2, "limit_train_batches": 4}
+    whole, _ = fit(tmp_path, 6, callbacks=[SavesFirst()], **options)
+    resumed, _ = fit(tmp_path, 6, ckpt_path=tmp_path / "early.ckpt", **options)
+    assert torch.equal(resumed.weight, whole.weight)
