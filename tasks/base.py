@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -160,7 +160,9 @@ class Task(LightningModule):
             ValueError: With the first difference.
         """
         _check_weights(checkpoint.get("state_dict", {}), self.state_dict())
-        averages = self._trainer is not None and any(isinstance(c, WeightAveraging) for c in self.trainer.callbacks)
+        averages = self._trainer is not None and any(
+            isinstance(c, WeightAveraging) for c in cast("Any", self.trainer).callbacks
+        )
         if self._is_training() and "current_model_state" in checkpoint and not averages:
             raise ValueError(
                 "the checkpoint holds averaged weights, and this run averages none: continue with the model.ema_decay "

@@ -5,40 +5,33 @@ Shapes: `B` images, `C` channels, `H` by `W` pixels.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from dataclasses import replace
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningDataModule
 from torch import Tensor
-from torchmetrics import SumMetric
 
 from lightning_adam_mini.factory import OptimizerFactory
 from lightning_adam_mini.schedule import Schedule
 
-from ..base import Task
 from ..callbacks import WeightEMA
 from ..headline import Headline
-from .comparison import check_images, compare_with_real
-from .noise import BetaSchedule, Prediction, build_schedule, evaluation_draws, loss_weights, seeded_noise, target
-from .pipeline_folder import save_pipeline
-from .sampling import ddim_sample, write_grid, write_image
+from ..metrics import MeanLoss
+from .comparison import check_images
+from .generation import GeneratingTask
+from .noise import BetaSchedule, Prediction, build_schedule, evaluation_draws, loss_weights, target
+from .packages import require
+from .sampling import check_sample_steps
 from .unet import build_unet, check_unet, fit_to_data
-
-if TYPE_CHECKING:
-    from diffusers import UNet2DModel
 
 __all__ = ["DiffusionModel"]
 
-# Images that go through the network at once where samples are made.
-_SAMPLE_BATCH = 128
 _PREDICTS = {"epsilon": "noise", "v_prediction": "velocity", "sample": "image"}
 
 
-class DiffusionModel(Task):
+class DiffusionModel(GeneratingTask):
     """A diffusion model (Ho et al. 2020): diffusers' UNet2DModel, trained to tell noise from image.
 
     Validation is the same in every run: each image has a timestep and a noise of its own, and the squared error counts
@@ -59,18 +52,20 @@ class DiffusionModel(Task):
         compile: Compile the model with torch.compile.
         sample_every: Draw samples in every so many validations, and at the end; 0 for never.
         num_samples: Images of a grid of samples.
-        sample_steps: Steps of DDIM, for samples and `predict`.
+        sample_steps: Steps of DDIM, for samples and `predict`. Numbers that would make it begin before images are noise
+            are refused, such as 2, 300 and 600 of 1000 timesteps.
         sample_seed: Seed of the first image of a grid; the others follow.
         pca_features: Compare samples with real images at the end of training and in `test`: the Frechet distance in
             so many principal components of the training images. 0 for no comparison.
-        frechet_images: Samples for it, and as many training images for the distance of real from real images.
+        frechet_images: Samples for it, and as many training images for the distance of real from real images; 512 by
+            default.
 
     Raises:
-        ValueError: A number is out of range, or diffusers cannot build the network.
+        ValueError: A number is out of range, diffusers cannot build the network, or a package is missing.
     """
 
     unit: ClassVar[str] = "images"
-    headline: ClassVar[Headline] = Headline(metric="val_loss", mode="min", label="validation MSE of the noise")
+    headline = Headline(metric="val_loss", mode="min", label="validation MSE of the noise")
     export_folder: ClassVar[str] = "diffusers"
     """Name of the folder that `adam-mini export` writes in the run folder."""
 
@@ -91,9 +86,11 @@ class DiffusionModel(Task):
         sample_steps: int = 50,
         sample_seed: int = 0,
         pca_features: int = 0,
-        frechet_images: int = 512,
+        frechet_images: int | None = None,
     ) -> None:
         super().__init__(optimizer, schedule)
+        for package in ("diffusers", "torchvision"):
+            require(package, type(self).__name__)
         for name, value, least in (
             ("num_samples", num_samples, 1),
             ("sample_steps", sample_steps, 1),
@@ -102,11 +99,12 @@ class DiffusionModel(Task):
             ("pca_features", pca_features, 0),
             ("frechet_images", frechet_images, 2),
         ):
-            if value < least:
+            if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, not {value}")
-        if sample_steps > num_train_timesteps:
+        if frechet_images is not None and not pca_features:
             raise ValueError(
-                f"sample_steps is {sample_steps}, more than num_train_timesteps, {num_train_timesteps}: lower it"
+                "frechet_images is given, but pca_features is 0, so nothing is compared: set model.pca_features, or "
+                "leave model.frechet_images out (null)"
             )
         if min_snr_gamma is not None and not min_snr_gamma > 0:
             raise ValueError(f"min_snr_gamma must be positive, not {min_snr_gamma}; null weighs all timesteps alike")
@@ -116,6 +114,8 @@ class DiffusionModel(Task):
         self.config = dict(config or {})
         check_unet(self.config)  # wrong options raise here, before any data are read
         self.noise_schedule = build_schedule(num_train_timesteps, beta_schedule, prediction_type)
+        check_sample_steps(sample_steps, num_train_timesteps)
+        self.headline = replace(type(self).headline, label=f"validation MSE of the {_PREDICTS[prediction_type]}")
         self.ema_decay = ema_decay
         self.activation_checkpointing = activation_checkpointing
         self.compile_model = compile
@@ -124,13 +124,11 @@ class DiffusionModel(Task):
         self.sample_steps = sample_steps
         self.sample_seed = sample_seed
         self.pca_features = pca_features
-        self.frechet_images = frechet_images
+        self.frechet_images = 512 if frechet_images is None else frechet_images
         alphas = self.noise_schedule.alphas_cumprod
         self.loss_weights = None if min_snr_gamma is None else loss_weights(alphas, prediction_type, min_snr_gamma)
-        self.val_total = SumMetric(nan_strategy="disable")  # a loss that is not a number must show
-        self.val_count = SumMetric()
+        self.val_mean = MeanLoss()
         self._validations = 0
-        self._grid: Path | None = None
         self._frechet: tuple[float, float] | None = None
 
     def configure_model(self) -> None:
@@ -140,7 +138,7 @@ class DiffusionModel(Task):
             ValueError: The U-Net does not fit the images.
         """
         if self.model is None:
-            self._build(self._data_module())
+            self._build(self.data_module())
 
     def outline(self, data: LightningDataModule) -> list[str]:
         """See `Task.outline`."""
@@ -165,7 +163,7 @@ class DiffusionModel(Task):
         """
         super().setup(stage)
         if self.pca_features and stage != "predict":
-            check_images(self._data_module(), self.pca_features)
+            check_images(self.data_module(), self.pca_features)
 
     def on_fit_start(self) -> None:
         """See `Task.on_fit_start`; the weights of the loss are no buffer, for they stay in float32."""
@@ -178,19 +176,16 @@ class DiffusionModel(Task):
         return [] if self.ema_decay is None else [WeightEMA(self.ema_decay)]
 
     @property
-    def network(self) -> UNet2DModel:
-        """The U-Net, once `configure_model` has made it."""
-        assert self.model is not None
-        return cast("UNet2DModel", self.model)
-
-    @property
     def num_timesteps(self) -> int:
         """Timesteps of the noise."""
         return int(self.noise_schedule.config.num_train_timesteps)
 
     def forward(self, images: Tensor, timesteps: Tensor) -> Tensor:
         """What the network predicts, float32 `(B, C, H, W)`, from noisy images `(B, C, H, W)` and `(B,)`."""
-        return self.network(images.to(self.network.dtype), timesteps).sample.float()
+        # Not diffusers' `dtype`, which walks all modules for it, in each forward pass.
+        dtype = next(self.network.parameters()).dtype
+        predicted: Tensor = self.network(images.to(dtype), timesteps).sample
+        return predicted.float()
 
     def squared_errors(self, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Squared errors `(B, C, H, W)` of the prediction, in float32 whatever the precision of the network.
@@ -218,8 +213,7 @@ class DiffusionModel(Task):
 
     def on_validation_epoch_start(self) -> None:
         """Start the mean anew."""
-        self.val_total.reset()
-        self.val_count.reset()
+        self.val_mean.reset()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Sum the squared errors, each image at the timestep and with the noise of its index."""
@@ -230,22 +224,21 @@ class DiffusionModel(Task):
             indices, images = indices.new_zeros(1), images.new_zeros(1, *shape)
         timesteps, noise = evaluation_draws(indices.tolist(), shape, self.num_timesteps, seed=0)
         errors = self.squared_errors(images, noise.to(images.device), timesteps.to(images.device))
-        self.val_total.update(errors[:counted].flatten(1).mean(1).sum())
-        self.val_count.update(counted)
+        self.val_mean.update(errors[:counted].flatten(1).mean(1).sum(), counted)
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean over all images of all ranks; draw samples where it is their turn."""
-        loss = self.val_total.compute() / self.val_count.compute()
+        loss = self.val_mean.compute()
         # The same on all ranks already; sync_dist says so to Lightning.
         stage = "test" if self.trainer.testing else "val"
         self.log(f"{stage}_loss", loss, prog_bar=True, sync_dist=True)
         if self.pca_features and self.trainer.state.fn in ("test", "validate"):
-            self._frechet = self._compare("test" if stage == "test" else "val")
+            self._frechet = self.compare("test" if stage == "test" else "val")
             self.log(f"{stage}_pca_frechet", torch.tensor(self._frechet[0], dtype=torch.float32), sync_dist=True)
         if self._is_training_validation():
             self._validations += 1
             if self.sample_every and self._validations % self.sample_every == 0:
-                self._write_grid()
+                self.draw_grid()
 
     def on_test_epoch_start(self) -> None:
         """See `on_validation_epoch_start`."""
@@ -263,58 +256,15 @@ class DiffusionModel(Task):
         """Draw the last samples, and compare others with real images; the averaged weights are in place."""
         if getattr(self.trainer, "fast_dev_run", False):
             return
-        with self._evaluating():
-            if self.sample_every and self._grid != self._grid_path():
-                self._write_grid()
+        with self.evaluating():
+            if self.sample_every:
+                self.draw_grid()
             if self.pca_features:
-                self._frechet = self._compare("val")
+                self._frechet = self.compare("val")
                 value = {"val_pca_frechet": self._frechet[0]}
                 for logger in self.trainer.loggers:
                     logger.log_metrics(value, step=self.trainer.global_step - 1)  # Lightning's number of the last step
                 self.trainer.callback_metrics.update({name: torch.tensor(each) for name, each in value.items()})
-
-    def sample(self, seeds: list[int]) -> Tensor:
-        """New images `(B, C, H, W)` in [-1, 1], on the CPU, each from the noise of its seed alone."""
-        with self._evaluating():
-            made = [self._sample(seeds[at : at + _SAMPLE_BATCH]) for at in range(0, len(seeds), _SAMPLE_BATCH)]
-        return torch.cat(made) if made else torch.empty(0, *self._image_shape())
-
-    def _sample(self, seeds: list[int]) -> Tensor:
-        noise = seeded_noise(seeds, self._image_shape()).to(self.device)
-        return ddim_sample(self._predict, self.noise_schedule, noise, self.sample_steps).cpu()
-
-    def _predict(self, images: Tensor, timesteps: Tensor) -> Tensor:
-        """`forward` in the precision of the trainer, which holds in its steps only."""
-        trainer = self._trainer
-        with contextlib.nullcontext() if trainer is None else trainer.precision_plugin.forward_context():
-            return self(images, timesteps)
-
-    def _compare(self, part: Literal["val", "test"]) -> tuple[float, float]:
-        """See `compare_with_real`."""
-        # Seeds of the grids are left out: these images are new.
-        first = self.sample_seed + self.num_samples
-        return compare_with_real(
-            self._data_module(),
-            part,
-            lambda number: self.sample(list(range(first, first + number))),
-            num_features=self.pca_features,
-            num_images=self.frechet_images,
-        )
-
-    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> list[dict[str, Any]]:
-        """Make the image of each seed, as PNG in `predictions/`: `{"image": path in the run folder, "seed": ...}`."""
-        seeds = batch[1].tolist()
-        folder = Path(self.trainer.default_root_dir)
-        rows = []
-        for seed, image in zip(seeds, self.sample(seeds), strict=True):
-            name = f"predictions/seed_{seed:06d}.png"
-            write_image(image, folder / name)
-            rows.append({"image": name, "seed": seed})
-        return rows
-
-    def export(self, folder: str | Path) -> Path:
-        """See `save_pipeline`."""
-        return save_pipeline(self.network, self.noise_schedule, folder)
 
     def batch_units(self, batch: Tensor) -> int:
         """Images of a batch."""
@@ -335,10 +285,6 @@ class DiffusionModel(Task):
             )
         return lines
 
-    def pictures(self, folder: Path) -> dict[str, Path]:
-        """The last grid of samples."""
-        return {} if self._grid is None else {"samples": self._grid}
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the number of validations too, after which samples are drawn."""
         super().on_save_checkpoint(checkpoint)
@@ -349,38 +295,6 @@ class DiffusionModel(Task):
         super().on_load_checkpoint(checkpoint)
         self._validations = checkpoint.get("validations", 0)
 
-    def _write_grid(self) -> None:
-        """Write samples to `samples/step_000600.png`; all ranks make them, the first one writes."""
-        images = self.sample(list(range(self.sample_seed, self.sample_seed + self.num_samples)))
-        self._grid = self._grid_path()
-        if self.trainer.is_global_zero:
-            write_grid(images, self._grid)
-
-    def _grid_path(self) -> Path:
-        return Path(self.trainer.default_root_dir) / "samples" / f"step_{self.trainer.global_step:06d}.png"
-
     def _is_training_validation(self) -> bool:
         trainer = self.trainer
         return trainer.state.fn == "fit" and not trainer.sanity_checking and not getattr(trainer, "fast_dev_run", False)
-
-    @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Without dropout and gradients."""
-        was_training = self.network.training
-        self.network.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.network.train(was_training)
-
-    def _image_shape(self) -> tuple[int, int, int]:
-        config = self.network.config
-        size = config.sample_size
-        if size is None:
-            raise ValueError("set model.config.sample_size: without data nobody knows the size of the images to make")
-        return config.in_channels, size, size
-
-    def _data_module(self) -> Any:
-        trainer = self._trainer
-        return None if trainer is None else getattr(trainer, "datamodule", None)

@@ -15,10 +15,42 @@ from ..run_files import replacing
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
 
-__all__ = ["ddim_sample", "write_grid", "write_image"]
+__all__ = ["check_sample_steps", "ddim_sample", "write_grid", "write_image"]
 
 # Smaller images are drawn larger in a grid.
 _TILE = 48
+# Share of the timesteps of training from which on an image is taken for noise alone.
+_NOISE_FROM = 0.95
+
+
+def check_sample_steps(num_steps: int, num_timesteps: int) -> None:
+    """Check that DDIM begins where training images are noise, which is what it is given.
+
+    diffusers' spacing (`leading`) begins at the timestep `(num_steps - 1) * (num_timesteps // num_steps)`: of 1000, at
+    0 in 1 step and at 599 in 600 steps.
+
+    Args:
+        num_steps: Steps of DDIM.
+        num_timesteps: Timesteps of training.
+
+    Raises:
+        ValueError: It begins before 0.95 of the timesteps, or takes more steps than there are; with a number that does.
+    """
+    if num_steps > num_timesteps:
+        raise ValueError(f"sample_steps is {num_steps}, more than num_train_timesteps, {num_timesteps}: lower it")
+    # The last timestep is noise, however few there are.
+    needed = min(_NOISE_FROM * num_timesteps, num_timesteps - 1)
+    if _first_timestep(num_steps, num_timesteps) < needed:
+        fitting = (each for each in range(1, num_timesteps + 1) if _first_timestep(each, num_timesteps) >= needed)
+        nearest = min(fitting, key=lambda each: abs(each - num_steps))
+        raise ValueError(
+            f"sample_steps {num_steps} would begin at timestep {_first_timestep(num_steps, num_timesteps)} of "
+            f"{num_timesteps}, where images are not noise yet; set model.sample_steps to {nearest}"
+        )
+
+
+def _first_timestep(num_steps: int, num_timesteps: int) -> int:
+    return (num_steps - 1) * (num_timesteps // num_steps)
 
 
 @torch.no_grad()
@@ -31,7 +63,7 @@ def ddim_sample(
         network: Prediction `(B, C, H, W)` from noisy images and their timesteps `(B,)`.
         schedule: The schedule of training.
         noise: `(B, C, H, W)`, normal.
-        num_steps: Calls of the network.
+        num_steps: Calls of the network; see `check_sample_steps`.
 
     Returns:
         `(B, C, H, W)` in [-1, 1].

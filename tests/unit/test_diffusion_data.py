@@ -1,5 +1,8 @@
 """Images for diffusion models: the embedded digits, folders, CelebA's layout, and what is wrong with each."""
 
+import os
+import sys
+
 import pytest
 import torch
 
@@ -8,11 +11,16 @@ pytest.importorskip("sklearn")
 
 from PIL import Image
 
-from lightning_adam_mini.tasks.diffusion.data import CelebA, DigitImages, ImageFiles
-from lightning_adam_mini.tasks.diffusion.data.image_files import find_images
+from lightning_adam_mini.tasks.data.images import find_images
+from lightning_adam_mini.tasks.diffusion.data import CelebA, DigitImages, ImageFiles, image_files
 
 FACES = 12
 OFFICIAL = [0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 2]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("ADAM_MINI_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 def ready(data, stage="fit"):
@@ -136,6 +144,60 @@ def test_a_damaged_image_is_named(tmp_path, damage):
     data = ready(ImageFiles(str(tmp_path), image_size=8))
     with pytest.raises(ValueError, match=r"cannot read the image .*a/3\.jpg"):
         data.real_images("train", 99), data.real_images("val", 99)
+
+
+def test_files_are_checked_once(tmp_path, monkeypatch):
+    """For training alone, and again where a file or what is asked of it has changed."""
+    paths = find_images(write_images(tmp_path))
+    for path in paths:
+        os.utime(path, (1e9, 1e9))  # a file that has just been written may change within its time stamp
+    read, read_image = [], image_files.read_image
+    monkeypatch.setattr(image_files, "read_image", lambda path, mode: read.append(path) or read_image(path, mode))
+
+    def reads(stage, **options):
+        read.clear()
+        ready(ImageFiles(str(tmp_path), image_size=8, check_files=True, **options), stage)
+        return len(read)
+
+    assert [reads(stage) for stage in ("validate", "test", "predict")] == [1, 1, 0]
+    assert [reads("fit"), reads("fit")] == [1 + len(paths), 1]
+    assert [reads("fit", crop=5), reads("fit", crop=5)] == [1 + len(paths), 1]
+    assert reads("fit", channels=1) == 1 + len(paths)
+    os.utime(paths[3], (2e8, 2e8))
+    assert reads("fit") == 1 + len(paths)
+    paths[3].write_bytes(b"damaged")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"cannot read the image {paths[3]}"):
+            reads("fit")
+
+
+def test_all_files_are_checked_for_the_crop(tmp_path):
+    write_images(tmp_path)
+    Image.new("RGB", (9, 10)).save(tmp_path / "z.png")
+    told = r"z\.png has 9 x 10 pixels, fewer than the crop of 10: lower `crop`"
+    with pytest.raises(ValueError, match=told):
+        ready(ImageFiles(str(tmp_path), image_size=8, crop=10, check_files=True))
+    ready(ImageFiles(str(tmp_path), image_size=8, crop=9, check_files=True))
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test"])
+def test_a_crop_that_is_too_large_is_told_at_setup(tmp_path, stage):
+    write_images(tmp_path / "folder")
+    with pytest.raises(ValueError, match=r"\.png has 12 x 10 pixels, fewer than the crop of 11: lower `crop`"):
+        ready(ImageFiles(str(tmp_path / "folder"), image_size=8, crop=11), stage)
+    faces = write_celeba(tmp_path)
+    with pytest.raises(ValueError, match=r"\.jpg has 178 x 218 pixels, fewer than the crop of 200: lower `crop`"):
+        ready(CelebA(str(faces), crop=200), stage)
+    ready(CelebA(str(faces), crop=200), "predict")
+
+
+@pytest.mark.parametrize(("package", "called"), [("sklearn", "scikit-learn"), ("torchvision", "torchvision")])
+def test_a_missing_package_is_told(tmp_path, monkeypatch, package, called):
+    data = DigitImages() if package == "sklearn" else ImageFiles(str(write_images(tmp_path)))
+    monkeypatch.setitem(sys.modules, package, None)
+    told = rf"needs the package {called}; install it with pip install 'lightning-adam-mini\[diffusion\]'$"
+    with pytest.raises(ValueError, match=told):
+        ready(data)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The diffusion task by itself: options, loss, validation, samples, distances and export, without a command line."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,8 @@ from lightning_adam_mini.tasks.data.padding import collate_padded
 from lightning_adam_mini.tasks.diffusion import DiffusionModel
 from lightning_adam_mini.tasks.diffusion.data import DigitImages
 from lightning_adam_mini.tasks.diffusion.frechet import PrincipalComponents, frechet_distance
-from lightning_adam_mini.tasks.diffusion.noise import evaluation_draws, loss_weights, target
+from lightning_adam_mini.tasks.diffusion.noise import build_schedule, evaluation_draws, loss_weights, target
+from lightning_adam_mini.tasks.diffusion.sampling import check_sample_steps
 
 CONFIG = {
     "block_out_channels": [8, 8],
@@ -26,7 +28,7 @@ CONFIG = {
     "in_channels": 1,
     "sample_size": 8,
 }
-FEW = {"num_train_timesteps": 10, "sample_steps": 3, "num_samples": 4}
+FEW = {"num_train_timesteps": 10, "sample_steps": 10, "num_samples": 4}
 
 
 def built(**options):
@@ -75,6 +77,11 @@ def test_refused_networks(config, told):
         ({"pca_features": -1}, "pca_features must be at least 0"),
         ({"frechet_images": 1}, "frechet_images must be at least 2, not 1"),
         ({"sample_steps": 11}, "sample_steps is 11, more than num_train_timesteps, 10: lower it"),
+        ({"sample_steps": 3}, r"sample_steps 3 would begin at timestep 6 of 10, .* set model.sample_steps to 10"),
+        (
+            {"frechet_images": 8},
+            r"frechet_images is given, but pca_features is 0, .*: set model.pca_features, or leave",
+        ),
         ({"min_snr_gamma": 0.0}, "min_snr_gamma must be positive"),
         ({"ema_decay": 1.0}, "ema_decay must be between 0 and 1"),
         ({"beta_schedule": "cosine"}, "no beta_schedule 'cosine'"),
@@ -136,7 +143,7 @@ def validated(task, parts):
     with torch.no_grad():
         for number, part in enumerate(parts):
             task.validation_step(collate_padded(part), number)
-    return task.val_total.compute() / task.val_count.compute()
+    return task.val_mean.compute()
 
 
 def test_validation_is_the_mean_over_images_however_they_are_divided():
@@ -170,6 +177,52 @@ def test_samples_depend_on_their_seeds_alone():
     assert not torch.equal(made[0], made[1])
 
 
+def first_timestep(num_steps):
+    schedule = build_schedule(1000, "squaredcos_cap_v2", "epsilon")
+    sampler = pytest.importorskip("diffusers").DDIMScheduler.from_config(schedule.config)
+    sampler.set_timesteps(num_steps)
+    return int(sampler.timesteps[0])
+
+
+def test_samples_begin_where_images_are_noise():
+    """Every number of steps is either taken, and begins there, or refused with one near it that does."""
+    for num_steps, instead in {1: 20, 2: 20, 3: 20, 10: 20, 64: 65, 300: 318, 600: 500, 950: 951}.items():
+        told = f"begin at timestep {first_timestep(num_steps)} of 1000, .* set model.sample_steps to {instead}$"
+        with pytest.raises(ValueError, match=told):
+            check_sample_steps(num_steps, 1000)
+        with pytest.raises(ValueError, match=told):
+            DiffusionModel(config=CONFIG, sample_steps=num_steps)
+        assert first_timestep(instead) >= 950
+    for num_steps in (20, 25, 50, 100, 125, 200, 250, 318, 333, 500, 951, 1000):
+        assert first_timestep(num_steps) >= 950
+        check_sample_steps(num_steps, 1000)
+    for num_timesteps in (2, 3, 10, 19, 20, 21, 37):
+        check_sample_steps(num_timesteps, num_timesteps)
+
+
+def test_the_headline_is_the_error_of_what_is_predicted():
+    labels = {"epsilon": "noise", "v_prediction": "velocity", "sample": "image"}
+    for prediction_type, word in labels.items():
+        task = DiffusionModel(config=CONFIG, prediction_type=prediction_type)
+        assert task.headline.label == f"validation MSE of the {word}"
+        assert (task.headline.metric, task.headline.mode) == ("val_loss", "min")
+
+
+def test_images_of_the_comparison():
+    assert DiffusionModel(config=CONFIG, pca_features=4).frechet_images == 512
+    assert DiffusionModel(config=CONFIG, pca_features=4, frechet_images=8).frechet_images == 8
+
+
+@pytest.mark.parametrize("package", ["diffusers", "torchvision"])
+def test_a_missing_package_is_told(monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    told = (
+        rf"^DiffusionModel needs the package {package}; install it with pip install 'lightning-adam-mini\[diffusion\]'$"
+    )
+    with pytest.raises(ValueError, match=told):
+        DiffusionModel(config=CONFIG)
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_a_network_that_knows_the_image_makes_it(prediction_type):
     task = built(prediction_type=prediction_type, num_train_timesteps=1000, sample_steps=50)
@@ -186,7 +239,9 @@ def test_a_network_that_knows_the_image_makes_it(prediction_type):
 
 
 def test_in_half_precision():
-    task = built().bfloat16()
+    task = built()
+    assert task(images(2), torch.tensor([1, 9])).isfinite().all(), "the dtype may change afterwards"
+    task.bfloat16()
     assert task.squared_errors(images(2), torch.randn(2, 1, 8, 8), torch.tensor([1, 9])).dtype == torch.float32
     assert task.sample([0]).isfinite().all()
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..packages import require
 from .module import ImageData, Parts
 
 __all__ = ["DigitImages"]
@@ -51,13 +52,9 @@ class DigitImages(ImageData):
 
     def open_parts(self) -> Parts:
         """See `ImageData.open_parts`."""
-        try:
-            from sklearn.datasets import load_digits
-        except ModuleNotFoundError as error:
-            raise ValueError(
-                "DigitImages needs the package scikit-learn; install it with "
-                "pip install 'lightning-adam-mini[diffusion]'"
-            ) from error
+        require("sklearn", type(self).__name__, package="scikit-learn")
+        from sklearn.datasets import load_digits
+
         images = torch.tensor(load_digits().images / 8 - 1, dtype=torch.float32)[:, None]
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         held_out = len(images) * 15 // 100 + 1

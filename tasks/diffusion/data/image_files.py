@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ...data.images import IMAGE_SUFFIXES, read_image
+from ...data.cache import default_cache_dir, remember
+from ...data.images import IMAGE_SUFFIXES, find_images, read_image
+from ..packages import require
 from .module import ImageData, Parts
 
-__all__ = ["ImageFiles", "ScaledImages", "find_images", "split_by_name"]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["ImageFiles", "ScaledImages", "split_by_name"]
 
 _say = rank_zero_only(logging.getLogger(__name__).info)
 
@@ -28,9 +34,13 @@ class ScaledImages(Dataset[Tensor]):
         image_size: Pixels a side. The shorter side is scaled to it, and the middle of the longer one kept.
         channels: 3 or 1.
         crop: Pixels a side of the square that is cut out of the middle before; None takes the whole image.
+
+    Raises:
+        ValueError: torchvision is missing.
     """
 
     def __init__(self, paths: Sequence[Path], *, image_size: int, channels: int, crop: int | None = None) -> None:
+        require("torchvision", "a folder of images")
         self.paths = paths
         self.image_size = image_size
         self.mode = "RGB" if channels == 3 else "L"
@@ -40,24 +50,26 @@ class ScaledImages(Dataset[Tensor]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        """One image.
+        """One image; see `read`."""
+        from torchvision.transforms import functional
+
+        image = self.read(self.paths[index])
+        if self.crop is not None:
+            image = functional.center_crop(image, [self.crop])
+        image = functional.center_crop(functional.resize(image, [self.image_size]), [self.image_size])
+        return functional.pil_to_tensor(image).float() / 127.5 - 1
+
+    def read(self, path: Path) -> Image:
+        """Decode a file, and leave the image as it is.
 
         Raises:
             ValueError: The file holds no image, or one that is smaller than `crop`; with its path.
         """
-        from torchvision.transforms import functional
-
-        path = self.paths[index]
         image = read_image(path, self.mode)
-        if self.crop is not None:
-            if min(image.size) < self.crop:  # torchvision would fill up with black
-                width, height = image.size
-                raise ValueError(
-                    f"{path} has {width} x {height} pixels, fewer than the crop of {self.crop}: lower `crop`"
-                )
-            image = functional.center_crop(image, [self.crop])
-        image = functional.center_crop(functional.resize(image, [self.image_size]), [self.image_size])
-        return functional.pil_to_tensor(image).float() / 127.5 - 1
+        width, height = image.size
+        if self.crop is not None and min(width, height) < self.crop:  # torchvision would fill up with black
+            raise ValueError(f"{path} has {width} x {height} pixels, fewer than the crop of {self.crop}: lower `crop`")
+        return image
 
 
 class ImageFiles(ImageData):
@@ -71,7 +83,8 @@ class ImageFiles(ImageData):
         crop: Pixels a side of the square that is cut out of the middle before; the whole image by default.
         channels: 3 for colour, 1 for grey; images are converted.
         val_fraction: Share of the images for validation.
-        check_files: Decode every file before training starts. Otherwise a damaged one stops the run when it is read.
+        check_files: Decode every file before training starts, once for files that do not change. Otherwise a damaged
+            one stops the run when it is read.
         batch_size: See `ImageData`, also below.
         num_workers: Processes that read ahead.
         flip: Mirror every second training image.
@@ -120,19 +133,33 @@ class ImageFiles(ImageData):
         self.crop = crop
         self.val_fraction = val_fraction
         self.check_files = check_files
+        self._found: list[Path] = []
+
+    def setup(self, stage: str | None = None) -> None:
+        """See `ImageData.setup`; with `check_files`, training starts with images that can all be read.
+
+        Raises:
+            ValueError: One of them cannot.
+        """
+        super().setup(stage)
+        if self.check_files and stage in (None, "fit") and (self.trainer is None or self.trainer.is_global_zero):
+            images = self._scaled(self._found)
+            name = f"readable-{images.mode}-{images.crop or 'whole'}"
+            remember(default_cache_dir(), name, images.paths, partial(_check, images, self.path))
 
     def open_parts(self) -> Parts:
         """See `ImageData.open_parts`.
 
         Raises:
-            ValueError: There is no such folder, or it has fewer than two images; or, with `check_files`, one of them
-                is none.
+            ValueError: There is no such folder, or it has fewer than two images.
         """
-        paths = find_images(self.path)
-        if self.check_files and (self.trainer is None or self.trainer.is_global_zero):
-            for _ in map(self._scaled(paths).__getitem__, range(len(paths))):
-                pass
-        train, val = split_by_name(paths, self.val_fraction, root=self.path)
+        if not self.path.is_dir():
+            raise ValueError(f"there is no folder {self.path}: give data.path a folder of images")
+        self._found = find_images(self.path)
+        if (number := len(self._found)) < 2:
+            kinds = " ".join(sorted(IMAGE_SUFFIXES))
+            raise ValueError(f"{self.path} holds {number} images ({kinds}); at least 2 are needed, one for validation")
+        train, val = split_by_name(self._found, self.val_fraction, root=self.path)
         _say("%s: %d images for training, %d for validation", self.path, len(train), len(val))
         return Parts(self._scaled(train), self._scaled(val))
 
@@ -140,23 +167,12 @@ class ImageFiles(ImageData):
         return ScaledImages(paths, image_size=self.image_size, channels=self.channels, crop=self.crop)
 
 
-def find_images(folder: Path) -> list[Path]:
-    """Image files of a folder and the folders in it, sorted; hidden files are no images.
-
-    Raises:
-        ValueError: There is no such folder, or it has fewer than two images.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}: give data.path a folder of images")
-    found = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
-    if len(found) < 2:
-        kinds = " ".join(sorted(IMAGE_SUFFIXES))
-        raise ValueError(f"{folder} holds {len(found)} images ({kinds}); at least 2 are needed, one for validation")
-    return found
+def _check(images: ScaledImages, folder: Path) -> bool:
+    """Read every file; True where that raised nothing."""
+    _say("%s: reading all %d images, to find damaged ones before training", folder, len(images))
+    for path in images.paths:
+        images.read(path)
+    return True
 
 
 def split_by_name(paths: Sequence[Path], val_fraction: float, *, root: Path) -> tuple[list[Path], list[Path]]:

@@ -92,10 +92,16 @@ class ImageData(SampledDataModule, ABC):
         return self.channels, self.image_size, self.image_size
 
     def setup(self, stage: str | None = None) -> None:
-        """Find the images, on every rank; new images need none."""
+        """Find the images, on every rank, and read one; new images need none.
+
+        Raises:
+            ValueError: That image cannot be read, or an option does not fit it: better here than in a worker.
+        """
         super().setup(stage)
         if stage != "predict":
             self._parts = self.open_parts()
+            images = self._parts.val if stage in ("validate", "test") else self._parts.train
+            images[0]
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Each image once an epoch, counted on over the run."""
