@@ -15,11 +15,13 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".t
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Image files in a folder and below, sorted; hidden files, which macOS leaves in archives, are none."""
+    """Image files in a folder and below, sorted; hidden ones, which archives and viewers leave behind, are none."""
     return sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
     )
 
 

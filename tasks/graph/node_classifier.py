@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -23,6 +23,9 @@ from .packages import require
 from .pictures import draw_accuracy, draw_classes
 
 __all__ = ["NodeClassifier"]
+
+# The others convert a batch, and a graph is no collection of tensors to Lightning.
+_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
 class NodeClassifier(Task):
@@ -51,12 +54,14 @@ class NodeClassifier(Task):
         predict_split: Nodes that `predict` writes.
     """
 
-    unit = "nodes"
+    unit: ClassVar[str] = "nodes"
     headline = Headline(
         metric="test_accuracy_at_best",
         mode="max",
         label="test accuracy at the best validation",
         validated="val_accuracy",
+        validated_label="validation accuracy",
+        selected_by="best_val_accuracy",
     )
     best_val_accuracy: Tensor
     test_accuracy_at_best: Tensor
@@ -108,6 +113,25 @@ class NodeClassifier(Task):
         # In the checkpoint, so that a resumed run goes on from the same best.
         self.register_buffer("best_val_accuracy", torch.tensor(-1.0))
         self.register_buffer("test_accuracy_at_best", torch.tensor(float("nan")))
+
+    def setup(self, stage: str) -> None:
+        """Refuse what would fail at the first batch.
+
+        Raises:
+            ValueError: A precision that converts batches, or a number of sampled hops that is not that of the layers.
+        """
+        super().setup(stage)
+        if self.trainer.precision not in _PRECISIONS:
+            raise ValueError(
+                f"trainer.precision {self.trainer.precision} would convert the graph, which stays in float32: use "
+                "32-true or bf16-mixed"
+            )
+        hops, layers = getattr(self._data_module(), "num_neighbors", None), self.network_options["num_layers"]
+        if hops is not None and len(hops) != layers:
+            raise ValueError(
+                f"data.num_neighbors {hops} samples {len(hops)} hops, and the network has {layers} layers: give one "
+                "number for each layer"
+            )
 
     def configure_model(self) -> None:
         """Make the network for the data's features and classes.
@@ -248,6 +272,8 @@ class NodeClassifier(Task):
         return (self._predicted[1][nodes] == graph.y[nodes]).float().mean()
 
     def _edges_of(self, graph: Graph) -> Tensor | None:
+        if self.network.training and self.network.edge_dropout:
+            return None  # the network makes its own of the edges that are left
         if not graph.whole:
             return self.network.edges(graph.edge_index, graph.num_nodes)
         if self._edges is None or self._edges[0] is not graph:

@@ -15,7 +15,7 @@ __all__ = ["class_accuracies", "draw_accuracy", "draw_classes"]
 
 
 def draw_accuracy(folder: Path) -> Path:
-    """Training and validation accuracy by step, from the metrics of the whole run: `accuracy_curve.png`.
+    """Training and validation accuracy in percent by step, from the metrics of the whole run: `accuracy_curve.png`.
 
     Args:
         folder: The run folder.
@@ -31,9 +31,9 @@ def draw_accuracy(folder: Path) -> Path:
         ("test_accuracy_at_best", "test at the best validation"),
     ):
         if values := metrics.get(name):
-            axes.plot(list(values), list(values.values()), label=label, marker="o", markersize=3)
+            axes.plot(list(values), [100 * value for value in values.values()], label=label, marker="o", markersize=3)
     axes.set_xlabel("optimizer steps")
-    axes.set_ylabel("accuracy")
+    axes.set_ylabel("accuracy, %")
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
@@ -61,7 +61,7 @@ def class_accuracies(graph: Graph, predicted: Tensor) -> list[tuple[str, float, 
 
 
 def draw_classes(folder: Path, graph: Graph, predicted: Tensor) -> Path:
-    """Test accuracy of each class as bars: `accuracy_by_class.png`.
+    """Test accuracy of each class in percent as bars: `accuracy_by_class.png`.
 
     Args:
         folder: The run folder.
@@ -73,9 +73,9 @@ def draw_classes(folder: Path, graph: Graph, predicted: Tensor) -> Path:
     rows = class_accuracies(graph, predicted)
     figure = Figure(figsize=(7, 1 + 0.2 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    axes.barh([f"{name} ({count})" for name, _, count in rows], [share for _, share, _ in rows])
-    axes.set_xlabel("test accuracy (and test nodes) of each class")
-    axes.set_xlim(0, 1)
+    axes.barh([f"{name} ({count})" for name, _, count in rows], [100 * share for _, share, _ in rows])
+    axes.set_xlabel("test accuracy (and test nodes) of each class, %")
+    axes.set_xlim(0, 100)
     axes.tick_params(labelsize=7)
     axes.grid(axis="x", alpha=0.3)
     save_figure(figure, folder / "accuracy_by_class.png")

@@ -45,14 +45,14 @@ class ImageClassifier(Task):
         label_smoothing: Share of a label that is spread over all classes.
         mixup_alpha: Of the Beta distribution of mixup's weight; 0 for no mixup.
         cutmix_alpha: Of the Beta distribution of cutmix's area; 0 for no cutmix. With both, each batch takes one.
-        mix_probability: That a batch is mixed.
+        mix_probability: That a batch is mixed, with mixup or cutmix; 1 by default.
         ema_decay: Decay of an average of the weights, which validation and checkpoints then have; None for none.
         channels_last: Keep weights and images with channels innermost, which is faster on GPUs.
         compile: Compile the model with torch.compile.
     """
 
     unit: ClassVar[str] = "images"
-    headline: ClassVar[Headline] = Headline(metric="val_top1", mode="max", label="validation top-1 accuracy")
+    headline = Headline(metric="val_top1", mode="max", label="validation top-1 accuracy")
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class ImageClassifier(Task):
         label_smoothing: float = 0.0,
         mixup_alpha: float = 0.0,
         cutmix_alpha: float = 0.0,
-        mix_probability: float = 1.0,
+        mix_probability: float | None = None,
         ema_decay: float | None = None,
         channels_last: bool = False,
         compile: bool = False,  # noqa: A002 - the field's word
@@ -88,7 +88,7 @@ class ImageClassifier(Task):
         self.small_input = small_input
         self.options = dict(options or {})
         self.label_smoothing = label_smoothing
-        self.mixing_options = {
+        self.mixing_options: dict[str, Any] = {
             "mixup_alpha": mixup_alpha,
             "cutmix_alpha": cutmix_alpha,
             "probability": mix_probability,
@@ -204,9 +204,10 @@ class ImageClassifier(Task):
         images = data.part("predict")
         chances = self._scores(batch["image"]).softmax(dim=1)
         best = chances.topk(min(5, chances.shape[1]))
+        names = _class_names(data, chances.shape[1])
         rows = []
         for index, values, classes in zip(*(x.tolist() for x in (batch["index"], *best)), strict=True):
-            top = {data.class_names[number]: round(value, 4) for number, value in zip(classes, values, strict=True)}
+            top = {names[number]: round(value, 4) for number, value in zip(classes, values, strict=True)}
             first = next(iter(top))
             rows.append({"image": images.name(index), "class": first, "probability": top[first], "top5": top})
         return rows
@@ -241,10 +242,9 @@ class ImageClassifier(Task):
         if "val_top1" in metrics:
             drawn["accuracy"] = folder / "accuracy.png"
             draw_accuracy(metrics, drawn["accuracy"])
-        data: Any = self._data_module()
         if self._confusion is not None:
             drawn["confusion matrix"] = folder / "confusion_matrix.png"
-            names = getattr(data, "class_names", None) or [str(number) for number in range(len(self._confusion))]
+            names = _class_names(self._data_module(), len(self._confusion))
             draw_confusion(self._confusion, names, drawn["confusion matrix"])
         return drawn
 
@@ -306,3 +306,9 @@ class ImageClassifier(Task):
     def _data_module(self) -> Any:
         trainer = self._trainer
         return None if trainer is None else getattr(trainer, "datamodule", None)
+
+
+def _class_names(data: Any, num_classes: int) -> list[str]:
+    """A name for each output: the data's, and numbers for those that the data have no class for."""
+    names = getattr(data, "class_names", None) or ()
+    return [*names, *map(str, range(len(names), num_classes))]

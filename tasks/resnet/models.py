@@ -120,6 +120,8 @@ def _replace_first_convolution(model: nn.Module, name: str, in_channels: int) ->
 
 def _shrink_stem(model: nn.Module, name: str) -> None:
     first, pool = getattr(model, "conv1", None), getattr(model, "maxpool", None)
+    if isinstance(first, nn.Sequential) and pool is not None:
+        raise ValueError(f"model.small_input needs one first convolution; {name} has a stem of several: leave it out")
     if not isinstance(first, nn.Conv2d) or pool is None:
         raise ValueError(f"model.small_input is for ResNets, and {name} is none: leave it out")
     model.conv1 = _like(first, kernel_size=3, stride=1, padding=1)

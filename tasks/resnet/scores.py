@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import Metric
+
+from ..metrics import ExactMetric
 
 __all__ = ["LARGEST_CONFUSION", "ClassificationSums"]
 
@@ -13,7 +14,7 @@ LARGEST_CONFUSION = 50
 """Above so many classes a confusion matrix is neither kept nor drawn."""
 
 
-class ClassificationSums(Metric):
+class ClassificationSums(ExactMetric):
     """Counts what a classifier gets right, over all batches of all ranks.
 
     Counts are whole numbers, so that no order of batches and no number of ranks changes an accuracy.
@@ -22,7 +23,6 @@ class ClassificationSums(Metric):
         num_classes: Number of classes.
     """
 
-    full_state_update = False
     loss: Tensor
     count: Tensor
     top1: Tensor
@@ -32,7 +32,7 @@ class ClassificationSums(Metric):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.add_state("loss", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("loss", torch.zeros((), dtype=torch.float32), dist_reduce_fx="sum")
         for name in ("count", "top1", "top5"):
             self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         size = num_classes if num_classes <= LARGEST_CONFUSION else 0

@@ -150,6 +150,11 @@ def test_settings_out_of_range_are_refused(options):
         CallGraph(**options)
 
 
+def test_more_packages_than_there_are_are_refused(definitions):
+    with pytest.raises(ValueError, match=r"`num_packages` is 3, but there are 2 packages"):
+        CallGraph(num_packages=3).build(definitions)
+
+
 @pytest.mark.slow
 def test_the_standard_library_is_a_graph_and_its_split_does_not_follow_the_runs_seed(tmp_path):
     graphs = []

@@ -120,7 +120,7 @@ def test_batches_of_neighbours_follow_the_seed(graph, monkeypatch):
             self.edge_index = torch.zeros(2, 0, dtype=torch.int64)
             self.is_train = torch.isin(nodes, graph.train)
 
-    sampler = staticmethod(lambda seeds: Sampled(torch.cat([seeds, torch.randint(0, 23, (5,))])))
+    sampler = staticmethod(lambda positions: Sampled(torch.cat([graph.train[positions], torch.randint(0, 23, (5,))])))
     monkeypatch.setattr(NeighborBatches, "_loader", sampler)
     batches = NeighborBatches(graph, num_neighbors=[2], batch_size=4, seed=0)
     drawn = [batches[number] for number in range(6)]
@@ -129,6 +129,27 @@ def test_batches_of_neighbours_follow_the_seed(graph, monkeypatch):
         assert seeds.sort().values.tolist() == graph.train.sort().values.tolist()
     assert [numbers(batches[number]).tolist() for number in (4, 1)] == [numbers(drawn[n]).tolist() for n in (4, 1)]
     assert numbers(drawn[0]).tolist() != numbers(drawn[3]).tolist()
+
+
+@pytest.mark.filterwarnings("ignore:Using 'NeighborSampler' without a 'pyg-lib'")
+def test_the_sampler_is_asked_for_every_training_node_once_an_epoch(graph, monkeypatch):
+    """Through torch_geometric's own loader, whose sampler alone is compiled: it gets the nodes without neighbours."""
+    from torch_geometric.sampler import SamplerOutput
+
+    def without_neighbours(inputs):
+        none = inputs.node.new_empty(0)
+        return SamplerOutput(node=inputs.node, row=none, col=none, edge=none, metadata=(inputs.input_id, inputs.time))
+
+    batches = NeighborBatches(graph, num_neighbors=[2], batch_size=4, seed=0)
+    monkeypatch.setattr(batches._loader.node_sampler, "sample_from_nodes", without_neighbours)
+    for epoch in range(2):
+        drawn = [batches[3 * epoch + number] for number in range(3)]
+        assert [batch.num_nodes for batch in drawn] == [4, 4, 3]
+        seeds = torch.cat([numbers(batch)[batch.seeds] for batch in drawn])
+        assert seeds.sort().values.tolist() == graph.train.sort().values.tolist()
+        for batch in drawn:
+            assert torch.equal(batch.y, graph.y[numbers(batch)])
+            assert len(batch.train) == batch.num_nodes
 
 
 @pytest.mark.parametrize(
@@ -159,6 +180,11 @@ def test_splits_that_share_a_node_are_refused(graph):
         ({"num_workers": 2}, "leave `num_workers` out"),
         ({"num_parts": 0}, "at least 1"),
         ({"seed": -1}, "`seed` must be at least 0"),
+        ({"num_parts": 3}, "`num_parts` is for sampling parts, and sampling full has no use for it: leave it out"),
+        ({"num_neighbors": [3]}, r"or set data\.sampling neighbors"),
+        ({"sampling": "parts", "seed_nodes": 3}, "`seed_nodes` is for sampling neighbors"),
+        ({"num_neighbors": []}, "`num_neighbors` is a number for each hop"),
+        ({"num_neighbors": [3, 0]}, "`num_neighbors` is a number for each hop"),
     ],
 )
 def test_settings_out_of_range_are_refused(module, options, told):

@@ -147,6 +147,22 @@ def test_planetoids_missing_and_damaged_files_are_named(cora, tmp_path):
     (tmp_path / "data" / "Cora" / "raw" / "ind.cora.tx").unlink()
     with pytest.raises(ValueError, match=r"has no ind\.cora\.tx \(1 of 8 files are missing\)"):
         cora()
-    (tmp_path / "data" / "Cora" / "raw" / "ind.cora.tx").write_bytes(b"no pickle")
-    with pytest.raises(ValueError, match=r"Cora in .*: the files cannot be read"):
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"no pickle", "UnpicklingError"),
+        (b"", "EOFError: Ran out of input"),
+        (b"cno.such.module\nname\n.", "ModuleNotFoundError: No module named 'no'"),
+        (b"cbuiltins\nNotImplementedError\n(tR.", "TypeError"),
+        (b"cbuiltins\neval\n(Vexec('raise RuntimeError')\ntR.", "RuntimeError"),
+        (b"cbuiltins\neval\n(V{}['x']\ntR.", "KeyError: 'x'"),
+    ],
+)
+def test_pickles_that_cannot_be_read_are_told(content, told, cora, tmp_path):
+    """Also where the error has no text."""
+    write_planetoid(tmp_path / "data")
+    (tmp_path / "data" / "Cora" / "raw" / "ind.cora.tx").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"Cora in .*: the files cannot be read \({told}.*\): get them again"):
         cora()

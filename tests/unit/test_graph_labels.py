@@ -1,6 +1,8 @@
 """Losses, and labels as input features: none may leak into what it is asked for."""
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -129,6 +131,57 @@ def test_the_loss_is_over_the_seeds_of_a_sampled_batch(graph):
     sampled = Graph(**{**graph.__dict__, "seeds": torch.tensor([1, 3])})
     expected = node_losses(task(graph), graph.y, "cross_entropy")[[1, 3]].mean()
     torch.testing.assert_close(task.training_step(sampled, 0), expected)
+
+
+@pytest.mark.parametrize(("whole", "rate", "made"), [(False, 0.5, 1), (False, 0.0, 1), (True, 0.5, 1), (True, 0.0, 0)])
+def test_a_step_makes_one_matrix_of_the_edges_that_it_needs(graph, monkeypatch, whole, rate, made):
+    """None where the whole graph's is known, and no second one where edges are dropped."""
+    from lightning_adam_mini.tasks.graph import networks
+
+    calls, own = [], networks.normalised_adjacency
+    monkeypatch.setattr(networks, "normalised_adjacency", lambda *given: calls.append(1) or own(*given))
+    task, given = make_task(graph, edge_dropout=rate), replace(graph, whole=whole)
+    if whole:
+        task.eval()(given)
+        task.train()
+        calls.clear()
+    task.training_step(given, 0)
+    assert len(calls) == made
+
+
+def under_trainer(precision="32-true", num_neighbors=None, **options):
+    task = NodeClassifier(**options)
+    data = SimpleNamespace(num_neighbors=num_neighbors)
+    task._trainer = SimpleNamespace(precision=precision, datamodule=data)
+    return task
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "16-true"])
+def test_a_precision_that_converts_batches_is_refused(precision):
+    with pytest.raises(ValueError, match=rf"trainer\.precision {precision} .*: use 32-true or bf16-mixed"):
+        under_trainer(precision).setup("fit")
+    for other in ("32-true", "bf16-mixed", "16-mixed"):
+        under_trainer(other).setup("fit")
+
+
+def test_hops_are_as_many_as_layers():
+    under_trainer(num_neighbors=[3, 2], num_layers=2).setup("fit")
+    with pytest.raises(ValueError, match=r"data\.num_neighbors \[3, 2\] samples 2 hops, and the network has 3 layers"):
+        under_trainer(num_neighbors=[3, 2], num_layers=3).setup("fit")
+
+
+def test_pictures_are_in_percent(graph, tmp_path, monkeypatch):
+    from lightning_adam_mini.tasks.graph import pictures
+
+    drawn = {}
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: drawn.setdefault(path.name, figure.axes[0]))
+    monkeypatch.setattr(pictures, "read_metrics", lambda folder: {"val_accuracy": {5: 0.25, 10: 0.75}})
+    pictures.draw_accuracy(tmp_path)
+    assert drawn["accuracy_curve.png"].lines[0].get_ydata().tolist() == [25.0, 75.0]
+    pictures.draw_classes(tmp_path, graph, graph.y)
+    assert [bar.get_width() for bar in drawn["accuracy_by_class.png"].patches] == [
+        100.0
+    ] * 2  # test nodes have two classes
 
 
 @pytest.mark.parametrize(

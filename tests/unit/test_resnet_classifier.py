@@ -79,7 +79,7 @@ def test_mixing_draws_from_the_seed_of_the_step_and_as_often_as_set():
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(*drawn, strict=True))
     mixed = sum(shares.ndim == 2 for _, shares in drawn[0])
     assert 40 < mixed < 80
-    off = BatchMixing(mixup_alpha=0.0, cutmix_alpha=0.0, probability=1.0, num_classes=5)
+    off = BatchMixing(mixup_alpha=0.0, cutmix_alpha=0.0, probability=None, num_classes=5)
     assert off(images, labels)[0] is images
 
 
@@ -128,6 +128,7 @@ def test_scores_are_float32_at_least():
         ({"mixup_alpha": -1.0}, r"model\.mixup_alpha must be a number of at least 0"),
         ({"cutmix_alpha": float("nan")}, r"model\.cutmix_alpha must be"),
         ({"mix_probability": 2.0}, r"model\.mix_probability is a probability"),
+        ({"mix_probability": 0.5}, r"is for mixup and cutmix: set mixup_alpha or cutmix_alpha too"),
         ({"ema_decay": 1.0}, r"decay of the weights' average must be in \(0, 1\)"),
         ({"num_classes": 0}, r"model\.num_classes must be at least 1"),
         ({"num_classes": None}, "the number of classes is unknown without data; give model.num_classes"),
@@ -156,6 +157,23 @@ def test_classes_and_channels_are_the_datas():
     assert task(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
     assert task.flops_per_unit({}) > 0
     assert with_data(fake_data(), num_classes=12)(torch.zeros(2, 1, 28, 28)).shape == (2, 12)
+
+
+def test_outputs_without_a_class_are_named_by_their_number(tmp_path):
+    """In predictions and in the confusion matrix, where the model has more outputs than the data have classes."""
+    data = fake_data(num_classes=3, class_names=["ant", "bee", "cat"], image_shape=(3, 32, 32))
+    data.evaluation_shape, data.part = data.image_shape, lambda part: SimpleNamespace(name=str)
+    task = with_data(data, num_classes=6).eval()
+    with torch.no_grad():
+        (row,) = task.predict_step({"image": batch(1)["image"], "index": torch.tensor([4])}, 0)
+        scores = task(batch(1)["image"])
+    assert row["image"] == "4"
+    assert set(row["top5"]) < {"ant", "bee", "cat", "3", "4", "5"}
+    sums = ClassificationSums(6)
+    sums.update(scores, torch.tensor([2]))
+    task._confusion = sums.compute()["confusion"]
+    (picture,) = task.pictures(tmp_path).values()
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

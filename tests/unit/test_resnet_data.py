@@ -56,6 +56,10 @@ def test_test_images_are_their_own_or_those_of_validation(folders):
         (lambda root: (root / "val/bee").rename(root / "val/be"), r"val has no folder 'bee' \(1 such classes of"),
         (lambda root: (root / "val/dog").mkdir(), r"val/dog is no class of \S+/train .* move its images"),
         (lambda root: [file.unlink() for file in root.glob("val/*/*")], r"val holds no images"),
+        (
+            lambda root: [file.unlink() for file in root.glob("train/[ab]*/*")],
+            r"train/ant holds no images \(2 such classes\); give each class images to learn from",
+        ),
         (lambda root: [file.unlink() for file in root.glob("train/*/*")], r"train holds no images"),
     ],
 )
@@ -63,6 +67,30 @@ def test_a_tree_that_is_not_complete_is_told(folders, harm, told):
     harm(folders)
     with pytest.raises(ValueError, match=told):
         opened(ImageFolders(root=str(folders)))
+
+
+def test_a_validation_class_without_images_is_warned_of(folders):
+    (folders / "val/ant/000.jpg").unlink()
+    with pytest.warns(UserWarning, match=r"val/ant holds no images \(1 such classes\): the accuracy says nothing"):
+        assert len(opened(ImageFolders(root=str(folders))).part("val")) == 4
+
+
+def test_hidden_files_and_folders_are_no_images(folders):
+    """As macOS leaves them in archives, and notebooks beside their data."""
+    for part in ("train", "val"):
+        (folders / part / "ant" / "._000.jpg").write_bytes(b"no image")
+        (folders / part / "ant" / "folder.png").mkdir()
+        hidden = folders / part / "ant" / ".thumbnails"
+        hidden.mkdir()
+        (hidden / "000.jpg").write_bytes(b"no image")
+    data = opened(ImageFolders(root=str(folders)))
+    assert data.part("train").labels.bincount().tolist() == [4, 3, 5]
+    assert data.part("val").labels.bincount().tolist() == [1, 2, 2]
+
+
+def test_a_hidden_folder_above_the_images_hides_nothing(tmp_path):
+    write_tree(tmp_path / ".data", COUNTS)
+    assert len(opened(ImageFolders(root=str(tmp_path / ".data"))).part("train")) == 12
 
 
 def test_a_missing_root_is_told(tmp_path):
@@ -124,12 +152,16 @@ def test_images_to_predict(folders):
     (batch,) = data.predict_dataloader()
     assert batch["image"].shape == (2, 3, 16, 16)
     assert data.part("predict").name(1).endswith("val/cat/001.jpg")
+    assert data.part("predict") is data.part("predict"), "a folder is listed once"
+    (folders / "val" / "cat" / "._001.jpg").write_bytes(b"no image")
+    (folders / "val" / "cat" / "more.png").mkdir()
+    assert len(opened(ImageFolders(root=str(folders), predict_path=str(folders / "val/cat"))).part("predict")) == 2
     one = opened(ImageFolders(root=str(folders), predict_path=str(folders / "val/cat/001.jpg"), **options))
     assert len(one.part("predict")) == 1
     for path, told in ((folders / "none", "does not exist"), (folders / "empty", "holds no images")):
         (folders / "empty").mkdir(exist_ok=True)
         with pytest.raises(ValueError, match=f"data.predict_path: .*{told}"):
-            opened(ImageFolders(root=str(folders), predict_path=str(path), **options)).predict_dataloader()
+            ImageFolders(root=str(folders), predict_path=str(path), **options).setup("predict")
 
 
 def test_fashion_mnist_reads_packed_and_unpacked_files(tmp_path):
@@ -195,6 +227,18 @@ def test_the_baseline_of_images_in_memory_is_a_regression(tmp_path):
     assert opened(FashionMnist(path=str(tmp_path))).baseline() == ("logistic regression on the pixels", 1.0)
 
 
+def test_the_baseline_of_large_images_is_the_largest_class(tmp_path, monkeypatch):
+    """5,000 images of 96x96 pixels would be copied as gigabytes."""
+    from lightning_adam_mini.tasks.resnet.data import in_memory
+
+    write_fashion(tmp_path)
+    data = opened(FashionMnist(path=str(tmp_path)))
+    monkeypatch.setattr(in_memory, "_MOST_NUMBERS", 30 * 28 * 28)
+    assert data.baseline()[0] == "logistic regression on the pixels"
+    monkeypatch.setattr(in_memory, "_MOST_NUMBERS", 30 * 28 * 28 - 1)
+    assert data.baseline()[0] == "the largest class"
+
+
 def test_cifar10_as_torchvision_keeps_it(tmp_path, monkeypatch):
     rows = write_cifar10(tmp_path, monkeypatch)
     data = opened(TorchvisionData(root=str(tmp_path), transforms=Transforms(crop="center", flip=0.0), batch_size=8))
@@ -227,6 +271,29 @@ def test_mnist_as_torchvision_keeps_it(tmp_path):
     data = opened(TorchvisionData(name="MNIST", root=str(tmp_path), batch_size=8))
     assert data.transforms.flip == 0.0, "a mirrored digit is another one"
     assert data.part("train").images.shape == (30, 1, 28, 28)
+
+
+def cut_off(content):
+    return content[:-1]
+
+
+def of_another_type(content):
+    return b"\0\0\x0a" + content[3:]
+
+
+def of_other_images(content):
+    return content[:4] + (29).to_bytes(4) + content[8 : -28 * 28]
+
+
+@pytest.mark.parametrize("harm", [cut_off, of_another_type, of_other_images, lambda content: b""])
+def test_a_raw_file_of_mnist_that_is_damaged_is_told(tmp_path, harm):
+    write_fashion(tmp_path / "MNIST" / "raw")
+    for file in (tmp_path / "MNIST" / "raw").glob("*.gz"):
+        file.with_suffix("").write_bytes(gzip.decompress(file.read_bytes()))
+    file = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    file.write_bytes(harm(file.read_bytes()))
+    with pytest.raises(ValueError, match=r"cannot read MNIST \(.+\): data\.root = \S+ must hold MNIST/raw/ whole"):
+        opened(TorchvisionData(name="MNIST", root=str(tmp_path)))
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"num_workers": -1}, {"seed": -1}])

@@ -59,6 +59,8 @@ def test_a_small_input_keeps_its_size_up_to_the_first_stage():
     assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 7)
     with pytest.raises(ValueError, match=r"small_input is for ResNets, and vgg16 is none"):
         on_meta("vgg16", small_input=True)
+    with pytest.raises(ValueError, match=r"needs one first convolution; timm/resnet10t has a stem of several"):
+        on_meta("timm/resnet10t", small_input=True)
 
 
 def test_operations_are_those_of_the_papers():

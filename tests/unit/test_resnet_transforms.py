@@ -95,11 +95,31 @@ def test_values_of_the_data_set_fill_what_is_not_given():
         ({"std": (0.0, 0.1, 0.1)}, r"transforms\.std is of pixels in"),
         ({"size": 224, "resize": 200}, r"transforms\.resize = 200 is below the crop of 224"),
         ({"mean": (float("nan"),)}, r"transforms\.mean is of pixels"),
+        ({"scale": (0.5, 1.0)}, r"transforms\.scale is for crop resized, and crop padded has no use for it"),
+        ({"crop": "center", "padding": 2}, r"leave it out, or set transforms\.crop padded"),
+        ({"operations": 3}, r"transforms\.operations is for policy randaugment"),
+        ({"policy": "trivialaugment", "magnitude": 5}, r"transforms\.magnitude is for policy randaugment"),
     ],
 )
 def test_settings_out_of_range_are_told(options, told):
     with pytest.raises(ValueError, match=told):
         Transforms(**options)
+
+
+def test_options_of_a_crop_and_a_policy_reach_torchvision():
+    given = {"size": 24, "policy": "randaugment", **RGB}
+    own = Transforms(crop="resized", scale=(0.5, 0.6), operations=3, magnitude=0, **given).training().steps
+    assert (own[0].scale, own[2].num_ops, own[2].magnitude) == ((0.5, 0.6), 3, 0)
+    usual = Transforms(crop="resized", **given).training().steps
+    assert (usual[0].scale, usual[2].num_ops, usual[2].magnitude) == ((0.08, 1.0), 2, 9)
+    assert Transforms(**given).training().steps[1].padding == [4] * 4
+    assert len(Transforms(padding=0, **given).training().steps) == len(usual)
+
+
+def test_the_padding_of_the_data_set_is_for_padded_crops_alone():
+    assert Mnist5k().transforms.training().steps[1].padding == [2] * 4
+    assert Mnist5k(transforms=Transforms(padding=3)).transforms.padding == 3
+    assert Mnist5k(transforms=Transforms(crop="center")).transforms.padding is None
 
 
 def test_settings_that_do_not_fit_the_channels_are_told():

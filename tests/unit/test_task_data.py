@@ -128,7 +128,7 @@ def test_deep_images_are_refused(tmp_path):
 
 
 def test_images_are_found_below_a_folder_but_no_hidden_files(tmp_path):
-    for name in ("b.PNG", "a/c.jpg", "a/._c.jpg", ".hidden.png", "text.txt"):
+    for name in ("b.PNG", "a/c.jpg", "a/._c.jpg", ".hidden.png", ".thumbnails/a.jpg", "text.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()

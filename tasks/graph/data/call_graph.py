@@ -81,8 +81,14 @@ class CallGraph(GraphDataModule):
 
         Args:
             definitions: All of them; those of small packages give no node, but do count as definitions of a name.
+
+        Raises:
+            ValueError: There are fewer packages than are asked for.
         """
-        packages = [name for name, _ in Counter(one.package for one in definitions).most_common(self.num_packages)]
+        sizes = Counter(one.package for one in definitions)
+        if len(sizes) < self.num_packages:
+            raise ValueError(f"`num_packages` is {self.num_packages}, but there are {len(sizes)} packages: lower it.")
+        packages = [name for name, _ in sizes.most_common(self.num_packages)]
         kept = [number for number, one in enumerate(definitions) if one.package in packages]
         nodes = [definitions[number] for number in kept]
         edges = mention_edges(definitions, kept, self.max_definitions)

@@ -28,40 +28,52 @@ class GraphDataModule(SampledDataModule, ABC):
             each epoch, and a step sees one part and the edges within it (torch_geometric's RandomNodeLoader); it needs
             no compiled package. `neighbors` takes batches of training nodes with sampled neighbours (torch_geometric's
             NeighborLoader); it needs pyg-lib or torch-sparse.
-        num_parts: Parts of an epoch, for `parts`.
-        num_neighbors: Neighbours of each node that are sampled in each hop, for `neighbors`; as many hops as layers.
-        seed_nodes: Training nodes in a batch of one rank, for `neighbors`.
+        num_parts: Parts of an epoch, for `parts`; 10 by default.
+        num_neighbors: Neighbours of each node that are sampled in each hop, -1 for all, for `neighbors`; as many hops
+            as layers. 15, 10 and 5 by default.
+        seed_nodes: Training nodes in a batch of one rank, for `neighbors`; 1024 by default.
         num_workers: Processes that sample ahead; 0 with `full`, where there is nothing to do.
         seed: Picks parts and neighbours, and nothing else.
         cache_dir: Folder for prepared graphs. By default `$ADAM_MINI_CACHE`, else
             `$XDG_CACHE_HOME/lightning-adam-mini`, else `~/.cache/lightning-adam-mini`.
 
     Raises:
-        ValueError: A number is out of range, or the sampling needs a package that is not installed.
+        ValueError: A number is out of range or of another sampling, or the sampling needs a package that is not
+            installed.
     """
 
     def __init__(
         self,
         *,
         sampling: Literal["full", "parts", "neighbors"] = "full",
-        num_parts: int = 10,
+        num_parts: int | None = None,
         num_neighbors: list[int] | None = None,
-        seed_nodes: int = 1024,
+        seed_nodes: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
         cache_dir: str | None = None,
     ) -> None:
         super().__init__(batch_size=1, num_workers=num_workers, seed=seed)
-        if num_parts < 1 or seed_nodes < 1:
-            raise ValueError(f"`num_parts` and `seed_nodes` must be at least 1, got {num_parts} and {seed_nodes}.")
+        for name, number in {"num_parts": num_parts, "seed_nodes": seed_nodes}.items():
+            if number is not None and number < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {number}.")
+        if num_neighbors is not None and (not num_neighbors or any(n < 1 and n != -1 for n in num_neighbors)):
+            raise ValueError(
+                f"`num_neighbors` is a number for each hop, at least 1, or -1 for all neighbours; got {num_neighbors}."
+            )
+        _check_sampling(
+            sampling,
+            parts={"num_parts": num_parts},
+            neighbors={"num_neighbors": num_neighbors, "seed_nodes": seed_nodes},
+        )
         if sampling == "full" and num_workers:
             raise ValueError("sampling full hands out one graph that is there already: leave `num_workers` out.")
         if sampling == "neighbors":
             require_neighbor_sampling()
         self.sampling = sampling
-        self.num_parts = num_parts
-        self.num_neighbors = [15, 10, 5] if num_neighbors is None else list(num_neighbors)
-        self.seed_nodes = seed_nodes
+        self.num_parts = num_parts or 10
+        self.num_neighbors = list(num_neighbors or (15, 10, 5)) if sampling == "neighbors" else None
+        self.seed_nodes = seed_nodes or 1024
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self._graph: Graph | None = None
         self._placed: tuple[Graph, Graph] | None = None
@@ -134,6 +146,7 @@ class GraphDataModule(SampledDataModule, ABC):
         elif self.sampling == "parts":
             dataset = RandomParts(self.graph, num_parts=self.num_parts, seed=self.seed)
         else:
+            assert self.num_neighbors is not None
             dataset = NeighborBatches(
                 self.graph, num_neighbors=self.num_neighbors, batch_size=self.seed_nodes, seed=self.seed
             )
@@ -167,6 +180,17 @@ class GraphDataModule(SampledDataModule, ABC):
             graph = self.open_graph()
             graph.check(self.describe(), len(graph.class_names) or int(graph.y.max()) + 1)
             self._graph = graph
+
+
+def _check_sampling(sampling: str, **options: dict[str, Any]) -> None:
+    """Raise where an option is given whose sampling is another; `options` are those of each sampling by name."""
+    for own, values in options.items():
+        for name, value in values.items():
+            if value is not None and sampling != own:
+                raise ValueError(
+                    f"`{name}` is for sampling {own}, and sampling {sampling} has no use for it: leave it out, or set "
+                    f"data.sampling {own}."
+                )
 
 
 def _take_only(items: list[Graph]) -> Graph:

@@ -93,17 +93,19 @@ class Planetoid(GraphDataModule):
         try:
             data = read_planetoid_data(str(raw), self.graph_name.lower())
         except (
-            OSError,
-            ValueError,
-            IndexError,
-            EOFError,
-            RuntimeError,
+            # Of files that are no pickles, and of pickles that other versions of Python and numpy wrote.
             AttributeError,
+            EOFError,
+            ImportError,
+            LookupError,
+            OSError,
+            RuntimeError,
+            TypeError,
+            ValueError,
             pickle.UnpicklingError,
         ) as error:
-            raise ValueError(
-                f"{self.describe()}: the files cannot be read ({str(error).splitlines()[0][:120]}): get them again"
-            ) from error
+            told = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}".removesuffix(": ")
+            raise ValueError(f"{self.describe()}: the files cannot be read ({told}): get them again") from error
         x = data.x.float()
         if self.normalize_features:
             x = x / x.sum(dim=1, keepdim=True).clamp(min=1.0)

@@ -90,19 +90,19 @@ class NeighborBatches(Dataset[Graph]):
     def __getitem__(self, number: int) -> Graph:
         epoch, batch = divmod(number, len(self))
         order = torch.randperm(len(self.graph.train), generator=_generator(self.seed, epoch))
-        seeds = self.graph.train[order[batch * self.batch_size : (batch + 1) * self.batch_size]]
+        positions = order[batch * self.batch_size : (batch + 1) * self.batch_size]
         with torch.random.fork_rng(devices=[]):  # the samplers draw from torch's global generator
             torch.manual_seed(_number(self.seed, "neighbours", number))
-            sampled = self._loader(seeds)
+            sampled = self._loader(positions)  # in `input_nodes`
         return replace(
             self.graph,
             x=sampled.x,
             y=sampled.y,
             edge_index=sampled.edge_index,
             train=sampled.is_train.nonzero().flatten(),
-            val=seeds.new_empty(0),
-            test=seeds.new_empty(0),
-            seeds=torch.arange(len(seeds)),  # the sampler puts them first
+            val=positions.new_empty(0),
+            test=positions.new_empty(0),
+            seeds=torch.arange(len(positions)),  # the sampler puts them first
             node_names=(),
         )
 

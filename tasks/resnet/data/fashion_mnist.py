@@ -42,14 +42,14 @@ class FashionMnist(InMemoryImages):
         self,
         *,
         path: str = "/usr/share/datasets/fashion-mnist",
-        transforms: Transforms = Transforms(padding=2),  # noqa: B008 - frozen
+        transforms: Transforms = Transforms(),  # noqa: B008 - frozen
         batch_size: int = 64,
         num_workers: int = 0,
         seed: int = 0,
         predict_path: str | None = None,
     ) -> None:
         super().__init__(
-            transforms=settled(transforms, size=28, flip=0.5, mean=(0.2860,), std=(0.3530,)),
+            transforms=settled(transforms, size=28, padding=2, flip=0.5, mean=(0.2860,), std=(0.3530,)),
             channels=1,
             batch_size=batch_size,
             num_workers=num_workers,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from ...data.images import IMAGE_SUFFIXES
-from .image_sets import ImageFiles, ImageSet
+from .image_sets import DecodedFiles, ImageSet
 from .module import ImageDataModule, settled
 from .transforms import IMAGENET_MEAN, IMAGENET_STD, Transforms
 
@@ -70,7 +73,8 @@ class ImageFolders(ImageDataModule):
         """See `ImageDataModule`.
 
         Raises:
-            ValueError: A folder is missing or holds no images, or the classes of the parts differ.
+            ValueError: A folder is missing or holds no images, a class has no image to train with, or the classes of
+                the parts differ.
         """
         mode = "L" if self.channels == 1 else "RGB"
         parts: dict[str, ImageSet] = {}
@@ -78,8 +82,19 @@ class ImageFolders(ImageDataModule):
             if name == "test" and not (self.root / name).is_dir():
                 continue
             self._check_classes(name)
-            parts[name] = _read_part(self.root / name, self.class_names, mode)
+            images = _read_part(self.root / name, self.class_names, mode)
+            self._check_counts(name, images.labels.bincount(minlength=self.num_classes).tolist())
+            parts[name] = images
         return parts
+
+    def _check_counts(self, part: str, counts: list[int]) -> None:
+        empty = [name for name, count in zip(self.class_names, counts, strict=True) if not count]
+        if not empty:
+            return
+        told = f"{self.root / part / empty[0]} holds no images ({len(empty)} such classes)"
+        if part == "train":
+            raise ValueError(f"{told}; give each class images to learn from, or remove its folder from all parts")
+        rank_zero_warn(f"{told}: the accuracy says nothing about them")
 
     def _check_classes(self, part: str) -> None:
         known, own = set(self.class_names), set(_folders(self.root / part, self.root))
@@ -109,11 +124,16 @@ def _folders(folder: Path, root: Path) -> tuple[str, ...]:
     return names
 
 
-def _read_part(folder: Path, classes: Sequence[str], mode: str) -> ImageFiles:
+def _read_part(folder: Path, classes: Sequence[str], mode: str) -> DecodedFiles:
     from torchvision.datasets.folder import make_dataset
 
     numbers = {name: number for number, name in enumerate(classes)}
-    samples = make_dataset(str(folder), numbers, extensions=tuple(IMAGE_SUFFIXES), allow_empty=True)
+    suffixes, start = tuple(IMAGE_SUFFIXES), len(str(folder))
+
+    def is_image(path: str) -> bool:
+        return path.lower().endswith(suffixes) and f"{os.sep}." not in path[start:]  # not macOS's hidden `._x.jpg`
+
+    samples = make_dataset(str(folder), numbers, is_valid_file=is_image, allow_empty=True)
     if not samples:
         raise ValueError(f"{folder} holds no images (*{', *'.join(sorted(IMAGE_SUFFIXES))}) in its class folders")
-    return ImageFiles([path for path, _ in samples], [number for _, number in samples], mode)
+    return DecodedFiles([path for path, _ in samples], [number for _, number in samples], mode)

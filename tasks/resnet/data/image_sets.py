@@ -19,7 +19,7 @@ from ...data.images import read_image
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ImageFiles", "ImageSet", "ImageTensors", "TransformedImages"]
+__all__ = ["DecodedFiles", "ImageSet", "ImageTensors", "TransformedImages"]
 
 
 class ImageSet(Protocol):
@@ -63,7 +63,7 @@ class ImageTensors:
         return index
 
 
-class ImageFiles:
+class DecodedFiles:
     """Image files, decoded by Pillow.
 
     Args:

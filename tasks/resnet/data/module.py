@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ...data.images import IMAGE_SUFFIXES
+from ...data.images import find_images
 from ...data.module import SampledDataModule
 from ...data.padding import PaddedItems, collate_padded
 from ...data.shuffling import ShuffledSamples
-from .image_sets import ImageFiles, ImageSet, TransformedImages
+from .image_sets import DecodedFiles, ImageSet, TransformedImages
 from .transforms import Transforms
 
 __all__ = ["ImageDataModule"]
@@ -101,16 +101,18 @@ class ImageDataModule(SampledDataModule, ABC):
         super().setup(stage)
         if not self._sets:
             self._sets = self.open_images()
+        if stage == "predict":
+            self.part("predict")  # what is wrong with its path is told before the network is made
 
     def part(self, name: str) -> ImageSet:
         """The images of `train`, `val`, `test` or `predict`, after `setup`."""
         if not self._sets:
             raise RuntimeError(f"{type(self).__name__} is not set up: call `setup()` first.")
-        if name == "predict" and self.predict_path is not None:
-            return _files_to_predict(self.predict_path, "L" if self.channels == 1 else "RGB")
+        if name == "predict" and self.predict_path is not None and name not in self._sets:
+            self._sets[name] = _files_to_predict(self.predict_path, "L" if self.channels == 1 else "RGB")
         return self._sets[name if name in self._sets else "val"]
 
-    def baseline(self) -> tuple[str, float] | None:
+    def baseline(self) -> tuple[str, float]:
         """What is easily reached on the validation images: how, and its top-1 accuracy."""
         counts = self.part("train").labels.bincount(minlength=self.num_classes)
         share = (self.part("val").labels == counts.argmax()).double().mean()
@@ -152,7 +154,9 @@ class ImageDataModule(SampledDataModule, ABC):
 
 
 def settled(transforms: Transforms, **own: Any) -> Transforms:
-    """The transforms with the data set's own values in place of None."""
+    """The transforms with the data set's own values in place of None; its padding where the crop is padded."""
+    if transforms.crop != "padded":
+        own.pop("padding", None)
     return replace(transforms, **{name: value for name, value in own.items() if getattr(transforms, name) is None})
 
 
@@ -161,13 +165,11 @@ def _collate(items: list[tuple[int, Any]]) -> dict[str, Tensor]:
     return {"index": index, **batch}
 
 
-def _files_to_predict(path: str, mode: str) -> ImageFiles:
+def _files_to_predict(path: str, mode: str) -> DecodedFiles:
     """An image, or the images below a folder in the order of their names."""
     root = Path(path).expanduser()
-    files = sorted(file for file in root.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES) if root.is_dir() else []
-    if root.is_file():
-        files = [root]
+    files = [root] if root.is_file() else find_images(root)
     if not files:
         problem = "holds no images" if root.is_dir() else "does not exist"
         raise ValueError(f"data.predict_path: {root} {problem}; give an image, or a folder of images")
-    return ImageFiles(files, [-1] * len(files), mode)
+    return DecodedFiles(files, [-1] * len(files), mode)

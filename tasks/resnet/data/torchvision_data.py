@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -104,22 +105,25 @@ class TorchvisionData(InMemoryImages):
             ValueError: The files are missing or damaged.
         """
         parts = {part: self._open(part) for part in ("train", "test")}
-        names = getattr(parts["train"], "classes", None)
-        if names is not None and len(names) == len(self._classes):
+        names = parts["train"][1]
+        if len(names) == len(self._classes):
             self._classes = tuple(map(str, names))
-        return {"train": _tensors(parts["train"]), "val": _tensors(parts["test"])}
+        return {"train": parts["train"][0], "val": parts["test"][0]}
 
-    def _open(self, part: str) -> Any:
+    def _open(self, part: str) -> tuple[ImageTensors, Sequence[str]]:
+        """Images of a part, and the names of their classes where the set tells them."""
         import torchvision.datasets
 
         known = _SETS[self.set_name]
         options: dict[str, Any] = {"split": part} if known.by_split else {"train": part == "train"}
         try:
-            return getattr(torchvision.datasets, self.set_name)(str(self.root), download=False, **options)
+            data = getattr(torchvision.datasets, self.set_name)(str(self.root), download=False, **options)
+            return _tensors(data), getattr(data, "classes", None) or ()
         except ModuleNotFoundError as error:
             raise ValueError(f"{self.set_name} needs the package {error.name}; install it with pip") from error
-        except (RuntimeError, OSError, ValueError, EOFError) as error:
-            told = " ".join(str(error).split())[:160]
+        except (RuntimeError, OSError, ValueError, EOFError, AssertionError, TypeError, LookupError) as error:
+            # torchvision asserts without a word what it expects of a file.
+            told = " ".join(str(error).split())[:160] or "a file is cut off or no part of the set"
             raise ValueError(
                 f"cannot read {self.set_name} ({told}): data.root = {self.root} must hold {known.files} whole, as "
                 f'`torchvision.datasets.{self.set_name}("{self.root}", ..., download=True)` leaves it'

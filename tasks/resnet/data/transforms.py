@@ -14,6 +14,14 @@ __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Transforms"]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+# The crop or policy that alone reads an option.
+_OWNERS = {
+    "scale": ("crop", "resized"),
+    "padding": ("crop", "padded"),
+    "operations": ("policy", "randaugment"),
+    "magnitude": ("policy", "randaugment"),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Transforms:
@@ -23,12 +31,12 @@ class Transforms:
         size: Height and width of what the model gets, in pixels.
         crop: For training: `resized` takes a random part of the image and resizes it (as for ImageNet), `padded` pads
             and takes a random window (as for CIFAR), `center` is validation's.
-        scale: Of `resized`: smallest and largest part of the area.
-        padding: Of `padded`: pixels of black on each side.
+        scale: Of `resized`: smallest and largest part of the area; 0.08 and 1 by default.
+        padding: Of `padded`: pixels of black on each side; 4 by default, where the data set says nothing else.
         flip: Probability of a horizontal flip in training.
         policy: Augmentation that draws from a list of operations, by its name in torchvision, or `none`.
-        operations: Of `randaugment`: operations an image.
-        magnitude: Of `randaugment`: their strength, 0 to 30.
+        operations: Of `randaugment`: operations an image; 2 by default.
+        magnitude: Of `randaugment`: their strength, 0 to 30; 9 by default.
         erasing: Probability that a rectangle is replaced by the mean in training.
         resize: For validation: the shorter side before the central crop of `size`; None for `size` itself.
         eval_size: Height and width of what the model gets in validation; None for `size`.
@@ -37,17 +45,17 @@ class Transforms:
         std: Of each channel, in [0, 1].
 
     Raises:
-        ValueError: A value is out of its range.
+        ValueError: A value is out of its range, or of another crop or policy.
     """
 
     size: int | None = None
     crop: Literal["resized", "padded", "center"] = "padded"
-    scale: tuple[float, float] = (0.08, 1.0)
-    padding: int = 4
+    scale: tuple[float, float] | None = None
+    padding: int | None = None
     flip: float | None = None
     policy: Literal["none", "randaugment", "autoaugment", "trivialaugment"] = "none"
-    operations: int = 2
-    magnitude: int = 9
+    operations: int | None = None
+    magnitude: int | None = None
     erasing: float = 0.0
     resize: int | None = None
     eval_size: int | None = None
@@ -65,11 +73,11 @@ class Transforms:
             value = getattr(self, name)
             if value is not None and not 0.0 <= value <= 1.0:
                 raise ValueError(f"transforms.{name} is a probability in [0, 1], not {value}")
-        if self.padding < 0:
+        if self.padding is not None and self.padding < 0:
             raise ValueError(f"transforms.padding must not be negative, not {self.padding}")
-        if not 0 <= self.magnitude <= 30:
+        if self.magnitude is not None and not 0 <= self.magnitude <= 30:
             raise ValueError(f"transforms.magnitude must be in 0 to 30, not {self.magnitude}")
-        if not 0.0 < self.scale[0] <= self.scale[1] <= 1.0:
+        if self.scale is not None and not 0.0 < self.scale[0] <= self.scale[1] <= 1.0:
             raise ValueError(
                 f"transforms.scale is two parts of the area in (0, 1], the smaller first, not {self.scale}"
             )
@@ -81,6 +89,13 @@ class Transforms:
             raise ValueError(
                 f"transforms.resize = {self.resize} is below the crop of {self.eval_size or self.size}; raise resize"
             )
+        for name, (option, owner) in _OWNERS.items():
+            chosen = getattr(self, option)
+            if getattr(self, name) is not None and chosen != owner:
+                raise ValueError(
+                    f"transforms.{name} is for {option} {owner}, and {option} {chosen} has no use for it: leave it "
+                    f"out, or set transforms.{option} {owner}"
+                )
 
     def training(self) -> Callable[[Any], Any]:
         """From a PIL image or a `uint8` tensor `(C, H, W)` to a `uint8` tensor, at random by torch's generator."""
@@ -92,17 +107,19 @@ class Transforms:
         steps: list[Callable[[Any], Any]] = []
         mode = v2.InterpolationMode(self.interpolation)
         if self.crop == "resized":
-            steps.append(v2.RandomResizedCrop(self.size, scale=self.scale, interpolation=mode, antialias=True))
+            scale = self.scale or (0.08, 1.0)
+            steps.append(v2.RandomResizedCrop(self.size, scale=scale, interpolation=mode, antialias=True))
         elif self.crop == "padded":
             steps.append(_Sized(self.size, mode))
-            if self.padding:
-                steps.append(v2.RandomCrop(self.size, padding=self.padding))
+            if padding := 4 if self.padding is None else self.padding:
+                steps.append(v2.RandomCrop(self.size, padding=padding))
         else:
             steps += self._central(self.size, mode)
         if self.flip:
             steps.append(v2.RandomHorizontalFlip(self.flip))
         if self.policy == "randaugment":
-            steps.append(v2.RandAugment(self.operations, self.magnitude, interpolation=mode))
+            magnitude = 9 if self.magnitude is None else self.magnitude
+            steps.append(v2.RandAugment(self.operations or 2, magnitude, interpolation=mode))
         elif self.policy != "none":
             policy = v2.AutoAugment if self.policy == "autoaugment" else v2.TrivialAugmentWide
             steps.append(policy(interpolation=mode))
