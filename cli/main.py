@@ -88,10 +88,14 @@ def _dispatch(command: str, rest: list[str]) -> int:
 
         explain(rest)
         return 0
-    if command in ("compare", "report"):
-        from .compare import command as comparison
+    if command == "compare":
+        from .compare.command import main as compare
 
-        return comparison.main(rest) if command == "compare" else comparison.report(rest)
+        return compare(rest)
+    if command == "report":
+        from .compare.reporting import report
+
+        return report(rest)
     _show_log()
     if command == "export":
         from .export import main as export

@@ -6,9 +6,17 @@ import os
 import re
 from pathlib import Path
 
-from lightning.pytorch.utilities import rank_zero_warn
+__all__ = [
+    "CLAIM_NAME",
+    "choose_run_dir",
+    "forget_run_dir",
+    "holds_run",
+    "last_checkpoint",
+    "resolve_checkpoint",
+]
 
-__all__ = ["choose_run_dir", "forget_run_dir", "holds_run", "last_checkpoint", "resolve_checkpoint"]
+CLAIM_NAME = ".claim"
+"""File by which a process takes a folder, before its run leaves a trace there."""
 
 _INHERITED = "ADAM_MINI_RUN_DIR"
 """Processes that Lightning starts for other ranks take the folder of the first."""
@@ -61,7 +69,7 @@ def _claim(folder: Path) -> bool:
     if {"RANK", "LOCAL_RANK", "SLURM_PROCID"} & os.environ.keys():
         return True
     folder.mkdir(parents=True, exist_ok=True)
-    claim = folder / ".claim"
+    claim = folder / CLAIM_NAME
     for _ in range(2):
         try:
             with claim.open("x") as file:
@@ -117,6 +125,8 @@ def resolve_checkpoint(checkpoint: str, run_dir: Path, *, may_start: bool) -> st
     if newest is not None:
         return str(newest)
     if may_start and not _others(run_dir):
+        from lightning.pytorch.utilities import rank_zero_warn  # seconds, which light commands do not have
+
         rank_zero_warn(f"--ckpt_path last: {run_dir} holds no checkpoint yet, so the run starts from its first step")
         return None
     raise ValueError(f"--ckpt_path last: no checkpoint in {run_dir / 'checkpoints'}; name the run with --run_dir")

@@ -1,7 +1,8 @@
 """A stand-in for `adam-mini fit` that trains nothing and starts at once: what comparisons see of a run.
 
-The loss is lowest at a learning rate of 1e-3. SGD fails; a learning rate of 1 or more diverges. Each step takes
-`STAND_IN_STEP` seconds. Ctrl-C and SIGTERM save the step, with which `--ckpt_path=last` goes on.
+The loss is lowest at a learning rate of 1e-3. SGD fails, and so does the learning rate `STAND_IN_FAILS_AT`; one of 1 or
+more diverges. With `STAND_IN_INTERRUPTED`, it ends as after a signal. Each step takes `STAND_IN_STEP` seconds. Ctrl-C
+and SIGTERM save the step, with which `--ckpt_path=last` goes on.
 """
 
 import json
@@ -43,6 +44,10 @@ def main():
     folder = Path(options["run_dir"])
     if optimizer == "SGD":
         sys.exit("some line\nadam-mini: error: SGD cannot train this model\nlast words")
+    if str(lr) == os.environ.get("STAND_IN_FAILS_AT"):
+        sys.exit("adam-mini: error: the disk is full")
+    if "STAND_IN_INTERRUPTED" in os.environ:
+        sys.exit(128 + signal.SIGTERM)
     if lr >= 1:
         sys.stderr.write("adam-mini: error: training has diverged: the training loss is not finite at step 2\n")
         sys.exit(3)

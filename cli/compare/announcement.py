@@ -13,8 +13,15 @@ from .status import FINISHED, read_status
 __all__ = ["tell_commands", "tell_plan"]
 
 
-def tell_plan(grid: Grid, out: Path, num_jobs: int, threads: int) -> None:
-    """Print how many runs there are, with which learning rates, and what else a user must know of them."""
+def tell_plan(grid: Grid, out: Path, num_jobs: int | None, threads: int | None) -> None:
+    """Print how many runs there are, with which learning rates, and what else a user must know of them.
+
+    Args:
+        grid: The runs.
+        out: Folder of the comparison.
+        num_jobs: Runs at a time; None for no limit.
+        threads: Threads of each; None where its job decides.
+    """
     plan, tuning = grid.plan, grid.tuning_runs()
     others = len(plan.seeds) - len(plan.tuning_seeds)
     num_final = others * len(grid.lrs)
@@ -38,7 +45,9 @@ def tell_plan(grid: Grid, out: Path, num_jobs: int, threads: int) -> None:
         say(f"all runs: {' '.join(plan.common)}")
     for note in settings_of(grid):
         say(f"note: {note}")
-    say(f"{num_jobs} at a time with {threads} thread(s) each, in {out}")
+    at_a_time = "all at once" if num_jobs is None else f"{num_jobs} at a time"
+    each = "as many threads as their jobs give them" if threads is None else f"{threads} thread(s) each"
+    say(f"{at_a_time} with {each}, in {out}")
 
 
 def tell_commands(grid: Grid, out: Path) -> None:

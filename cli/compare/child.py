@@ -53,10 +53,16 @@ def guard() -> None:
 def wait_until_free(folder: Path) -> None:
     """Wait until a run that a killed comparison left behind has saved its checkpoint.
 
+    Its claim of the folder goes too: by then its process number may be that of another, living process.
+
     Raises:
         ValueError: It does not end.
     """
-    _lock(folder).release()
+    from ..run_folder import CLAIM_NAME
+
+    lock = _lock(folder)
+    (folder / CLAIM_NAME).unlink(missing_ok=True)
+    lock.release()
 
 
 _keep: list[BaseFileLock] = []  # a lock that is collected is released

@@ -3,162 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = [
-    "Comparison",
-    "Costs",
-    "Entry",
-    "Estimate",
-    "Headline",
-    "LearningRate",
-    "Point",
-    "Profile",
-    "Ratios",
-    "RunResult",
-    "Status",
-    "TaskComparison",
-    "ToTarget",
-    "Verdict",
-]
+from .outcomes import Estimate, Profile, ToTarget, Verdict
+from .run_result import Costs, Headline, RunResult, Status
 
-Status = Literal["done", "diverged", "failed", "timeout", "interrupted", "pending"]
-"""How a run ended; `pending` has not begun, or is not yet over."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Headline:
-    """The figure that runs of a task are compared by.
-
-    Args:
-        metric: Its name; the last value of a run counts.
-        mode: Whether less (`min`) or more (`max`) is better.
-        label: Its name for readers.
-        curve: The metric of each validation that is drawn over steps; `metric` itself where a task names no other.
-    """
-
-    metric: str = "val_loss"
-    mode: Literal["min", "max"] = "min"
-    label: str = "validation loss"
-    curve: str = "val_loss"
-
-
-@dataclass(frozen=True)
-class Point:
-    """One value of a curve.
-
-    Args:
-        step: Optimizer steps taken.
-        seconds: Seconds of training until then, without validation; None where a run did not log them.
-        value: The value.
-    """
-
-    step: int
-    seconds: float | None
-    value: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Costs:
-    """What a run cost on one rank; None where it is not known. Names are those of `result.json`.
-
-    Args:
-        step_milliseconds: Time of a training step.
-        optimizer_milliseconds: Of it the optimizer's update.
-        units_per_second: Throughput over all ranks.
-        unit: What throughput counts: samples, tokens, nodes.
-        peak_memory_bytes: Peak memory, measured.
-        optimizer_state_bytes: The optimizer's state, measured.
-        predicted_state_bytes: The same, predicted from the shapes before training.
-        adamw_state_bytes: AdamW's state for the same model, predicted.
-        parameters: Number of parameters.
-        parameter_bytes: Their bytes.
-        training_seconds: Seconds of all training steps, without validation.
-    """
-
-    step_milliseconds: float | None = None
-    optimizer_milliseconds: float | None = None
-    units_per_second: float | None = None
-    unit: str | None = None
-    peak_memory_bytes: float | None = None
-    optimizer_state_bytes: float | None = None
-    predicted_state_bytes: float | None = None
-    adamw_state_bytes: float | None = None
-    parameters: float | None = None
-    parameter_bytes: float | None = None
-    training_seconds: float | None = None
-
-    @property
-    def predicted_memory_bytes(self) -> float | None:
-        """Parameters, gradients of the same size and the optimizer's state, predicted; activations are not in it."""
-        if self.parameter_bytes is None or self.predicted_state_bytes is None:
-            return None
-        return 2 * self.parameter_bytes + self.predicted_state_bytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunResult:
-    """One run of the grid, whether it came to its end or not.
-
-    Args:
-        recipe: The recipe as the user named it.
-        optimizer: Label of the optimizer.
-        lr: Peak learning rate.
-        seed: Seed of the run.
-        folder: The run folder.
-        status: How it ended.
-        message: Why it did not end well; empty otherwise.
-        value: Headline figure; None unless the run is done.
-        steps: Optimizer steps taken; None where it left no result.
-        curve: The headline's curve, one point a validation.
-        train_curve: The training loss, one point a row of the log.
-        metrics: Last value of each metric.
-        costs: What it cost.
-        hardware: As `result.json` has it.
-        versions: As `result.json` has it.
-        command: The command of the run, as a user would type it.
-        wall_seconds: Seconds from the start of the process to its end, of all starts together.
-    """
-
-    recipe: str
-    optimizer: str
-    lr: float
-    seed: int
-    folder: Path
-    status: Status
-    message: str = ""
-    value: float | None = None
-    steps: int | None = None
-    curve: tuple[Point, ...] = ()
-    train_curve: tuple[Point, ...] = ()
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    costs: Costs = Costs()
-    hardware: Mapping[str, Any] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
-    command: tuple[str, ...] = ()
-    wall_seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Mean and sample standard deviation of `n` values; a single value has no deviation."""
-
-    mean: float
-    std: float | None
-    n: int
+__all__ = ["Comparison", "Entry", "LearningRate", "Ratios", "TaskComparison"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearningRate:
-    """What one learning rate of an optimizer came to on the tuning seeds.
+    """What one learning rate of an optimizer came to.
 
     Args:
         lr: The peak learning rate.
         values: Headline figure by seed, of all seeds that ran with it; None where a run did not come to its end.
         statuses: How each of them ended, by seed.
-        tuning: Estimate over the tuning seeds that came to their end; None where none did.
+        tuning: Estimate of the figure that chooses, over the tuning seeds that came to their end; None where none did.
+        unfinished: Tuning seeds that neither came to their end nor diverged: the rate was not tried as planned.
         eligible: Whether all tuning seeds came to their end, so that it may be the best.
     """
 
@@ -166,20 +29,8 @@ class LearningRate:
     values: Mapping[int, float | None]
     statuses: Mapping[int, Status]
     tuning: Estimate | None
+    unfinished: tuple[int, ...]
     eligible: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class ToTarget:
-    """When the curve first reached the target at the best learning rate.
-
-    Args:
-        by_seed: Optimizer steps, or seconds of training; None where it never did.
-        median: Median over the seeds, a seed that never did counting as later than any other; None is never.
-    """
-
-    by_seed: Mapping[int, float | None]
-    median: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,26 +41,6 @@ class Ratios:
     optimizer_milliseconds: float | None = None
     peak_memory_bytes: float | None = None
     optimizer_state_bytes: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """Whether the difference to the reference exceeds the spread over seeds.
-
-    Args:
-        word: `better`, `worse` and `within the spread` say where the interval of the difference lies; `reference`
-            stands for itself; `no verdict` where there are too few values.
-        text: The verdict for readers, with the reason where there is none.
-        difference: Mean headline figure less the reference's.
-        interval: 95 % confidence interval of the difference, by Welch's t (Welch 1947).
-        p_value: Two-sided, of no difference.
-    """
-
-    word: Literal["better", "worse", "within the spread", "reference", "no verdict"]
-    text: str
-    difference: float | None = None
-    interval: tuple[float, float] | None = None
-    p_value: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,16 +89,15 @@ class TaskComparison:
         recipe: The recipe as the user named it.
         title: First line of the recipe.
         headline: What runs are compared by.
-        unit: What throughput counts.
-        target: Mean over the seeds of the last value of the reference's curve at its best learning rate; None where
-            the reference has no run that came to its end.
+        target: Median over the seeds of the last value of the reference's curve at its best learning rate, of an even
+            number the worse of the middle two; a seed that diverged is worse than any other. So half of its seeds at
+            least reach it. None where the reference has none.
         entries: One for each optimizer, in the order of the command.
     """
 
     recipe: str
     title: str
     headline: Headline
-    unit: str
     target: float | None
     entries: tuple[Entry, ...]
 
@@ -275,23 +105,11 @@ class TaskComparison:
         """The entry of a label."""
         return next(entry for entry in self.entries if entry.optimizer == optimizer)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Profile:
-    """Performance profile of an optimizer over the tasks (Dolan and More 2002; Dahl et al. 2023).
-
-    Args:
-        optimizer: Its label.
-        factors: By recipe: its time to the target in units of the quickest optimizer's; None where it never got
-            there. Tasks on which no optimizer did are left out.
-        taus: Factors at which the profile steps, from 1.
-        shares: Share of the tasks on which the optimizer is within each factor.
-    """
-
-    optimizer: str
-    factors: Mapping[str, float | None]
-    taus: tuple[float, ...]
-    shares: tuple[float, ...]
+    @property
+    def selection_differs(self) -> bool:
+        """Whether learning rates were chosen by another figure than the headline, so that this one was held out."""
+        runs = (run for entry in self.entries for run in entry.runs if run.status == "done")
+        return any(run.selection != run.value for run in runs)
 
 
 @dataclass(frozen=True, kw_only=True)

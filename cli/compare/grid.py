@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .optimizers import OptimizerChoice, did_you_mean, own_weight_decay, parse_optimizers
 from .plan import Plan
-from .recipe import Recipe, read_recipe
+from .recipe import Recipe, copy_of, read_recipe
 
 __all__ = ["Grid", "Run", "expand", "format_lr"]
 
@@ -24,7 +24,10 @@ RESERVED = {
     "ckpt_path": "runs go on by themselves",
     "print_config": "see --dry-run",
 }
-"""Options that the comparison sets itself, and what to do instead."""
+"""Options that the comparison sets itself, with all that begin with them, and what to do instead."""
+
+RESERVED_ALONE = dict.fromkeys(("data", "data.class_path"), "write a recipe with these data")
+"""Options that would undo those; others that begin with them are the user's."""
 
 
 @dataclass(frozen=True, order=True)
@@ -69,16 +72,17 @@ class Grid:
         return Path(self.recipes[run.recipe].folder, optimizer, f"lr_{format_lr(run.lr)}", f"seed_{run.seed}")
 
     def arguments(self, run: Run, out: Path) -> list[str]:
-        """The command of a run, without the program's name.
+        """The command of a run, without the program's name, from the copy of its recipe once there is one.
 
         Args:
             run: The run.
             out: Folder of the comparison.
         """
         recipe, choice = self.recipes[run.recipe], self.optimizers[run.optimizer]
+        copy = copy_of(recipe.name, out)
         decay = own_weight_decay(choice, recipe.optimizer) if recipe.weight_decay is not None else None
         return [
-            *("fit", "--config", recipe.name, *choice.arguments),
+            *("fit", "--config", str(copy) if copy.exists() else recipe.name, *choice.arguments),
             *([] if decay is None else [f"--optimizer.weight_decay={decay}"]),
             *(f"--optimizer.lr={format_lr(run.lr)}", f"--seed_everything={run.seed}"),
             *([f"--data.seed={run.seed}"] if recipe.seeds_data else []),
@@ -96,8 +100,12 @@ class Grid:
         ]
 
 
-def expand(plan: Plan) -> Grid:
+def expand(plan: Plan, out: Path | None = None) -> Grid:
     """Check a plan, and find its runs.
+
+    Args:
+        plan: The plan.
+        out: Folder of the comparison, whose copies of the recipes are read where there are some.
 
     Raises:
         ValueError: There is no such recipe or optimizer, a learning rate is not positive, or the optimizers would not
@@ -105,7 +113,7 @@ def expand(plan: Plan) -> Grid:
     """
     recipes: dict[str, Recipe] = {}
     for name in plan.recipes:
-        recipe = read_recipe(name)
+        recipe = read_recipe(name, out)
         if other := next((other for other in recipes.values() if other.folder == recipe.folder), None):
             raise ValueError(f"the recipes {other.path} and {recipe.path} have the same name: rename one of them")
         recipes[recipe.name] = recipe
@@ -168,7 +176,9 @@ def _check_common(options: tuple[str, ...]) -> None:
         name, equals, _ = option.partition("=")
         if not equals or not name or name.startswith("-"):
             raise ValueError(f"--set {option}: write KEY=VALUE, such as --set trainer.max_steps=50")
-        if remedy := RESERVED.get(name) or RESERVED.get(name.partition(".")[0]):
+        plain = name.removesuffix("+").replace(".init_args", "").replace(".dict_kwargs", "")
+        reserved = [remedy for own, remedy in RESERVED.items() if plain == own or plain.startswith(f"{own}.")]
+        if remedy := RESERVED_ALONE.get(plain) or next(iter(reserved), None):
             raise ValueError(f"--set {option}: the comparison sets {name} itself: {remedy}")
 
 

@@ -1,33 +1,25 @@
-"""One run as a process of its own, on this machine or within a job of a cluster."""
+"""One run, on this machine or within a job of a cluster: whether it may train in its folder, and what came of it."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-import shlex
-import signal
 import socket
-import subprocess
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .child import GRACE_SECONDS, guarded, wait_until_free
+from ..run_folder import holds_run
+from .child import wait_until_free
 from .grid import Run, program
-from .plan import write_json
-from .status import FINISHED, outcome, read_status
+from .interruption import Interruption
+from .process import stop_all, train
+from .status import FINISHED, outcome, read_status, write_status
 
-__all__ = ["Interruption", "Job"]
-
-
-@dataclass(frozen=True)
-class Interruption:
-    """What Ctrl-C asks of runs: to save a checkpoint and stop, or to stop at once."""
-
-    stop: threading.Event = field(default_factory=threading.Event)
-    kill: threading.Event = field(default_factory=threading.Event)
+__all__ = ["Job"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +31,10 @@ class Job:
         arguments: Its command, without the program's name.
         folder: The run folder, absolute.
         working_folder: Folder that it is started in.
-        threads: Threads of its process.
-        timeout: Seconds after which it is stopped; None for no limit.
+        threads: Threads of its process; None where the job that it runs in decides.
+        digest: SHA-256 of its recipe.
+        timeout: Seconds after which a start is stopped; None for no limit.
+        facts: What else `status.json` says of the circumstances of a start: its launcher, say.
         environment: Variables beside those of this process.
         program: What is run with the arguments.
     """
@@ -49,8 +43,10 @@ class Job:
     arguments: tuple[str, ...]
     folder: Path
     working_folder: Path
-    threads: int
+    threads: int | None
+    digest: str = ""
     timeout: float | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     program: tuple[str, ...] = field(default_factory=lambda: tuple(program()))
 
@@ -67,10 +63,11 @@ class Job:
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             wait_until_free(self.folder)
+            self._check_origin()
         except ValueError as error:
-            return {"status": "failed", "message": str(error)}
-        before = read_status(self.folder)
-        if before["status"] in FINISHED:
+            return {"status": "failed", "message": str(error)}  # it is the other's folder, and its status.json
+        before = self._own_status()
+        if before.get("status") in FINISHED:
             return before
         command = self._command()
         status = {
@@ -78,6 +75,7 @@ class Job:
             "exit_code": None,
             "message": "",
             "command": ["adam-mini", *command],
+            "fingerprint": self.fingerprint,
             "recipe": self.run.recipe,
             "optimizer": self.run.optimizer,
             "lr": self.run.lr,
@@ -85,33 +83,70 @@ class Job:
             "wall_seconds": before.get("wall_seconds", 0.0),
             "starts": before.get("starts", 0) + 1,
             "host": socket.gethostname(),
+            "threads": self.threads,
+            **self.facts,
         }
-        write_json(self.folder / "status.json", status)
+        write_status(self.folder, status)
         start = time.monotonic()
-        exit_code, log_start, stopped = self._train(command, {**self.environment, **environment}, interruption)
-        word, message = outcome(exit_code, self.folder, log_start=log_start, stopped=stopped)
-        if word == "failed" and exit_code == 0:
+        ended = train(
+            self.program,
+            command,
+            folder=self.folder,
+            working_folder=self.working_folder,
+            environment={**_environment(self.threads), **self.environment, **environment},
+            timeout=self.timeout,
+            interruption=interruption or Interruption(),
+        )
+        word, message = outcome(ended.code, self.folder, log_start=ended.log_start, stopped=ended.stopped)
+        if word == "failed" and ended.code == 0:
             self._put_checkpoints_aside()  # nothing is left to train from them, so the next start begins anew
         seconds = round(status["wall_seconds"] + time.monotonic() - start, 3)
-        status |= {"status": word, "exit_code": exit_code, "message": message, "wall_seconds": seconds}
-        write_json(self.folder / "status.json", status)
+        status |= {"status": word, "exit_code": ended.code, "message": message, "wall_seconds": seconds}
+        write_status(self.folder, status)
         return status
 
-    def fail(self, message: str) -> dict[str, Any]:
-        """Note that the run failed where nobody else could: its machine is gone, say."""
-        status = {**read_status(self.folder), "status": "failed", "message": message}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "status.json", status)
-        return status
+    @property
+    def fingerprint(self) -> str:
+        """What tells this run from another one in its folder: its recipe and options, wherever they lie."""
+        options = list(self.arguments)
+        if "--config" in options:
+            place = options.index("--config")
+            del options[place : place + 2]  # a path: the digest stands for what it holds
+        options = [option for option in options if not option.startswith(("--run_dir=", "--ckpt_path="))]
+        return hashlib.sha256(json.dumps([self.digest, *options]).encode()).hexdigest()
+
+    def is_finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return self._own_status().get("status") in FINISHED
+
+    def note(self, status: str, message: str) -> dict[str, Any]:
+        """Note how the run ended where nobody else could, for its machine is gone, say."""
+        before = self._own_status()
+        if before.get("status") in FINISHED:
+            return before
+        noted = {"fingerprint": self.fingerprint, **before, "status": status, "message": message}
+        write_status(self.folder, noted)
+        return noted
 
     def checkpoint(self) -> Any:
         """Called by submitit when a job of a cluster is about to be stopped: save, and queue again."""
         from submitit.helpers import DelayedSubmission
 
-        for process in _running:
-            process.terminate()
-            process.wait(GRACE_SECONDS)
+        stop_all()
         return DelayedSubmission(self)
+
+    def _own_status(self) -> dict[str, Any]:
+        """What `status.json` says of this run, and not of another one that was in the folder."""
+        told = read_status(self.folder)
+        # Runs that finished before there were fingerprints have none.
+        known = told.get("fingerprint") == self.fingerprint or (
+            "fingerprint" not in told and told["status"] in FINISHED
+        )
+        return told if known else {}
+
+    def _check_origin(self) -> None:
+        if not self._own_status() and (holds_run(self.folder) or read_status(self.folder)["status"] in FINISHED):
+            raise ValueError(f"{self.folder} holds another run; remove it, or choose another --out")
 
     def _command(self) -> list[str]:
         """The arguments, with those that continue a run that has begun."""
@@ -127,61 +162,9 @@ class Job:
             number = 1 + sum(1 for _ in self.folder.glob("checkpoints.unused-*"))
             folder.rename(self.folder / f"checkpoints.unused-{number}")
 
-    def _train(
-        self, command: list[str], environment: Mapping[str, str], interruption: Interruption | None
-    ) -> tuple[int, int, str | None]:
-        """Exit code, where the log of this start begins, and why the process was stopped."""
-        reading, writing = os.pipe()
-        try:
-            with (self.folder / "log.txt").open("ab") as log:
-                log.write(f"$ {shlex.join(['adam-mini', *command])}\n".encode())
-                log.flush()
-                log_start = log.tell()
-                process = subprocess.Popen(
-                    [*self.program, *command],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    cwd=self.working_folder,
-                    env=guarded({**_environment(self.threads), **environment}, reading, self.folder),
-                    pass_fds=(reading,),
-                    # Ctrl-C in a terminal reaches all processes of a group; a second signal would stop the run at once.
-                    start_new_session=True,
-                )
-            _running.append(process)
-            try:
-                exit_code, stopped = self._wait(process, interruption or Interruption())
-                return exit_code, log_start, stopped
-            finally:
-                _running.remove(process)
-        finally:
-            os.close(reading)
-            os.close(writing)
 
-    def _wait(self, process: subprocess.Popen[bytes], interruption: Interruption) -> tuple[int, str | None]:
-        start, stopped, deadline = time.monotonic(), None, float("inf")
-        while True:
-            try:
-                return process.wait(0.2), stopped
-            except subprocess.TimeoutExpired:
-                now = time.monotonic()
-            if stopped is None:
-                if interruption.stop.is_set():
-                    stopped = "interrupted"
-                elif self.timeout is not None and now - start > self.timeout:
-                    stopped = "timeout"
-                if stopped:
-                    process.terminate()
-                    deadline = now + GRACE_SECONDS
-            if now > deadline or interruption.kill.is_set():
-                os.killpg(process.pid, signal.SIGKILL)  # with processes of other ranks and of loaders
-
-
-_running: list[subprocess.Popen[bytes]] = []
-
-
-def _environment(threads: int) -> dict[str, str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+def _environment(threads: int | None) -> dict[str, str]:
+    environment = {**os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}
     # A traceback in place of the error line would also replace the exit code that tells divergence from failure.
     for name in ("ADAM_MINI_TRACEBACK", "ADAM_MINI_RUN_DIR", "LOCAL_RANK", "RANK", "WORLD_SIZE"):
         environment.pop(name, None)

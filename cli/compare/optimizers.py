@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lightning_adam_mini.factory import OptimizerFactory
 
-__all__ = ["OptimizerChoice", "did_you_mean", "own_weight_decay", "parse_optimizers", "slug"]
+__all__ = ["OptimizerChoice", "did_you_mean", "label_of", "own_weight_decay", "parse_optimizers", "slug"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,15 @@ def own_weight_decay(choice: OptimizerChoice, recipe_optimizer: str) -> float | 
         return None
     default = next(field.default for field in fields(own) if field.name == "weight_decay")
     return None if default is MISSING else float(default)
+
+
+def label_of(item: str) -> str:
+    """How an item is called in the report.
+
+    Raises:
+        ValueError: It is malformed.
+    """
+    return _parse(item).label
 
 
 def slug(text: str) -> str:

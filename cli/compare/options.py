@@ -92,11 +92,24 @@ def _parser() -> Parser:
     )
     parser.add_argument("--reference", metavar="LABEL", help="What the others are compared with; AdamW by default.")
     parser.add_argument("--out", metavar="DIR", default="runs/compare", help="Folder; runs/compare by default.")
-    parser.add_argument("--jobs", type=int, metavar="N", help="Runs at a time; cores / threads, or GPUs, by default.")
     parser.add_argument(
-        "--threads", type=int, metavar="N", help="Threads of a run; OMP_NUM_THREADS, else cores / jobs, by default."
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="Runs at a time; by default cores / threads, one a GPU, or all on a cluster.",
     )
-    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="Limit of each run.")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="Threads of a run; by default OMP_NUM_THREADS, else cores / jobs; on a cluster cpus_per_task.",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        help="Limit of each start of a run; the next start goes on from its checkpoint.",
+    )
     parser.add_argument("--launcher", choices=("local", "submitit"), default="local", help="Where runs are trained.")
     parser.add_argument(
         "--launcher-options",
@@ -106,7 +119,6 @@ def _parser() -> Parser:
         help="Options of submitit's executor: cluster=slurm timeout_min=240 slurm_partition=gpu gpus_per_node=1.",
     )
     parser.add_argument("--dry-run", action="store_true", help="Print the plan and the commands, and run nothing.")
-    parser.add_argument("--report-only", action="store_true", help="Write the report of what is there; run nothing.")
     return parser
 
 

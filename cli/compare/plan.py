@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["Plan", "merge", "read_plan", "write_json", "write_plan"]
+from .optimizers import label_of
+from .status import write_json
+
+__all__ = ["Plan", "merge", "read_plan", "write_plan"]
 
 FILE_NAME = "plan.json"
 
@@ -32,7 +34,7 @@ class Plan:
         reference: Label of the optimizer that the others are compared with; None for AdamW, or else the first.
         folder: Folder that the runs are started in: relative paths of recipes start there.
         created: First start, ISO 8601 in UTC.
-        command: The command of the last start.
+        command: The one command that begins the same comparison.
     """
 
     recipes: tuple[str, ...] = ()
@@ -57,7 +59,8 @@ class Plan:
 def merge(old: Plan, new: Plan) -> Plan:
     """A plan with what a later start adds: recipes, optimizers, learning rates and seeds.
 
-    What the later start does not give stays as it was.
+    What the later start does not give stays as it was. An optimizer that gets learning rates of its own keeps those
+    that it has run with: they count in its budget.
 
     Raises:
         ValueError: It changes what the runs that are there have in common, so that they could not be compared.
@@ -74,7 +77,7 @@ def merge(old: Plan, new: Plan) -> Plan:
         digests={**old.digests, **new.digests},
         optimizers=_union(old.optimizers, new.optimizers),
         lrs=_union(old.lrs, new.lrs),
-        lrs_of={label: _union(old.lrs_of.get(label, ()), new.lrs_of.get(label, ())) for label in _labels(old, new)},
+        lrs_of={label: _union(_lrs_of(old, label), new.lrs_of.get(label, ())) for label in (*old.lrs_of, *new.lrs_of)},
         seeds=_union(old.seeds, new.seeds),
         num_tuning_seeds=old.num_tuning_seeds if new.num_tuning_seeds is None else new.num_tuning_seeds,
         common=old.common,
@@ -112,20 +115,11 @@ def write_plan(plan: Plan, out: Path) -> None:
     write_json(out / FILE_NAME, asdict(plan))
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a file that is never half there: beside it first, and then under its name."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-
-
 def _union(old: tuple[T, ...], new: tuple[T, ...]) -> tuple[T, ...]:
     return tuple(dict.fromkeys((*old, *new)))
 
 
-def _labels(old: Plan, new: Plan) -> list[str]:
-    return list(dict.fromkeys((*old.lrs_of, *new.lrs_of)))
+def _lrs_of(plan: Plan, label: str) -> tuple[str, ...]:
+    """The learning rates of an optimizer; none where it has not run."""
+    common = plan.lrs if label in map(label_of, plan.optimizers) else ()
+    return plan.lrs_of.get(label, common)

@@ -35,6 +35,8 @@ class Progress:
         self._num_ended = 0
         self._num_started = 0
         self._start = time.monotonic()
+        self.statuses: list[str] = []
+        """How the runs of this start ended."""
 
     def expect(self, total: int) -> None:
         """Correct the number of runs."""
@@ -48,6 +50,7 @@ class Progress:
     def ended(self, job: Job, status: Mapping[str, Any]) -> None:
         """Say how a run ended, and when all will have."""
         self._num_ended += 1
+        self.statuses.append(str(status["status"]))
         value = headline_value(job.folder)
         told = f"{value:.5g}" if value is not None else str(status.get("message") or "")
         left = self._total - self._num_ended

@@ -9,9 +9,10 @@ from typing import Any
 
 import yaml
 
+from ...tasks.run_files import replacing
 from ..recipes import find_recipe, list_recipes
 
-__all__ = ["Recipe", "read_recipe"]
+__all__ = ["Recipe", "copy_of", "copy_recipe", "read_recipe"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,16 +48,56 @@ class Recipe:
         return (name.stem if name.is_absolute() else self.name).replace("/", "__")
 
 
-def read_recipe(name: str) -> Recipe:
+def read_recipe(name: str, out: Path | None = None) -> Recipe:
     """Find and read a recipe.
 
     Args:
         name: Name of a packaged recipe, with or without `.yaml`, or a path.
+        out: Folder of a comparison whose copy is read, where it holds one.
 
     Raises:
         ValueError: There is none, or it is no configuration of a run.
     """
+    if out is not None and (copy := copy_of(name, out)).exists():
+        return _read(copy, name)
     path = find_recipe(name, given_as="recipe").resolve()
+    return _read(path, _packaged_name(path) or str(path))
+
+
+def copy_of(name: str, out: Path) -> Path:
+    """Where a comparison keeps its copy of a recipe.
+
+    Args:
+        name: `Recipe.name`.
+        out: Folder of the comparison.
+    """
+    path = Path(name)
+    return out / "recipes" / (f"{path.stem}.yaml" if path.is_absolute() else f"{name}.yaml")
+
+
+def copy_recipe(recipe: Recipe, out: Path) -> None:
+    """Keep a copy of a recipe, which all runs read: the recipe itself may change while they wait.
+
+    Raises:
+        ValueError: The recipe has changed since it was read, or the copy since it was made.
+    """
+    copy = copy_of(recipe.name, out)
+    if not copy.exists():
+        raw = recipe.path.read_bytes()
+        _check_digest(raw, recipe, recipe.path)
+        with replacing(copy) as beside:
+            beside.write_bytes(raw)
+    _check_digest(copy.read_bytes(), recipe, copy)
+
+
+def _check_digest(raw: bytes, recipe: Recipe, path: Path) -> None:
+    if hashlib.sha256(raw).hexdigest() != recipe.digest:
+        raise ValueError(
+            f"{path} is not the recipe that this comparison began with; restore it, or choose another --out"
+        )
+
+
+def _read(path: Path, name: str) -> Recipe:
     raw = path.read_bytes()
     text = raw.decode("utf-8")
     try:
@@ -65,11 +106,14 @@ def read_recipe(name: str) -> Recipe:
         raise ValueError(f"recipe {name}: it is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or "model" not in content:
         raise ValueError(f"recipe {name}: it has no section `model`, so it is no configuration of a run")
+    included = [value for value in content.values() if isinstance(value, str) and value.endswith((".yaml", ".yml"))]
+    if included:  # the digest would not cover it
+        raise ValueError(f"recipe {name}: it includes {included[0]}; write its content into the recipe")
     optimizer, options = _class_of(content.get("optimizer"), "AdamMini")
     data, _ = _class_of(content.get("data"), "")
     trainer = content.get("trainer")
     return Recipe(
-        name=_packaged_name(path) or str(path),
+        name=name,
         path=path,
         digest=hashlib.sha256(raw).hexdigest(),
         title=text.splitlines()[0].lstrip("# ").strip() if text.startswith("#") else path.stem,

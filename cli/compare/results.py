@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .comparison import Costs, Headline, Point, RunResult, Status
 from .grid import Grid, Run
+from .run_result import Costs, Headline, Point, RunResult, Status
 from .status import read_json, read_status
 
-__all__ = ["headline_of", "headline_value", "read_run"]
+__all__ = ["headline_value", "read_run", "selection_value", "task_headline"]
 
 Metrics = dict[str, dict[int, float]]
 
@@ -25,21 +25,21 @@ STATUSES: Mapping[str, Status] = {
 }
 
 
-def read_run(grid: Grid, run: Run, out: Path, read_metrics: Callable[[Path], Metrics]) -> RunResult:
+def read_run(grid: Grid, run: Run, out: Path, headline: Headline, read_metrics: Callable[[Path], Metrics]) -> RunResult:
     """A run of the grid, whether it has come to its end or not.
 
     Args:
         grid: The grid.
         run: The run.
         out: Folder of the comparison.
+        headline: That of the task, which a run that diverged may not have written.
         read_metrics: Reads `metrics.jsonl` of a run folder.
     """
     folder = out / grid.folder(run)
     told, result = read_status(folder), read_json(folder / "result.json")
     status = STATUSES.get(str(told["status"]), "pending")
-    metrics = read_metrics(folder)
-    command = tuple(map(str, told.get("command") or ["adam-mini", *grid.arguments(run, out)]))
-    done = status == "done"
+    command = map(str, told.get("command") or ["adam-mini", *grid.arguments(run, out)])
+    done, num_jobs, launcher = status == "done", told.get("num_jobs"), told.get("launcher")
     return RunResult(
         recipe=run.recipe,
         optimizer=run.optimizer,
@@ -49,38 +49,65 @@ def read_run(grid: Grid, run: Run, out: Path, read_metrics: Callable[[Path], Met
         status=status,
         message=str(told.get("message") or ""),
         value=headline_value(folder),
+        selection=selection_value(folder),
         steps=result.get("steps") if done else None,
-        curve=_curve(metrics, headline_of(result).curve),
-        train_curve=_curve(metrics, "train_loss"),
-        metrics=result.get("metrics") or {} if done else {},
+        curve=_curve(read_metrics(folder), headline.curve),
         costs=_costs(result.get("costs") or {}) if done else Costs(),
         hardware=result.get("hardware") or {},
         versions=result.get("versions") or {},
-        command=command,
+        # A start that went on from a checkpoint says so in its command, which is no part of the experiment.
+        command=tuple(part for part in command if part != "--ckpt_path=last"),
         wall_seconds=told.get("wall_seconds"),
+        num_jobs=num_jobs if isinstance(num_jobs, int) else None,
+        launcher=launcher if isinstance(launcher, str) else None,
     )
 
 
 def headline_value(folder: Path) -> float | None:
     """The headline figure of a run; None unless it is done."""
-    if read_status(folder)["status"] != "done":
-        return None
-    value = (read_json(folder / "result.json").get("headline") or {}).get("value")
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    return _finite(_told(folder).get("value"))
 
 
-def headline_of(result: Mapping[str, Any]) -> Headline:
+def selection_value(folder: Path) -> float | None:
+    """The figure of a run that learning rates are chosen by; None unless it is done.
+
+    That is the headline figure where `result.json` names no other.
+    """
+    told = _told(folder)
+    return _finite(told.get("selection", told.get("value")))
+
+
+def task_headline(folders: Iterable[Path]) -> Headline:
+    """The headline of a task, from the first of its runs that tells it; validation loss where none does."""
+    results = (read_json(folder / "result.json") for folder in folders)
+    return next((_headline_of(result) for result in results if isinstance(result.get("headline"), dict)), Headline())
+
+
+def _headline_of(result: Mapping[str, Any]) -> Headline:
     """The headline that a `result.json` names; validation loss where there is none."""
     told = result.get("headline")
     if not isinstance(told, dict):
         return Headline()
     metric = str(told["metric"])
+    label = str(told.get("label") or metric)
     return Headline(
         metric=metric,
         mode="max" if told.get("mode") == "max" else "min",
-        label=str(told.get("label") or metric),
+        label=label,
         curve=str(told.get("curve") or metric),
+        curve_label=str(told.get("curve_label") or label),
     )
+
+
+def _told(folder: Path) -> Mapping[str, Any]:
+    """What a run that is done says of its headline."""
+    if read_status(folder)["status"] != "done":
+        return {}
+    return read_json(folder / "result.json").get("headline") or {}
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _curve(metrics: Metrics, name: str) -> tuple[Point, ...]:

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import fmean, median, stdev
+from statistics import fmean, median, median_high, median_low, stdev
 from typing import Literal
 
-from .comparison import Estimate, Point, Profile, ToTarget, Verdict
+from .outcomes import Estimate, Profile, ToTarget, Verdict
+from .run_result import Point
 
-__all__ = ["CONFIDENCE", "best_of", "estimate", "first_reaching", "profiles", "to_target", "verdict", "welch"]
+__all__ = [
+    "CONFIDENCE",
+    "best_of",
+    "estimate",
+    "first_reaching",
+    "profiles",
+    "target_of",
+    "to_target",
+    "verdict",
+    "welch",
+]
 
 CONFIDENCE = 0.95
 
@@ -37,6 +49,27 @@ def best_of(tuning: Mapping[float, Estimate | None], mode: str) -> float | None:
     return min(candidates, key=lambda lr: (-candidates[lr].n, sign * candidates[lr].mean, lr), default=None)
 
 
+def target_of(last: Iterable[float | None], mode: str) -> float | None:
+    """The value that the reference's own median seed ends with; of an even number the worse of the middle two.
+
+    At least half of the seeds reach it, and more than half of an even number, so that the median of their times is
+    finite.
+
+    Args:
+        last: Last values of the reference's curves; None of a seed that diverged, which is worse than any other.
+        mode: Whether less (`min`) or more (`max`) is better.
+
+    Returns:
+        None where there is no seed, or the middle one diverged.
+    """
+    worst = math.inf if mode == "min" else -math.inf
+    values = [value if value is not None and math.isfinite(value) else worst for value in last]
+    if not values:
+        return None
+    middle = median_high(values) if mode == "min" else median_low(values)
+    return middle if math.isfinite(middle) else None
+
+
 def first_reaching(curve: Sequence[Point], target: float, mode: str) -> Point | None:
     """The first point of a curve that is at least as good as the target."""
     reached = (point for point in curve if (point.value <= target if mode == "min" else point.value >= target))
@@ -54,7 +87,7 @@ def to_target(by_seed: Mapping[int, float | None]) -> ToTarget:
 def welch(ours: Sequence[float], reference: Sequence[float]) -> tuple[float, tuple[float, float], float]:
     """Difference of two means, its 95 % confidence interval and the two-sided p-value, by Welch's t (Welch 1947).
 
-    The variances of the two need not be equal. Without any variance, the interval is the difference itself.
+    The variances of the two need not be equal, but one of them must be positive.
 
     Args:
         ours: At least two values.
@@ -63,14 +96,16 @@ def welch(ours: Sequence[float], reference: Sequence[float]) -> tuple[float, tup
     from scipy.stats import ttest_ind
 
     difference = fmean(ours) - fmean(reference)
-    if stdev(ours) == stdev(reference) == 0.0:
-        return difference, (difference, difference), 1.0 if difference == 0.0 else 0.0
-    test = ttest_ind(ours, reference, equal_var=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # one of the two may be without variance
+        test = ttest_ind(ours, reference, equal_var=False)
     interval = test.confidence_interval(CONFIDENCE)
     return difference, (float(interval.low), float(interval.high)), float(test.pvalue)
 
 
-def verdict(ours: Sequence[float], reference: Sequence[float], mode: str, *, missing: int = 0) -> Verdict:
+def verdict(
+    ours: Sequence[float], reference: Sequence[float], mode: str, *, missing: int = 0, unfinished: int = 0
+) -> Verdict:
     """Whether one optimizer's figures differ from the reference's by more than their spread over seeds.
 
     Args:
@@ -78,15 +113,23 @@ def verdict(ours: Sequence[float], reference: Sequence[float], mode: str, *, mis
         reference: The same of the reference.
         mode: Whether less (`min`) or more (`max`) is better.
         missing: Seeds of either that did not come to their end: what is left would flatter.
+        unfinished: Runs of either that were to choose the learning rate and neither came to their end nor diverged:
+            with them another rate might be the best.
     """
     if not ours or not reference:
         return Verdict(word="no verdict", text=f"no {'result' if not ours else 'result of the reference'}: no verdict")
     difference = fmean(ours) - fmean(reference)
+    reason = ""
     if missing:
-        text = f"{missing} seed{'s' * (missing > 1)} did not come to an end: no verdict"
-        return Verdict(word="no verdict", text=text, difference=difference)
-    if min(len(ours), len(reference)) < 2:
-        return Verdict(word="no verdict", text="one seed: no verdict", difference=difference)
+        reason = f"{missing} seed{'s' * (missing > 1)} did not come to an end"
+    elif unfinished:
+        reason = f"{unfinished} run{'s' * (unfinished > 1)} to choose the learning rate did not finish"
+    elif min(len(ours), len(reference)) < 2:
+        reason = "one seed"
+    elif stdev(ours) == stdev(reference) == 0.0:
+        reason = "the seeds do not differ"
+    if reason:
+        return Verdict(word="no verdict", text=f"{reason}: no verdict", difference=difference)
     difference, (low, high), p_value = welch(ours, reference)
     word: Literal["better", "worse", "within the spread"] = "within the spread"
     if low > 0.0 or high < 0.0:

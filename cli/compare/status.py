@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FINISHED", "last_error", "outcome", "read_json", "read_status"]
+from ...tasks.run_files import replacing
+
+__all__ = ["FINISHED", "LOST", "last_error", "outcome", "read_json", "read_status", "write_json", "write_status"]
 
 FINISHED = ("done", "diverged")
 """Runs that are not started again."""
+
+LOST = ("failed", "timeout", "interrupted")
+"""Runs that were started and have no result."""
 
 DIVERGED_EXIT_CODE = 3
 """Of `adam-mini fit`, where the loss is not finite."""
@@ -29,6 +35,20 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def write_status(folder: Path, status: dict[str, Any]) -> None:
+    """Note in a run folder how its run stands."""
+    write_json(folder / "status.json", status)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file that is never half there, also where the machine loses its power."""
+    with replacing(path) as beside, beside.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def outcome(exit_code: int, folder: Path, *, log_start: int, stopped: str | None) -> tuple[str, str]:

@@ -115,6 +115,13 @@ REFUSED = [
     ({"common": ("optimizer.lr=1",)}, "the comparison sets optimizer.lr itself: give optimizers by"),
     ({"common": ("seed_everything=1",)}, "give --seeds"),
     ({"common": ("run_dir=x",)}, "a folder of its own"),
+    ({"common": ("ckpt_path=last",)}, "runs go on by themselves"),
+    ({"common": ("data.seed=5",)}, "give --seeds"),
+    ({"common": ("data.init_args.seed=5",)}, "give --seeds"),
+    ({"common": ("data=TextFiles",)}, "write a recipe with these data"),
+    ({"common": ("data.class_path=TextFiles",)}, "write a recipe with these data"),
+    ({"common": ("optimizer=SGD",)}, "give optimizers by --optimizers"),
+    ({"common": ("optimizer.init_args.lr=1",)}, "give optimizers by --optimizers"),
 ]
 
 
@@ -130,6 +137,7 @@ def test_what_is_refused(recipe, changes, told):
     [
         ("model: [", "it is no YAML"),
         ("a: 1", "no section `model`"),
+        ("model: x\ntrainer: other.yaml", "it includes other.yaml"),
         ("model: x\noptimizer: {init_args: {lr: a}}", "lr is"),
     ],
 )
@@ -167,6 +175,13 @@ def test_optimizers_with_the_other_kind_of_decay_keep_their_own(recipe, tmp_path
     assert "given" not in note
 
 
+def test_other_options_of_data_are_the_users(recipe, tmp_path):
+    grid = expand(plan_of(recipe, common=("data.batch_size=2", "data.init_args.num_workers=0")))
+    assert {"--data.batch_size=2", "--data.init_args.num_workers=0"} <= set(
+        grid.arguments(Run(recipe, "AdamW", 1e-3, 0), tmp_path)
+    )
+
+
 def test_reference_is_adamw_else_the_first(recipe):
     assert expand(plan_of(recipe, optimizers=("Lion", "mine=AdamW:eps=1e-6"))).reference == "mine"
     assert expand(plan_of(recipe, optimizers=("Lion", "AdamMini"))).reference == "Lion"
@@ -184,6 +199,14 @@ def test_plans_are_kept_and_extended(recipe, tmp_path):
     assert more.lrs_of == {"Lion": ("1e-4", "2e-4", "3e-4")}
     assert more.seeds == (0, 1, 2, 3)
     assert (more.created, more.folder, more.common) == ("then", "here", ("a=1",))
+
+
+def test_a_label_keeps_the_learning_rates_that_it_has_run_with(recipe):
+    old = plan_of(recipe, optimizers=("AdamW", "mine=AdamMini"))
+    more = merge(old, Plan(optimizers=("Lion",), lrs_of={"mine": ("1e-2",), "Lion": ("1e-4", "2e-4")}))
+    assert more.lrs_of == {"mine": ("1e-3", "3e-3", "1e-2"), "Lion": ("1e-4", "2e-4")}
+    with pytest.raises(ValueError, match="not AdamW 2, mine 3, Lion 2"):
+        expand(more)
 
 
 def test_a_plan_does_not_mix_what_cannot_be_compared(tmp_path):

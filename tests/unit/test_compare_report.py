@@ -8,12 +8,13 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from lightning_adam_mini.cli.compare.comparison import Costs, Estimate, Headline, Verdict
+from lightning_adam_mini.cli.compare.outcomes import Estimate, Verdict
 from lightning_adam_mini.cli.compare.report import write_report
+from lightning_adam_mini.cli.compare.run_result import Costs, Headline
 from report_page import ReportPage
-from synthetic_comparison import synthetic_comparison, without_costs
+from synthetic_comparison import HEADLINES, synthetic_comparison, without_costs
 
-ACCURACY = (Headline(metric="val_top1", mode="max", label="accuracy", curve="val_top1"),)
+ACCURACY = (Headline(metric="val_top1", mode="max", label="accuracy", curve="val_top1", curve_label="accuracy"),)
 SHORT = {"lrs": (1e-3, 3e-3), "validations": 4}
 
 
@@ -262,6 +263,62 @@ def test_more_is_better_where_the_headline_says_so(tmp_path):
     comparison = synthetic_comparison(("AdamW", "AdamMini"), headlines=ACCURACY, **SHORT)
     page = page_of(comparison, tmp_path)
     assert "final accuracy (more is better)" in page.text
+
+
+def test_the_target_is_one_of_the_curve(tmp_path):
+    """Charts and target are of the validation; the headline is of the test."""
+    comparison = synthetic_comparison(headlines=HEADLINES[2:], **SHORT)
+    page = page_of(comparison, tmp_path)
+    (task,) = comparison.tasks
+    assert f"The target is a validation accuracy of {task.target:.4f}, the median of" in page.text
+    assert "Learning rates were chosen by validation accuracy, not by this figure." in page.text
+    assert "Validation accuracy against steps" in page.text
+    assert "Test accuracy at the best epoch against" not in page.text
+    (rates,) = [chart["aria-label"] for chart in page.all("svg") if "Sensitivity" in chart.get("aria-label", "")]
+    tuned = task.entries[0].lrs[3e-3].tuning.mean
+    assert f"{tuned:.4f} at 0.003" in rates
+    assert "validation accuracy (it chooses the rate)" in rates
+
+
+def test_the_target_has_its_unit(tmp_path):
+    headline = Headline(label="accuracy, of all nodes", curve_label="accuracy, of all nodes")
+    comparison = synthetic_comparison(headlines=(headline,), **SHORT)
+    assert (
+        f"The target is an accuracy of {comparison.tasks[0].target:.3f} of all nodes, the"
+        in page_of(comparison, tmp_path).text
+    )
+    page = page_of(replace(comparison, tasks=(replace(comparison.tasks[0], target=None),)), tmp_path)
+    assert "There is no target, because most seeds of AdamW diverged or were not validated." in page.text
+
+
+def test_within_the_spread_claims_neither_equality_nor_a_win(tmp_path):
+    even = Verdict(word="within the spread", text="within the spread", difference=-0.1, interval=(-0.3, 0.1))
+    comparison = synthetic_comparison(**SHORT)
+    (task,) = comparison.tasks
+
+    def judged(verdict):
+        entries = (task.entries[0], replace(task.entries[1], verdict=verdict))
+        return page_of(replace(comparison, tasks=(replace(task, entries=entries),)), tmp_path)
+
+    sentence = "What is within the spread shows neither a difference nor equality."
+    assert f"AdamMini: within the spread. {sentence}" in judged(even).text
+    assert sentence not in judged(replace(even, word="better", text="better", interval=(-0.3, -0.1))).text
+    assert not re.search(r"\bno difference|on par|as good as|equally|alike\.", judged(even).text)
+
+
+def test_an_optimizer_of_which_every_run_failed_is_called_so(tmp_path):
+    comparison = synthetic_comparison(**SHORT)
+    (task,) = comparison.tasks
+    entry = replace(task.entries[1], verdict=Verdict(word="failed", text="every run failed"))
+    page = page_of(replace(comparison, tasks=(replace(task, entries=(task.entries[0], entry)),)), tmp_path)
+    assert page.table("verdict")[1]["verdict"] == "failed every run failed"
+    assert "AdamMini: failed." in page.text
+
+
+def test_the_definitions_play_nothing_down(page):
+    assert "chosen on figures of validation" in page.text
+    assert "there is no held-out set" in page.text
+    assert not re.search("a little|flatters all|only factors", page.text)
 
 
 def test_budgets_that_differ_are_told(tmp_path):

@@ -43,6 +43,7 @@ def test_every_run_is_a_row(comparison, out):
             *(run.recipe, run.optimizer, run.lr, run.seed),
         )
         assert row["value"] == ("" if run.value is None else repr(run.value))
+        assert row["selection"] == ("" if run.selection is None else repr(run.selection))
         assert (row["status"], row["message"]) == (run.status, run.message)
         assert row["optimizer_state_bytes"] == ("" if run.value is None else repr(run.costs.optimizer_state_bytes))
         assert tuple(shlex.split(row["command"])) == run.command
@@ -115,6 +116,20 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         write_text(path, "new")
     assert path.read_bytes() == b"old"
+
+
+def test_two_writers_do_not_share_a_file_beside(tmp_path, monkeypatch):
+    """A report may be written while a comparison that ends writes its own."""
+    beside = []
+    monkeypatch.setattr(Path, "replace", lambda self, target: beside.append(self))
+    for process in (1, 2):
+        monkeypatch.setattr("os.getpid", lambda process=process: process)
+        write_text(tmp_path / "report.md", "text")
+    assert len(set(beside)) == 2
+
+
+def test_a_text_that_utf8_cannot_hold_is_written_all_the_same(tmp_path):
+    assert write_text(tmp_path / "report.md", "a\ud800\r\nb").read_bytes() == b"a?\r\nb"
 
 
 def test_the_same_comparison_gives_the_same_bytes(comparison, out, tmp_path):

@@ -17,12 +17,18 @@ import yaml
 from filelock import FileLock
 
 import stand_in_fit
-from lightning_adam_mini.cli.compare import child, command
+from lightning_adam_mini.cli.compare import child, command, process
 from lightning_adam_mini.cli.compare import job as job_module
+from lightning_adam_mini.cli.compare.cluster import Submitit
 from lightning_adam_mini.cli.compare.grid import Run
-from lightning_adam_mini.cli.compare.job import Interruption, Job
-from lightning_adam_mini.cli.compare.launchers import Local, Submitit
-from lightning_adam_mini.cli.compare.status import last_error, outcome, read_status
+from lightning_adam_mini.cli.compare.interruption import Interruption
+from lightning_adam_mini.cli.compare.job import Job
+from lightning_adam_mini.cli.compare.launchers import Local
+from lightning_adam_mini.cli.compare.options import parse
+from lightning_adam_mini.cli.compare.plan import read_plan
+from lightning_adam_mini.cli.compare.recipe import copy_recipe, read_recipe
+from lightning_adam_mini.cli.compare.reproduce import checkout_commit
+from lightning_adam_mini.cli.compare.status import last_error, outcome, read_status, write_status
 from lightning_adam_mini.cli.main import main
 from tiny_runs import RECIPE, error_line
 
@@ -47,6 +53,14 @@ def stand_in_job(folder, optimizer="AdamW", lr=1e-3, seed=0, steps=4, **others):
     return Job(
         run=run, arguments=arguments, folder=folder, working_folder=folder.parent, threads=1, program=STAND_IN, **others
     )
+
+
+def begun(folder, checkpoint):
+    """A run folder of `stand_in_job` with a checkpoint."""
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / checkpoint).write_text("2")
+    write_status(folder, {"status": "running", "fingerprint": stand_in_job(folder).fingerprint})
+    return folder
 
 
 def steps_in(folder):
@@ -117,7 +131,7 @@ def test_an_interrupted_run_goes_on_at_the_next_start(tmp_path, monkeypatch):
 
 
 def test_a_run_that_does_not_stop_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(job_module, "GRACE_SECONDS", 0.3)
+    monkeypatch.setattr(process, "GRACE_SECONDS", 0.3)
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
     job = stand_in_job(tmp_path / "run", timeout=2.0)
     job = Job(**{**vars(job), "program": (sys.executable, "-c", deaf)})
@@ -126,9 +140,7 @@ def test_a_run_that_does_not_stop_is_killed(tmp_path, monkeypatch):
 
 def test_an_end_without_a_result_begins_anew(tmp_path, monkeypatch):
     monkeypatch.setenv("STAND_IN_RESULT", "no")
-    folder = tmp_path / "run"
-    (folder / "checkpoints").mkdir(parents=True)
-    (folder / "checkpoints" / "last.ckpt").write_text("2")
+    folder = begun(tmp_path / "run", "last.ckpt")
     status = stand_in_job(folder)()
     assert (status["status"], status["message"]) == ("failed", "it ended without a result.json")
     assert [path.name for path in folder.glob("checkpoints*")] == ["checkpoints.unused-1"]
@@ -137,9 +149,7 @@ def test_an_end_without_a_result_begins_anew(tmp_path, monkeypatch):
 
 
 def test_a_run_that_was_killed_before_its_last_checkpoint_begins_anew(tmp_path):
-    folder = tmp_path / "run"
-    (folder / "checkpoints").mkdir(parents=True)
-    (folder / "checkpoints" / "best-step=2.ckpt").write_text("2")
+    folder = begun(tmp_path / "run", "best-step=2.ckpt")
     status = stand_in_job(folder)()
     assert status["status"] == "done"
     assert "--ckpt_path=last" not in status["command"]
@@ -203,6 +213,86 @@ def test_a_folder_is_free_when_the_process_of_a_killed_comparison_has_gone(tmp_p
     child.wait_until_free(tmp_path)
 
 
+def test_status_tells_the_circumstances(tmp_path):
+    status = stand_in_job(tmp_path / "run", facts={"num_jobs": 3, "launcher": "local", "commit": "abc"})()
+    assert (status["threads"], status["num_jobs"], status["launcher"], status["commit"]) == (1, 3, "local", "abc")
+
+
+@pytest.mark.parametrize("trace", ["metrics.jsonl", "checkpoints/last.ckpt"])
+@pytest.mark.parametrize("other", [{}, {"fingerprint": "another"}, {"fingerprint": "another", "status": "done"}])
+def test_a_folder_with_another_run_is_left_as_it_is(tmp_path, trace, other):
+    path = tmp_path / "run" / trace
+    path.parent.mkdir(parents=True)
+    path.write_text("2")
+    if other:
+        write_status(tmp_path / "run", {"status": "running", **other})
+    job = stand_in_job(tmp_path / "run")
+    before = read_status(tmp_path / "run")
+    assert job() == {
+        "status": "failed",
+        "message": f"{job.folder} holds another run; remove it, or choose another --out",
+    }
+    assert read_status(tmp_path / "run") == before
+    assert path.read_text() == "2"
+    assert not job.is_finished()
+
+
+def test_fingerprints_are_of_what_is_trained(tmp_path):
+    def fingerprint(digest, *options):
+        job = stand_in_job(tmp_path, digest=digest)
+        return Job(**{**vars(job), "arguments": ("fit", *options)}).fingerprint
+
+    first = fingerprint("1", "--config", "a.yaml", "--run_dir=here", "--optimizer.lr=1")
+    assert first == fingerprint("1", "--config", "/b/a.yaml", "--run_dir=there", "--optimizer.lr=1", "--ckpt_path=last")
+    assert first != fingerprint("2", "--config", "a.yaml", "--run_dir=here", "--optimizer.lr=1")
+    assert first != fingerprint("1", "--config", "a.yaml", "--run_dir=here", "--optimizer.lr=2")
+
+
+def test_finished_runs_of_earlier_versions_are_taken(tmp_path):
+    job = stand_in_job(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    write_status(tmp_path, {"status": "done"})
+    assert job.is_finished()
+    assert job() == {"status": "done"}
+    write_status(tmp_path, {"status": "interrupted"})
+    assert job()["status"] == "failed"
+
+
+def test_the_claim_of_a_process_that_has_gone_is_dropped(tmp_path):
+    (tmp_path / ".claim").write_text(str(os.getppid()))  # the number is that of another process by now
+    assert stand_in_job(tmp_path)()["status"] == "done"
+    assert not (tmp_path / ".claim").exists()
+
+
+def test_other_ranks_do_not_outlive_the_first(tmp_path):
+    orphan = tmp_path / "orphan"
+    code = (
+        "import subprocess, sys; from pathlib import Path; "
+        "rank = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
+        f"Path({str(orphan)!r}).write_text(str(rank.pid)); sys.exit(1)"
+    )
+    job = Job(**{**vars(stand_in_job(tmp_path / "run")), "program": (sys.executable, "-c", code)})
+    assert job()["status"] == "failed"
+    wait_for(lambda: not is_alive(int(orphan.read_text())), seconds=10)
+
+
+def test_a_job_about_to_be_stopped_ends_its_process_and_is_queued_again(tmp_path, monkeypatch):
+    pytest.importorskip("submitit")
+    monkeypatch.setattr(process, "GRACE_SECONDS", 0.3)
+    ready = tmp_path / "ready"
+    deaf = (
+        "import signal, time; from pathlib import Path; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        f"Path({str(ready)!r}).touch(); time.sleep(60)"
+    )
+    job = Job(**{**vars(stand_in_job(tmp_path / "run")), "program": (sys.executable, "-c", deaf)})
+    thread = threading.Thread(target=job, daemon=True)
+    thread.start()
+    wait_for(ready.exists)
+    assert job.checkpoint().function is job
+    thread.join(30)
+    assert not thread.is_alive()
+
+
 def recorded(launcher, jobs, interruption=None):
     """Statuses by folder, with the most jobs that ran at a time."""
     running, most, statuses = set(), [], {}
@@ -263,14 +353,95 @@ def test_a_job_that_its_cluster_loses_has_failed(tmp_path):
 
 def test_submitit_refuses_options_that_it_does_not_know(tmp_path):
     pytest.importorskip("submitit")
+    with pytest.raises(ValueError, match=r"--launcher-options: .*timeout_min.*expected type"):
+        Submitit(tmp_path, 1, 1, {"cluster": "local", "timeout_min": "soon"}).cluster()
     with pytest.raises(ValueError, match=r"--launcher-options: .*slrm_partition"):
-        Submitit(tmp_path, 1, 1, {"cluster": "local", "slrm_partition": "x"}).executor()
+        Submitit(tmp_path, 1, 1, {"cluster": "local", "slrm_partition": "x"}).cluster()
 
 
 def test_submitit_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(ValueError, match=r"pip install 'lightning-adam-mini\[cluster\]'"):
-        Submitit(tmp_path, 1, 1).executor()
+        Submitit(tmp_path, 1, 1).cluster()
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Programs that look like those of SLURM; `sbatch` accepts one job, and `scancel` notes what it cancels."""
+    pytest.importorskip("submitit")
+    programs = {
+        "srun": "exit 0",
+        "sacct": "exit 0",
+        "sbatch": f"test -e {tmp_path}/used && echo 'no more jobs' >&2 && exit 1; touch {tmp_path}/used; "
+        "echo Submitted batch job 7",
+        "scancel": f"echo $1 >> {tmp_path}/cancelled",
+    }
+    for name, script in programs.items():
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+
+
+def test_a_refused_job_cancels_the_others(tmp_path, slurm):
+    ended = []
+    launcher = Submitit(tmp_path / "jobs", None, None)
+    jobs = [stand_in_job(tmp_path / "a"), stand_in_job(tmp_path / "b", seed=1)]
+    with pytest.raises(ValueError, match=r"a job could not be submitted, and those that were are cancelled: .*no more"):
+        launcher.train(jobs, Interruption(), lambda job: None, lambda job, status: ended.append(job.folder.name))
+    assert (tmp_path / "cancelled").read_text() == "7\n"
+    assert ended == ["a"]
+    assert read_status(tmp_path / "a")["status"] == "interrupted"
+    assert read_status(tmp_path / "b")["status"] == "pending"
+    assert stand_in_job(tmp_path / "a")()["status"] == "done", "the next start runs it"
+
+
+def test_interrupted_jobs_are_cancelled_and_noted(tmp_path, slurm):
+    interruption = Interruption()
+    launcher = Submitit(tmp_path / "jobs", 1, None, poll_seconds=0.1)
+    jobs = [stand_in_job(tmp_path / "a"), stand_in_job(tmp_path / "b", seed=1)]
+    launcher.train(jobs, interruption, lambda job: interruption.stop.set(), lambda job, status: None)
+    assert (tmp_path / "cancelled").read_text() == "7\n"
+    assert read_status(tmp_path / "a")["status"] == "interrupted"
+    assert not (tmp_path / "b").exists()
+
+
+def test_what_is_over_is_not_noted_as_cancelled(tmp_path):
+    job = stand_in_job(tmp_path)
+    done = job()
+    assert job.note("interrupted", "its job was cancelled") == done == read_status(tmp_path)
+
+
+def test_slurm_waits_for_the_checkpoint(tmp_path, slurm):
+    launcher = Submitit(tmp_path / "jobs", None, None)
+    assert launcher.cluster() == "slurm"
+    assert launcher.executor(tmp_path / "jobs").parameters["signal_delay_s"] > child.GRACE_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ([], "all at once with as many threads as their jobs give them"),
+        (["--launcher-options", "cpus_per_task=6"], "all at once with 6 thread(s) each"),
+        (
+            ["--jobs", "3", "--threads", "2", "--launcher-options", "cpus_per_task=6"],
+            "3 at a time with 2 thread(s) each",
+        ),
+        (["--launcher-options", "cluster=local", "--threads", "1", "--jobs", "2"], "2 at a time with 1 thread(s) each"),
+    ],
+)
+def test_resources_of_a_cluster(comparing, slurm, capsys, options, told):
+    assert comparing("tiny.yaml", "--launcher", "submitit", *options, "--dry-run") == (0, {})
+    assert told in capsys.readouterr().out
+    assert not Path("out").exists()
+
+
+def test_a_job_may_decide_its_threads(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    job = Job(**{**vars(stand_in_job(tmp_path / "run")), "threads": None})
+    assert job()["threads"] is None
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["hardware"]["threads"] == 5
 
 
 @pytest.fixture
@@ -344,6 +515,8 @@ def test_dry_run_leaves_nothing(comparing, tmp_path, capsys):
         (["--lr-of", "AdamW"], 2, "--lr-of AdamW: write LABEL LR LR"),
         (["--launcher-options", "cluster=local"], 2, "--launcher-options are those of --launcher submitit"),
         (["--optimizer", "AdamW"], 2, "--optimizer"),
+        (["--report-only"], 2, "--report-only"),
+        (["--launcher", "submitit", "--launcher-options", "cluster=nowhere"], 1, "executor named nowhere"),
         (["--optimizers", "AdamMni"], 1, "did you mean AdamMini"),
     ],
 )
@@ -365,6 +538,108 @@ def test_a_changed_recipe_or_option_is_refused(comparing, capsys):
     Path("tiny.yaml").write_text(yaml.safe_dump(RECIPE | {"seed_everything": 7}), "utf-8")
     assert comparing("--seeds", "2")[0] == 1
     assert "has changed since" in error_line(capsys)
+
+
+def test_runs_train_from_the_copy_of_their_recipe(comparing, capsys):
+    code, statuses = comparing(*GRID, "--seeds", "1")
+    copy = Path("out/recipes/tiny.yaml")
+    assert code == 0
+    assert copy.read_bytes() == Path("tiny.yaml").read_bytes()
+    for status in statuses.values():
+        assert status["command"][status["command"].index("--config") + 1] == str(copy.resolve())
+    copy.write_text("model: x")
+    assert comparing("--seeds", "2")[0] == 1
+    assert "is not the recipe that this comparison began with" in error_line(capsys)
+
+
+def test_packaged_recipes_keep_their_folders(tmp_path):
+    recipe = read_recipe("llm/gpt2_tiny")
+    copy_recipe(recipe, tmp_path)
+    assert (tmp_path / "recipes/llm/gpt2_tiny.yaml").read_bytes() == recipe.path.read_bytes()
+    copied = read_recipe("llm/gpt2_tiny", tmp_path)
+    assert (copied.name, copied.digest, copied.folder) == ("llm/gpt2_tiny", recipe.digest, "llm__gpt2_tiny")
+
+
+def test_runs_without_a_plan_are_refused(comparing, capsys):
+    (Path("out") / "tiny" / "AdamMini").mkdir(parents=True)
+    assert comparing(*GRID) == (1, {})
+    assert "AdamMini holds runs, but" in error_line(capsys)
+    assert not Path("out/plan.json").exists()
+
+
+def test_other_seeds_wait_for_all_tuning_runs(comparing, capsys, monkeypatch):
+    options = ("tiny.yaml", "--optimizers", "AdamW", "--lr", "1e-4", "1e-3", "--seeds", "2", "--tuning-seeds", "1")
+    monkeypatch.setenv("STAND_IN_FAILS_AT", "0.001")
+    code, statuses = comparing(*options)
+    assert code == 1
+    assert {name: status["status"] for name, status in statuses.items()} == {
+        "AdamW/lr_1e-4/seed_0": "done",
+        "AdamW/lr_1e-3/seed_0": "failed",
+    }
+    assert "AdamW: the other seeds wait, for 1 of its tuning runs have no result yet" in capsys.readouterr().out
+    monkeypatch.delenv("STAND_IN_FAILS_AT")
+    code, statuses = comparing(*options)
+    assert (code, statuses["AdamW/lr_1e-3/seed_1"]["status"]) == (0, "done")
+    assert "AdamW/lr_1e-4/seed_1" not in statuses
+
+
+def test_a_run_that_could_not_start_is_told_by_the_exit_code(comparing):
+    assert comparing(*GRID, "--seeds", "1")[0] == 0
+    Path("out/tiny/AdamW/lr_1e-4/seed_1").mkdir()
+    Path("out/tiny/AdamW/lr_1e-4/seed_1/metrics.jsonl").touch()
+    assert comparing("--seeds", "2")[0] == 1
+
+
+def test_an_interrupted_run_alone_is_told_by_the_exit_code(comparing, monkeypatch):
+    monkeypatch.setenv("STAND_IN_INTERRUPTED", "1")
+    code, statuses = comparing("tiny.yaml", "--optimizers", "AdamW", "--lr", "1e-3", "--seeds", "1")
+    assert [status["status"] for status in statuses.values()] == ["interrupted"]
+    assert code == 1
+
+
+def test_learning_rates_of_a_later_start_do_not_replace_those_that_ran(comparing, capsys):
+    assert comparing(*GRID, "--seeds", "1")[0] == 0
+    assert comparing("--lr-of", "AdamMini", "1e-2", "3e-3")[0] == 1
+    assert "same number of learning rates, not AdamW 2, AdamMini 4" in error_line(capsys)
+
+
+def test_one_command_for_what_several_began(comparing):
+    comparing(*GRID, "--seeds", "2", "--tuning-seeds", "1", "--set", "trainer.max_steps=3")
+    comparing(
+        "--optimizers", "mine=AdamW:betas=[0.9,0.99]", "--lr-of", "mine", "1e-2", "2e-2", "--reference", "AdamMini"
+    )
+    comparing("--seeds", "2", "5")
+    plan = read_plan(Path("out"))
+    assert plan.seeds == (0, 1, 2, 5)
+    assert plan.command[-2:] == ("--out", "out")
+    again = tuple("again" if word == "out" else word for word in plan.command[2:])
+    assert parse(again).out == "again"
+    assert main(["compare", *again]) == 0
+    changed = ("created", "command")
+    first, second = (
+        {k: v for k, v in vars(one).items() if k not in changed} for one in (plan, read_plan(Path("again")))
+    )
+    assert first == second
+
+
+def test_the_commit_of_a_checkout_alone(tmp_path):
+    def git(*arguments):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        return subprocess.run(
+            ("git", "-C", tmp_path, *identity, *arguments), capture_output=True, text=True, check=True
+        )
+
+    (tmp_path / "kept.py").write_text("1")
+    (tmp_path / "installed.py").write_text("1")
+    assert checkout_commit(tmp_path / "kept.py") is None
+    git("init")
+    git("add", "kept.py")
+    git("commit", "-m", "one")
+    commit = git("rev-parse", "HEAD").stdout.strip()
+    assert checkout_commit(tmp_path / "kept.py") == commit
+    assert checkout_commit(tmp_path / "installed.py") is None, "it lies in the checkout of another project"
+    (tmp_path / "kept.py").write_text("2")
+    assert checkout_commit(tmp_path / "kept.py") == f"{commit}-dirty"
 
 
 def start_compare(tmp_path, *arguments):

@@ -5,12 +5,14 @@ import math
 import pytest
 from scipy import stats
 
-from lightning_adam_mini.cli.compare.comparison import Estimate, Point
+from lightning_adam_mini.cli.compare.outcomes import Estimate
+from lightning_adam_mini.cli.compare.run_result import Point
 from lightning_adam_mini.cli.compare.statistics import (
     best_of,
     estimate,
     first_reaching,
     profiles,
+    target_of,
     to_target,
     verdict,
     welch,
@@ -59,6 +61,29 @@ def test_a_seed_that_never_reaches_the_target_is_the_latest():
     assert to_target({}).median is None
 
 
+@pytest.mark.parametrize(
+    ("last", "mode", "target"),
+    [
+        ([3.0, 1.0, 2.0], "min", 2.0),
+        ([4.0, 1.0, 3.0, 2.0], "min", 3.0),  # the worse of the middle two
+        ([4.0, 1.0, 3.0, 2.0], "max", 2.0),
+        ([1.0, 9.0, 2.0], "min", 2.0),  # one bad seed does not move it
+        ([1.0, 2.0, None], "min", 2.0),  # a seed that diverged is the worst
+        ([1.0, 2.0, None], "max", 1.0),
+        ([1.0, 2.0, 3.0, None, None], "min", 3.0),  # half of the seeds reach no less
+        ([1.0, None, None], "min", None),
+        ([1.0, math.nan, 2.0], "max", 1.0),
+        ([], "min", None),
+    ],
+)
+def test_the_target_is_what_the_median_seed_of_the_reference_reaches(last, mode, target):
+    assert target_of(last, mode) == target
+    if target is not None:
+        curves = [[] if value is None else [Point(10, 1.0, value)] for value in last]
+        reached = (first_reaching(curve, target, mode) for curve in curves)
+        assert to_target({seed: point and point.step for seed, point in enumerate(reached)}).median == 10
+
+
 def test_welch_by_hand():
     # Means 3 and 5, variances 1 and 4, three values each: standard error sqrt(1/3 + 4/3), 50/17 degrees of freedom.
     ours, reference = [2.0, 3.0, 4.0], [3.0, 5.0, 7.0]
@@ -79,8 +104,7 @@ def test_welch_by_hand():
         ([2.0, 2.1, 1.9], [1.0, 1.1, 0.9], "min", "worse"),
         ([2.0, 2.1, 1.9], [1.0, 1.1, 0.9], "max", "better"),
         ([1.0, 2.0, 3.0], [1.5, 2.5, 3.5], "min", "within the spread"),
-        ([1.0, 1.0], [1.0, 1.0], "min", "within the spread"),  # a seed that changes nothing
-        ([1.0, 1.0], [2.0, 2.0], "min", "better"),
+        ([1.0, 1.0], [2.0, 2.01], "min", "better"),  # one of the two varies
     ],
 )
 def test_verdict(ours, reference, mode, word):
@@ -98,6 +122,18 @@ def test_no_verdict():
     lost = verdict([1.0, 1.1], [2.0, 2.1], "min", missing=1)
     assert (lost.word, lost.text) == ("no verdict", "1 seed did not come to an end: no verdict")
     assert lost.interval is None
+    unfinished = verdict([1.0, 1.1], [2.0, 2.1], "min", unfinished=2)
+    assert unfinished.text == "2 runs to choose the learning rate did not finish: no verdict"
+    assert (unfinished.word, unfinished.difference) == ("no verdict", pytest.approx(-1.0))
+
+
+@pytest.mark.parametrize("reference", [[1.0, 1.0], [2.0, 2.0]])
+def test_seeds_that_do_not_differ_give_no_verdict(reference):
+    """Without a spread nothing tells chance from a difference, nor from equality."""
+    judged = verdict([1.0, 1.0], reference, "min")
+    assert (judged.word, judged.text) == ("no verdict", "the seeds do not differ: no verdict")
+    assert judged.interval is None
+    assert judged.difference == 1.0 - reference[0]
 
 
 def test_performance_profiles():

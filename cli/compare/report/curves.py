@@ -47,7 +47,7 @@ def curves_chart(task: TaskComparison, name: str, over: Literal["steps", "second
     ]
     if not curves:
         return None
-    label, mode = plain(task.headline.label), task.headline.mode
+    label, mode = plain(task.headline.curve_label), task.headline.mode
     format_x: Callable[[float], str] = count if over == "steps" else duration
     # The first validations say how far the start lies off, not how the optimizers differ.
     limits = focus(

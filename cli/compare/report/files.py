@@ -1,4 +1,4 @@
-"""Files that are whole whenever they are there."""
+"""The report's files, whole whenever they are there."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Iterable, Sequence
 from io import StringIO
 from pathlib import Path
 
+from ....tasks.run_files import replacing
+
 __all__ = ["write_csv", "write_text"]
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write beside and rename, so that a reader finds the old text or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text, "utf-8", errors="replace", newline="")
-    beside.replace(path)
+    """Write a text as it is, with `?` for what UTF-8 cannot hold; a reader finds the old one or the new one."""
+    with replacing(path) as beside:
+        beside.write_text(text, "utf-8", errors="replace", newline="")
     return path
 
 

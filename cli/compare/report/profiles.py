@@ -13,7 +13,8 @@ from .wording import number, plain
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from ..comparison import Comparison, Profile
+    from ..comparison import Comparison
+    from ..outcomes import Profile
 
 __all__ = ["profile_chart"]
 

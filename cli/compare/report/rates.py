@@ -1,4 +1,4 @@
-"""The final figure over the learning rate: how sensitive an optimizer is, and whether the best rate lies inside."""
+"""The figure that chooses the learning rate, over the rate: how sensitive it is, and whether the best lies inside."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def rates_chart(task: TaskComparison, name: str) -> Drawing | None:
     rates = sorted({lr for points in finished for lr, _ in points} | {lr for _, lr in lost})
     if not any(finished):
         return None
-    mode, label = task.headline.mode, plain(task.headline.label)
+    mode, label = task.headline.mode, plain(_label(task))
     low, high = focus((value for points in finished for _, value in points), mode)
     edge, inwards = (high, -1) if mode == "min" else (low, 1)
 
@@ -72,6 +72,11 @@ def rates_chart(task: TaskComparison, name: str) -> Drawing | None:
     title = "Sensitivity to the learning rate"
     words = f"{title}: {label}. " + " ".join(map(_in_words, task.entries))
     return draw(name, title=title, caption=caption, words=words, paint=paint)
+
+
+def _label(task: TaskComparison) -> str:
+    headline = task.headline
+    return f"{headline.curve_label} (it chooses the rate)" if task.selection_differs else headline.label
 
 
 def _finished(entry: Entry) -> list[tuple[float, float]]:

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from ..comparison import Costs, Ratios
+from ..comparison import Ratios
+from ..run_result import Costs
 
 if TYPE_CHECKING:
-    from ..comparison import Comparison, Entry, RunResult, TaskComparison
+    from ..comparison import Comparison, Entry, TaskComparison
+    from ..run_result import RunResult
 
 __all__ = ["RUN_COLUMNS", "SUMMARY_COLUMNS", "run_rows", "summary_rows"]
 
@@ -19,7 +21,8 @@ RATIOS = tuple(field.name for field in fields(Ratios))
 
 RUN_COLUMNS = (
     *("recipe", "optimizer", "lr", "seed", "status", "message", "is_best_lr", "is_tuning_seed"),
-    *("headline_metric", "headline_mode", "value", "steps", *COSTS, "wall_seconds", "folder", "command"),
+    *("headline_metric", "headline_mode", "value", "selection", "steps", *COSTS),
+    *("wall_seconds", "num_jobs", "folder", "command"),
 )
 SUMMARY_COLUMNS = (
     *("recipe", "optimizer", "is_reference", "options", "best_lr", "num_lrs", "headline_metric", "headline_mode"),
@@ -47,9 +50,9 @@ def _run_row(comparison: Comparison, task: TaskComparison, entry: Entry, run: Ru
     return (
         *(run.recipe, run.optimizer, run.lr, run.seed, run.status, run.message),
         *(run.lr == entry.best_lr, run.seed in comparison.tuning_seeds),
-        *(task.headline.metric, task.headline.mode, run.value, run.steps),
+        *(task.headline.metric, task.headline.mode, run.value, run.selection, run.steps),
         *(getattr(run.costs, name) for name in COSTS),
-        *(run.wall_seconds, run.folder, shlex.join(run.command)),
+        *(run.wall_seconds, run.num_jobs, run.folder, shlex.join(run.command)),
     )
 
 

@@ -43,9 +43,28 @@ def task_summary(comparison: Comparison, task: TaskComparison) -> str:
     title = f"{title}. " if title and title != task_names(comparison)[task.recipe] else ""
     better = "less" if task.headline.mode == "min" else "more"
     figure = f"Runs are compared by their final {plain(task.headline.label)} ({better} is better)."
+    if task.selection_differs:
+        figure += f" Learning rates were chosen by {_name_and_unit(task.headline.curve_label)[0]}, not by this figure."
+    return f"{title}{figure} {_target(comparison, task)}"
+
+
+def _target(comparison: Comparison, task: TaskComparison) -> str:
+    reference = plain(comparison.reference)
     if task.target is None:
-        return f"{title}{figure} There is no target, because {plain(comparison.reference)} has no finished run."
-    return f"{title}{figure} The target is {number(task.target)}, where {plain(comparison.reference)} ends."
+        entry = next((entry for entry in task.entries if entry.optimizer == comparison.reference), None)
+        if entry is None or entry.final is None:
+            return f"There is no target, because {reference} has no finished run."
+        return f"There is no target, because most seeds of {reference} diverged or were not validated."
+    name, unit = _name_and_unit(task.headline.curve_label)
+    article = "an" if name[:1].lower() in tuple("aeiou") else "a"
+    value = f"{number(task.target)} {unit}".rstrip()
+    return f"The target is {article} {name} of {value}, the median of where the seeds of {reference} end."
+
+
+def _name_and_unit(label: str) -> tuple[str, str]:
+    """`validation loss` and `nats a token` of a label with both."""
+    name, _, unit = plain(label).partition(",")
+    return name.strip(), unit.strip()
 
 
 def _budget(comparison: Comparison) -> str:
@@ -102,6 +121,8 @@ def _verdicts(comparison: Comparison) -> list[str]:
             found = _listed([f"{_in_one_task(word)} on {count}" for word, count in words.most_common()], 99)
             found += f" of {len(comparison.tasks)} tasks"
         sentences.append(f"{plain(optimizer)}: {found}.")
+    if any(entry.verdict.word == "within the spread" for task in comparison.tasks for entry in task.entries):
+        sentences.append("What is within the spread shows neither a difference nor equality.")
     return sentences
 
 

@@ -11,11 +11,19 @@ from .names import task_names
 from .tables import Cell, Column, Row, Table
 
 if TYPE_CHECKING:
-    from ..comparison import Comparison, Entry, TaskComparison, ToTarget
+    from ..comparison import Comparison, Entry, TaskComparison
+    from ..outcomes import ToTarget
 
 __all__ = ["overview_table", "verdict_table"]
 
-CHIPS = {"better": "better", "worse": "worse", "within the spread": "even", "reference": "even", "no verdict": "even"}
+CHIPS = {
+    "better": "better",
+    "worse": "worse",
+    "failed": "failed",
+    "within the spread": "even",
+    "reference": "even",
+    "no verdict": "even",
+}
 
 
 def overview_table(comparison: Comparison) -> Table | None:
@@ -123,9 +131,9 @@ def _difference_cell(entry: Entry) -> Cell:
 def _verdict_cell(entry: Entry) -> Cell:
     verdict = entry.verdict
     # The chip says the word; what is left is the reason.
-    reason = (
-        re.sub(r"(?:: )?no verdict(?:: )?", "", wording.plain(verdict.text)) if verdict.word == "no verdict" else ""
-    )
+    reason = ""
+    if verdict.word in ("no verdict", "failed"):
+        reason = re.sub(r"(?:: )?no verdict(?:: )?", "", wording.plain(verdict.text))
     return Cell(verdict.word, (reason,) if reason else (), chip=CHIPS[verdict.word])
 
 
