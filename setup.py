@@ -18,11 +18,13 @@ packages = [
 ]
 # Folders of recipes hold no Python, and setuptools still wants to hear of them.
 packages += [f"{PACKAGE}.configs.{name}" for name in find_namespace_packages("configs") if "__pycache__" not in name]
+# Nor do folders of page templates.
+packages += [f"{PACKAGE}.cli.{name}" for name in find_namespace_packages("cli") if name.endswith(".templates")]
 
 setup(
     packages=packages,
     package_dir=package_dir,
     # Everything that is not Python and still belongs to the code: recipes, kernel sources, page templates, the marker
     # of types.
-    package_data={"": ["py.typed", "*.c", "*.h", "*.yaml", "templates/*"]},
+    package_data={"": ["py.typed", "*.c", "*.h", "*.yaml", "*.j2", "*.css"]},
 )

@@ -19,10 +19,10 @@ from lightning_adam_mini.schedule import Schedule
 from ..callbacks import WeightEMA
 from ..headline import Headline
 from ..metrics import MeanLoss
+from ..packages import require
 from .comparison import check_images
 from .generation import GeneratingTask
 from .noise import BetaSchedule, Prediction, build_schedule, evaluation_draws, loss_weights, target
-from .packages import require
 from .sampling import check_sample_steps
 from .unet import build_unet, check_unet, fit_to_data
 
@@ -90,7 +90,7 @@ class DiffusionModel(GeneratingTask):
     ) -> None:
         super().__init__(optimizer, schedule)
         for package in ("diffusers", "torchvision"):
-            require(package, type(self).__name__)
+            require(package, type(self).__name__, extra="diffusion")
         for name, value, least in (
             ("num_samples", num_samples, 1),
             ("sample_steps", sample_steps, 1),

@@ -19,7 +19,7 @@ from .baselines import majority_accuracy, propagation_accuracy
 from .graph import Graph
 from .label_reuse import all_training_nodes, draw_training_nodes, predict_with_labels
 from .losses import Loss, node_losses
-from .packages import require
+from .packages import require_torch_geometric
 from .pictures import draw_accuracy, draw_classes
 
 __all__ = ["NodeClassifier"]
@@ -153,7 +153,7 @@ class NodeClassifier(Task):
         return []
 
     def _build(self, num_features: int, num_classes: int) -> None:
-        require("torch_geometric.nn.models", "NodeClassifier")
+        require_torch_geometric("NodeClassifier")
         from .networks import NodeNetwork
 
         self._num_classes = num_classes

@@ -1,4 +1,4 @@
-"""Packages that an extra installs, and what to do where they are missing."""
+"""torch_geometric and the compiled packages that it can do without."""
 
 from __future__ import annotations
 
@@ -6,27 +6,24 @@ import warnings
 from importlib import import_module
 from importlib.util import find_spec
 
-__all__ = ["require", "require_neighbor_sampling"]
+from ..packages import require
+
+__all__ = ["require_neighbor_sampling", "require_torch_geometric"]
 
 
-def require(name: str, what: str) -> None:
-    """Check that a package of the extra `graph` is there.
+def require_torch_geometric(what: str) -> None:
+    """Import torch_geometric.
 
     Args:
-        name: The package, as it is imported.
         what: What needs it, for the message.
 
     Raises:
         ValueError: It is not there; with what to install.
     """
-    try:
-        with warnings.catch_warnings():  # of torch, about what torch_geometric does while it is imported
-            warnings.simplefilter("ignore", FutureWarning)
-            import_module(name)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{what} needs the package {error.name}; install it with pip install 'lightning-adam-mini[graph]'"
-        ) from error
+    require("torch_geometric", what, extra="graph", package="torch-geometric")
+    with warnings.catch_warnings():  # of torch, about what torch_geometric does while it is imported
+        warnings.simplefilter("ignore", FutureWarning)
+        import_module("torch_geometric.nn.models")
 
 
 def require_neighbor_sampling() -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..packages import require
+
 __all__ = ["build_model", "check_name", "inspect_model"]
 
 TIMM = "timm/"
@@ -152,22 +154,14 @@ def _put(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def _timm() -> Any:
-    try:
-        import timm
-    except ModuleNotFoundError as error:
-        raise ValueError(_missing("timm")) from error
+    require("timm", "image classification", extra="vision")
+    import timm
+
     return timm
 
 
 def _torchvision() -> Any:
-    try:
-        import torchvision.models
-    except ModuleNotFoundError as error:
-        raise ValueError(_missing("torchvision")) from error
+    require("torchvision", "image classification", extra="vision")
+    import torchvision.models
+
     return torchvision.models
-
-
-def _missing(package: str) -> str:
-    return (
-        f"image classification needs the package {package}; install it with pip install 'lightning-adam-mini[vision]'"
-    )

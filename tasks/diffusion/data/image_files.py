@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from ...data.cache import default_cache_dir, remember
 from ...data.images import IMAGE_SUFFIXES, find_images, read_image
-from ..packages import require
+from ...packages import require
 from .module import ImageData, Parts
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class ScaledImages(Dataset[Tensor]):
     """
 
     def __init__(self, paths: Sequence[Path], *, image_size: int, channels: int, crop: int | None = None) -> None:
-        require("torchvision", "a folder of images")
+        require("torchvision", "a folder of images", extra="diffusion")
         self.paths = paths
         self.image_size = image_size
         self.mode = "RGB" if channels == 3 else "L"

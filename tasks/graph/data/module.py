@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from ...data.cache import default_cache_dir
 from ...data.module import SampledDataModule
 from ..graph import Graph
-from ..packages import require, require_neighbor_sampling
+from ..packages import require_neighbor_sampling, require_torch_geometric
 from .sampling import NeighborBatches, RandomParts, WholeGraph
 
 __all__ = ["GraphDataModule"]
@@ -176,7 +176,7 @@ class GraphDataModule(SampledDataModule, ABC):
 
     def _open(self) -> None:
         if self._graph is None:  # read once, although a trainer prepares and sets up
-            require("torch_geometric.utils", type(self).__name__)
+            require_torch_geometric(type(self).__name__)
             graph = self.open_graph()
             graph.check(self.describe(), len(graph.class_names) or int(graph.y.max()) + 1)
             self._graph = graph

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ...packages import require
 from ..graph import Graph
-from ..packages import require
 from .graph_cache import cached_graph
 from .module import GraphDataModule
 
@@ -89,7 +89,7 @@ class Planetoid(GraphDataModule):
     def _read(self, raw: Path) -> Graph:
         from torch_geometric.io import read_planetoid_data
 
-        require("scipy", "Planetoid (its files hold scipy's matrices)")
+        require("scipy", "Planetoid (its files hold scipy's matrices)", extra="graph")
         try:
             data = read_planetoid_data(str(raw), self.graph_name.lower())
         except (

