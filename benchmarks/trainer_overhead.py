@@ -59,8 +59,15 @@ def language_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
 
 
-def image_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    return F.cross_entropy(model(batch["image"]), batch["label"])
+class ImageLoss:
+    """Cross-entropy of images that come as bytes and are normalised in the step."""
+
+    def __init__(self, mean: list[float], std: list[float]) -> None:
+        self.mean, self.std = (255 * torch.tensor(values)[:, None, None] for values in (mean, std))
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        images = batch["image"].float().sub_(self.mean).div_(self.std)
+        return F.cross_entropy(model(images), batch["label"])
 
 
 class DenoisingLoss:
@@ -92,7 +99,12 @@ class NodeLoss:
 def plain_loop(app: Application, steps: int) -> list[Moment]:
     """Train without Lightning's trainer; the moments at which steps start."""
     task, data, trainer = app.model, app.datamodule, app.trainer
-    losses = {"llm": lambda: language_loss, "resnet": lambda: image_loss, "diffusion": DenoisingLoss, "graph": NodeLoss}
+    losses = {
+        "llm": lambda: language_loss,
+        "resnet": lambda: ImageLoss(data.transforms.mean, data.transforms.std),
+        "diffusion": DenoisingLoss,
+        "graph": NodeLoss,
+    }
     compute_loss = losses[type(task).__module__.split(".")[2]]()
     trainer.datamodule = data
     task.trainer = trainer

@@ -195,6 +195,10 @@ class Task(LightningModule):
         if self._trainer is not None:
             self._trainer.fit_loop.epoch_loop._batches_that_stepped = steps - 1
 
+    def data_module(self) -> Any:
+        """The data module of the trainer; None where either is missing."""
+        return getattr(self._trainer, "datamodule", None)
+
     def _is_training(self) -> bool:
         trainer = self._trainer
         return trainer is not None and trainer.training

@@ -106,11 +106,6 @@ class GeneratingTask(Task):
         finally:
             self.network.train(was_training)
 
-    def data_module(self) -> Any:
-        """The data module of the run; None without a run."""
-        trainer = self._trainer
-        return None if trainer is None else getattr(trainer, "datamodule", None)
-
     def _sample(self, seeds: list[int]) -> Tensor:
         noise = seeded_noise(seeds, self._image_shape()).to(self.device)
         return ddim_sample(self._predict, self.noise_schedule, noise, self.sample_steps).cpu()

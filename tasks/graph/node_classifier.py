@@ -126,7 +126,7 @@ class NodeClassifier(Task):
                 f"trainer.precision {self.trainer.precision} would convert the graph, which stays in float32: use "
                 "32-true or bf16-mixed"
             )
-        hops, layers = getattr(self._data_module(), "num_neighbors", None), self.network_options["num_layers"]
+        hops, layers = getattr(self.data_module(), "num_neighbors", None), self.network_options["num_layers"]
         if hops is not None and len(hops) != layers:
             raise ValueError(
                 f"data.num_neighbors {hops} samples {len(hops)} hops, and the network has {layers} layers: give one "
@@ -140,7 +140,7 @@ class NodeClassifier(Task):
             ValueError: torch_geometric is not installed, or there are no data.
         """
         if self.model is None:
-            data = self._data_module()
+            data = self.data_module()
             if data is None:
                 raise ValueError("the network takes its input and output size from the data: give a data module")
             self._build(data.num_features, data.num_classes)
@@ -280,10 +280,6 @@ class NodeClassifier(Task):
             with torch.inference_mode(False):  # a validation may come first, and training uses the same
                 self._edges = (graph, self.network.edges(graph.edge_index, graph.num_nodes))
         return self._edges[1]
-
-    def _data_module(self) -> Any:
-        trainer = self._trainer
-        return None if trainer is None else getattr(trainer, "datamodule", None)
 
 
 def _check_options(architecture: str, options: dict[str, Any]) -> None:

@@ -98,7 +98,7 @@ class LanguageModel(Task):
         """
         if self.model is not None:
             return
-        data = self._data_module()
+        data = self.data_module()
         vocab_size = getattr(data, "vocab_size", None)
         options = dict(self.config)
         if "vocab_size" not in options and vocab_size is not None:
@@ -212,7 +212,7 @@ class LanguageModel(Task):
         Raises:
             ValueError: The data have no tokenizer, so there is no text.
         """
-        tokenizer = getattr(self._data_module(), "tokenizer", None)
+        tokenizer = getattr(self.data_module(), "tokenizer", None)
         if tokenizer is None:
             raise ValueError("generation needs a tokenizer: give the data module's `tokenizer` a local path")
         room = self.network.config.max_position_embeddings
@@ -245,7 +245,7 @@ class LanguageModel(Task):
         beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
             self.network.save_pretrained(beside)
-            tokenizer = getattr(self._data_module(), "tokenizer", None)
+            tokenizer = getattr(self.data_module(), "tokenizer", None)
             if tokenizer is not None:
                 tokenizer.save_pretrained(beside)
             beside.rename(target)
@@ -274,7 +274,7 @@ class LanguageModel(Task):
         loss = self.trainer.callback_metrics.get("val_loss")
         if loss is not None:
             lines["validation loss"] = f"{loss:.4f} nats a token, perplexity {loss.exp():.2f}"
-            data = self._data_module()
+            data = self.data_module()
             if hasattr(data, "unigram_loss"):
                 unigram = data.unigram_loss()
                 lines["unigram model"] = f"{unigram:.4f} nats a token, perplexity {math.exp(unigram):.2f}"
@@ -286,7 +286,7 @@ class LanguageModel(Task):
 
     def _write_sample(self) -> None:
         """Append a continuation of the sample prompt to `samples.txt`, with a generator of its own."""
-        tokenizer = getattr(self._data_module(), "tokenizer", None)
+        tokenizer = getattr(self.data_module(), "tokenizer", None)
         if tokenizer is None or not self.trainer.is_global_zero:
             return
         input_ids = torch.tensor([tokenizer(self.sample_prompt)["input_ids"]], device=self.device)
@@ -297,10 +297,6 @@ class LanguageModel(Task):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.write(f"--- step {self.trainer.global_step}\n{self._sample}\n")
-
-    def _data_module(self) -> Any:
-        trainer = self._trainer
-        return None if trainer is None else getattr(trainer, "datamodule", None)
 
 
 def _enable_activation_checkpointing(model: PreTrainedModel) -> None:

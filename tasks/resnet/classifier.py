@@ -109,7 +109,7 @@ class ImageClassifier(Task):
         """
         if self.model is not None:
             return
-        data = self._data_module()
+        data = self.data_module()
         num_classes, in_channels = self._sizes(data, getattr(data, "num_classes", None))
         shapes = {name: getattr(data, name, None) for name in ("image_shape", "evaluation_shape")}
         with torch.device("meta"):
@@ -200,7 +200,7 @@ class ImageClassifier(Task):
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
         """Each image with its most likely class, that one's probability, and the five most likely ones."""
-        data: Any = self._data_module()
+        data: Any = self.data_module()
         images = data.part("predict")
         chances = self._scores(batch["image"]).softmax(dim=1)
         best = chances.topk(min(5, chances.shape[1]))
@@ -227,7 +227,7 @@ class ImageClassifier(Task):
         for name, label in (("val_top1", "validation top-1"), ("val_top5", "validation top-5")):
             if name in metrics:
                 lines[label] = f"{float(metrics[name]):.2%}"
-        data = self._data_module()
+        data = self.data_module()
         if "val_top1" in metrics and hasattr(data, "baseline"):
             how, accuracy = data.baseline()
             lines["baseline"] = f"{accuracy:.2%} top-1 by {how}"
@@ -244,7 +244,7 @@ class ImageClassifier(Task):
             draw_accuracy(metrics, drawn["accuracy"])
         if self._confusion is not None:
             drawn["confusion matrix"] = folder / "confusion_matrix.png"
-            names = _class_names(self._data_module(), len(self._confusion))
+            names = _class_names(self.data_module(), len(self._confusion))
             draw_confusion(self._confusion, names, drawn["confusion matrix"])
         return drawn
 
@@ -302,10 +302,6 @@ class ImageClassifier(Task):
         given = images if len(images) else images.new_zeros(1, *images.shape[1:])
         scores: Tensor = self(given)
         return scores[: len(images)]
-
-    def _data_module(self) -> Any:
-        trainer = self._trainer
-        return None if trainer is None else getattr(trainer, "datamodule", None)
 
 
 def _class_names(data: Any, num_classes: int) -> list[str]:

@@ -147,7 +147,7 @@ def fake_data(**facts):
 
 def with_data(data, **options):
     task = ImageClassifier(**({"architecture": TINY} | options))
-    task._data_module = lambda: data
+    task.data_module = lambda: data
     task.configure_model()
     return task
 
