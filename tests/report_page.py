@@ -2,7 +2,7 @@
 
 from html.parser import HTMLParser
 
-VOID = {"meta", "link", "input", "br", "img"}
+VOID = {"meta", "wbr", "link", "input", "br", "img"}
 
 
 class ReportPage(HTMLParser):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+
+from markupsafe import Markup, escape
 
 from .legend import key
 from .page import Page
@@ -21,6 +24,12 @@ def render_html(page: Page) -> str:
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
     )
     environment.globals["zip"] = zip
+    environment.filters["breakable"] = _breakable
     style = f"{theme_css(choosable=True)}\n{(TEMPLATES / 'report.css').read_text('utf-8')}"
     keys = [key(number) for number in range(len(page.optimizers))]
     return environment.get_template("report.html.j2").render(page=page, keys=keys, style=style)
+
+
+def _breakable(name: str) -> Markup:
+    """A name that may go on in the next line behind a mark between its words, and not within a word."""
+    return Markup(re.sub(r"([_=:,./])", r"\1<wbr>", str(escape(name))))
