@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -23,6 +22,7 @@ from lightning_adam_mini.factory import OptimizerFactory
 from lightning_adam_mini.schedule import Schedule
 
 from .headline import Headline
+from .seeds import seed_of
 
 __all__ = ["Task"]
 
@@ -135,7 +135,19 @@ class Task(LightningModule):
         # Not Lightning's own number of the batch, which goes on counting where a run is resumed at the end of an epoch.
         self._batch_of_step = (step, self._batch_of_step[1] + 1 if self._batch_of_step[0] == step else 0)
         position = (self._seed, *self._batch_of_step, self.trainer.global_rank)
-        torch.manual_seed(int.from_bytes(blake2b(repr(position).encode(), digest_size=8).digest()))
+        torch.manual_seed(seed_of(*position))
+
+    def on_test_epoch_start(self) -> None:
+        """A test is a validation on other data: see `on_validation_epoch_start`."""
+        self.on_validation_epoch_start()
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """See `validation_step`."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """See `on_validation_epoch_end`."""
+        self.on_validation_epoch_end()
 
     def configure_gradient_clipping(
         self,

@@ -11,13 +11,19 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from ..base import Task
+from ..curves import draw_curves
 from ..metrics_file import read_metrics
-from ..run_files import save_figure, write_text
+from ..run_files import write_text
 from .result import run_result
 
 __all__ = ["RunReport"]
 
 log = logging.getLogger(__name__)
+
+_CURVES = (
+    ("train_loss", "train loss", {"linewidth": 0.9, "alpha": 0.6}),
+    ("val_loss", "val loss", {"marker": "o", "markersize": 4}),
+)
 
 
 class RunReport(Callback):
@@ -52,7 +58,7 @@ class RunReport(Callback):
         result = run_result(trainer, pl_module, metrics)
         write_text(folder / "result.json", json.dumps(result, indent=1) + "\n")
         pictures = {"loss curve": folder / "loss_curve.png"}
-        _plot(metrics, pictures["loss curve"])
+        draw_curves(pictures["loss curve"], metrics, _CURVES, ylabel="loss")
         pictures |= pl_module.pictures(folder)
         lines = {
             "steps": f"{trainer.global_step}",
@@ -79,23 +85,3 @@ def _costs(costs: dict[str, Any]) -> dict[str, str]:
         if costs[name] is not None:
             lines[label] = f"{costs[name] * scale:,.1f} {unit}"
     return lines
-
-
-def _plot(metrics: dict[str, dict[int, float]], path: Path) -> None:
-    """Training and validation loss by step, as PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for name, style in (
-        ("train_loss", {"linewidth": 0.9, "alpha": 0.6}),
-        ("val_loss", {"marker": "o", "markersize": 4}),
-    ):
-        if values := metrics.get(name):
-            axes.plot(list(values), list(values.values()), label=name.replace("_", " "), **style)
-    axes.set_xlabel("optimizer steps")
-    axes.set_ylabel("loss")
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
-    save_figure(figure, path)

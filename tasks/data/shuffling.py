@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sized
-from hashlib import blake2b
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
+
+from ..seeds import seed_of
 
 __all__ = ["ShuffledSamples"]
 
@@ -51,7 +52,7 @@ class ShuffledSamples(Dataset[Any]):
         generator = torch.default_generator  # itself: forking and seeding all generators takes 40 times as long
         state = generator.get_state()
         try:
-            generator.manual_seed(_seed(self.seed, "sample", sample))
+            generator.manual_seed(seed_of(self.seed, "sample", sample))
             return self.dataset[self.index(sample)]
         finally:
             generator.set_state(state)
@@ -60,10 +61,8 @@ class ShuffledSamples(Dataset[Any]):
         """Index in the data set of sample number `sample`."""
         epoch, position = divmod(sample, len(self))
         if epoch != self._epoch:
-            order = torch.randperm(len(self), generator=torch.Generator().manual_seed(_seed(self.seed, "epoch", epoch)))
+            order = torch.randperm(
+                len(self), generator=torch.Generator().manual_seed(seed_of(self.seed, "epoch", epoch))
+            )
             self._epoch, self._order = epoch, order.numpy()
         return int(self._order[position])
-
-
-def _seed(*position: int | str) -> int:
-    return int.from_bytes(blake2b(repr(position).encode(), digest_size=8).digest()) % 2**63

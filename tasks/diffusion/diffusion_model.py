@@ -240,18 +240,6 @@ class DiffusionModel(GeneratingTask):
             if self.sample_every and self._validations % self.sample_every == 0:
                 self.draw_grid()
 
-    def on_test_epoch_start(self) -> None:
-        """See `on_validation_epoch_start`."""
-        self.on_validation_epoch_start()
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """See `validation_step`."""
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """See `on_validation_epoch_end`."""
-        self.on_validation_epoch_end()
-
     def on_train_end(self) -> None:
         """Draw the last samples, and compare others with real images; the averaged weights are in place."""
         if getattr(self.trainer, "fast_dev_run", False):

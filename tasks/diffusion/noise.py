@@ -6,11 +6,12 @@ Shapes: `B` images, `C` channels, `H` by `W` pixels, `S` timesteps of training.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
+
+from ..seeds import seed_of
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
@@ -116,7 +117,7 @@ def evaluation_draws(
     """
     numbers = list(indices)
     timesteps = [int(num_timesteps * ((0.5 + number * _GOLDEN) % 1)) for number in numbers]
-    noise = seeded_noise((_seed("evaluation", seed, number) for number in numbers), shape)
+    noise = seeded_noise((seed_of("evaluation", seed, number) for number in numbers), shape)
     return torch.tensor(timesteps, dtype=torch.int64), noise
 
 
@@ -124,7 +125,3 @@ def seeded_noise(seeds: Iterable[int], shape: tuple[int, int, int]) -> Tensor:
     """Normal noise `(B, C, H, W)` on the CPU, each image's from its own seed alone."""
     draws = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(draws) if draws else torch.empty(0, *shape)
-
-
-def _seed(*position: int | str) -> int:
-    return int.from_bytes(blake2b(repr(position).encode(), digest_size=8).digest()) % 2**63

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..curves import draw_curves
 from ..metrics_file import read_metrics
 from ..run_files import save_figure
 from .graph import Graph
@@ -20,25 +21,14 @@ def draw_accuracy(folder: Path) -> Path:
     Args:
         folder: The run folder.
     """
-    from matplotlib.figure import Figure
-
-    metrics = read_metrics(folder)
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for name, label in (
-        ("train_accuracy", "training"),
-        ("val_accuracy", "validation"),
-        ("test_accuracy_at_best", "test at the best validation"),
-    ):
-        if values := metrics.get(name):
-            axes.plot(list(values), [100 * value for value in values.values()], label=label, marker="o", markersize=3)
-    axes.set_xlabel("optimizer steps")
-    axes.set_ylabel("accuracy, %")
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
-    save_figure(figure, folder / "accuracy_curve.png")
-    return folder / "accuracy_curve.png"
+    path, style = folder / "accuracy_curve.png", {"marker": "o", "markersize": 3}
+    curves = [
+        ("train_accuracy", "training", style),
+        ("val_accuracy", "validation", style),
+        ("test_accuracy_at_best", "test at the best validation", style),
+    ]
+    draw_curves(path, read_metrics(folder), curves, ylabel="accuracy, %", scale=100)
+    return path
 
 
 def class_accuracies(graph: Graph, predicted: Tensor) -> list[tuple[str, float, int]]:

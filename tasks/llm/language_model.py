@@ -179,18 +179,6 @@ class LanguageModel(Task):
         if self.sample_prompt and stage == "val" and not self.trainer.sanity_checking and loss.isfinite():
             self._write_sample()
 
-    def on_test_epoch_start(self) -> None:
-        """See `on_validation_epoch_start`."""
-        self.on_validation_epoch_start()
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """See `validation_step`."""
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """See `on_validation_epoch_end`."""
-        self.on_validation_epoch_end()
-
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, str]]:
         """Continue each prompt of a batch: `{"prompt": ..., "continuation": ...}`."""
         continuations = self.generate(batch["input_ids"])

@@ -186,18 +186,6 @@ class ImageClassifier(Task):
         # The same on all ranks already; sync_dist says so to Lightning.
         self.log_dict({f"{stage}_{name}": mean for name, mean in means.items()}, prog_bar=True, sync_dist=True)
 
-    def on_test_epoch_start(self) -> None:
-        """See `on_validation_epoch_start`."""
-        self.on_validation_epoch_start()
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """See `validation_step`."""
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """See `on_validation_epoch_end`."""
-        self.on_validation_epoch_end()
-
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
         """Each image with its most likely class, that one's probability, and the five most likely ones."""
         data: Any = self.data_module()

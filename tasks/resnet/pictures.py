@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..curves import draw_curves
 from ..run_files import save_figure
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from torch import Tensor
 
 __all__ = ["draw_accuracy", "draw_confusion"]
@@ -22,17 +22,9 @@ def draw_accuracy(metrics: dict[str, dict[int, float]], path: Path) -> None:
         metrics: Name to step to value.
         path: The file.
     """
-    figure = _figure(7, 4.2)
-    axes = figure.subplots()
-    for name, label in (("val_top1", "top-1"), ("val_top5", "top-5")):
-        if values := metrics.get(name):
-            axes.plot(list(values), [100 * value for value in values.values()], marker="o", markersize=4, label=label)
-    axes.set_xlabel("optimizer steps")
-    axes.set_ylabel("validation accuracy, %")
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
-    save_figure(figure, path)
+    style = {"marker": "o", "markersize": 4}
+    curves = [("val_top1", "top-1", style), ("val_top5", "top-5", style)]
+    draw_curves(path, metrics, curves, ylabel="validation accuracy, %", scale=100)
 
 
 def draw_confusion(confusion: Tensor, class_names: Sequence[str], path: Path) -> None:
@@ -43,10 +35,12 @@ def draw_confusion(confusion: Tensor, class_names: Sequence[str], path: Path) ->
         class_names: Names of the classes.
         path: The file.
     """
+    from matplotlib.figure import Figure
+
     number = len(confusion)
     share = (100 * confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)).tolist()
     side = max(4.0, 2.0 + 0.42 * number)
-    figure = _figure(side, side)
+    figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
     axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
     axes.set_xticks(range(number), class_names, rotation=90)
@@ -61,9 +55,3 @@ def draw_confusion(confusion: Tensor, class_names: Sequence[str], path: Path) ->
                     color = "white" if value > 50 else "black"
                     axes.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=7, color=color)
     save_figure(figure, path)
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")

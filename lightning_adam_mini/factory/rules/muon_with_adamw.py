@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_adam_mini.factory.rules.tensorwise import RuleOptimizer
+
 __all__ = ["MuonWithAdamW"]
 
 
-class MuonWithAdamW(Optimizer):
+class MuonWithAdamW(RuleOptimizer):
     """torch's Muon for the groups with `rule` "muon" and torch's AdamW for those with "adamw".
 
     The two are made anew at each step over the state that this class holds. So there is one state and one list of
@@ -36,26 +37,8 @@ class MuonWithAdamW(Optimizer):
                 raise ValueError("Muon takes matrices; give vectors and numbers to a group with the rule 'adamw'")
         self._adamw()  # completes the options of its groups, so that they are the same before and after a step
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step of both.
-
-        Args:
-            closure: Evaluates the model again and returns the loss.
-
-        Returns:
-            What the closure returned.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update_all_(self) -> None:
+        """See `RuleOptimizer.update_all_`: both rules, each for its groups."""
         for group in self.param_groups:
             if group["rule"] == "muon":
                 self._step_of_muon(group)
@@ -63,7 +46,6 @@ class MuonWithAdamW(Optimizer):
         if adamw is not None:
             adamw.state = self.state
             adamw.step()
-        return loss
 
     def _adamw(self) -> Optimizer | None:
         groups = [group for group in self.param_groups if group["rule"] == "adamw"]

@@ -1,4 +1,4 @@
-"""The step loop of rules that update one tensor after another."""
+"""The steps of rules that no library has right: a closure first, then one tensor after another."""
 
 from __future__ import annotations
 
@@ -10,25 +10,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["TensorwiseOptimizer"]
+__all__ = ["RuleOptimizer", "TensorwiseOptimizer"]
 
 
-class TensorwiseOptimizer(Optimizer):
-    """An optimizer of which a subclass writes the update of one tensor.
-
-    Each parameter counts its own steps, as `state["step"]` (float32, on the CPU).
-    """
+class RuleOptimizer(Optimizer):
+    """An optimizer of which a subclass writes the step without its closure."""
 
     @abstractmethod
-    def update_(self, param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        """Update a parameter and its state in place; the gradient stays as it is.
-
-        Args:
-            param: The parameter.
-            grad: Its gradient, of the same shape.
-            state: Its state, with nothing but `step` (1) at its first step.
-            group: The options of its group.
-        """
+    def update_all_(self) -> None:
+        """Update every parameter that has a gradient; gradients are off."""
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -50,6 +40,29 @@ class TensorwiseOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.update_all_()
+        return loss
+
+
+class TensorwiseOptimizer(RuleOptimizer):
+    """An optimizer of which a subclass writes the update of one tensor.
+
+    Each parameter counts its own steps, as `state["step"]` (float32, on the CPU).
+    """
+
+    @abstractmethod
+    def update_(self, param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """Update a parameter and its state in place; the gradient stays as it is.
+
+        Args:
+            param: The parameter.
+            grad: Its gradient, of the same shape.
+            state: Its state, with nothing but `step` (1) at its first step.
+            group: The options of its group.
+        """
+
+    def update_all_(self) -> None:
+        """See `RuleOptimizer.update_all_`."""
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is None or not param.numel():
@@ -59,4 +72,3 @@ class TensorwiseOptimizer(Optimizer):
                     state["step"] = torch.zeros((), dtype=torch.float32)
                 state["step"] += 1
                 self.update_(param, param.grad, state, group)
-        return loss

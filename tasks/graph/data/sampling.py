@@ -9,13 +9,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from hashlib import blake2b
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ...seeds import seed_of
 from ..graph import Graph
 
 __all__ = ["NeighborBatches", "RandomParts", "WholeGraph"]
@@ -92,7 +92,7 @@ class NeighborBatches(Dataset[Graph]):
         order = torch.randperm(len(self.graph.train), generator=_generator(self.seed, epoch))
         positions = order[batch * self.batch_size : (batch + 1) * self.batch_size]
         with torch.random.fork_rng(devices=[]):  # the samplers draw from torch's global generator
-            torch.manual_seed(_number(self.seed, "neighbours", number))
+            torch.manual_seed(seed_of(self.seed, "neighbours", number))
             sampled = self._loader(positions)  # in `input_nodes`
         return replace(
             self.graph,
@@ -131,8 +131,4 @@ def _induced(graph: Graph, nodes: Tensor) -> Graph:
 
 
 def _generator(*position: int | str) -> torch.Generator:
-    return torch.Generator().manual_seed(_number(*position))
-
-
-def _number(*position: int | str) -> int:
-    return int.from_bytes(blake2b(repr(position).encode(), digest_size=8).digest()) % 2**63
+    return torch.Generator().manual_seed(seed_of(*position))

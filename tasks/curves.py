@@ -1,0 +1,43 @@
+"""Figures over the steps of a run, drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .run_files import save_figure
+
+__all__ = ["draw_curves"]
+
+
+def draw_curves(
+    path: Path,
+    metrics: dict[str, dict[int, float]],
+    curves: Iterable[tuple[str, str, dict[str, Any]]],
+    *,
+    ylabel: str,
+    scale: float = 1.0,
+) -> None:
+    """Metrics by optimizer step, as PNG; those that were not logged are left out.
+
+    Args:
+        path: The file.
+        metrics: Name to step to value.
+        curves: Name, words and matplotlib's options of each line.
+        ylabel: What the values are, with their unit.
+        scale: Factor of the values: 100 for percent.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for name, label, style in curves:
+        if values := metrics.get(name):
+            axes.plot(list(values), [scale * value for value in values.values()], label=label, **style)
+    axes.set_xlabel("optimizer steps")
+    axes.set_ylabel(ylabel)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    save_figure(figure, path)
