@@ -22,7 +22,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-__all__ = ["Blocks", "Kind", "Segment"]
+__all__ = ["Blocks", "Kind", "Segment", "sum_square"]
 
 
 class Kind(StrEnum):
@@ -146,7 +146,32 @@ class Blocks:
         assert self.axis is not None
         columns = list(self.shape)
         columns[self.axis] = len(self.segments)
-        return {"exp_avg_sq_row": self._kept_shape(self.shape[self.axis]), "exp_avg_sq_col": tuple(columns)}
+        return {"exp_avg_sq_row": self.row_shape, "exp_avg_sq_col": tuple(columns)}
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of one value a row: `shape` with size 1 on the reduced axes."""
+        return self._kept_shape(1 if self.axis is None else self.shape[self.axis])
+
+    @property
+    def cuts_rows(self) -> bool:
+        """Whether every block is one row."""
+        return self.kind is Kind.MEAN and bool(self.segments) and all(s.block_size == 1 for s in self.segments)
+
+    @property
+    def signature(self) -> str:
+        """The cut in a few characters, without the sizes of reduced axes: what a saved state must agree with.
+
+        `element`, or the kind, the batch axes, the cut axis and for each segment `rows/rows in a block`: `mean b0 a1
+        64/8 32/1 x4` has experts on axis 0 and four repeats of two segments on axis 1.
+        """
+        if self.kind is Kind.ELEMENT:
+            return self.kind.value
+        parts = [self.kind.value, *(f"b{axis}" for axis in self.batch_axes)]
+        if self.axis is not None:
+            parts += [f"a{self.axis}", *(f"{s.length}/{s.block_size}" for s in self.segments)]
+            parts += [f"x{self.repeats}"] if self.repeats > 1 else []
+        return " ".join(parts)
 
     @property
     def num_values(self) -> int:
@@ -184,18 +209,52 @@ class Blocks:
         Returns:
             One tensor for each of `state_shapes`.
         """
+        return self.means(*self.square_sums(tensor, dtype=dtype))
+
+    def square_sums(self, tensor: Tensor, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        """Sums of the squares, where `mean_square` has means: sums of parts of a tensor add up to those of the whole."""
         if self.kind is Kind.ELEMENT:
             return (tensor.to(dtype).square(),)
-        row_sums = _sum_square(tensor, self._reduced_axes(), dtype)
-        width = max(math.prod(self.shape[a] for a in self._reduced_axes()), 1)
+        row_sums = self.row_square_sums(tensor, dtype=dtype)
         if self.kind is Kind.MEAN:
-            return (self._block_sums(row_sums, width),)
+            return (self.block_sums(row_sums),)
         assert self.axis is not None
         columns = [
-            _sum_square(part, axes, dtype).reshape(self._column_shape()) / max(segment.length * self.repeats, 1)
-            for segment, part, axes in self._parts(tensor)
+            sum_square(part, axes, dtype).reshape(self._column_shape()) for _, part, axes in self._parts(tensor)
         ]
-        return row_sums / width, torch.cat(columns, self.axis)
+        return row_sums, torch.cat(columns, self.axis)
+
+    def row_square_sums(self, tensor: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Sums of the squares over the reduced axes, which stay with size 1; `tensor` may be any part of the whole."""
+        return sum_square(tensor, self._reduced_axes(), dtype)
+
+    def block_sums(self, row_sums: Tensor) -> Tensor:
+        """Sums a block from sums a row: `(..., R, ...)` to `(..., B, ...)`, segment after segment."""
+        if self.axis is None or self.cuts_rows:
+            return row_sums
+        sums = []
+        for segment, part, axes in self._parts(row_sums):
+            if self._spans_repeats(segment):
+                sums.append(part.sum(axes).unsqueeze(self.axis))
+            else:
+                grouped = part.unflatten(self.axis + 1, (-1, segment.block_size))
+                sums.append(grouped.sum(self.axis + 2).flatten(*axes))
+        return sums[0] if len(sums) == 1 else torch.cat(sums, self.axis)
+
+    def means(self, *sums: Tensor) -> tuple[Tensor, ...]:
+        """Divide sums, one tensor for each of `state_shapes`, by the numbers of elements they were taken over."""
+        if self.kind is Kind.ELEMENT:
+            return sums
+        width = max(math.prod(self.shape[a] for a in self._reduced_axes()), 1)
+        if self.axis is None:
+            return (sums[0] / width,)
+        if self.kind is Kind.MEAN:
+            sizes = [self._num_blocks(segment) for segment in self.segments]
+            counts = [max(segment.block_size * width, 1) for segment in self.segments]
+            return (_divide(sums[0], self.axis, sizes, counts),)
+        rows, columns = sums
+        counts = [max(segment.length * self.repeats, 1) for segment in self.segments]
+        return rows / width, _divide(columns, self.axis, [1] * len(self.segments), counts)
 
     def second_moment(self, *moments: Tensor) -> Tensor:
         """Expand kept moments so that they broadcast against the tensor.
@@ -207,13 +266,13 @@ class Blocks:
             For `Kind.MEAN` one value a row, of size 1 on the reduced axes; else a tensor of `shape`. For
             `Kind.ROW_COLUMN` it is `row * column / mean(row)`, Adafactor's estimate (Shazeer and Stern 2018, Alg. 1).
         """
-        return self._product(self._factors(moments))
+        return self._product(self.factors(*moments))
 
     def root_second_moment(self, *moments: Tensor) -> Tensor:
         """The square root of `second_moment`, as a new tensor; roots are taken before anything is expanded."""
-        return self._product([factor.sqrt() for factor in self._factors(moments)])
+        return self._product([factor.sqrt() for factor in self.factors(*moments)])
 
-    def _factors(self, moments: Sequence[Tensor]) -> Sequence[Tensor]:
+    def factors(self, *moments: Tensor) -> Sequence[Tensor]:
         """Tensors whose product, expanded, is the second moment: the moments; or rows over their mean, and columns."""
         if self.kind is not Kind.ROW_COLUMN:
             return moments
@@ -271,25 +330,9 @@ class Blocks:
             start += segment.length
         return parts
 
-    def _block_sums(self, row_sums: Tensor, width: int) -> Tensor:
-        """Means a block from sums a row: `(..., R, ...)` to `(..., B, ...)`, segment after segment."""
-        if self.axis is None:
-            return row_sums / width
-        if len(self.segments) == 1 and self.segments[0].block_size == 1:
-            return row_sums / width
-        means = []
-        for segment, part, axes in self._parts(row_sums):
-            if self._spans_repeats(segment):
-                sums = part.sum(axes).unsqueeze(self.axis)
-            else:
-                grouped = part.unflatten(self.axis + 1, (-1, segment.block_size))
-                sums = grouped.sum(self.axis + 2).flatten(*axes)
-            means.append(sums / max(segment.block_size * width, 1))
-        return means[0] if len(means) == 1 else torch.cat(means, self.axis)
-
     def _rows_from_blocks(self, blocks: Tensor) -> Tensor:
         """Repeat each block's value over its rows: `(..., B, ...)` to `(..., R, ...)`."""
-        if self.axis is None or (len(self.segments) == 1 and self.segments[0].block_size == 1):
+        if self.axis is None or self.cuts_rows:
             return blocks
         rows, start = [], 0
         for segment in self.segments:
@@ -310,8 +353,16 @@ SLICE_ELEMENTS = 2**18
 """Elements that are squared at a time: a float32 temporary of 1 MiB, which stays in the cache."""
 
 
-def _sum_square(tensor: Tensor, axes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Sum of squares over `axes`, kept as size 1, without a temporary of the tensor's size."""
+def _divide(tensor: Tensor, axis: int, sizes: Sequence[int], divisors: Sequence[int]) -> Tensor:
+    """Divide consecutive parts of `tensor` along `axis` by a number each."""
+    if len(set(divisors)) == 1:
+        return tensor / divisors[0]
+    parts = [part / divisor for part, divisor in zip(tensor.split(list(sizes), axis), divisors, strict=True)]
+    return torch.cat(parts, axis)
+
+
+def sum_square(tensor: Tensor, axes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Sums of squares over `axes`, which stay with size 1, without a temporary of the tensor's size."""
     if not axes:
         return tensor.to(dtype).square()
     if tensor.is_cpu and tensor.dim() - 1 not in axes:

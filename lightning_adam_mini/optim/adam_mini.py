@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 from lightning_adam_mini.optim import foreach, update
 from lightning_adam_mini.optim.cut_tensor import CutTensor
 from lightning_adam_mini.optim.groups import WeightDecayPolicy, decay_groups
+from lightning_adam_mini.optim.sharding import is_dtensor, local, local_gradient, shard_dtensor, share_square_sums
+from lightning_adam_mini.optim.shards import Shard
 from lightning_adam_mini.optim.state import check_state, fits_parameter, init_state, restore_state
 from lightning_adam_mini.optim.validation import check_gradient, check_group, check_parameter
 from lightning_adam_mini.partition import (
@@ -106,6 +108,7 @@ class AdamMini(Optimizer):
         self.implementation: Implementation = _choose(implementation, capturable)
         self.exp_avg_dtype = exp_avg_dtype
         self._cuts: dict[Tensor, CutParameter] = {}
+        self._shards: dict[Tensor, Shard] = {}
 
         if isinstance(params, nn.Module):
             if module is not None:
@@ -172,6 +175,7 @@ class AdamMini(Optimizer):
         check_group({**self.defaults, **group})
         for parameter in group["params"]:
             check_parameter(self._cut(parameter).name, parameter)
+        group["partition"] = "; ".join(self._cut(parameter).blocks.signature for parameter in group["params"])
         super().add_param_group(group)
         for parameter in self.param_groups[-1]["params"]:
             if parameter.requires_grad:
@@ -201,8 +205,13 @@ class AdamMini(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            tensors = [self._cut_tensor(p, group["capturable"]) for p in group["params"] if p.grad is not None]
+        by_group = [
+            [self._cut_tensor(p, group["capturable"]) for p in group["params"] if p.grad is not None or self._shares(p)]
+            for group in self.param_groups
+        ]
+        share_square_sums([tensor for tensors in by_group for tensor in tensors])
+        for group, tensors in zip(self.param_groups, by_group, strict=True):
+            tensors = [tensor for tensor in tensors if tensor.grad is not None]
             beta1, beta2 = group["betas"]
             lr, capturable = group["lr"], group["capturable"]
             options = {
@@ -255,7 +264,7 @@ class AdamMini(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles keep beside torch's own."""
         own = ("implementation", "exp_avg_dtype", "_cuts", "_strategy_of_unknown")
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}, "_shards": {}}
 
     def _cut(self, parameter: Tensor) -> CutParameter:
         cut = self._cuts.get(parameter)
@@ -267,24 +276,44 @@ class AdamMini(Optimizer):
             )
         return cut
 
+    def _shard(self, parameter: Tensor) -> Shard:
+        """How this rank's part of a parameter is cut."""
+        shard = self._shards.get(parameter)
+        if shard is None:
+            cut = self._cut(parameter)
+            shard = shard_dtensor(cut.name, parameter, cut.blocks) if is_dtensor(parameter) else Shard(cut.blocks)
+            self._shards[parameter] = shard
+        return shard
+
+    def _shares(self, parameter: Tensor) -> bool:
+        """Whether other ranks wait for this one's part of the sums of squares, also where it has no gradient."""
+        return parameter.requires_grad and bool(self._shard(parameter).groups)
+
     def _init_state(self, parameter: Tensor, *, capturable: bool) -> None:
         self.state[parameter] = init_state(
-            parameter, self._cut(parameter).blocks, exp_avg_dtype=self.exp_avg_dtype, capturable=capturable
+            parameter,
+            self._cut(parameter).blocks,
+            self._shard(parameter),
+            exp_avg_dtype=self.exp_avg_dtype,
+            capturable=capturable,
         )
 
     def _cut_tensor(self, parameter: Tensor, capturable: bool) -> CutTensor:
         """A parameter with its gradient and state; the state follows a parameter that changed its device or dtype."""
         cut = self._cut(parameter)
-        assert parameter.grad is not None
-        check_gradient(cut.name, parameter.grad)
+        grad = parameter.grad
+        if grad is not None:
+            check_gradient(cut.name, grad)
+            grad = local_gradient(parameter, grad)
         state = self.state[parameter]
         if not state or not fits_parameter(state, parameter, exp_avg_dtype=self.exp_avg_dtype):
             self._init_state(parameter, capturable=capturable)
             if state and not state["exp_avg"].is_meta:
                 restore_state(self.state[parameter], state)
             state = self.state[parameter]
-        moments = tuple(state[key] for key in cut.blocks.state_shapes)
-        return CutTensor(parameter, parameter.grad, cut.blocks, state["step"], state["exp_avg"], moments)
+        moments = tuple(local(state[key]) for key in cut.blocks.state_shapes)
+        shard = self._shard(parameter)
+        return CutTensor(local(parameter), grad, shard, state["step"], local(state["exp_avg"]), moments)
 
 
 def _check_capture(optimizer: Optimizer) -> None:

@@ -48,7 +48,7 @@ def update_(
             )
     for alike in _alike(tensors):
         params = [t.param for t in alike]
-        grads = [t.grad for t in alike]
+        grads = [t.grad for t in alike if t.grad is not None]
         exp_avgs = [t.exp_avg for t in alike]
         if maximize:
             grads = list(torch._foreach_neg(grads))
@@ -61,21 +61,27 @@ def update_(
         if weight_decay != 0:
             torch._foreach_mul_(params, 1 - lr * weight_decay)
         torch._foreach_lerp_(exp_avgs, [grad.to(exp_avgs[0].dtype) for grad in grads], 1 - beta1)
-        denoms = _denominators(alike, grads, beta2)
+        denoms = _denominators(alike, beta2)
         torch._foreach_div_(denoms, roots)
         torch._foreach_add_(denoms, eps)
+        if not all(t.is_whole for t in alike):
+            pieces = [list(t.split(denom)) for t, denom in zip(alike, denoms, strict=True)]
+            step_sizes = [size for size, parts in zip(step_sizes, pieces, strict=True) for _ in parts]
+            if not step_sizes:
+                continue
+            params, exp_avgs, denoms = map(list, zip(*(piece for parts in pieces for piece in parts), strict=True))
         torch._foreach_addcdiv_(params, exp_avgs, denoms, step_sizes)
 
 
-def _denominators(tensors: Sequence[CutTensor], grads: Sequence[Tensor], beta2: float) -> list[Tensor]:
+def _denominators(tensors: Sequence[CutTensor], beta2: float) -> list[Tensor]:
     """Update the second moments; return their roots, shaped to broadcast against the parameters."""
     moments = [moment for t in tensors for moment in t.moments]
     torch._foreach_mul_(moments, beta2)
     if tensors[0].blocks.kind is Kind.ELEMENT:
-        torch._foreach_addcmul_(moments, list(grads), list(grads), 1 - beta2)
+        grads = [t.grad for t in tensors if t.grad is not None]
+        torch._foreach_addcmul_(moments, grads, grads, 1 - beta2)
         return list(torch._foreach_sqrt(moments))
-    dtype = moments[0].dtype
-    means = [mean for t, g in zip(tensors, grads, strict=True) for mean in t.blocks.mean_square(g, dtype=dtype)]
+    means = [mean for t in tensors for mean in t.mean_square()]
     torch._foreach_add_(moments, means, alpha=1 - beta2)
     return [t.blocks.root_second_moment(*t.moments) for t in tensors]
 
@@ -86,5 +92,5 @@ def _alike(tensors: Sequence[CutTensor]) -> list[list[CutTensor]]:
     for t in tensors:
         kind = t.blocks.kind
         if kind is not Kind.ROW_COLUMN:
-            groups[t.param.device, t.param.dtype, t.grad.dtype, t.exp_avg.dtype, t.moments[0].dtype, kind].append(t)
+            groups[t.param.device, t.param.dtype, None if t.grad is None else t.grad.dtype, t.exp_avg.dtype, t.moments[0].dtype, kind].append(t)
     return list(groups.values())

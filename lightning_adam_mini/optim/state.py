@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from lightning_adam_mini.blocks import Blocks
+from lightning_adam_mini.optim.sharding import copy_global_, is_dtensor, place_moment
+from lightning_adam_mini.optim.shards import Shard
 from lightning_adam_mini.partition import CutParameter
 
 __all__ = ["check_state", "fits_parameter", "init_state", "restore_state", "second_moment_dtype"]
@@ -23,24 +25,30 @@ def second_moment_dtype(parameter: Tensor) -> torch.dtype:
 
 
 def init_state(
-    parameter: Tensor, blocks: Blocks, *, exp_avg_dtype: torch.dtype | None, capturable: bool
+    parameter: Tensor,
+    blocks: Blocks,
+    shard: Shard | None = None,
+    *,
+    exp_avg_dtype: torch.dtype | None,
+    capturable: bool,
 ) -> dict[str, Tensor]:
-    """The state of a parameter before its first step."""
+    """The state of a parameter before its first step; that of a DTensor has DTensors, but for `step`."""
     moment_dtype = second_moment_dtype(parameter)
     step_device = parameter.device if capturable else torch.device("cpu")
     state = {
         "step": torch.zeros((), dtype=torch.float32, device=step_device),
         "exp_avg": torch.zeros_like(parameter, dtype=exp_avg_dtype, memory_format=torch.preserve_format),
     }
-    for key, shape in blocks.state_shapes.items():
-        state[key] = torch.zeros(shape, dtype=moment_dtype, device=parameter.device)
+    for key, shape in (shard or Shard(blocks)).frame.state_shapes.items():
+        moment = torch.zeros(shape, dtype=moment_dtype, device=parameter.device)
+        state[key] = place_moment(moment, parameter, blocks, key) if is_dtensor(parameter) else moment
     return state
 
 
 def restore_state(state: Mapping[str, Tensor], saved: Mapping[str, Any]) -> None:
     """Copy a saved state into a fresh one, which keeps its dtypes and devices."""
     for key, tensor in state.items():
-        tensor.copy_(torch.as_tensor(saved[key]))
+        copy_global_(tensor, torch.as_tensor(saved[key]))
 
 
 def fits_parameter(state: Mapping[str, Tensor], parameter: Tensor, *, exp_avg_dtype: torch.dtype | None) -> bool:

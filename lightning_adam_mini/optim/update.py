@@ -49,7 +49,7 @@ def update_(
         maximize: Ascend instead of descend.
         capturable: Keep all scalars on the parameter's device, so that CUDA graphs can capture the step.
     """
-    param, exp_avg, blocks = tensor.param, tensor.exp_avg, tensor.blocks
+    assert tensor.grad is not None
     grad = -tensor.grad if maximize else tensor.grad
 
     tensor.step.add_(1)
@@ -57,22 +57,22 @@ def update_(
     bias_correction1 = 1 - beta1**step
     bias_correction2 = 1 - beta2**step
 
-    param.mul_(1 - lr * weight_decay)
-    exp_avg.lerp_(grad.to(exp_avg.dtype), 1 - beta1)
-    accumulate_(tensor, grad, beta2)
+    tensor.param.mul_(1 - lr * weight_decay)
+    tensor.exp_avg.lerp_(grad.to(tensor.exp_avg.dtype), 1 - beta1)
+    accumulate_(tensor, beta2)
 
-    denom = blocks.root_second_moment(*tensor.moments).div_(bias_correction2**0.5).add_(eps)
-    if capturable:
-        param.addcmul_(exp_avg, (lr / bias_correction1) / denom, value=-1)
-    else:
-        param.addcdiv_(exp_avg, denom, value=-float(lr / bias_correction1))
+    for param, exp_avg, denom in tensor.pieces(bias_correction2**0.5, eps):
+        if capturable:
+            param.addcmul_(exp_avg, (lr / bias_correction1) / denom, value=-1)
+        else:
+            param.addcdiv_(exp_avg, denom, value=-float(lr / bias_correction1))
 
 
-def accumulate_(tensor: CutTensor, grad: Tensor, beta2: float) -> None:
-    """Move the second moments of a tensor towards the mean squares of `grad`."""
+def accumulate_(tensor: CutTensor, beta2: float) -> None:
+    """Move the second moments of a tensor towards the mean squares of its gradient."""
     if tensor.blocks.kind is Kind.ELEMENT:  # as torch's AdamW to the last bit, and without a temporary
-        tensor.moments[0].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        assert tensor.grad is not None
+        tensor.moments[0].mul_(beta2).addcmul_(tensor.grad, tensor.grad, value=1 - beta2)
         return
-    dtype = tensor.moments[0].dtype
-    for moment, mean_square in zip(tensor.moments, tensor.blocks.mean_square(grad, dtype=dtype), strict=True):
+    for moment, mean_square in zip(tensor.moments, tensor.mean_square(), strict=True):
         moment.mul_(beta2).add_(mean_square, alpha=1 - beta2)

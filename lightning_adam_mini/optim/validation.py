@@ -33,14 +33,14 @@ def check_parameter(name: str, parameter: Tensor) -> None:
     """Check that the optimizer can update a parameter.
 
     Raises:
-        ValueError: It is complex or sharded.
+        ValueError: It is complex, or FSDP has flattened it.
     """
     if torch.is_complex(parameter):
         raise ValueError(f"{name}: complex parameters are not supported; train torch.view_as_real of it instead")
-    if _is_sharded(parameter):
+    if getattr(parameter, "_fsdp_flattened", False) or getattr(parameter, "_is_flat_param", False):
         raise ValueError(
-            f"{name}: sharded parameters (FSDP, tensor parallelism) are not supported yet; train with strategy 'ddp' "
-            "or on one device"
+            f"{name}: FSDP has flattened this parameter, which hides its blocks; shard the model with fully_shard "
+            "(FSDP2), or pass the wrapped model, FullyShardedDataParallel(model, use_orig_params=True), to AdamMini"
         )
 
 
@@ -52,9 +52,3 @@ def check_gradient(name: str, grad: Tensor) -> None:
     """
     if grad.is_sparse:
         raise ValueError(f"{name}: sparse gradients are not supported; use nn.Embedding(..., sparse=False)")
-
-
-def _is_sharded(parameter: Tensor) -> bool:
-    """Whether a parameter is a DTensor (told by its mesh: importing the class takes half a second) or FSDP1's."""
-    flattened = getattr(parameter, "_fsdp_flattened", False) or getattr(parameter, "_is_flat_param", False)
-    return flattened or hasattr(parameter, "device_mesh")

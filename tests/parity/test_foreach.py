@@ -1,6 +1,7 @@
 """The fast forms of the update equal the reference on tensors of every kind."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from lightning_adam_mini import AdamMini, Blocks
 from lightning_adam_mini.blocks import Segment
 from lightning_adam_mini.optim import foreach, update
 from lightning_adam_mini.optim.cut_tensor import CutTensor
+from lightning_adam_mini.optim.shards import Shard
 from lightning_adam_mini.optim.state import init_state
 
 OPTIONS = {"lr": 1e-2, "beta1": 0.8, "beta2": 0.9, "eps": 1e-6, "weight_decay": 0.1}
@@ -55,7 +57,7 @@ def cut_tensors(dtype, exp_avg_dtype=None):
         param = torch.randn(blocks.shape).to(dtype)
         state = init_state(param, blocks, exp_avg_dtype=exp_avg_dtype, capturable=False)
         moments = tuple(state[key] for key in blocks.state_shapes)
-        tensors.append(CutTensor(param, torch.empty_like(param), blocks, state["step"], state["exp_avg"], moments))
+        tensors.append(CutTensor(param, torch.empty_like(param), Shard(blocks), state["step"], state["exp_avg"], moments))
     return tensors
 
 
@@ -70,7 +72,7 @@ def gradients(tensors, step):
 
 
 def with_gradients(tensors, grads):
-    return [t._replace(grad=grad.clone()) for t, grad in zip(tensors, grads, strict=True) if grad is not None]
+    return [replace(t, grad=grad.clone()) for t, grad in zip(tensors, grads, strict=True) if grad is not None]
 
 
 def assert_same(first, second, tolerances):
@@ -181,7 +183,7 @@ def test_a_step_with_another_order_of_the_blocks_shows(tolerances):
     tensors = cut_tensors(torch.float32)
     others = copy.deepcopy(tensors)
     number = list(BLOCKS).index("heads")
-    others[number] = others[number]._replace(blocks=Blocks.rows((6, 3), block_size=1), moments=(torch.zeros(6, 1),))
+    others[number] = replace(others[number], shard=Shard(Blocks.rows((6, 3), block_size=1)), moments=(torch.zeros(6, 1),))
     grads = list(gradients(tensors, 1 if (number + 1) % 3 else 2))
     for tensor in with_gradients(tensors, grads):
         update.update_(tensor, **OPTIONS)

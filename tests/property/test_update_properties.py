@@ -12,6 +12,7 @@ from lightning_adam_mini.measure import adamw_state_bytes, optimizer_state_bytes
 from lightning_adam_mini.optim import foreach, update
 from lightning_adam_mini.optim.adam_mini import Implementation
 from lightning_adam_mini.optim.cut_tensor import CutTensor
+from lightning_adam_mini.optim.shards import Shard
 from lightning_adam_mini.optim.state import init_state
 from lightning_adam_mini.partition import STRATEGIES
 from tiny_models import SeparateAttention
@@ -27,7 +28,7 @@ def three_steps(blocks, param, grads, implementation="reference", **options):
     state = init_state(param, blocks, exp_avg_dtype=None, capturable=False)
     moments = tuple(state[key] for key in blocks.state_shapes)
     for grad in grads:
-        tensor = CutTensor(param, grad.clone(), blocks, state["step"], state["exp_avg"], moments)
+        tensor = CutTensor(param, grad.clone(), Shard(blocks), state["step"], state["exp_avg"], moments)
         if implementation == "foreach":
             foreach.update_([tensor], **{**OPTIONS, **options})
         else:

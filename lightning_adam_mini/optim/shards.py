@@ -1,0 +1,173 @@
+"""Shards: what one rank computes where a parameter lies on several.
+
+A parameter is split into local tensors in many ways: along a dimension, evenly or not; along two at once; in strides;
+or as a range of its flattened elements. Each local tensor is a few rectangles (`Box`) of the whole, and that is all that
+the update has to know. The second moments of a rank lie on a *frame*: the tensor's `Blocks`, cut down along those axes
+on which the second moment is sharded as the parameter is. Along all others each rank keeps the whole second moment, which
+is small, and the ranks add up their sums of squares.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from lightning_adam_mini.blocks import Blocks, Kind, sum_square
+
+__all__ = ["Box", "Shard", "flat_boxes", "grid_boxes"]
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle of a tensor that lies on this rank.
+
+    Args:
+        start: Where it starts in the frame, one number a dimension.
+        sizes: Its shape.
+        local: Where it starts in the local tensor, one number a dimension.
+        flat: Where the local tensor has one dimension: the offset and the shape of the range that `local` counts in.
+    """
+
+    start: tuple[int, ...]
+    sizes: tuple[int, ...]
+    local: tuple[int, ...]
+    flat: tuple[int, tuple[int, ...]] | None = None
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """The rectangle as a view of a local tensor."""
+        if self.flat is not None:
+            offset, shape = self.flat
+            tensor = tensor.narrow(0, offset, math.prod(shape)).view(shape)
+        for dim, (start, size) in enumerate(zip(self.local, self.sizes, strict=True)):
+            tensor = tensor.narrow(dim, start, size)
+        return tensor
+
+    def within(self, kept: Tensor) -> Tensor:
+        """The part of a tensor on the frame, of size 1 on some axes, that broadcasts against the rectangle."""
+        for dim, (start, size) in enumerate(zip(self.start, self.sizes, strict=True)):
+            if kept.shape[dim] != 1:
+                kept = kept.narrow(dim, start, size)
+        return kept
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A rank's part of a parameter.
+
+    Args:
+        frame: How the part is cut on which this rank keeps second moments.
+        boxes: The rectangles of the local tensor; None where it covers all rows of the frame.
+        groups: Ranks that share blocks with this one: sums of squares are reduced over each, one after the other.
+        device_type: Type of device that these groups communicate on.
+    """
+
+    frame: Blocks
+    boxes: tuple[Box, ...] | None = None
+    groups: tuple[ProcessGroup, ...] = ()
+    device_type: str | None = None
+    _segments: tuple[int, ...] = field(init=False, repr=False, compare=False, default=())
+
+    def __post_init__(self) -> None:
+        """Keep each box of a rank-one cut within one segment, whose columns are its own."""
+        if self.boxes is None or self.frame.kind is not Kind.ROW_COLUMN:
+            return
+        assert self.frame.axis is not None
+        pieces = [piece for box in self.boxes for piece in _split_by_segment(box, self.frame)]
+        object.__setattr__(self, "boxes", tuple(box for box, _ in pieces))
+        object.__setattr__(self, "_segments", tuple(segment for _, segment in pieces))
+
+    def square_sums(self, grad: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """This rank's part of the sums of squares, in the shapes of `frame.state_shapes`."""
+        frame = self.frame
+        if self.boxes is None:
+            return frame.square_sums(grad, dtype=dtype)
+        rows = torch.zeros(frame.row_shape, dtype=dtype, device=grad.device)
+        for box in self.boxes:
+            box.within(rows).add_(frame.row_square_sums(box.view(grad), dtype=dtype))
+        if frame.kind is Kind.MEAN:
+            return (frame.block_sums(rows),)
+        assert frame.axis is not None
+        columns = torch.zeros(frame.state_shapes["exp_avg_sq_col"], dtype=dtype, device=grad.device)
+        for box, segment in zip(self.boxes, self._segments, strict=True):
+            part = box.within(columns.narrow(frame.axis, segment, 1))
+            part.add_(sum_square(box.view(grad), (frame.axis,), dtype))
+        return rows, columns
+
+    def rank_one_roots(self, moments: Sequence[Tensor]) -> Iterator[tuple[Box, Tensor]]:
+        """Roots of a rank-one second moment, rectangle by rectangle, as new tensors."""
+        assert self.boxes is not None
+        assert self.frame.axis is not None
+        rows, columns = (factor.sqrt() for factor in self.frame.factors(*moments))
+        for box, segment in zip(self.boxes, self._segments, strict=True):
+            yield box, box.within(rows) * box.within(columns.narrow(self.frame.axis, segment, 1))
+
+
+def grid_boxes(runs: Sequence[Sequence[tuple[int, int, int]]]) -> tuple[Box, ...]:
+    """The rectangles of a local tensor that has a few runs of consecutive positions along each dimension.
+
+    Args:
+        runs: For each dimension, runs as (start in the frame, start in the local tensor, length).
+    """
+    boxes = []
+    for combination in product(*runs):
+        start, local, sizes = zip(*combination, strict=True) if combination else ((), (), ())
+        if all(sizes):
+            boxes.append(Box(tuple(start), tuple(sizes), tuple(local)))
+    return tuple(boxes)
+
+
+def flat_boxes(shape: Sequence[int], start: int, stop: int) -> tuple[Box, ...]:
+    """The rectangles of the elements `start` to `stop` of a flattened tensor, whose local tensor is one-dimensional."""
+    boxes, offset = [], 0
+    for corner, sizes in _rectangles(tuple(shape), start, stop):
+        boxes.append(Box(corner, sizes, (0,) * len(sizes), (offset, sizes)))
+        offset += math.prod(sizes)
+    return tuple(boxes)
+
+
+def _rectangles(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Corners and sizes, in the order of the elements: at most two for each dimension but the first."""
+    if start >= stop:
+        return
+    if len(shape) <= 1:
+        yield ((start,), (stop - start,)) if shape else ((), ())
+        return
+    inner = math.prod(shape[1:])
+    while start < stop:
+        row, column = divmod(start, inner)
+        if column == 0 and stop - start >= inner:  # whole slices
+            count = (stop - start) // inner
+            yield (row, *[0] * (len(shape) - 1)), (count, *shape[1:])
+            start += count * inner
+        else:
+            end = min(stop, (row + 1) * inner)
+            for corner, sizes in _rectangles(shape[1:], column, column + end - start):
+                yield (row, *corner), (1, *sizes)
+            start = end
+
+
+def _split_by_segment(box: Box, frame: Blocks) -> Iterator[tuple[Box, int]]:
+    """Cut a box where another segment of the cut axis begins; with the number of each part's segment."""
+    axis = frame.axis
+    assert axis is not None
+    if len(frame.segments) == 1:
+        yield box, 0
+        return
+    begin, end = box.start[axis], box.start[axis] + box.sizes[axis]
+    position = 0
+    for number in range(frame.repeats * len(frame.segments)):
+        segment = number % len(frame.segments)
+        low, high = max(begin, position), min(end, position + frame.segments[segment].length)
+        position += frame.segments[segment].length
+        if low >= high:
+            continue
+        start = (*box.start[:axis], low, *box.start[axis + 1 :])
+        sizes = (*box.sizes[:axis], high - low, *box.sizes[axis + 1 :])
+        local = (*box.local[:axis], box.local[axis] + low - begin, *box.local[axis + 1 :])
+        yield Box(start, sizes, local, box.flat), segment
