@@ -195,7 +195,7 @@ class Blocks:
             raise ValueError("a row_column cut shares a row mean and a column mean: it has no blocks to number")
         (state_shape,) = self.state_shapes.values()
         numbers = torch.arange(math.prod(state_shape)).view(state_shape)
-        return self._rows_from_blocks(numbers).expand(self.shape)
+        return self.expand_rows(numbers).expand(self.shape)
 
     def mean_square(self, tensor: Tensor, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
         """Means of the squares: one a block, or one a row and one a column.
@@ -211,22 +211,34 @@ class Blocks:
         """
         return self.means(*self.square_sums(tensor, dtype=dtype))
 
-    def square_sums(self, tensor: Tensor, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-        """Sums of the squares, where `mean_square` has means: sums of parts of a tensor add up to those of the whole."""
+    def square_sums(
+        self, tensor: Tensor, *, dtype: torch.dtype = torch.float32, exact: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Sums of the squares, where `mean_square` has means: sums of parts of a tensor add up to those of the whole.
+
+        Args:
+            tensor: A tensor of `shape`, of any floating dtype.
+            dtype: Dtype in which squares are summed, and of the result.
+            exact: Sum the squares themselves, not squared norms, which is slower and spares the rounding of a root.
+
+        Returns:
+            One tensor for each of `state_shapes`.
+        """
         if self.kind is Kind.ELEMENT:
             return (tensor.to(dtype).square(),)
-        row_sums = self.row_square_sums(tensor, dtype=dtype)
+        row_sums = self.row_square_sums(tensor, dtype=dtype, exact=exact)
         if self.kind is Kind.MEAN:
             return (self.block_sums(row_sums),)
         assert self.axis is not None
         columns = [
-            sum_square(part, axes, dtype).reshape(self._column_shape()) for _, part, axes in self._parts(tensor)
+            sum_square(part, axes, dtype, exact=exact).reshape(self._column_shape())
+            for _, part, axes in self._parts(tensor)
         ]
         return row_sums, torch.cat(columns, self.axis)
 
-    def row_square_sums(self, tensor: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    def row_square_sums(self, tensor: Tensor, *, dtype: torch.dtype = torch.float32, exact: bool = False) -> Tensor:
         """Sums of the squares over the reduced axes, which stay with size 1; `tensor` may be any part of the whole."""
-        return sum_square(tensor, self._reduced_axes(), dtype)
+        return sum_square(tensor, self._reduced_axes(), dtype, exact=exact)
 
     def block_sums(self, row_sums: Tensor) -> Tensor:
         """Sums a block from sums a row: `(..., R, ...)` to `(..., B, ...)`, segment after segment."""
@@ -289,7 +301,7 @@ class Blocks:
         if self.kind is Kind.ELEMENT:
             return factors[0]
         if self.kind is Kind.MEAN:
-            return self._rows_from_blocks(factors[0])
+            return self.expand_rows(factors[0])
         rows, columns = factors
         assert self.axis is not None
         if len(self.segments) == 1:
@@ -330,7 +342,7 @@ class Blocks:
             start += segment.length
         return parts
 
-    def _rows_from_blocks(self, blocks: Tensor) -> Tensor:
+    def expand_rows(self, blocks: Tensor) -> Tensor:
         """Repeat each block's value over its rows: `(..., B, ...)` to `(..., R, ...)`."""
         if self.axis is None or self.cuts_rows:
             return blocks
@@ -361,11 +373,11 @@ def _divide(tensor: Tensor, axis: int, sizes: Sequence[int], divisors: Sequence[
     return torch.cat(parts, axis)
 
 
-def sum_square(tensor: Tensor, axes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def sum_square(tensor: Tensor, axes: tuple[int, ...], dtype: torch.dtype, *, exact: bool = False) -> Tensor:
     """Sums of squares over `axes`, which stay with size 1, without a temporary of the tensor's size."""
     if not axes:
         return tensor.to(dtype).square()
-    if tensor.is_cpu and tensor.dim() - 1 not in axes:
+    if exact or (tensor.is_cpu and tensor.dim() - 1 not in axes):
         # On the CPU torch's norm over leading dimensions takes about ten times as long as sums of squared slices.
         length = max(1, SLICE_ELEMENTS * tensor.shape[axes[0]] // max(tensor.numel(), 1))
         slices = tensor.split(length, axes[0])

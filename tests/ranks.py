@@ -20,7 +20,9 @@ def run_ranks(world, work, *arguments):
     """
     with TemporaryDirectory() as folder:
         context = mp.get_context("fork")
-        processes = [context.Process(target=_rank, args=(rank, world, folder, work, arguments)) for rank in range(world)]
+        processes = [
+            context.Process(target=_rank, args=(rank, world, folder, work, arguments)) for rank in range(world)
+        ]
         for process in processes:
             process.start()
         for process in processes:

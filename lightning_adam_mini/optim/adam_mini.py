@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, overload
 from warnings import warn
 
@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_adam_mini.blocks import Blocks
 from lightning_adam_mini.optim import foreach, update
 from lightning_adam_mini.optim.cut_tensor import CutTensor
+from lightning_adam_mini.optim.fsdp1 import FlatRange, compress_moments, expand_moments, flat_ranges, whole_shapes
 from lightning_adam_mini.optim.groups import WeightDecayPolicy, decay_groups
 from lightning_adam_mini.optim.sharding import is_dtensor, local, local_gradient, shard_dtensor, share_square_sums
 from lightning_adam_mini.optim.shards import Shard
 from lightning_adam_mini.optim.state import check_state, fits_parameter, init_state, restore_state
-from lightning_adam_mini.optim.validation import check_gradient, check_group, check_parameter
+from lightning_adam_mini.optim.validation import check_gradient, check_group, check_not_flat, check_parameter
 from lightning_adam_mini.partition import (
     CutParameter,
     Layouts,
@@ -64,8 +66,8 @@ class AdamMini(Optimizer):
         implementation: `reference` (one tensor at a time), `foreach` (lists of tensors), or None to choose.
 
     Raises:
-        ValueError: A hyperparameter out of its range, an override or partition that does not fit the model, complex or
-            sharded parameters, or nothing to train.
+        ValueError: A hyperparameter out of its range, an override or partition that does not fit the model, complex
+            parameters, flattened ones whose wrapper is not given, or nothing to train.
 
     Example:
         >>> model = nn.Linear(4, 2)
@@ -109,6 +111,7 @@ class AdamMini(Optimizer):
         self.exp_avg_dtype = exp_avg_dtype
         self._cuts: dict[Tensor, CutParameter] = {}
         self._shards: dict[Tensor, Shard] = {}
+        self._ranges: dict[Tensor, FlatRange] = {}
 
         if isinstance(params, nn.Module):
             if module is not None:
@@ -123,10 +126,13 @@ class AdamMini(Optimizer):
         strategy = resolve_strategy(partition, module, partition_layouts)
         self._strategy_of_unknown = Strategy(strategy.name, {}, otherwise=strategy.cut(Role.OTHER))
         if module is not None:
-            cuts = partition_module(module, strategy, partition_overrides, partition_layouts)
+            self._ranges = flat_ranges(module)
+            with whole_shapes(self._ranges):
+                cuts = partition_module(module, strategy, partition_overrides, partition_layouts)
         else:
             if partition_layouts:
                 raise ValueError("partition_layouts need the model: AdamMini(model, ...), or module= beside parameters")
+            check_not_flat(named)
             shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
             cuts = partition_tensors(shapes, strategy, partition_overrides)
             if partition == "auto":
@@ -167,6 +173,7 @@ class AdamMini(Optimizer):
         named = _named(group["params"], offset=len(self._cuts))
         unknown = {name: tuple(p.shape) for name, p in named.items() if p not in self._cuts}
         if unknown:
+            check_not_flat({name: named[name] for name in unknown})
             strategy = self._strategy_of_unknown
             cuts = partition_tensors(unknown, strategy)
             warn(f"AdamMini was not told what {', '.join(unknown)} do: they are cut {strategy.otherwise}", stacklevel=2)
@@ -175,7 +182,7 @@ class AdamMini(Optimizer):
         check_group({**self.defaults, **group})
         for parameter in group["params"]:
             check_parameter(self._cut(parameter).name, parameter)
-        group["partition"] = "; ".join(self._cut(parameter).blocks.signature for parameter in group["params"])
+        group["partition"] = self._signatures(group["params"])
         super().add_param_group(group)
         for parameter in self.param_groups[-1]["params"]:
             if parameter.requires_grad:
@@ -231,6 +238,22 @@ class AdamMini(Optimizer):
                     update.update_(tensor, lr=float(lr), **options)
         return loss
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state as torch's optimizers save it.
+
+        Parameters that the first FSDP has flattened have their second moments expanded to one value an element, since
+        its checkpoints know nothing else.
+        """
+        state_dict = super().state_dict()
+        if self._ranges:
+            state = dict(state_dict["state"])
+            for number, parameter, keys in self._flat_moments():
+                moments = {key: state[number][key] for key in keys}
+                expanded = expand_moments(self._shard(parameter), moments, parameter)
+                state[number] = {**state[number], **expanded}
+            state_dict["state"] = state
+        return state_dict
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state that this class saved with the same partition.
 
@@ -241,9 +264,11 @@ class AdamMini(Optimizer):
             ValueError: The state of another optimizer, model or partition; nothing is changed then.
         """
         loaded: dict[str, Any] = {}
+        if self._ranges:
+            state_dict = self._without_expansion(state_dict)
 
         def check(_: Optimizer, state_dict: dict[str, Any]) -> None:
-            check_state(state_dict, self.param_groups, self._cuts, self.defaults)
+            check_state(state_dict, self.param_groups, self._cuts, self.defaults, saved_blocks=self._saved_blocks)
             loaded.update(state_dict)
 
         # Last of the hooks, so that it sees the state as hooks of the user or of a strategy leave it.
@@ -253,6 +278,7 @@ class AdamMini(Optimizer):
         finally:
             handle.remove()
         for group, saved in zip(self.param_groups, loaded["param_groups"], strict=True):
+            group["partition"] = self._signatures(group["params"])  # older states have none
             for parameter, number in zip(group["params"], saved["params"], strict=True):
                 if number in loaded["state"]:
                     # torch has cast all of it to the parameter's dtype, which would lose the float32 second moment.
@@ -263,7 +289,7 @@ class AdamMini(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles keep beside torch's own."""
-        own = ("implementation", "exp_avg_dtype", "_cuts", "_strategy_of_unknown")
+        own = ("implementation", "exp_avg_dtype", "_cuts", "_ranges", "_strategy_of_unknown")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}, "_shards": {}}
 
     def _cut(self, parameter: Tensor) -> CutParameter:
@@ -276,18 +302,55 @@ class AdamMini(Optimizer):
             )
         return cut
 
+    def _signatures(self, parameters: Iterable[Tensor]) -> str:
+        """The cuts of parameters, which a saved state must agree with."""
+        return "; ".join(self._cut(parameter).blocks.signature for parameter in parameters)
+
     def _shard(self, parameter: Tensor) -> Shard:
         """How this rank's part of a parameter is cut."""
         shard = self._shards.get(parameter)
         if shard is None:
             cut = self._cut(parameter)
-            shard = shard_dtensor(cut.name, parameter, cut.blocks) if is_dtensor(parameter) else Shard(cut.blocks)
+            if parameter in self._ranges:
+                shard = self._ranges[parameter].shard(cut.blocks, parameter.device.type)
+            elif is_dtensor(parameter):
+                shard = shard_dtensor(cut.name, parameter, cut.blocks)
+            else:
+                shard = Shard(cut.blocks)
             self._shards[parameter] = shard
         return shard
+
+    def _saved_blocks(self, parameter: Tensor) -> Blocks:
+        """How the second moments in a state dict are cut: DTensors are whole, flattened parameters are this rank's."""
+        return self._shard(parameter).frame if parameter in self._ranges else self._cut(parameter).blocks
 
     def _shares(self, parameter: Tensor) -> bool:
         """Whether other ranks wait for this one's part of the sums of squares, also where it has no gradient."""
         return parameter.requires_grad and bool(self._shard(parameter).groups)
+
+    def _flat_moments(self) -> Iterator[tuple[int, Tensor, list[str]]]:
+        """Flattened parameters with the keys of second moments that have another shape, and their saved numbers."""
+        for number, parameter in enumerate(p for group in self.param_groups for p in group["params"]):
+            if parameter in self._ranges and parameter.requires_grad and self._shard(parameter).boxes is not None:
+                yield number, parameter, list(self._cut(parameter).blocks.state_shapes)
+
+    def _without_expansion(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Undo what `state_dict` does for flattened parameters; the ranks that share one take part together."""
+        state = dict(state_dict["state"])
+        flat = list(self._flat_moments())
+        expanded = [
+            {
+                key: torch.as_tensor(state[number][key]).reshape(-1).to(self.state[parameter][key])
+                if number in state  # not where this rank's part is empty
+                else self.state[parameter][key].new_zeros(parameter.shape)
+                for key in keys
+            }
+            for number, parameter, keys in flat
+        ]
+        moments = compress_moments([self._shard(parameter) for _, parameter, _ in flat], expanded)
+        for (number, parameter, _), own in zip(flat, moments, strict=True):
+            state[number] = {**self.state[parameter], **state.get(number, {}), **own}
+        return {**state_dict, "state": state}
 
     def _init_state(self, parameter: Tensor, *, capturable: bool) -> None:
         self.state[parameter] = init_state(
@@ -313,7 +376,8 @@ class AdamMini(Optimizer):
             state = self.state[parameter]
         moments = tuple(local(state[key]) for key in cut.blocks.state_shapes)
         shard = self._shard(parameter)
-        return CutTensor(local(parameter), grad, shard, state["step"], local(state["exp_avg"]), moments)
+        exact = self.implementation == "reference"
+        return CutTensor(local(parameter), grad, shard, state["step"], local(state["exp_avg"]), moments, exact)
 
 
 def _check_capture(optimizer: Optimizer) -> None:

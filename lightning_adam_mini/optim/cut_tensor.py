@@ -25,6 +25,7 @@ class CutTensor:
         step: Steps taken, a float32 tensor without dimensions.
         exp_avg: First moment, of the parameter's shape.
         moments: Second moments, one tensor for each of the state shapes of `shard.frame`.
+        exact: Sum squares themselves, as `Blocks.square_sums` says, and not squared norms.
         square_sums: Sums of squares of the gradient over all ranks, where blocks are split between ranks.
     """
 
@@ -34,6 +35,7 @@ class CutTensor:
     step: Tensor
     exp_avg: Tensor
     moments: tuple[Tensor, ...]
+    exact: bool = False
     square_sums: tuple[Tensor, ...] | None = None
 
     @property
@@ -50,7 +52,7 @@ class CutTensor:
         """Sums of squares over this rank's part, in the dtype of the second moments."""
         if self.grad is None:
             return tuple(torch.zeros_like(moment) for moment in self.moments)
-        return self.shard.square_sums(self.grad, dtype=self.moments[0].dtype)
+        return self.shard.square_sums(self.grad, dtype=self.moments[0].dtype, exact=self.exact)
 
     def mean_square(self) -> tuple[Tensor, ...]:
         """Means of the squares of the gradient over the blocks, whole on this rank or not."""

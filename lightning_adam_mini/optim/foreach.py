@@ -92,5 +92,12 @@ def _alike(tensors: Sequence[CutTensor]) -> list[list[CutTensor]]:
     for t in tensors:
         kind = t.blocks.kind
         if kind is not Kind.ROW_COLUMN:
-            groups[t.param.device, t.param.dtype, None if t.grad is None else t.grad.dtype, t.exp_avg.dtype, t.moments[0].dtype, kind].append(t)
+            groups[
+                t.param.device,
+                t.param.dtype,
+                None if t.grad is None else t.grad.dtype,
+                t.exp_avg.dtype,
+                t.moments[0].dtype,
+                kind,
+            ].append(t)
     return list(groups.values())

@@ -1,15 +1,16 @@
 """Sharded parameters: from the placements of a DTensor to a `Shard`, and sums of squares across ranks.
 
-One rule serves FSDP2, HSDP, tensor parallelism and their products. A mesh dimension that shards an axis along which every
-block lies whole on a rank - the rows of a row cut, the experts of a batched one, any axis of an element-wise cut - shards
-the second moment too. Along any other the second moment is replicated, and each rank adds its part of the sums of squares
-to those of the others. All parameters share one all-reduce for each mesh dimension and step, so the update costs a latency
-and a few bytes a block; where no block is split there is none.
+One rule serves FSDP2, HSDP, tensor parallelism and their products. A mesh dimension that shards an axis along which
+every block lies whole on a rank - the rows of a row cut, the experts of a batched one, any axis of an element-wise cut
+- shards the second moment too. Along any other the second moment is replicated, and each rank adds its part of the
+sums of squares to those of the others. All parameters share one all-reduce for each mesh dimension and step, so the update
+costs a latency and a few bytes a block; where no block is split there is none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
@@ -25,7 +26,16 @@ if TYPE_CHECKING:
 
     from lightning_adam_mini.optim.cut_tensor import CutTensor
 
-__all__ = ["copy_global_", "is_dtensor", "local", "local_gradient", "moment_placements", "place_moment", "shard_dtensor", "share_square_sums"]
+__all__ = [
+    "copy_global_",
+    "is_dtensor",
+    "local",
+    "local_gradient",
+    "moment_placements",
+    "place_moment",
+    "shard_dtensor",
+    "share_square_sums",
+]
 
 Run = tuple[int, int, int]
 
@@ -68,7 +78,9 @@ def shard_dtensor(name: str, param: DTensor, blocks: Blocks) -> Shard:
     """
     mesh = param.device_mesh
     if any(placement.is_partial() for placement in param.placements):
-        raise ValueError(f"{name}: a parameter with the placements {param.placements} holds partial sums; redistribute it")
+        raise ValueError(
+            f"{name}: a parameter with the placements {param.placements} holds partial sums; redistribute it"
+        )
     if blocks.kind is Kind.ELEMENT:
         return Shard(Blocks.element(local(param).shape))
     kept = _axes_of_whole_blocks(blocks)
@@ -109,7 +121,7 @@ def place_moment(values: Tensor, param: DTensor, blocks: Blocks, key: str) -> DT
 
 
 def copy_global_(target: Tensor, source: Tensor) -> None:
-    """Copy a tensor into another of the same global shape, however each is laid out; all ranks have a plain `source`."""
+    """Copy a tensor into another of the same global shape, however each is laid out; a plain one is whole on all ranks."""
     if is_dtensor(target):
         from torch.distributed.tensor import distribute_tensor
 
@@ -197,4 +209,4 @@ def _runs(param: DTensor, axis: int) -> list[Run]:
     if not len(here):
         return []
     starts = [0, *(torch.nonzero(here.diff() != 1).flatten() + 1).tolist(), len(here)]
-    return [(int(here[begin]), begin, end - begin) for begin, end in zip(starts, starts[1:], strict=False)]
+    return [(int(here[begin]), begin, end - begin) for begin, end in pairwise(starts)]

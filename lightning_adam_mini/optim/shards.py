@@ -1,10 +1,10 @@
 """Shards: what one rank computes where a parameter lies on several.
 
 A parameter is split into local tensors in many ways: along a dimension, evenly or not; along two at once; in strides;
-or as a range of its flattened elements. Each local tensor is a few rectangles (`Box`) of the whole, and that is all that
-the update has to know. The second moments of a rank lie on a *frame*: the tensor's `Blocks`, cut down along those axes
-on which the second moment is sharded as the parameter is. Along all others each rank keeps the whole second moment, which
-is small, and the ranks add up their sums of squares.
+or as a range of its flattened elements. Each local tensor is a few rectangles (`Box`) of the whole, and that is all
+that the update has to know. The second moments of a rank lie on a *frame*: the tensor's `Blocks`, cut down along those
+axes on which the second moment is sharded as the parameter is. Along all others each rank keeps the whole second
+moment, which is small, and the ranks add up their sums of squares.
 """
 
 from __future__ import annotations
@@ -82,22 +82,31 @@ class Shard:
         object.__setattr__(self, "boxes", tuple(box for box, _ in pieces))
         object.__setattr__(self, "_segments", tuple(segment for _, segment in pieces))
 
-    def square_sums(self, grad: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def square_sums(self, grad: Tensor, *, dtype: torch.dtype, exact: bool = False) -> tuple[Tensor, ...]:
         """This rank's part of the sums of squares, in the shapes of `frame.state_shapes`."""
         frame = self.frame
         if self.boxes is None:
-            return frame.square_sums(grad, dtype=dtype)
+            return frame.square_sums(grad, dtype=dtype, exact=exact)
         rows = torch.zeros(frame.row_shape, dtype=dtype, device=grad.device)
         for box in self.boxes:
-            box.within(rows).add_(frame.row_square_sums(box.view(grad), dtype=dtype))
+            box.within(rows).add_(frame.row_square_sums(box.view(grad), dtype=dtype, exact=exact))
         if frame.kind is Kind.MEAN:
             return (frame.block_sums(rows),)
         assert frame.axis is not None
         columns = torch.zeros(frame.state_shapes["exp_avg_sq_col"], dtype=dtype, device=grad.device)
         for box, segment in zip(self.boxes, self._segments, strict=True):
             part = box.within(columns.narrow(frame.axis, segment, 1))
-            part.add_(sum_square(box.view(grad), (frame.axis,), dtype))
+            part.add_(sum_square(box.view(grad), (frame.axis,), dtype, exact=exact))
         return rows, columns
+
+    def expand(self, key: str, moment: Tensor, number: int) -> Tensor:
+        """A second moment, or any tensor of its shape, as it broadcasts on the frame for the rectangle `number`."""
+        if self.frame.kind is Kind.MEAN:
+            return self.frame.expand_rows(moment)
+        if key == "exp_avg_sq_row":
+            return moment
+        assert self.frame.axis is not None
+        return moment.narrow(self.frame.axis, self._segments[number], 1)
 
     def rank_one_roots(self, moments: Sequence[Tensor]) -> Iterator[tuple[Box, Tensor]]:
         """Roots of a rank-one second moment, rectangle by rectangle, as new tensors."""

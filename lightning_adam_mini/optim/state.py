@@ -5,13 +5,14 @@ Keys: `step` (float32, no dimensions), `exp_avg` (the parameter's shape) and the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_adam_mini.blocks import Blocks
+from lightning_adam_mini.optim.fingerprint import check_partition
 from lightning_adam_mini.optim.sharding import copy_global_, is_dtensor, place_moment
 from lightning_adam_mini.optim.shards import Shard
 from lightning_adam_mini.partition import CutParameter
@@ -67,8 +68,17 @@ def check_state(
     param_groups: Sequence[Mapping[str, Any]],
     cuts: Mapping[Tensor, CutParameter],
     options: Iterable[str],
+    *,
+    saved_blocks: Callable[[Tensor], Blocks],
 ) -> None:
     """Check that a saved state fits the parameters and their blocks, and that its groups have the same `options`.
+
+    Args:
+        state_dict: The saved state.
+        param_groups: Groups of the optimizer.
+        cuts: Its parameters and their roles.
+        options: Hyperparameters that each saved group must have.
+        saved_blocks: The blocks that name the shapes of a parameter's saved second moments.
 
     Raises:
         ValueError: With the first parameter that differs and what the state may come from.
@@ -86,31 +96,38 @@ def check_state(
                 f"the optimizer state has groups without {', '.join(missing)}: it comes from another optimizer. "
                 "Continue with the optimizer that saved it, or start the optimizer afresh from the weights alone"
             )
-        for parameter, number in zip(group["params"], saved_group["params"], strict=True):
-            saved = state_dict["state"].get(number)
-            if saved is not None:
-                _check_parameter_state(saved, parameter, cuts[parameter])
+    names = [cuts[parameter].name for group in param_groups for parameter in group["params"]]
+    parameters = [parameter for group in param_groups for parameter in group["params"]]
+    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+    states = [state_dict["state"].get(number) for number in numbers]
+    for name, parameter, saved in zip(names, parameters, states, strict=True):
+        if saved is not None and "exp_avg" in saved:
+            _check_shape(name, "exp_avg", saved["exp_avg"], tuple(parameter.shape), "another model")
+    check_partition(state_dict["param_groups"], param_groups, names)
+    for name, parameter, saved in zip(names, parameters, states, strict=True):
+        if saved is not None:
+            _check_parameter_state(saved, parameter, name, saved_blocks(parameter))
 
 
-def _check_parameter_state(saved: Mapping[str, Any], parameter: Tensor, cut: CutParameter) -> None:
-    expected: dict[str, tuple[int, ...]] = {"step": (), "exp_avg": tuple(parameter.shape), **cut.blocks.state_shapes}
+def _check_parameter_state(saved: Mapping[str, Any], parameter: Tensor, name: str, blocks: Blocks) -> None:
+    expected: dict[str, tuple[int, ...]] = {"step": (), "exp_avg": tuple(parameter.shape), **blocks.state_shapes}
     if not expected.keys() <= saved.keys():
         raise ValueError(
-            f"the saved state of {cut.name!r} has the keys {', '.join(map(str, saved))}, but AdamMini with this "
+            f"the saved state of {name!r} has the keys {', '.join(map(str, saved))}, but AdamMini with this "
             f"partition keeps {', '.join(expected)}: it comes from another optimizer or partition. Continue with the "
             "optimizer and partition that saved it, or start the optimizer afresh from the weights alone"
         )
     for key, shape in expected.items():
-        saved_shape = tuple(torch.as_tensor(saved[key]).shape)
-        if saved_shape == shape:
-            continue
-        source = "another partition"
-        if key == "exp_avg_sq" and saved_shape == tuple(parameter.shape):
-            source = "AdamW, or from another partition"
-        elif key == "exp_avg":
-            source = "another model"
+        is_elementwise = key == "exp_avg_sq" and torch.as_tensor(saved[key]).shape == parameter.shape
+        source = "AdamW, or from another partition" if is_elementwise else "another partition"
+        _check_shape(name, key, saved[key], shape, source)
+
+
+def _check_shape(name: str, key: str, saved: object, shape: tuple[int, ...], source: str) -> None:
+    saved_shape = tuple(torch.as_tensor(saved).shape)
+    if saved_shape != shape:
         raise ValueError(
-            f"the saved {key} of {cut.name!r} has shape {saved_shape}, but here it has {shape}: it comes from {source}."
+            f"the saved {key} of {name!r} has shape {saved_shape}, but here it has {shape}: it comes from {source}."
             " Continue with the optimizer, model and partition that saved it, or start the optimizer afresh from the "
             "weights alone"
         )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_gradient", "check_group", "check_parameter"]
+__all__ = ["check_gradient", "check_group", "check_not_flat", "check_parameter"]
 
 
 def check_group(group: dict[str, Any]) -> None:
@@ -33,15 +34,24 @@ def check_parameter(name: str, parameter: Tensor) -> None:
     """Check that the optimizer can update a parameter.
 
     Raises:
-        ValueError: It is complex, or FSDP has flattened it.
+        ValueError: It is complex.
     """
     if torch.is_complex(parameter):
         raise ValueError(f"{name}: complex parameters are not supported; train torch.view_as_real of it instead")
-    if getattr(parameter, "_fsdp_flattened", False) or getattr(parameter, "_is_flat_param", False):
-        raise ValueError(
-            f"{name}: FSDP has flattened this parameter, which hides its blocks; shard the model with fully_shard "
-            "(FSDP2), or pass the wrapped model, FullyShardedDataParallel(model, use_orig_params=True), to AdamMini"
-        )
+
+
+def check_not_flat(named: Mapping[str, Tensor]) -> None:
+    """Check that no parameter is one that FSDP has flattened, whose blocks only its wrapper tells.
+
+    Raises:
+        ValueError: One is.
+    """
+    for name, parameter in named.items():
+        if getattr(parameter, "_fsdp_flattened", False) or getattr(parameter, "_is_flat_param", False):
+            raise ValueError(
+                f"{name}: FSDP has flattened this parameter, which hides its blocks; pass the wrapped model to "
+                "AdamMini, FullyShardedDataParallel(model, use_orig_params=True), or shard it with fully_shard (FSDP2)"
+            )
 
 
 def check_gradient(name: str, grad: Tensor) -> None:

@@ -57,7 +57,9 @@ def cut_tensors(dtype, exp_avg_dtype=None):
         param = torch.randn(blocks.shape).to(dtype)
         state = init_state(param, blocks, exp_avg_dtype=exp_avg_dtype, capturable=False)
         moments = tuple(state[key] for key in blocks.state_shapes)
-        tensors.append(CutTensor(param, torch.empty_like(param), Shard(blocks), state["step"], state["exp_avg"], moments))
+        tensors.append(
+            CutTensor(param, torch.empty_like(param), Shard(blocks), state["step"], state["exp_avg"], moments)
+        )
     return tensors
 
 
@@ -183,7 +185,9 @@ def test_a_step_with_another_order_of_the_blocks_shows(tolerances):
     tensors = cut_tensors(torch.float32)
     others = copy.deepcopy(tensors)
     number = list(BLOCKS).index("heads")
-    others[number] = replace(others[number], shard=Shard(Blocks.rows((6, 3), block_size=1)), moments=(torch.zeros(6, 1),))
+    others[number] = replace(
+        others[number], shard=Shard(Blocks.rows((6, 3), block_size=1)), moments=(torch.zeros(6, 1),)
+    )
     grads = list(gradients(tensors, 1 if (number + 1) % 3 else 2))
     for tensor in with_gradients(tensors, grads):
         update.update_(tensor, **OPTIONS)

@@ -305,12 +305,30 @@ def test_strategies_by_role_need_the_model():
         AdamMini(model().parameters(), partition="transformer")
 
 
-@pytest.mark.parametrize("attribute", ["_fsdp_flattened", "_is_flat_param", "device_mesh"])
-def test_sharded_parameters_are_refused(attribute):
+@pytest.mark.parametrize(
+    ("attribute", "message"),
+    [("_fsdp_flattened", "its wrapper lies outside of the module given"), ("_is_flat_param", "use_orig_params=True")],
+)
+def test_flattened_parameters_need_their_wrapper(attribute, message):
     module = model()
     setattr(module[0].weight, attribute, True)
-    with pytest.raises(ValueError, match=r"0.weight: sharded parameters .* are not supported yet"):
+    with pytest.raises(ValueError, match=message):
         AdamMini(module)
+    with pytest.raises(ValueError, match=r"flattened this parameter.*pass the wrapped model"):
+        AdamMini(module.named_parameters(), partition="default")
+    optimizer = AdamMini(model())
+    with pytest.raises(ValueError, match=r"flattened this parameter.*pass the wrapped model"):
+        optimizer.add_param_group({"params": list(module.parameters())})
+
+
+def test_flat_tensors_of_another_wrapper_are_told_at_the_step():
+    """DeepSpeed hands the optimizer one flat tensor a group in the place of its parameters."""
+    optimizer = AdamMini(model())
+    flat = nn.Parameter(torch.zeros(10))
+    flat.grad = torch.ones(10)
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(ValueError, match="DeepSpeed's flattened parameters are not supported"):
+        optimizer.step()
 
 
 def test_a_strategy_of_ones_own():

@@ -133,7 +133,7 @@ def test_a_state_dict_holds_nothing_but_tensors_and_options():
     _, optimizer = trained()
     state_dict = saved_and_read(optimizer.state_dict())
     assert state_dict.keys() == {"state", "param_groups"}
-    options = {"params", "lr", "betas", "eps", "weight_decay", "maximize", "capturable"}
+    options = {"params", "lr", "betas", "eps", "weight_decay", "maximize", "capturable", "partition"}
     assert all(group.keys() == options for group in state_dict["param_groups"])
 
 
@@ -246,11 +246,11 @@ FOREIGN = {
     ),
     "another partition": (
         lambda: (m := model(), AdamMini(m, partition="transformer")),
-        r"exp_avg_sq of '0.weight' has shape \(5, 1\), but here it has \(1, 1\): it comes from another partition",
+        "another partition: '0.weight' was cut 'mean a0 5/1' and is cut 'mean'; .* or convert the state",
     ),
     "a rank-one partition": (
         lambda: (m := model(), AdamMini(m, partition="transformer_rank_one")),
-        "'0.weight' has the keys step, exp_avg, exp_avg_sq_row, exp_avg_sq_col, but AdamMini with this partition keeps",
+        "another partition: '0.weight' was cut 'row_column a0 5/5' and is cut 'mean'",
     ),
     "another model": (
         lambda: (m := with_other_shapes(), AdamMini(m)),
@@ -400,3 +400,21 @@ def test_a_model_without_memory_has_a_state_without_memory():
         module = tiny_models.encoder_layer()
     optimizer = AdamMini(module)
     assert all(state["exp_avg"].is_meta and state["exp_avg_sq"].is_meta for state in optimizer.state.values())
+
+
+def test_a_state_without_the_cuts_of_its_parameters_is_loaded():
+    """As states were saved before they named them."""
+    _, optimizer = trained()
+    saved = optimizer.state_dict()
+    cuts = [group.pop("partition") for group in saved["param_groups"]]
+    _, other = trained()
+    other.load_state_dict(saved)
+    assert [group["partition"] for group in other.param_groups] == cuts
+
+
+def test_a_state_of_as_many_numbers_in_another_order_is_refused():
+    _, optimizer = trained()
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["partition"] = "mean a1 4/1; " + saved["param_groups"][0]["partition"].partition("; ")[2]
+    with pytest.raises(ValueError, match="another partition: '0.weight' was cut 'mean a1 4/1' and is cut"):
+        optimizer.load_state_dict(saved)

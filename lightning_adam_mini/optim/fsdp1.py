@@ -1,0 +1,152 @@
+"""FullyShardedDataParallel, the first FSDP: ranges of flattened parameters.
+
+It flattens the parameters of each wrapped module into one vector and gives each rank a range of it, so that a rank's
+part of a matrix may begin and end in the middle of a row. With `use_orig_params=True` the optimizer sees these parts as
+one-dimensional parameters. Which elements they are is known to the wrapper alone, in private attributes of torch: they
+are read here and nowhere else.
+
+Its checkpoints know only states of a part's shape, so second moments travel expanded to one value an element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from lightning_adam_mini.blocks import Blocks, Kind
+from lightning_adam_mini.optim.shards import Shard, flat_boxes
+
+__all__ = ["FlatRange", "compress_moments", "expand_moments", "flat_ranges", "whole_shapes"]
+
+
+@dataclass(frozen=True)
+class FlatRange:
+    """The elements of a flattened parameter that lie on this rank.
+
+    Args:
+        shape: Shape of the whole parameter.
+        start: The first element.
+        stop: The element after the last.
+        group: The ranks that hold the others.
+    """
+
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    group: ProcessGroup
+
+    def shard(self, blocks: Blocks, device_type: str) -> Shard:
+        """This rank's part of the parameter, of which it keeps the whole second moment unless that is element-wise."""
+        if blocks.kind is Kind.ELEMENT:
+            return Shard(Blocks.element((self.stop - self.start,)))
+        groups = (self.group,) if dist.get_world_size(self.group) > 1 else ()
+        return Shard(blocks, flat_boxes(self.shape, self.start, self.stop), groups, device_type)
+
+
+def flat_ranges(module: nn.Module) -> dict[Tensor, FlatRange]:
+    """The ranges of all parameters of a model that FSDP has flattened; none where it is not wrapped.
+
+    Args:
+        module: The model, wrapped.
+
+    Raises:
+        ValueError: The wrapper was made without `use_orig_params=True`, `module` is a part of the wrapped model that
+            does not hold the wrapper of all its parameters, or torch has other attributes than expected.
+    """
+    if any(getattr(p, "_is_flat_param", False) for p in module.parameters()):
+        raise ValueError(
+            "FSDP shows the optimizer flat parameters, which hide the blocks: wrap the model with "
+            "FullyShardedDataParallel(model, use_orig_params=True), or shard it with fully_shard (FSDP2)"
+        )
+    flattened = [name for name, p in module.named_parameters() if getattr(p, "_fsdp_flattened", False)]
+    if not flattened:
+        return {}
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    ranges: dict[Tensor, FlatRange] = {}
+    found: set[Tensor] = set()
+    try:
+        for wrapper in FullyShardedDataParallel.fsdp_modules(module):
+            handle = wrapper._handle
+            if handle is None:
+                continue
+            flat = handle.flat_param
+            found.update(flat._params)
+            if not handle.uses_sharded_strategy:  # each rank has the whole, in its own shape
+                continue
+            for parameter, shape, info in zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True):
+                start = info.intra_param_start_idx if info.in_shard else 0
+                stop = start + info.numel_in_shard if info.in_shard else 0
+                ranges[parameter] = FlatRange(tuple(shape), start, stop, handle.process_group)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"torch {torch.__version__} keeps the ranges of FSDP's parameters in another way than this package knows "
+            f"({error}); shard the model with fully_shard (FSDP2)"
+        ) from error
+    lost = [name for name, p in module.named_parameters() if getattr(p, "_fsdp_flattened", False) and p not in found]
+    if lost:
+        raise ValueError(
+            f"{lost[0]}: FSDP has flattened this parameter, and its wrapper lies outside of the module given; pass the "
+            "whole wrapped model to AdamMini, or shard it with fully_shard (FSDP2)"
+        )
+    return ranges
+
+
+@contextmanager
+def whole_shapes(ranges: Mapping[Tensor, FlatRange]) -> Iterator[None]:
+    """Show each parameter in its whole shape, without memory for it, to whoever looks at shapes alone."""
+    parts = {parameter: parameter.data for parameter in ranges}
+    try:
+        for parameter, flat in ranges.items():
+            parameter.data = parameter.new_empty(()).expand(flat.shape)
+        yield
+    finally:
+        for parameter, part in parts.items():
+            parameter.data = part
+
+
+def expand_moments(shard: Shard, moments: Mapping[str, Tensor], part: Tensor) -> dict[str, Tensor]:
+    """Second moments with one value for each element of this rank's part, a tensor of one dimension."""
+    assert shard.boxes is not None
+    expanded = {}
+    for key, moment in moments.items():
+        values = moment.new_empty(part.shape)
+        for number, box in enumerate(shard.boxes):
+            box.view(values).copy_(box.within(shard.expand(key, moment, number)).expand(box.sizes))
+        expanded[key] = values
+    return expanded
+
+
+def compress_moments(shards: Iterable[Shard], expanded: Iterable[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Second moments from their expanded form; all ranks of a group learn the values of blocks that lie elsewhere."""
+    shards, results = list(shards), []
+    for shard, moments in zip(shards, expanded, strict=True):
+        results.append({key: _compress(shard, key, values) for key, values in moments.items()})
+    for group in dict.fromkeys(group for shard in shards for group in shard.groups):
+        parts = [p for shard, r in zip(shards, results, strict=True) if group in shard.groups for p in r.values()]
+        bucket = torch.cat([part.flatten() for part in parts])
+        dist.all_reduce(bucket, op=dist.ReduceOp.MAX, group=group)  # no second moment is negative
+        for part, values in zip(parts, bucket.split([part.numel() for part in parts]), strict=True):
+            part.copy_(values.view_as(part))
+    return results
+
+
+def _compress(shard: Shard, key: str, values: Tensor) -> Tensor:
+    """Each block's value where this rank has one of its elements, else zero."""
+    assert shard.boxes is not None
+    moment = values.new_zeros(shard.frame.state_shapes[key])
+    numbers = torch.arange(prod(moment.shape), device=values.device).view(moment.shape)
+    for index, box in enumerate(shard.boxes):
+        target = box.within(shard.expand(key, numbers, index))  # which value of the moment each row or column is
+        shared = [dim for dim, size in enumerate(target.shape) if size == 1]
+        view = box.view(values)
+        view = view.amax(shared, keepdim=True) if shared else view
+        moment.view(-1)[target.flatten()] = view.flatten()
+    return moment
