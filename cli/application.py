@@ -81,8 +81,6 @@ class Application(LightningCLI):
             "ignore", message="Checkpoint directory .* exists and is not empty"
         )  # of a run that goes on
         warnings.filterwarnings("ignore", message="The number of training batches")  # a whole graph is one
-        # Tasks that average their weights say themselves what they cannot shard.
-        warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback with a model that")
         try:
             super().__init__(
                 Task,

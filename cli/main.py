@@ -22,6 +22,7 @@ USAGE = f"""adam-mini {__version__}: train with Adam-mini and its peers
   adam-mini test     --config RECIPE --ckpt_path last
   adam-mini predict  --config RECIPE --ckpt_path last
   adam-mini export   RUN_DIR [--out FOLDER]        a language model for from_pretrained
+  adam-mini convert  SOURCE --out TARGET           a checkpoint for another optimizer, partition or layout
   adam-mini explain  RECIPE | --hf CONFIG.json     blocks and memory of a model, before any training
   adam-mini compare  RECIPE... --optimizers ...    several optimizers, learning rates and seeds, with a report
   adam-mini report   DIR                           the report of a comparison, written again
@@ -59,8 +60,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         from .messages import one_line
 
-        sys.stderr.write(f"adam-mini: error: {one_line(str(error))}\n")
+        rank = _rank()
+        if rank == 0 or not getattr(error, "is_on_all_ranks", False):
+            where = f" on rank {rank}" if rank else ""
+            sys.stderr.write(f"adam-mini: error{where}: {one_line(str(error))}\n")
         return getattr(error, "exit_code", 2 if isinstance(error, ArgumentError) else 1)
+
+
+def _rank() -> int:
+    """Number of this process among those that train together, by what launchers tell their processes."""
+    return next((int(os.environ[name]) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0)
 
 
 def _is_for_users(error: Exception) -> bool:
@@ -101,6 +110,11 @@ def _dispatch(command: str, rest: list[str]) -> int:
         from .export import main as export
 
         export(rest)
+        return 0
+    if command == "convert":
+        from .convert import main as convert
+
+        convert(rest)
         return 0
     if command in TRAINER_COMMANDS:
         resolved, recipe = resolve_configs(rest)

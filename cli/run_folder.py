@@ -6,6 +6,8 @@ import os
 import re
 from pathlib import Path
 
+from ..tasks.in_place import recover
+
 __all__ = [
     "CLAIM_NAME",
     "choose_run_dir",
@@ -100,7 +102,7 @@ def forget_run_dir() -> None:
 
 
 def resolve_checkpoint(checkpoint: str, run_dir: Path, *, may_start: bool) -> str | None:
-    """The file of a `--ckpt_path` value.
+    """The file or folder of a `--ckpt_path` value.
 
     Args:
         checkpoint: A path, `last`, `best`, or a keyword of Lightning.
@@ -116,11 +118,19 @@ def resolve_checkpoint(checkpoint: str, run_dir: Path, *, may_start: bool) -> st
     if checkpoint == "best":
         return str(_best_checkpoint(run_dir))
     if checkpoint != "last":
-        if checkpoint in ("hpc", "registry") or Path(checkpoint).expanduser().exists():
+        if checkpoint in ("hpc", "registry"):
             return checkpoint
-        raise ValueError(
-            f"--ckpt_path {checkpoint}: no such file; `last` takes the newest checkpoint of the run folder"
-        )
+        path = Path(checkpoint).expanduser()
+        if not recover(path):
+            raise ValueError(
+                f"--ckpt_path {checkpoint}: no such file; `last` takes the newest checkpoint of the run folder"
+            )
+        if path.is_dir() and not (path / ".metadata").exists():
+            raise ValueError(
+                f"--ckpt_path {checkpoint} is a folder, but no checkpoint: it has no .metadata; give a .ckpt in it, or "
+                "--run_dir with --ckpt_path last"
+            )
+        return checkpoint
     newest = last_checkpoint(run_dir)
     if newest is not None:
         return str(newest)
@@ -133,9 +143,9 @@ def resolve_checkpoint(checkpoint: str, run_dir: Path, *, may_start: bool) -> st
 
 
 def last_checkpoint(run_dir: Path) -> Path | None:
-    """The newest checkpoint for resuming: `last.ckpt`, or what a SLURM requeue saved after it."""
+    """The newest checkpoint for resuming: `last.ckpt`, or what a SLURM requeue saved after it; files or folders."""
     candidates = [run_dir / "checkpoints" / "last.ckpt", *run_dir.glob("hpc_ckpt_*.ckpt")]
-    existing = [path for path in candidates if path.exists()]
+    existing = [path for path in candidates if recover(path)]
     return max(existing, key=lambda path: path.stat().st_mtime, default=None)
 
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, cast
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
@@ -22,6 +23,12 @@ from lightning_adam_mini.factory import OptimizerFactory
 from lightning_adam_mini.schedule import Schedule
 
 from .headline import Headline
+from .parallel.building import Recipe, build_for
+from .parallel.checks import check_strategy
+from .parallel.clipping import clip_grad_norm_
+from .parallel.sharding import keep_after_forward, running_statistics, share_running_statistics
+from .parallel.strategies import FSDP2, register_strategies
+from .parallel.units import repeated_blocks
 from .seeds import seed_of
 
 __all__ = ["Task"]
@@ -31,12 +38,13 @@ _say = rank_zero_only(log.info)
 
 # Checkpoints hold these in their hyperparameters; torch loads no class that is not named.
 torch.serialization.add_safe_globals([getattr(factory, name) for name in factory.__all__] + [Schedule])
+register_strategies()  # for whoever trains a task, by the command or in Python
 
 
 class Task(LightningModule):
     """Base of all tasks.
 
-    A subclass makes its network in `configure_model`, under `self.model`, and says what a batch counts.
+    A subclass makes its network in `configure_model`, by `build`, and says what a batch counts.
 
     Args:
         optimizer: Factory of the optimizer.
@@ -56,6 +64,7 @@ class Task(LightningModule):
         self.model: nn.Module | None = None
         self._seed = 0
         self._batch_of_step = (-1, 0)
+        self._keeps_after_forward = True
         self.before_update: Callable[[], None] | None = None
         """Called between clipping and the optimizer's own step, by whoever times it."""
 
@@ -66,6 +75,45 @@ class Task(LightningModule):
     def flops_per_unit(self, batch: Any) -> float | None:
         """FLOPs of a forward and backward pass for one unit; None where no formula is known."""
         return None
+
+    def build(
+        self,
+        whole: Callable[[], nn.Module],
+        *,
+        outline: Callable[[], nn.Module] | None = None,
+        initialise: Callable[[nn.Module], None] | None = None,
+        is_trained: bool = False,
+        compile: bool = False,  # noqa: A002 - the field's word
+    ) -> None:
+        """Make the network, `self.model`, and divide it as the strategy of the trainer says.
+
+        Args:
+            whole: Builds it with its weights, on the CPU.
+            outline: Builds it on the meta device; None where the network is never large.
+            initialise: Draws all weights of an outline that was divided and given memory, and sets its buffers.
+            is_trained: Whether `whole` reads its weights from a file.
+            compile: Compile it with torch.compile; block by block where it is sharded.
+
+        Raises:
+            ValueError: The strategy cannot divide this network.
+        """
+        recipe = Recipe(whole=whole, outline=outline, initialise=initialise, is_trained=is_trained)
+        self.model = build_for(None if self._trainer is None else self.trainer.strategy, recipe)
+        self.model.train()
+        if compile:
+            for module in repeated_blocks(self.model).values() if self.is_sharded else (self.model,):
+                module.compile()
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether ranks hold parts of the network, so that all of them must take part in each of its forward passes."""
+        return self._trainer is not None and isinstance(self.trainer.strategy, FSDP2 | FSDPStrategy)
+
+    @property
+    def data_rank(self) -> int:
+        """The number of this rank among those that read different data."""
+        replicas = self.trainer.distributed_sampler_kwargs
+        return 0 if replicas is None else int(replicas["rank"])
 
     def outline(self, data: LightningDataModule) -> list[str]:
         """Make the network on the meta device, for whoever asks for its shapes alone; no data are read.
@@ -106,7 +154,12 @@ class Task(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def setup(self, stage: str) -> None:
-        """Log evaluations outside of training under the steps of the checkpoint; without one, under none."""
+        """Log evaluations outside of training under the steps of the checkpoint; without one, under none.
+
+        Raises:
+            ValueError: The trainer's strategy cannot do what is asked of it.
+        """
+        check_strategy(self.trainer)
         if stage != "fit":
             self._log_after(0)
 
@@ -132,10 +185,29 @@ class Task(LightningModule):
         """
         step = self.trainer.global_step
         self._log_after(step + 1)
+        self._keep_after_forward(True)
         # Not Lightning's own number of the batch, which goes on counting where a run is resumed at the end of an epoch.
         self._batch_of_step = (step, self._batch_of_step[1] + 1 if self._batch_of_step[0] == step else 0)
-        position = (self._seed, *self._batch_of_step, self.trainer.global_rank)
+        # Ranks that compute together draw the same.
+        position = (self._seed, *self._batch_of_step, self.data_rank)
         torch.manual_seed(seed_of(*position))
+
+    def on_after_backward(self) -> None:
+        """Keep batch norms alike on all ranks, as DDP does itself: evaluations and averages of weights see the same."""
+        if self.is_sharded and self.model is not None and (statistics := running_statistics(self.model)):
+            share_running_statistics(statistics)
+
+    def on_validation_start(self) -> None:
+        """Free what forward passes gather, since no backward pass will."""
+        self._keep_after_forward(False)
+
+    def on_test_start(self) -> None:
+        """See `on_validation_start`."""
+        self.on_validation_start()
+
+    def on_predict_start(self) -> None:
+        """See `on_validation_start`."""
+        self.on_validation_start()
 
     def on_test_epoch_start(self) -> None:
         """A test is a validation on other data: see `on_validation_epoch_start`."""
@@ -156,7 +228,11 @@ class Task(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip as the trainer says, then tell whoever times the optimizer that only its own step is left."""
-        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        by_norm = gradient_clip_val and gradient_clip_algorithm in (None, "norm")
+        if by_norm and self.is_sharded:
+            self._clip_sharded(optimizer, cast("float", gradient_clip_val))
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         if self.before_update is not None:
             self.before_update()
 
@@ -206,6 +282,21 @@ class Task(LightningModule):
         """Set Lightning's own number for logged rows, that of the last step from 0; it drifts when a run is resumed."""
         if self._trainer is not None:
             self._trainer.fit_loop.epoch_loop._batches_that_stepped = steps - 1
+
+    def _clip_sharded(self, optimizer: Optimizer, max_norm: float) -> None:
+        """Clip gradients of which each rank holds parts."""
+        if isinstance(self.trainer.strategy, FSDPStrategy):  # torch's FSDP1, whose parts have no layout to read
+            cast("Any", self.trainer.strategy.model).clip_grad_norm_(max_norm)
+        else:
+            clip_grad_norm_((p for group in optimizer.param_groups for p in group["params"]), max_norm)
+
+    def _keep_after_forward(self, keep: bool) -> None:
+        """Where gathered parameters are kept for a backward pass, do so in training alone."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FSDP2) and not strategy.reshard_after_forward and keep != self._keeps_after_forward:
+            assert self.model is not None
+            keep_after_forward(self.model, keep)
+            self._keeps_after_forward = keep
 
     def data_module(self) -> Any:
         """The data module of the trainer; None where either is missing."""

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -77,7 +78,7 @@ def flat_ranges(module: nn.Module) -> dict[Tensor, FlatRange]:
             handle = wrapper._handle
             if handle is None:
                 continue
-            flat = handle.flat_param
+            flat: Any = handle.flat_param
             found.update(flat._params)
             if not handle.uses_sharded_strategy:  # each rank has the whole, in its own shape
                 continue

@@ -3,8 +3,8 @@
 One rule serves FSDP2, HSDP, tensor parallelism and their products. A mesh dimension that shards an axis along which
 every block lies whole on a rank - the rows of a row cut, the experts of a batched one, any axis of an element-wise cut
 - shards the second moment too. Along any other the second moment is replicated, and each rank adds its part of the
-sums of squares to those of the others. All parameters share one all-reduce for each mesh dimension and step, so the update
-costs a latency and a few bytes a block; where no block is split there is none.
+sums of squares to those of the others. All parameters share one all-reduce for each mesh dimension and step, so the
+update costs a latency and a few bytes a block; where no block is split there is none.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def place_moment(values: Tensor, param: DTensor, blocks: Blocks, key: str) -> DT
 
 
 def copy_global_(target: Tensor, source: Tensor) -> None:
-    """Copy a tensor into another of the same global shape, however each is laid out; a plain one is whole on all ranks."""
+    """Copy a tensor into another of the same global shape, however each is laid out; a plain one is on all ranks."""
     if is_dtensor(target):
         from torch.distributed.tensor import distribute_tensor
 

@@ -128,6 +128,6 @@ def _check_shape(name: str, key: str, saved: object, shape: tuple[int, ...], sou
     if saved_shape != shape:
         raise ValueError(
             f"the saved {key} of {name!r} has shape {saved_shape}, but here it has {shape}: it comes from {source}."
-            " Continue with the optimizer, model and partition that saved it, or start the optimizer afresh from the "
-            "weights alone"
+            " Continue with the optimizer, model and partition that saved it, convert the state "
+            "(`adam-mini convert`), or start the optimizer afresh from the weights alone"
         )

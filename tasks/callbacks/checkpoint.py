@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ..base import Task
+from ..in_place import beside, put_in_place, remove, sweep
 
 __all__ = ["HEADLINE", "RunCheckpoint"]
 
@@ -35,8 +36,8 @@ class RunCheckpoint(ModelCheckpoint):
             self.dirpath = os.path.realpath(Path(trainer.default_root_dir) / "checkpoints")
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and trainer.is_global_zero:
-            for leftover in Path(self.dirpath).glob(".*.ckpt.*.tmp"):
-                leftover.unlink(missing_ok=True)
+            sweep(Path(self.dirpath))
+            sweep(Path(trainer.default_root_dir))  # where SLURM has a job saved that it queues again
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the best and the newest."""
@@ -55,5 +56,30 @@ class RunCheckpoint(ModelCheckpoint):
         self._save_newest(trainer)
 
     def _save_newest(self, trainer: Trainer) -> None:
-        if not self._should_skip_saving_checkpoint(trainer):
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        if self._should_skip_saving_checkpoint(trainer):
+            return
+        candidates = self._monitor_candidates(trainer)
+        if self.save_last == "link":  # what is saved is older, so there is nothing to lead to
+            self.last_model_path = self.format_checkpoint_name(candidates, self.CHECKPOINT_NAME_LAST)
+            self._save_checkpoint(trainer, self.last_model_path)
+        else:
+            self._save_last_checkpoint(trainer, candidates)
+
+    @staticmethod
+    def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
+        if trainer.is_global_zero and Path(filepath).absolute() != Path(linkpath).absolute():
+            _link(Path(filepath), Path(linkpath))
+        trainer.strategy.barrier()
+
+    def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        last, newest = Path(self.last_model_path), self._last_checkpoint_saved
+        if trainer.is_global_zero and last.is_symlink() and last.resolve() == Path(filepath).resolve():
+            _link(Path(newest), last)  # Lightning does it after the removal: a kill in between would lose the last
+        super()._remove_checkpoint(trainer, filepath)
+
+
+def _link(target: Path, link: Path) -> None:
+    new = beside(link)
+    remove(new)
+    new.symlink_to(os.path.relpath(target, link.parent))
+    put_in_place(new, link)

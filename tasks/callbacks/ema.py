@@ -7,16 +7,21 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from torch import Tensor
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+
+from .averaged_tensors import AveragedTensors
 
 __all__ = ["WeightEMA"]
 
 
 class WeightEMA(WeightAveraging):
-    """Lightning's WeightAveraging as an exponential moving average, with a decay that grows in the first steps.
+    """An exponential moving average of the weights, with a decay that grows in the first steps.
 
     Validation, prediction and the `state_dict` of checkpoints have the averaged weights, all of `on_validation_*`
     included; training goes on from the raw ones. Buffers, such as the statistics of batch norm, are averaged too.
+    Checkpoints have the form of Lightning's WeightAveraging, which copies the module and so cannot average shards:
+    here each rank averages its own.
 
     Args:
         decay: Weight of the average in an update.
@@ -30,65 +35,98 @@ class WeightEMA(WeightAveraging):
     def __init__(self, decay: float = 0.9999, warmup: bool = True) -> None:
         if not 0.0 < decay < 1.0:
             raise ValueError(f"the decay of the weights' average must be in (0, 1), not {decay}")
-        super().__init__(multi_avg_fn=self._average)
+        super().__init__()
         self.decay = decay
         self.warmup = warmup
+        self._averages: AveragedTensors | None = None
         self._training_is_over = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make the average in a fit.
+        """Begin a fit anew.
 
         Raises:
             ValueError: The weights would be averaged in a precision in which a small step is lost, or in another one
                 than theirs.
         """
-        if stage == "fit" and trainer.precision in ("bf16-true", "16-true", "64-true"):
+        if stage != "fit":
+            return
+        if trainer.precision in ("bf16-true", "16-true", "64-true"):
             raise ValueError(
                 f"an average of the weights needs trainer.precision 32-true, bf16-mixed or 16-mixed, not "
                 f"{trainer.precision}; or set model.ema_decay to null"
             )
-        super().setup(trainer, pl_module, stage)
-        if self._average_model is not None:  # else each step would wait for the device three times to read the count
-            self._average_model.n_averaged = self._average_model.n_averaged.cpu()
+        self._averages, self._training_is_over = None, False
 
-    @torch.no_grad()
-    def _average(self, averaged: list[Tensor], current: list[Tensor], updates: Tensor | int) -> None:
-        """Update all tensors of one dtype."""
-        if not averaged[0].is_floating_point():  # counters, such as those of batch norm
-            torch._foreach_copy_(averaged, current)
-            return
-        assert self._average_model is not None
-        seen = int(self._average_model.n_averaged)  # not `updates`, which torch has moved to the device
-        decay = min(self.decay, (1 + seen) / (10 + seen)) if self.warmup else self.decay
-        torch._foreach_lerp_(averaged, current, 1.0 - decay)
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Copy the weights when the strategy has placed them."""
+        if self._averages is None:
+            self._averages = AveragedTensors(pl_module)
+        else:  # a checkpoint was loaded before the module moved
+            self._averages.to_devices_of(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Update the average where a step has just been completed."""
+        if trainer.global_step > self._latest_update_step:
+            self._update(trainer, pl_module)
+
+    def _update(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._averages is not None
+        seen = self._averages.updates
+        self._averages.update(pl_module, min(self.decay, (1 + seen) / (10 + seen)) if self.warmup else self.decay)
+        self._latest_update_step = trainer.global_step
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Steps alone count."""
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the averaged weights into the module."""
+        self._swap_in_fit(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the averaged weights: what the task does at the end of a validation belongs to it."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the raw weights back, before a checkpoint is saved."""
-        super().on_validation_epoch_end(trainer, pl_module)
+        self._swap_in_fit(trainer, pl_module)
+
+    def _swap_in_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # After training the module keeps the average, also in a validation by the same trainer.
+        if self._averages is not None and trainer.state.fn == TrainerFn.FITTING and not self._training_is_over:
+            self._averages.swap(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the averaged weights in the module, and keep the raw ones for a checkpoint that is saved after this."""
-        self._swap_models(pl_module)
+        assert self._averages is not None
+        self._averages.swap(pl_module)
         self._training_is_over = True
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the average as `state_dict` and the raw weights as `current_model_state`, whichever stands where."""
-        if self._average_model is None:
+        if self._averages is None:
             return
-        if trainer.training and not self._training_is_over:
+        if trainer.training and not self._training_is_over and trainer.global_step > self._latest_update_step:
             # Whoever saves after a step may have its turn before this callback: the step belongs to the average.
-            self.on_train_batch_end(trainer, pl_module, None, None, 0)
+            self._update(trainer, pl_module)
             if self.state_key in checkpoint.get("callbacks", {}):
                 checkpoint["callbacks"][self.state_key] = self.state_dict()
-        averaged = checkpoint["state_dict"]
-        super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        if self._training_is_over:
-            checkpoint["current_model_state"], checkpoint["state_dict"] = checkpoint["state_dict"], averaged
+        here = checkpoint["state_dict"]
+        kept = self._averages.state_dict(pl_module, here)
+        raw, averaged = (kept, here) if self._training_is_over else (here, kept)
+        checkpoint["state_dict"], checkpoint["current_model_state"] = averaged, raw
+        checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self._averages.updates)}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore both in a fit; anywhere else the averaged weights are all that is needed."""
-        if self._average_model is not None:
-            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        if self._averages is None:
+            self._averages = AveragedTensors(pl_module)
+        else:
+            self._averages.take(pl_module)  # the strategy has loaded `state_dict`, the average
+        if "current_model_state" not in checkpoint:
+            rank_zero_warn("the checkpoint holds no average of the weights: it begins with the weights that were saved")
+            return
+        self._averages.updates = int(checkpoint["averaging_state"]["n_averaged"])
+        trainer.strategy.load_model_state_dict({"state_dict": checkpoint["current_model_state"]}, strict=True)

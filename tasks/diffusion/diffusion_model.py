@@ -11,7 +11,7 @@ from typing import Any, ClassVar, cast
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningDataModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_adam_mini.factory import OptimizerFactory
 from lightning_adam_mini.schedule import Schedule
@@ -138,22 +138,19 @@ class DiffusionModel(GeneratingTask):
             ValueError: The U-Net does not fit the images.
         """
         if self.model is None:
-            self._build(self.data_module())
+            self.build(lambda: self._build(self.data_module()), compile=self.compile_model)
 
     def outline(self, data: LightningDataModule) -> list[str]:
         """See `Task.outline`."""
         with torch.device("meta"):
-            self._build(data)
+            self.model = self._build(data)
         return []
 
-    def _build(self, data: Any) -> None:
+    def _build(self, data: Any) -> nn.Module:
         model = build_unet(fit_to_data(self.config, getattr(data, "image_shape", None)))
         if self.activation_checkpointing:
             model.enable_gradient_checkpointing()
-        model.train()
-        if self.compile_model:
-            model.compile()
-        self.model = model
+        return model
 
     def setup(self, stage: str) -> None:
         """See `Task.setup`; the data must be enough for the comparison with real images.

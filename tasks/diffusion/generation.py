@@ -61,7 +61,8 @@ class GeneratingTask(Task):
         rows = []
         for seed, image in zip(seeds, self.sample(seeds), strict=True):
             name = f"predictions/seed_{seed:06d}.png"
-            write_image(image, folder / name)
+            if self.trainer.is_global_zero or not self.is_sharded:  # all ranks make the same images where it is
+                write_image(image, folder / name)
             rows.append({"image": name, "seed": seed})
         return rows
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_adam_mini.factory import OptimizerFactory
 from lightning_adam_mini.schedule import Schedule
@@ -143,22 +143,22 @@ class NodeClassifier(Task):
             data = self.data_module()
             if data is None:
                 raise ValueError("the network takes its input and output size from the data: give a data module")
-            self._build(data.num_features, data.num_classes)
+            self.build(lambda: self._build(data.num_features, data.num_classes))
 
     def outline(self, data: LightningDataModule) -> list[str]:
         """See `Task.outline`: the sizes are those that the settings of the data tell."""
         graphs = cast("Any", data)
         with torch.device("meta"):
-            self._build(graphs.planned_features, graphs.planned_classes)
+            self.model = self._build(graphs.planned_features, graphs.planned_classes)
         return []
 
-    def _build(self, num_features: int, num_classes: int) -> None:
+    def _build(self, num_features: int, num_classes: int) -> nn.Module:
         require_torch_geometric("NodeClassifier")
         from .networks import NodeNetwork
 
         self._num_classes = num_classes
         inputs = num_features + (num_classes if self.label_reuse else 0)
-        self.model = NodeNetwork(self.architecture, inputs, num_classes, **self.network_options)
+        return NodeNetwork(self.architecture, inputs, num_classes, **self.network_options)
 
     @property
     def network(self) -> Any:

@@ -24,7 +24,8 @@ from lightning_adam_mini.schedule import Schedule
 from ..base import Task
 from ..headline import Headline
 from ..metrics import MeanLoss
-from .model import Attention, active_parameters, build_config, build_model, read_config
+from ..parallel.activation_checkpointing import checkpoint_activations
+from .model import Attention, active_parameters, build_config, build_model, initialise, read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,15 +109,21 @@ class LanguageModel(Task):
         if self.init_from and self.config:
             rank_zero_warn(f"init_from: the model is as in {self.init_from}; model.config is not used")
         config = None if self.init_from else build_config(self.architecture, options)
-        model = build_model(config, self.init_from, self.attention)
-        _check_data(model.config, vocab_size, getattr(data, "context_length", None))
+        outline = config or read_config(cast("str", self.init_from))
+        _check_data(outline, vocab_size, getattr(data, "context_length", None))
+        self.build(
+            lambda: self._checkpointed(build_model(config, self.init_from, self.attention)),
+            outline=lambda: self._checkpointed(build_model(outline, None, self.attention)),
+            initialise=initialise,
+            is_trained=self.init_from is not None,
+            compile=self.compile_model,
+        )
+        self._active_parameters = active_parameters(self.network)
+
+    def _checkpointed(self, model: PreTrainedModel) -> PreTrainedModel:
         if self.activation_checkpointing:
-            _enable_activation_checkpointing(model)
-        self._active_parameters = active_parameters(model)
-        model.train()
-        if self.compile_model:
-            model.compile()
-        self.model = model
+            checkpoint_activations(model)
+        return model
 
     def outline(self, data: LightningDataModule) -> list[str]:
         """See `Task.outline`: the vocabulary is the one that the settings of the data tell.
@@ -214,6 +221,7 @@ class LanguageModel(Task):
             max_new_tokens=new_tokens,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
+            synced_gpus=self.is_sharded,  # a rank that is done goes on until all are
             **sampling,
         )
         return tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
@@ -273,27 +281,23 @@ class LanguageModel(Task):
         return lines
 
     def _write_sample(self) -> None:
-        """Append a continuation of the sample prompt to `samples.txt`, with a generator of its own."""
+        """Append a continuation of the sample prompt to `samples.txt`, with a generator of its own.
+
+        Rank zero writes; the others take part where the model is sharded.
+        """
         tokenizer = getattr(self.data_module(), "tokenizer", None)
-        if tokenizer is None or not self.trainer.is_global_zero:
+        if tokenizer is None or not (self.trainer.is_global_zero or self.is_sharded):
             return
         input_ids = torch.tensor([tokenizer(self.sample_prompt)["input_ids"]], device=self.device)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self.trainer.global_step)
             self._sample = self.sample_prompt + self.generate(input_ids)[0]
+        if not self.trainer.is_global_zero:
+            return
         path = Path(self.trainer.default_root_dir) / "samples.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.write(f"--- step {self.trainer.global_step}\n{self._sample}\n")
-
-
-def _enable_activation_checkpointing(model: PreTrainedModel) -> None:
-    """Recompute activations in the backward pass; transformers 5.23 renamed the method and its argument."""
-    settings = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
 def _special_tokens(data: Any, options: dict[str, Any]) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["Attention", "active_parameters", "build_config", "build_model", "read_config"]
+__all__ = ["Attention", "active_parameters", "build_config", "build_model", "initialise", "read_config"]
 
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 
@@ -99,6 +99,11 @@ def build_model(config: PreTrainedConfig | None, init_from: str | None, attentio
     return AutoModelForCausalLM.from_pretrained(
         folder, local_files_only=True, attn_implementation=attention, dtype=torch.get_default_dtype()
     )
+
+
+def initialise(model: nn.Module) -> None:
+    """Draw all weights of a model and set its buffers, by transformers' rules; it was built on the meta device."""
+    cast("PreTrainedModel", model).initialize_weights()
 
 
 def read_config(init_from: str) -> PreTrainedConfig:

@@ -118,15 +118,13 @@ class ImageClassifier(Task):
             flops = inspect_model(outline, self.architecture, (in_channels, *shape[1:]), num_classes)
             self._flops = self._flops or flops
         self._check_synchronised_norms(outline)
-        model = self._build(num_classes, in_channels)
-        if self.channels_last:
-            model = model.to(memory_format=torch.channels_last)
-        model.train()
-        if self.compile_model:
-            model.compile()
+        form = torch.channels_last if self.channels_last else torch.preserve_format
         self.sums = ClassificationSums(num_classes)
         self._mix = BatchMixing(**self.mixing_options, num_classes=num_classes)
-        self.model = model
+        self.build(
+            lambda: self._build(num_classes, in_channels).to(memory_format=form),
+            compile=self.compile_model,
+        )
 
     def outline(self, data: LightningDataModule) -> list[str]:
         """See `Task.outline`: the classes are those that the settings of the data tell.

@@ -18,6 +18,7 @@ _LIBRARY = {
     "blocks": set(),
     "partition": {"blocks"},
     "optim": {"blocks", "partition"},
+    "convert": {"blocks", "partition", "optim"},
     "hessian": {"blocks", "partition"},
     "measure": {"blocks", "partition", "optim"},
     "schedule": set(),

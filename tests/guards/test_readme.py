@@ -17,7 +17,7 @@ TRAINING = [command for command in ADAM_MINI if command.words[1:2] and command.w
 OTHER = [command for command in ADAM_MINI if command not in TRAINING]
 # What one machine of the CI cannot offer, or an earlier run left behind.
 NEEDS_MORE = re.compile(
-    r"num_nodes|gpu|cuda|fsdp|ModelParallel|ckpt_path|devices[ =](?:[2-9]|auto)|init_from|export runs|"
+    r"num_nodes|gpu|cuda|fsdp|ModelParallel|ckpt_path|devices[ =](?:[2-9]|auto)|init_from|export runs|convert runs|"
     r"imagenet|celeba|arxiv|cora|fashion|cifar|DIR\b|FOLDER"
 )
 

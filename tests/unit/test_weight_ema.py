@@ -10,6 +10,7 @@ from lightning_adam_mini.factory import SGD
 from lightning_adam_mini.schedule import Schedule
 from lightning_adam_mini.tasks.base import Task
 from lightning_adam_mini.tasks.callbacks import WeightEMA
+from lightning_adam_mini.tasks.callbacks.averaged_tensors import AveragedTensors
 
 
 class Line(Task):
@@ -109,18 +110,64 @@ def test_the_decay_is_a_fraction(decay):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_the_count_of_updates_stays_with_the_host(tmp_path, monkeypatch):
-    """Every look at it would wait for the device."""
+@pytest.mark.parametrize("resumes", [False, True])
+def test_the_average_lies_where_the_weights_do(tmp_path, monkeypatch, resumes):
+    """Also after a checkpoint, which is loaded before the module moves to the device; the count stays with the host."""
     seen = []
-    average = WeightEMA._average
+    update = AveragedTensors.update
 
     def noting(self, *args):
-        seen.append(self._average_model.n_averaged.device.type)
-        average(self, *args)
+        seen.extend(copy.device.type for copy in self._copies.values())
+        assert isinstance(self.updates, int), "every look at a tensor would wait for the device"
+        update(self, *args)
 
-    monkeypatch.setattr(WeightEMA, "_average", noting)
-    fit(tmp_path, 3, accelerator="gpu")
-    assert set(seen) == {"cpu"}
+    _, trainer = fit(tmp_path, 3)
+    trainer.save_checkpoint(tmp_path / "3.ckpt")
+    monkeypatch.setattr(AveragedTensors, "update", noting)
+    fit(tmp_path, 6, accelerator="gpu", ckpt_path=tmp_path / "3.ckpt" if resumes else None)
+    assert set(seen) == {"cuda"}
+
+
+def test_a_validation_after_training_sees_the_average(tmp_path):
+    """It is in the module already: a second exchange would bring the raw weights back."""
+    task, trainer = fit(tmp_path, 6)
+    average = task.weight
+    loader = DataLoader(torch.randn(4, 3), batch_size=4)
+    trainer.validate(task, loader, verbose=False)
+    assert torch.equal(task.validated[-1], average)
+    assert torch.equal(task.weight, average)
+
+
+def test_a_run_begins_to_average_with_the_weights_of_its_checkpoint(tmp_path):
+    without = Line()
+    without.configure_callbacks = list
+    plain, trainer = fit(tmp_path, 4, without)
+    trainer.save_checkpoint(tmp_path / "raw.ckpt")
+    with pytest.warns(UserWarning, match="holds no average of the weights"):
+        task, _ = fit(tmp_path, 5, ckpt_path=tmp_path / "raw.ckpt")
+    assert torch.equal(task.trained[0], plain.weight)
+
+
+def test_parameters_that_fsdp_has_flattened_are_refused():
+    module = nn.Linear(3, 2)
+    module.weight._fsdp_flattened = True
+    with pytest.raises(ValueError, match=r"weight: .*fsdp2 or ddp, or set model\.ema_decay to null"):
+        AveragedTensors(module)
+
+
+def test_tied_parameters_are_averaged_once_and_saved_by_both_names():
+    module = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    module[1].weight = module[0].weight
+    averages = AveragedTensors(module)
+    averages.update(module, 0.9)
+    before = module[0].weight.detach().clone()
+    with torch.no_grad():
+        module[0].weight.zero_()
+    averages.update(module, 0.75)
+    saved = averages.state_dict(module, module.state_dict())
+    assert saved.keys() == {"0.weight", "1.weight"}
+    for tensor in saved.values():
+        torch.testing.assert_close(tensor, 0.75 * before)
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])

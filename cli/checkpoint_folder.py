@@ -1,0 +1,78 @@
+"""Checkpoint folders of sharded runs, written and asked for names by one process without a process group."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from ..tasks.checkpoint_folder import METADATA_NAME, REST_NAME, TENSOR_PARTS, read_outline
+from ..tasks.checkpoint_io import cannot_save, write_synced
+from ..tasks.in_place import beside, put_in_place, remove
+
+__all__ = ["is_folder", "parameter_names", "write_folder"]
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a path is a checkpoint folder."""
+    return (path / METADATA_NAME).is_file()
+
+
+def parameter_names(path: Path) -> list[list[str]]:
+    """Names of the parameters of each group of the first optimizer in a folder.
+
+    Raises:
+        ValueError: The folder is not whole.
+    """
+    outline = read_outline(path)
+    groups = {
+        place[2]: key
+        for key, place in outline.paths.items()
+        if place[:2] == ("optimizer_0", "param_groups") and place[-1] == "params"
+    }
+    values: dict[str, Any] = dict.fromkeys(groups.values())
+    with _alone():
+        load(values, checkpoint_id=path, no_dist=True)
+    return [values[groups[number]] for number in sorted(groups)]
+
+
+def write_folder(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint as a folder, beside and then renamed.
+
+    Args:
+        checkpoint: As a file holds it, with optimizer states keyed by parameter names.
+        path: The folder; what is there is replaced.
+
+    Raises:
+        OSError: The disk is full, or the folder cannot be written; what was at `path` is untouched.
+    """
+    tensors = {part: checkpoint[part] for part in TENSOR_PARTS if part in checkpoint}
+    tensors |= {f"optimizer_{number}": state for number, state in enumerate(checkpoint["optimizer_states"])}
+    rest = {key: value for key, value in checkpoint.items() if key not in (*TENSOR_PARTS, "optimizer_states")}
+    new = beside(path)
+    try:
+        new.mkdir(parents=True)
+        with _alone():
+            save(tensors, checkpoint_id=new, no_dist=True)
+        write_synced(rest, new / REST_NAME)
+        put_in_place(new, path)
+    except CheckpointException as error:
+        raise cannot_save(path, next(iter(error.failures.values()))[0]) from error
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise cannot_save(path, error) from error
+    finally:
+        remove(new)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Without torch's warning that there is no process group: one process is what is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield

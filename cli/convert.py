@@ -1,0 +1,205 @@
+"""`adam-mini convert`: a checkpoint for another optimizer or partition, and folders of sharded runs as one file."""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .arguments import Parser
+from .checkpoint_optimizer import KEPT, build, check_groups, continued_factory, converted_state, named
+
+__all__ = ["main"]
+
+OPTIMIZERS = {"adam-mini": "AdamMini", "adamw": "AdamW"}
+LAYOUTS = ("file", "folder")
+DESCRIPTION = """Convert the checkpoint of a run, so that `adam-mini fit --ckpt_path` continues with another optimizer
+or partition: AdamW's state as Adam-mini's, at half the size, or the other way round. Step, schedule, learning rate,
+betas, eps and weight decay stay. Checkpoint folders of sharded runs become one file, and back. The source is not
+changed."""
+
+log = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Convert a checkpoint.
+
+    Raises:
+        ArgumentError: The command line is wrong.
+        ValueError: There is no such checkpoint, it cannot be read, belongs to another model, or the target exists.
+        OSError: The target cannot be written.
+    """
+    parser = _parser()
+    own, passed = _split(parser, arguments)
+    options = parser.parse_args(own)
+    source, run_dir = _find_checkpoint(options)
+    optimizer, layout = _wishes(parser, options.to, "folder" if source.is_dir() else "file")
+    if optimizer is None and passed:
+        parser.error(f"{passed[0]}: an option of an optimizer needs --to adam-mini or --to adamw")
+    target: Path = options.out.expanduser()
+    _check_target(target, layout, overwrite=options.overwrite)
+
+    converts = optimizer is not None or layout != "file"
+    config = _find_config(options.recipe, source, run_dir) if converts else None
+    checkpoint = _read(source)
+    states = checkpoint.get("optimizer_states") or []
+    if len(states) != 1:
+        raise ValueError(f"{source} holds the states of {len(states)} optimizers; a checkpoint of a training has one")
+    (state,) = states
+    command = ""
+    names: list[str] | None = None
+    if config is not None:
+        from .trained_model import outline_task
+
+        task = outline_task(config, checkpoint["state_dict"], optimizer, passed)
+        built = continued_factory(task.optimizer_factory, checkpoint, state, passed)
+        own_optimizer, names = build(built, task)
+        if optimizer is not None:
+            state = converted_state(checkpoint, state, own_optimizer, built)
+        else:
+            check_groups(state, own_optimizer)
+        made_by = " ".join([type(built).__name__, *passed])
+        command = f"; continue with adam-mini fit --config {config} --optimizer {made_by} --ckpt_path {target}"
+    for group in state["param_groups"]:
+        group.pop("param_names", None)
+    checkpoint["optimizer_states"] = [state]
+    _write(checkpoint, names, target, layout)
+    log.info("%s", f"wrote {target}{command}")
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="adam-mini convert",
+        description=DESCRIPTION,
+        epilog="Options of the new optimizer are given as for fit: --optimizer.partition NAME, "
+        "--optimizer.partition_overrides.value row, ...",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="Run folder, checkpoint file, or checkpoint folder of a sharded run.",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="TARGET", help="The new checkpoint.")
+    parser.add_argument(
+        "--to",
+        action="append",
+        choices=[*OPTIMIZERS, *LAYOUTS],
+        default=[],
+        help="Optimizer (adam-mini by default) or layout (the source's by default); one of each may be given.",
+    )
+    parser.add_argument(
+        "--recipe",
+        "--config",
+        metavar="RECIPE",
+        help="Recipe or config.yaml of the run; by default the config.yaml of the run folder that SOURCE is in.",
+    )
+    parser.add_argument("--ckpt_path", default="last", help="Of a run folder: `last`, `best`, or a path.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace a checkpoint at TARGET.")
+    return parser
+
+
+def _split(parser: Parser, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The command's own arguments, and options of the optimizer as `--optimizer.OPTION=VALUE`."""
+    own: list[str] = []
+    passed: list[str] = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        if not argument.startswith("--optimizer"):
+            own.append(argument)
+            continue
+        option, equals, value = argument.partition("=")
+        name = option.removeprefix("--optimizer.")
+        if name == option:
+            parser.error(f"{argument}: give the optimizer as --to adam-mini or --to adamw")
+        if name in KEPT:
+            parser.error(f"{option}: the value of the checkpoint stays, here and in `fit --ckpt_path`")
+        if not equals and (value := next(remaining, "")) == "":
+            parser.error(f"{option}: expected a value")
+        passed.append(f"{option}={value}")
+    return own, passed
+
+
+def _wishes(parser: Parser, to: Sequence[str], layout: str) -> tuple[str | None, str]:
+    """The optimizer to convert to, None for none, and the layout to write."""
+    optimizers, layouts = [wish for wish in to if wish in OPTIMIZERS], [wish for wish in to if wish in LAYOUTS]
+    if len(optimizers) > 1 or len(layouts) > 1:
+        parser.error(f"--to: give one of {', '.join(OPTIMIZERS)} and one of {', '.join(LAYOUTS)}, not {', '.join(to)}")
+    if layouts == [layout] and not optimizers:
+        parser.error(f"--to {layout}: the source is a {layout} already")
+    optimizer = OPTIMIZERS[optimizers[0]] if optimizers else (None if layouts else "AdamMini")
+    return optimizer, (layouts or [layout])[0]
+
+
+def _find_checkpoint(options: Namespace) -> tuple[Path, Path | None]:
+    """The file or folder of the checkpoint, and the run folder where that was given."""
+    from .checkpoint_folder import is_folder
+    from .run_folder import resolve_checkpoint
+
+    source: Path = options.source.expanduser()
+    if source.is_file() or is_folder(source):
+        return source, None
+    if (source / "config.yaml").is_file() or (source / "checkpoints").is_dir():
+        found = resolve_checkpoint(options.ckpt_path, source, may_start=False)
+        assert found is not None
+        return Path(found), source
+    told = "there is none of these in it" if source.is_dir() else "no such file or folder"
+    raise ValueError(
+        f"{source}: {told}; give a run folder (with config.yaml and checkpoints/), a checkpoint file, or a checkpoint "
+        "folder (with .metadata)"
+    )
+
+
+def _find_config(recipe: str | None, source: Path, run_dir: Path | None) -> Path:
+    """The configuration that the model is built from."""
+    from .recipes import find_recipe
+
+    if recipe is not None:
+        return find_recipe(recipe, given_as="--recipe")
+    folders = [run_dir] if run_dir else [source.parent, source.parent.parent]
+    for folder in folders:
+        if (folder / "config.yaml").is_file():
+            return folder / "config.yaml"
+    raise ValueError(f"there is no config.yaml of a run beside {source}; give --recipe, what it was trained with")
+
+
+def _check_target(target: Path, layout: str, *, overwrite: bool) -> None:
+    from .checkpoint_folder import is_folder
+
+    if not target.exists():
+        return
+    if not overwrite:
+        raise ValueError(f"{target} exists; choose another --out, or give --overwrite")
+    if not (is_folder(target) if layout == "folder" else target.is_file()):
+        raise ValueError(
+            f"--overwrite replaces a checkpoint {layout} alone, and {target} is none; choose another --out"
+        )
+
+
+def _read(source: Path) -> dict[str, Any]:
+    """A checkpoint with whole tensors; the optimizer of a folder names its parameters."""
+    from ..tasks import base  # noqa: F401 - names the classes that checkpoints hold
+    from ..tasks.checkpoint_io import AtomicCheckpointIO
+    from .checkpoint_folder import parameter_names
+
+    checkpoint = AtomicCheckpointIO().load_checkpoint(source, weights_only=True)
+    if source.is_dir() and checkpoint.get("optimizer_states"):
+        groups = checkpoint["optimizer_states"][0]["param_groups"]
+        for group, names in zip(groups, parameter_names(source), strict=True):
+            group["param_names"] = names
+    return checkpoint
+
+
+def _write(checkpoint: dict[str, Any], names: Sequence[str] | None, target: Path, layout: str) -> None:
+    from ..tasks.checkpoint_io import AtomicCheckpointIO
+    from .checkpoint_folder import write_folder
+
+    if layout == "file":
+        AtomicCheckpointIO().save_checkpoint(checkpoint, target)
+        return
+    assert names is not None
+    (state,) = checkpoint["optimizer_states"]
+    write_folder({**checkpoint, "optimizer_states": [named(state, names)]}, target)

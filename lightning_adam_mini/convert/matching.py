@@ -1,0 +1,181 @@
+"""Which parameter of a saved state is which of a model: by name, or by order and shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+from lightning_adam_mini.convert.saved import SavedParameter
+
+__all__ = ["Wanted", "match"]
+
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_MOST_POINTERS = 10_000
+"""Ways to deal parameters to groups that are followed at once; more mean that order does not tell them apart."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a state is converted for.
+
+    Args:
+        groups: Names of the parameters of each group.
+        shapes: Their shapes by name.
+        model_order: Names and shapes in the order of `model.named_parameters()`, with those that are not trained.
+        named: Whether the names are those of a model; else they are numbers.
+    """
+
+    groups: Sequence[Sequence[str]]
+    shapes: dict[str, tuple[int, ...]]
+    model_order: Sequence[tuple[str, tuple[int, ...]]]
+    named: bool = True
+
+
+def match(saved: Sequence[SavedParameter], wanted: Wanted) -> dict[str, SavedParameter]:
+    """The saved parameter of each wanted one.
+
+    Names decide where the state has them. Otherwise the order does, with every shape checked: that of the groups, that
+    of the model, or the only way to deal the model's parameters to the saved groups in the model's order.
+
+    Raises:
+        ValueError: The state belongs to another model, or its order does not tell which parameter is which.
+    """
+    if wanted.named and saved and all(parameter.name is not None for parameter in saved):
+        found = _by_name(saved, wanted)
+    else:
+        found = _by_order(saved, wanted)
+    for name, parameter in found.items():
+        if name in wanted.shapes and not parameter.fits(wanted.shapes[name]):
+            raise ValueError(_other_shape(parameter, name, wanted.shapes[name]))
+    return {name: parameter for name, parameter in found.items() if name in wanted.shapes}
+
+
+def _by_name(saved: Sequence[SavedParameter], wanted: Wanted) -> dict[str, SavedParameter]:
+    own = {_plain(name): name for name, _ in wanted.model_order}
+    names = [_plain(str(parameter.name)) for parameter in saved]
+    if len(own) < len(wanted.model_order):  # a module of its own is called `module`, or like a wrapper
+        own, names = {name: name for name, _ in wanted.model_order}, [str(parameter.name) for parameter in saved]
+    lowered = {plain.lower(): name for plain, name in own.items()}
+    if all(name == name.lower() for name in names) and len(lowered) == len(own):  # the package lowers names
+        own = lowered
+    names = _with_prefix(names, set(own))
+    found: dict[str, SavedParameter] = {}
+    for name, parameter in zip(names, saved, strict=True):
+        if name in own:
+            found[own[name]] = parameter
+        elif parameter.state:
+            raise ValueError(
+                f"the optimizer state has the parameter {parameter}, which this model has not: it belongs to another "
+                "model; build the optimizer over the model that was trained"
+            )
+    for name in wanted.shapes:
+        if name not in found:
+            raise ValueError(
+                f"the optimizer state has no parameter {name!r} of shape {wanted.shapes[name]}: it belongs to another "
+                "model, or this one trains more parameters; build the optimizer over those that were trained"
+            )
+    return found
+
+
+def _with_prefix(names: list[str], own: set[str]) -> list[str]:
+    """Names as the model has them, where one of the two was named within a larger module."""
+    if not names or own & set(names):
+        return names
+    longer = {name[: -len(names[0])] for name in own if name.endswith(f".{names[0]}")}
+    for prefix in sorted(longer):
+        if own >= {prefix + name for name in names}:
+            return [prefix + name for name in names]
+    shorter = {names[0][: -len(name)] for name in own if names[0].endswith(f".{name}")}
+    for prefix in sorted(shorter):
+        if all(name.startswith(prefix) and name[len(prefix) :] in own for name in names):
+            return [name[len(prefix) :] for name in names]
+    return names
+
+
+def _by_order(saved: Sequence[SavedParameter], wanted: Wanted) -> dict[str, SavedParameter]:
+    sizes = [sum(parameter.group == number for parameter in saved) for number in range(_num_groups(saved))]
+    trained = [name for name, _ in wanted.model_order if name in wanted.shapes]
+    shapes = dict(wanted.model_order) | wanted.shapes
+    orders = [trained, [name for name, _ in wanted.model_order]]
+    for groups in (wanted.groups, wanted.groups[::-1]):
+        if [len(group) for group in groups] == sizes:
+            orders.insert(0 if groups is wanted.groups else 1, [name for group in groups for name in group])
+    for order in orders:
+        if len(order) == len(saved) and all(p.fits(shapes[n]) for n, p in zip(order, saved, strict=True)):
+            return dict(zip(order, saved, strict=True))
+    if len(saved) != len(trained):
+        raise ValueError(
+            f"the optimizer state has {len(saved)} parameters without names, this model trains {len(trained)}: it "
+            "belongs to another model; build the optimizer over the parameters that were trained"
+        )
+    dealt = _deal(saved, [(name, shapes[name]) for name in trained])
+    if dealt is None:
+        raise ValueError(
+            "the optimizer state has no names, and its groups and shapes do not tell which parameter is which; give "
+            "names=[...], the names of the parameters in the order in which the optimizer had them"
+        )
+    if not dealt:
+        # All orders fail; the one that gets furthest says most.
+        candidates = [order for order in orders if len(order) == len(saved)]
+        furthest = max(candidates, key=lambda order: _num_agreeing(order, saved, shapes))
+        index = _num_agreeing(furthest, saved, shapes)
+        raise ValueError(_other_shape(saved[index], furthest[index], shapes[furthest[index]]))
+    return dealt
+
+
+def _deal(
+    saved: Sequence[SavedParameter], order: Sequence[tuple[str, tuple[int, ...]]]
+) -> dict[str, SavedParameter] | None:
+    """Deal parameters, in order, to groups whose next saved parameter has their shape.
+
+    Returns:
+        The only way; empty where there is none, None where there are several.
+    """
+    groups = [[parameter for parameter in saved if parameter.group == n] for n in range(_num_groups(saved))]
+    levels: list[dict[tuple[int, ...], tuple[int, int]]] = [{(0,) * len(groups): (1, -1)}]
+    for _, shape in order:
+        following: dict[tuple[int, ...], tuple[int, int]] = {}
+        for pointers, (ways, _) in levels[-1].items():
+            for number, pointer in enumerate(pointers):
+                if pointer < len(groups[number]) and groups[number][pointer].fits(shape):
+                    moved = (*pointers[:number], pointer + 1, *pointers[number + 1 :])
+                    before = following.get(moved, (0, 0))[0]
+                    following[moved] = (before + ways, number)
+        if len(following) > _MOST_POINTERS:
+            return None
+        levels.append(following)
+    end = tuple(len(group) for group in groups)
+    if end not in levels[-1]:
+        return {}
+    if levels[-1][end][0] > 1:
+        return None
+    dealt, pointers = {}, end
+    for level, (name, _) in zip(reversed(levels), reversed(order), strict=False):
+        number = level[pointers][1]
+        pointers = (*pointers[:number], pointers[number] - 1, *pointers[number + 1 :])
+        dealt[name] = groups[number][pointers[number]]
+    return dealt
+
+
+def _num_agreeing(order: Sequence[str], saved: Sequence[SavedParameter], shapes: dict[str, tuple[int, ...]]) -> int:
+    """How many parameters from the first on have the saved shapes."""
+    fits = (parameter.fits(shapes[name]) for name, parameter in zip(order, saved, strict=True))
+    return sum(takewhile(bool, fits))
+
+
+def _num_groups(saved: Sequence[SavedParameter]) -> int:
+    return 1 + max((parameter.group for parameter in saved), default=-1)
+
+
+def _plain(name: str) -> str:
+    """A name without the wrappers of torch.compile, FSDP and DDP."""
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    return ".".join(parts[1:] if len(parts) > 1 and parts[0] == "module" else parts)
+
+
+def _other_shape(parameter: SavedParameter, name: str, shape: tuple[int, ...]) -> str:
+    return (
+        f"the optimizer state has {parameter}, where this model has {name!r} of shape {shape}: it belongs to another "
+        "model; build the optimizer over the model that was trained"
+    )

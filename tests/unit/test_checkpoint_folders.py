@@ -1,0 +1,244 @@
+"""Checkpoint folders: they take their place whole, are refused when they are not, and are read by one process."""
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from lightning_adam_mini.cli.run_folder import last_checkpoint, resolve_checkpoint
+from lightning_adam_mini.tasks import in_place
+from lightning_adam_mini.tasks.checkpoint_folder import read_folder, read_outline
+from lightning_adam_mini.tasks.checkpoint_io import AtomicCheckpointIO
+from lightning_adam_mini.tasks.in_place import beside, put_in_place, recover, remove, sweep
+from lightning_adam_mini.tasks.optimizer_names import drop_unsaved, name_parameters, number_parameters
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+STATE = {
+    "state_dict": {"model.weight": torch.arange(6.0).view(2, 3), "model.count": torch.tensor(3)},
+    "optimizer_0": {
+        "state": {"model.weight": {"step": torch.tensor(7.0), "exp_avg": torch.ones(2, 3)}},
+        "param_groups": [{"params": ["model.weight"], "lr": 0.1, "betas": (0.9, 0.95)}, {"params": [], "lr": 0.2}],
+    },
+}
+
+
+def make(path, kind, content="new"):
+    if kind == "file":
+        path.write_text(content)
+    elif kind == "folder":
+        path.mkdir()
+        (path / "content").write_text(content)
+    elif kind == "link":
+        make(path.with_name(f"{path.name}-of-link"), "folder", content)
+        path.symlink_to(f"{path.name}-of-link")
+
+
+def content(path):
+    return (path / "content" if path.is_dir() else path).read_text()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    path.mkdir(parents=True)
+    dcp.save(STATE, checkpoint_id=path, no_dist=True)
+    torch.save({"global_step": 7, "pytorch-lightning_version": "2"}, path / "meta.pt")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+@pytest.mark.parametrize("before", ["nothing", "file", "folder", "link"])
+def test_anything_takes_the_place_of_anything(tmp_path, kind, before):
+    target = tmp_path / "last.ckpt"
+    make(target, before, "old")
+    make(beside(target), kind)
+    put_in_place(beside(target), target)
+    assert content(target) == "new"
+    assert target.is_symlink() == (kind == "link")
+    if before == "link":
+        assert content(tmp_path / "last.ckpt-of-link") == "old", "what a link leads to is another checkpoint"
+    kept = {"last.ckpt"}
+    kept |= {"last.ckpt-of-link"} if before == "link" else set()
+    kept |= {f"{beside(target).name}-of-link"} if kind == "link" else set()
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("before", ["file", "folder", "link"])
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_kill_at_any_rename_leaves_the_old_one_or_the_new_one(tmp_path, monkeypatch, kind, before, renames):
+    target, left = tmp_path / "last.ckpt", [renames]
+    make(target, before, "old")
+    make(beside(target), kind)
+    real = {name: getattr(Path, name) for name in ("rename", "replace")}
+
+    def rename(name):
+        def until_killed(path, to):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return real[name](path, to)
+
+        return until_killed
+
+    with monkeypatch.context() as patch:
+        for name in real:
+            patch.setattr(Path, name, rename(name))
+        try:
+            put_in_place(beside(target), target)
+        except KeyboardInterrupt:
+            pass
+        else:
+            assert left[0] >= 0, "this pair needs fewer renames"
+    assert recover(target), "the checkpoint is lost"
+    assert content(target) in ("old", "new")
+    sweep(tmp_path)
+    assert content(target) in ("old", "new")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_folder_that_is_removed_is_gone_at_once(tmp_path, monkeypatch):
+    make(tmp_path / "best.ckpt", "folder")
+    monkeypatch.setattr(in_place.shutil, "rmtree", lambda *_, **__: None)  # killed before the first file
+    remove(tmp_path / "best.ckpt")
+    assert not (tmp_path / "best.ckpt").exists()
+    monkeypatch.undo()
+    sweep(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_lightning_finds_no_number_in_what_is_half_written():
+    assert "hpc_ckpt_" not in beside(Path("run/hpc_ckpt_3.ckpt")).name
+
+
+def test_last_and_best_are_folders_or_links(folder):
+    run = folder.parent.parent
+    assert resolve_checkpoint("last", run, may_start=False) == str(folder)
+    best = folder.rename(folder.with_name("best-step=5.ckpt"))
+    folder.symlink_to(best.name)
+    assert resolve_checkpoint("last", run, may_start=False) == str(folder)
+    assert resolve_checkpoint("best", run, may_start=False) == str(best)
+    assert resolve_checkpoint(str(folder), run, may_start=False) == str(folder)
+
+
+def test_a_kill_between_two_renames_is_mended_where_the_checkpoint_is_looked_for(folder):
+    folder.rename(folder.with_name(".last.ckpt.new"))
+    assert last_checkpoint(folder.parent.parent) == folder
+    assert read_outline(folder).parts == set(STATE)
+
+
+def test_another_folder_is_no_checkpoint(folder):
+    run = folder.parent.parent
+    with pytest.raises(ValueError, match=r"is a folder, but no checkpoint: it has no \.metadata; give"):
+        resolve_checkpoint(str(folder.parent), run, may_start=False)
+
+
+def test_one_process_reads_what_it_would_have_saved(folder):
+    checkpoint = AtomicCheckpointIO().load_checkpoint(folder, weights_only=True)
+    assert checkpoint["global_step"] == 7
+    torch.testing.assert_close(checkpoint["state_dict"], STATE["state_dict"], rtol=0, atol=0)
+    (state,) = checkpoint["optimizer_states"]
+    assert state["param_groups"] == [{"params": [0], "lr": 0.1, "betas": (0.9, 0.95)}, {"params": [], "lr": 0.2}]
+    torch.testing.assert_close(state["state"], {0: STATE["optimizer_0"]["state"]["model.weight"]}, rtol=0, atol=0)
+
+
+def test_the_weights_of_fsdp1_have_another_name(tmp_path):
+    dcp.save({"model": STATE["state_dict"]}, checkpoint_id=tmp_path, no_dist=True)
+    torch.save({"pytorch-lightning_version": "2"}, tmp_path / "meta.pt")
+    assert read_folder(tmp_path).keys() == {"pytorch-lightning_version", "state_dict"}
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+class Harm:
+    def __reduce__(self):
+        return os.system, ("touch harmed",)
+
+
+BREAKS = {
+    r"it has no \.metadata": lambda folder: (folder / ".metadata").unlink(),
+    r"it has no meta\.pt": lambda folder: (folder / "meta.pt").unlink(),
+    r"\.metadata is none of a checkpoint": lambda folder: cut(folder / ".metadata"),
+    r"metadata is none of a": lambda folder: (folder / ".metadata").write_bytes(pickle.dumps(Harm())),
+    r"__0_0\.distcp is missing": lambda folder: (folder / "__0_0.distcp").unlink(),
+    r"__0_0\.distcp has \d+ bytes of \d+": lambda folder: cut(folder / "__0_0.distcp"),
+    r"meta\.pt: ": lambda folder: cut(folder / "meta.pt"),
+    "names no version of Lightning": lambda folder: torch.save([1], folder / "meta.pt"),
+}
+
+
+@pytest.mark.parametrize("message", BREAKS)
+def test_a_folder_that_is_not_whole(folder, message, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    BREAKS[message](folder)
+    with pytest.raises(ValueError, match=message) as told:
+        AtomicCheckpointIO().load_checkpoint(folder, weights_only=True)
+    assert str(folder) in str(told.value)
+    assert "\n" not in str(told.value)
+    assert not Path("harmed").exists()
+
+
+def test_a_folder_without_weights(tmp_path):
+    dcp.save({"other": STATE["state_dict"]}, checkpoint_id=tmp_path, no_dist=True)
+    torch.save({}, tmp_path / "meta.pt")
+    with pytest.raises(ValueError, match="no checkpoint of a training: it has no weights"):
+        read_folder(tmp_path)
+
+
+GROUPS = [{"params": ["a", "c"], "lr": 1.0}, {"params": ["b"], "lr": 2.0}]
+NAMED = {"state": {name: {"step": torch.tensor(step)} for name, step in (("c", 2), ("b", 3), ("a", 1))}}
+NAMED["param_groups"] = GROUPS
+
+
+def test_names_and_numbers_follow_the_groups_and_not_the_model():
+    """With two groups of weight decay the parameters a, b, c of a model have the numbers 0, 2, 1."""
+    numbered = number_parameters(NAMED)
+    assert [group["params"] for group in numbered["param_groups"]] == [[0, 1], [2]]
+    assert {number: int(values["step"]) for number, values in numbered["state"].items()} == {0: 1, 1: 2, 2: 3}
+    assert name_parameters(numbered, GROUPS) == NAMED
+    of_the_model = {"state": {0: "a", 1: "b", 2: "c"}, "param_groups": [{"params": [0, 2]}, {"params": [1]}]}
+    assert name_parameters(of_the_model, GROUPS)["state"] == {"a": "a", "b": "b", "c": "c"}
+    with pytest.raises(ValueError, match=r"groups of \[2, 1\] parameters, this optimizer has \[3\].*start a new run"):
+        name_parameters(numbered, [{"params": ["a", "b", "c"]}])
+
+
+def saved(**shapes):
+    return {f"state.{name}": torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def own():
+    return {
+        "state": {
+            "w": {"exp_avg": torch.zeros(2, 3), "exp_avg_sq": torch.zeros(2, 1)},
+            "u": {"exp_avg": torch.zeros(1)},
+        }
+    }
+
+
+WHOLE = {"w.exp_avg": (2, 3), "w.exp_avg_sq": (2, 1), "u.exp_avg": (1,)}
+OTHERS = [
+    (WHOLE | {"w.exp_avg_sq": (2, 3)}, r"the saved exp_avg_sq of 'w' has shape \(2, 3\), but here it has \(2, 1\)"),
+    ({"w.exp_avg": (2, 3), "u.exp_avg": (1,)}, r"the saved optimizer state has no w\.exp_avg_sq"),
+    (WHOLE | {"w.max": (2, 3)}, r"the saved optimizer state has w\.max, this one has not"),
+    ({}, r"the saved optimizer state has no w\.exp_avg"),
+]
+
+
+@pytest.mark.parametrize(("shapes", "message"), OTHERS)
+def test_the_state_of_another_partition(shapes, message):
+    with pytest.raises(ValueError, match=message + ".*Continue with the optimizer, model and partition"):
+        drop_unsaved(own(), saved(**shapes))
+
+
+def test_a_parameter_without_a_step_has_no_state():
+    state = own()
+    drop_unsaved(state, saved(**WHOLE))
+    assert list(state["state"]) == ["w", "u"]
+    drop_unsaved(state, saved(**{name: shape for name, shape in WHOLE.items() if name[0] == "w"}))
+    assert list(state["state"]) == ["w"]
