@@ -185,9 +185,9 @@ class AtomicFolderCheckpoint(ModelParallelStrategy):
         result, failure = self.broadcast((result, failure))
         if failure is not None:
             kind, message = failure
-            error = kind(message)
-            error.is_on_all_ranks = True  # type: ignore[union-attr]  # the command line tells it once
-            raise error
+            shared: Any = kind(message)
+            shared.is_on_all_ranks = True  # the command line tells it once
+            raise shared
         return cast("T", result)
 
 

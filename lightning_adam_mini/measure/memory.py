@@ -14,7 +14,7 @@ __all__ = ["adamw_state_bytes", "optimizer_state_bytes", "peak_memory_bytes"]
 
 
 def optimizer_state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of every tensor in the state of any optimizer, as it stands."""
+    """Bytes of every tensor in the state of any optimizer, as it stands; over all ranks where tensors are sharded."""
     tensors = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 

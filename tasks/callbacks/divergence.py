@@ -9,6 +9,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lightning_adam_mini.optim.sharding import local
+
 __all__ = ["DivergenceError", "StopOnDivergence"]
 
 
@@ -61,9 +63,11 @@ class StopOnDivergence(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save no weights that are not finite."""
         self._check_training(trainer, pl_module)
-        for name, parameter in pl_module.named_parameters():
-            if self._first_bad is not None and not parameter.detach().isfinite().all():
-                _stop(trainer, f"{name} is not finite after step {trainer.global_step}")
+        if self._first_bad is None:
+            return
+        bad = next((name for name, p in pl_module.named_parameters() if not local(p.detach()).isfinite().all()), None)
+        if trainer.strategy.reduce_boolean_decision(bad is not None, all=False):
+            _stop(trainer, f"{bad or 'a parameter on another rank'} is not finite after step {trainer.global_step}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop where the last steps were bad."""

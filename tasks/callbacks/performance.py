@@ -23,9 +23,9 @@ class PerformanceMonitor(Callback):
 
     Metrics, at the trainer's logging interval: `tokens_per_second` (or the task's unit; over all ranks), `mfu` (model
     FLOPs utilisation, a fraction of the device's peak), `optimizer_milliseconds` (the update alone: no backward pass,
-    no clipping; mean since the last row), `step_milliseconds`, `optimizer_state_bytes` and `peak_memory_bytes` (of one
-    rank), `training_seconds` (time in training steps since the first one, without validation, over all starts of the
-    run; in a row of its own at each validation too).
+    no clipping; mean since the last row), `step_milliseconds`, `optimizer_state_bytes` (over all ranks where it is
+    sharded) and `peak_memory_bytes` (of one rank), `training_seconds` (time in training steps since the first one,
+    without validation, over all starts of the run; in a row of its own at each validation too).
 
     Args:
         peak_flops: Peak dense FLOP/s of one device, for devices that are not in the table. On a CPU a matrix product
@@ -90,8 +90,10 @@ class PerformanceMonitor(Callback):
             return
         optimizer_milliseconds = self._timer.mean_milliseconds()  # waits for the device, before the clock is read
         elapsed = self._elapsed()
+        # Ranks of tensor parallelism read the same batches.
+        replicas = (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
         metrics = {
-            f"{pl_module.unit}_per_second": self._units * trainer.world_size / elapsed,
+            f"{pl_module.unit}_per_second": self._units * replicas / elapsed,
             "step_milliseconds": 1000 * elapsed / (step - self._last_step),
             "optimizer_milliseconds": optimizer_milliseconds,
             "optimizer_state_bytes": float(sum(optimizer_state_bytes(o) for o in trainer.optimizers)),
@@ -99,7 +101,7 @@ class PerformanceMonitor(Callback):
             "training_seconds": self._trained + elapsed,
         }
         if self._flops and self.peak_flops:
-            metrics["mfu"] = self._flops / elapsed / self.peak_flops
+            metrics["mfu"] = self._flops * replicas / trainer.world_size / elapsed / self.peak_flops
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step - 1)  # Lightning's number of this step, under which losses stand
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
