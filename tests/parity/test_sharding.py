@@ -68,9 +68,26 @@ def test_ranks_train_as_one_process(name, layout, world):
     assert largest_difference(name, layout, world) < WITHIN
 
 
-@pytest.mark.parametrize("partition", ["transformer_early", "transformer_rank_one", "default", "element"])
+def slow_but(cases, *fast):
+    return [case if case in fast else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
+OTHER_PARTITIONS = [
+    (partition, *case)
+    for partition in ("transformer_early", "transformer_rank_one", "default", "element")
+    for case in (("14 heads", "fsdp2", 3), ("gpt2", "fsdp1", 3), ("llama", "fsdp2 x tp", 4))
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "layout", "world"), [("14 heads", "fsdp2", 3), ("gpt2", "fsdp1", 3), ("llama", "fsdp2 x tp", 4)]
+    ("partition", "name", "layout", "world"),
+    slow_but(
+        OTHER_PARTITIONS,
+        ("transformer_rank_one", "14 heads", "fsdp2", 3),
+        ("transformer_rank_one", "gpt2", "fsdp1", 3),
+        ("default", "14 heads", "fsdp2", 3),
+        ("element", "gpt2", "fsdp1", 3),
+    ),
 )
 def test_every_partition_trains_as_on_one_process(partition, name, layout, world):
     assert largest_difference(name, layout, world, partition=partition) < WITHIN
@@ -88,7 +105,16 @@ def without_reduction(rank, *arguments):
         return train_on_ranks(rank, *arguments)
 
 
-@pytest.mark.parametrize(("name", "layout", "world"), [case for case in LAYOUTS if case[2] > 1])
+@pytest.mark.parametrize(
+    ("name", "layout", "world"),
+    slow_but(
+        [case for case in LAYOUTS if case[2] > 1],
+        ("3 heads", "fsdp2", 2),
+        ("14 heads", "fsdp1", 4),
+        ("llama", "hsdp", 4),
+        ("llama", "tp", 2),
+    ),
+)
 def test_the_comparison_fails_without_the_reduction(name, layout, world):
     alone = train_alone(name)
     ranks = run_ranks(world, without_reduction, name, layout, world, {})
