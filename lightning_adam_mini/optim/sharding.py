@@ -148,7 +148,9 @@ def share_square_sums(tensors: Sequence[CutTensor]) -> None:
         tensor.square_sums = tensor.local_square_sums()
     # Offloaded parameters lie on the CPU, and their group may know GPUs alone.
     device = shared[0].shard.device_type
-    present = torch.tensor([float(tensor.grad is not None) for tensor in shared], device=device)
+    present = torch.ones(len(shared), device=device)
+    if any(tensor.grad is None for tensor in shared):
+        present.copy_(torch.tensor([float(tensor.grad is not None) for tensor in shared]))
     for group in dict.fromkeys(group for tensor in shared for group in tensor.shard.groups):
         members = [tensor for tensor in shared if group in tensor.shard.groups]
         parts = [part for tensor in members for part in tensor.square_sums or ()]
