@@ -68,7 +68,7 @@ def _claim(folder: Path) -> bool:
     """
     if holds_run(folder):
         return False
-    if {"RANK", "LOCAL_RANK", "SLURM_PROCID"} & os.environ.keys():
+    if {"RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"} & os.environ.keys():
         return True
     folder.mkdir(parents=True, exist_ok=True)
     claim = folder / CLAIM_NAME

@@ -149,7 +149,9 @@ class Task(LightningModule):
         if math.isinf(total):
             raise ValueError("the schedule needs an end: set trainer.max_steps, trainer.max_epochs or schedule.horizon")
         _say("optimizer: %s", self.optimizer_factory)  # a recipe's values stay when only the class is changed
-        optimizer = self.optimizer_factory.build(self)
+        # The first FSDP flattens parameters, and its wrapper alone knows which elements are whose.
+        is_flattened = isinstance(self.trainer.strategy, FSDPStrategy)
+        optimizer = self.optimizer_factory.build(cast("nn.Module", self.trainer.model) if is_flattened else self)
         scheduler = self.schedule.build(optimizer, int(total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

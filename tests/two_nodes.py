@@ -14,7 +14,7 @@ import pytest
 ADDRESSES = ("10.99.0.1", "10.99.0.2")
 PORT = 29500  # free in a new namespace
 CABLE = "cable"
-COMMAND = ("-m", "lightning_adam_mini.cli.main")
+BIN = Path(sys.executable).parent
 
 
 class Nodes:
@@ -32,28 +32,17 @@ class Nodes:
     def start(self, *arguments, launcher="lightning", devices=1, **environment):
         """`adam-mini ARGUMENTS` on both nodes, the processes of each started by Lightning or by torchrun."""
         options = ["--trainer.num_nodes", 2, "--trainer.devices", devices]
-        command = [str(word) for word in (*COMMAND, *arguments, *options)]
+        command = [BIN / "adam-mini", *arguments, *options]
         processes = []
         for node, name in enumerate(self.names):
-            own = {"GLOO_SOCKET_IFNAME": CABLE, "OMP_NUM_THREADS": "1"}
-            where = {"MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": str(PORT), "NODE_RANK": str(node)}
+            own, before = {"GLOO_SOCKET_IFNAME": CABLE}, []
             if launcher == "lightning":
-                own |= where
+                own |= {"MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": str(PORT), "NODE_RANK": str(node)}
             else:
-                command_of_node = ["-m", "torch.distributed.run", "--nnodes=2", f"--nproc-per-node={devices}"]
-                command_of_node += [f"--node-rank={node}", f"--master-addr={ADDRESSES[0]}", f"--master-port={PORT}"]
-            before = [] if launcher == "lightning" else command_of_node
-            log = (self.folder / f"node{node}-{len(self._started)}.log").open("w")
-            process = subprocess.Popen(
-                ["ip", "netns", "exec", name, sys.executable, *before, *command],
-                cwd=self.folder,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=_without_ranks() | own | environment,
-                start_new_session=True,
-            )
-            process.log = Path(log.name)
-            log.close()
+                before = [BIN / "torchrun", "--nnodes=2", f"--nproc-per-node={devices}", "--no-python"]
+                before += [f"--node-rank={node}", f"--master-addr={ADDRESSES[0]}", f"--master-port={PORT}"]
+            command_of_node = ["ip", "netns", "exec", name, *before, *command]
+            process = start_in_session(command_of_node, self.folder, **own | environment)
             processes.append(process)
         self._started += processes
         return processes
@@ -106,6 +95,22 @@ def _connect(names):
 
 def _ip(*arguments):
     subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+
+
+def start_in_session(command, folder, **environment):
+    """A program that leads a session, to which all that it starts belongs; its output goes to `process.log`."""
+    number = len(list(Path(folder).glob("program-*.log")))
+    with (Path(folder) / f"program-{number}.log").open("x") as log:
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            cwd=folder,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=_without_ranks() | environment,
+            start_new_session=True,
+        )
+    process.log = Path(log.name)
+    return process
 
 
 def _without_ranks():

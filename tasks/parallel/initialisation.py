@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_adam_mini.optim.sharding import is_dtensor
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -48,6 +50,7 @@ def materialise(model: nn.Module, device: torch.device, initialise: Callable[[],
     with torch.no_grad(), torch.random.fork_rng(devices=devices), _DrawWhole():
         torch.manual_seed(seed)
         initialise()
+    _zero_padding(model)
 
 
 def load_from_first_rank(model: nn.Module, load: Callable[[], nn.Module]) -> None:
@@ -82,6 +85,21 @@ class _DrawWhole(TorchDispatchMode):
         func(whole, *args[1:], **kwargs)
         _keep_part(target, whole)
         return target
+
+
+@torch.no_grad()
+def _zero_padding(model: nn.Module) -> None:
+    """Clear the row of the padding token, which an initialisation that indexes a sharded table clears in a copy."""
+    from torch.distributed.tensor import distribute_tensor
+
+    for module in model.modules():
+        if not isinstance(module, nn.Embedding) or module.padding_idx is None or not is_dtensor(module.weight):
+            continue
+        weight = module.weight
+        rows = torch.arange(weight.shape[0], device=weight.device_mesh.device_type) == module.padding_idx
+        padding = rows[:, None].expand(weight.shape).contiguous()
+        part = distribute_tensor(padding, weight.device_mesh, weight.placements, src_data_rank=None)
+        weight.to_local().masked_fill_(part.to_local(), 0.0)
 
 
 def _keep_part(target: Any, whole: Tensor) -> None:
