@@ -1,5 +1,9 @@
 """A folder for each test of the command line, with a recipe that takes a second."""
 
+import itertools
+import os
+import socket
+
 import pytest
 
 from tiny_runs import write_recipe
@@ -18,3 +22,16 @@ def work_dir(tmp_path, monkeypatch, prepared_data):
     monkeypatch.setenv("ADAM_MINI_CACHE", str(prepared_data))
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+_ports = itertools.count(20_000 + 137 * (os.getpid() % 80))
+
+
+@pytest.fixture(autouse=True)
+def _port_of_its_own(monkeypatch):
+    """Below the ports that systems hand out: two tests at a time may find the same one free."""
+    for port in _ports:
+        with socket.socket() as trial:
+            if trial.connect_ex(("127.0.0.1", port)) != 0:
+                break
+    monkeypatch.setenv("MASTER_PORT", str(port))

@@ -71,7 +71,7 @@ def test_the_test_accuracy_is_that_of_the_best_checkpoint(trained):
     data = OgbArxiv(path=str(trained / "data"), cache_dir=str(trained / "cache"))
     data.setup("fit")
     task = NodeClassifier(num_layers=2, hidden_size=16, label_reuse=True, mask_rate=0.5)
-    task._build(data.num_features, data.num_classes)
+    task.model = task._build(data.num_features, data.num_classes)
     task.load_state_dict(state)
     graph = data.graph
     with torch.no_grad():

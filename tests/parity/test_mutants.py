@@ -8,22 +8,17 @@ import torch
 
 from lightning_adam_mini import blocks
 from lightning_adam_mini.blocks import Blocks
-from lightning_adam_mini.optim import foreach, update
+from lightning_adam_mini.optim import cut_tensor, foreach, update
 from reference.lockstep import MODELS, lockstep
 
 # The module, a piece of it that occurs once, and what a mistaken hand would have written.
 UPDATE_MUTANTS = {
-    "eps inside the root": ("bias_correction2**0.5).add_(eps)", "bias_correction2**0.5).square().add_(eps).sqrt()"),
-    "eps before the bias correction": (
-        ".div_(bias_correction2**0.5).add_(eps)",
-        ".add_(eps).div_(bias_correction2**0.5)",
-    ),
     "no correction of the first moment": ("bias_correction1 = 1 - beta1**step", "bias_correction1 = 1.0"),
     "no correction of the second moment": ("bias_correction2 = 1 - beta2**step", "bias_correction2 = 1.0"),
     "correction one step late": ("tensor.step.add_(1)", "tensor.step.add_(2)"),
     "decay without the learning rate": ("param.mul_(1 - lr * weight_decay)", "param.mul_(1 - weight_decay)"),
-    "beta1 in place of beta2": ("accumulate_(tensor, grad, beta2)", "accumulate_(tensor, grad, beta1)"),
-    "beta2 in place of beta1": ("grad.to(exp_avg.dtype), 1 - beta1", "grad.to(exp_avg.dtype), 1 - beta2"),
+    "beta1 in place of beta2": ("accumulate_(tensor, beta2)", "accumulate_(tensor, beta1)"),
+    "beta2 in place of beta1": ("tensor.exp_avg.dtype), 1 - beta1", "tensor.exp_avg.dtype), 1 - beta2"),
 }
 FOREACH_MUTANTS = {
     "eps inside the root": ("torch._foreach_add_(denoms, eps)", "denoms = [(d.square() + eps).sqrt() for d in denoms]"),
@@ -33,13 +28,25 @@ FOREACH_MUTANTS = {
         "torch._foreach_mul_(params, 1 - lr * weight_decay)",
         "torch._foreach_mul_(params, 1 - weight_decay)",
     ),
-    "beta1 in place of beta2": ("_denominators(alike, grads, beta2)", "_denominators(alike, grads, beta1)"),
+    "beta1 in place of beta2": ("_denominators(alike, beta2)", "_denominators(alike, beta1)"),
+}
+DENOMINATOR_MUTANTS = {
+    "eps inside the root": (
+        ".div_(scale).add_(eps)\n            yield from",
+        ".div_(scale).square().add_(eps).sqrt()\n            yield from",
+    ),
+    "eps before the bias correction": (
+        ".div_(scale).add_(eps)\n            yield from",
+        ".add_(eps).div_(scale)\n            yield from",
+    ),
 }
 BLOCK_MUTANTS = {
-    "sum in place of the mean": ("sums / max(segment.block_size * width, 1)", "sums / 1"),
-    "mean over rows alone": ("sums / max(segment.block_size * width, 1)", "sums / segment.block_size"),
-    "mean in place of the mean square": ("dtype=dtype).square_()", "dtype=dtype)"),
+    "sum in place of the mean": ("[max(segment.block_size * width, 1) for", "[1 for"),
+    "mean over rows alone": ("[max(segment.block_size * width, 1) for", "[segment.block_size for"),
+    "norm in place of its square": ("dtype=dtype).square_()", "dtype=dtype)"),
+    "sum in place of the sum of squares": ("part.to(dtype).square().sum(", "part.to(dtype).sum("),
 }
+SEEN_BY = {"norm in place of its square": ["foreach"]}  # the reference takes no norms
 
 
 def mutant_of(module, old, new):
@@ -67,14 +74,23 @@ def test_a_mistake_in_the_reference_shows(mistake, monkeypatch, tolerances):
     assert not is_equal("reference", tolerances)
 
 
+@pytest.mark.parametrize("mistake", DENOMINATOR_MUTANTS)
+def test_a_mistake_in_the_denominators_shows(mistake, monkeypatch, tolerances):
+    mutant = mutant_of(cut_tensor, *DENOMINATOR_MUTANTS[mistake])
+    monkeypatch.setattr(cut_tensor.CutTensor, "pieces", mutant.CutTensor.pieces)
+    assert not is_equal("reference", tolerances)
+
+
 @pytest.mark.parametrize("mistake", FOREACH_MUTANTS)
 def test_a_mistake_in_the_foreach_form_shows(mistake, monkeypatch, tolerances):
     monkeypatch.setattr(foreach, "update_", mutant_of(foreach, *FOREACH_MUTANTS[mistake]).update_)
     assert not is_equal("foreach", tolerances)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "foreach"])
-@pytest.mark.parametrize("mistake", BLOCK_MUTANTS)
+@pytest.mark.parametrize(
+    ("mistake", "implementation"),
+    [(mistake, form) for mistake in BLOCK_MUTANTS for form in SEEN_BY.get(mistake, ["reference", "foreach"])],
+)
 def test_a_mistake_in_the_block_means_shows(mistake, implementation, monkeypatch, tolerances):
     mutant = mutant_of(blocks, *BLOCK_MUTANTS[mistake])
     mutant.Kind = blocks.Kind

@@ -416,5 +416,5 @@ def test_a_state_of_as_many_numbers_in_another_order_is_refused():
     _, optimizer = trained()
     saved = optimizer.state_dict()
     saved["param_groups"][0]["partition"] = "mean a1 4/1; " + saved["param_groups"][0]["partition"].partition("; ")[2]
-    with pytest.raises(ValueError, match="another partition: '0.weight' was cut 'mean a1 4/1' and is cut"):
+    with pytest.raises(ValueError, match=r"another partition: '0\.weight' was cut 'mean a1 4/1' and is cut"):
         optimizer.load_state_dict(saved)

@@ -83,7 +83,7 @@ def test_iterations_fill_in_probabilities_where_no_label_is_given(graph):
 
 def make_task(graph, **options):
     task = NodeClassifier(num_layers=1, batch_norm=False, dropout=0.0, **options)
-    task._build(graph.x.shape[1], 3)
+    task.model = task._build(graph.x.shape[1], 3)
     task.log = lambda *args, **kwargs: None
     return task
 
@@ -152,7 +152,7 @@ def test_a_step_makes_one_matrix_of_the_edges_that_it_needs(graph, monkeypatch, 
 def under_trainer(precision="32-true", num_neighbors=None, **options):
     task = NodeClassifier(**options)
     data = SimpleNamespace(num_neighbors=num_neighbors)
-    task._trainer = SimpleNamespace(precision=precision, datamodule=data)
+    task._trainer = SimpleNamespace(precision=precision, datamodule=data, strategy=None)
     return task
 
 

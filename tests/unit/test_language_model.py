@@ -137,7 +137,7 @@ def with_tokenizer(task):
     tokenizer = pytest.importorskip("transformers").PreTrainedTokenizerFast(
         tokenizer_object=words, eos_token="w10", pad_token="w10"
     )
-    task._trainer = SimpleNamespace(datamodule=SimpleNamespace(tokenizer=tokenizer))
+    task._trainer = SimpleNamespace(datamodule=SimpleNamespace(tokenizer=tokenizer), strategy=None)
     return task
 
 
