@@ -17,7 +17,7 @@ from lightning_adam_mini.optim.fsdp1 import FlatRange, compress_moments, expand_
 from lightning_adam_mini.optim.groups import WeightDecayPolicy, decay_groups
 from lightning_adam_mini.optim.sharding import is_dtensor, local, local_gradient, shard_dtensor, share_square_sums
 from lightning_adam_mini.optim.shards import Shard
-from lightning_adam_mini.optim.state import check_state, fits_parameter, init_state, restore_state
+from lightning_adam_mini.optim.state import check_keys, check_state, fits_parameter, init_state, restore_state
 from lightning_adam_mini.optim.validation import check_gradient, check_group, check_not_flat, check_parameter
 from lightning_adam_mini.partition import (
     CutParameter,
@@ -338,6 +338,9 @@ class AdamMini(Optimizer):
         """Undo what `state_dict` does for flattened parameters; the ranks that share one take part together."""
         state = dict(state_dict["state"])
         flat = list(self._flat_moments())
+        for number, parameter, _ in flat:
+            if number in state:
+                check_keys(state[number], self._cut(parameter).name, self._cut(parameter).blocks)
         expanded = [
             {
                 key: torch.as_tensor(state[number][key]).reshape(-1).to(self.state[parameter][key])

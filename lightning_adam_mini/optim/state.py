@@ -17,7 +17,7 @@ from lightning_adam_mini.optim.sharding import copy_global_, is_dtensor, place_m
 from lightning_adam_mini.optim.shards import Shard
 from lightning_adam_mini.partition import CutParameter
 
-__all__ = ["check_state", "fits_parameter", "init_state", "restore_state", "second_moment_dtype"]
+__all__ = ["check_keys", "check_state", "fits_parameter", "init_state", "restore_state", "second_moment_dtype"]
 
 
 def second_moment_dtype(parameter: Tensor) -> torch.dtype:
@@ -109,14 +109,25 @@ def check_state(
             _check_parameter_state(saved, parameter, name, saved_blocks(parameter))
 
 
-def _check_parameter_state(saved: Mapping[str, Any], parameter: Tensor, name: str, blocks: Blocks) -> None:
-    expected: dict[str, tuple[int, ...]] = {"step": (), "exp_avg": tuple(parameter.shape), **blocks.state_shapes}
-    if not expected.keys() <= saved.keys():
+def check_keys(saved: Mapping[str, Any], name: str, blocks: Blocks) -> None:
+    """Check that the saved state of a parameter has all that this partition keeps.
+
+    Raises:
+        ValueError: It has not.
+    """
+    expected = ("step", "exp_avg", *blocks.state_shapes)
+    if not set(expected) <= saved.keys():
         raise ValueError(
             f"the saved state of {name!r} has the keys {', '.join(map(str, saved))}, but AdamMini with this "
             f"partition keeps {', '.join(expected)}: it comes from another optimizer or partition. Continue with the "
-            "optimizer and partition that saved it, or start the optimizer afresh from the weights alone"
+            "optimizer and partition that saved it, convert the state (`adam-mini convert`), or start the optimizer "
+            "afresh from the weights alone"
         )
+
+
+def _check_parameter_state(saved: Mapping[str, Any], parameter: Tensor, name: str, blocks: Blocks) -> None:
+    check_keys(saved, name, blocks)
+    expected: dict[str, tuple[int, ...]] = {"step": (), "exp_avg": tuple(parameter.shape), **blocks.state_shapes}
     for key, shape in expected.items():
         is_elementwise = key == "exp_avg_sq" and torch.as_tensor(saved[key]).shape == parameter.shape
         source = "AdamW, or from another partition" if is_elementwise else "another partition"

@@ -54,18 +54,18 @@ def run_on_ranks(rank, folder, layout, world, partition, options):
     return run(rank, folder, layout, world, partition, **options)
 
 
-@pytest.mark.parametrize("partition", ["transformer", "transformer_rank_one"])
+@pytest.mark.parametrize("partition", ["transformer", pytest.param("transformer_rank_one", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("before", "after"),
     [
         (("fsdp2", 4), ("fsdp2", 1)),
         (("fsdp2", 1), ("fsdp2", 2)),
         (("fsdp2", 2), ("fsdp2", 3)),
-        (("hsdp", 4), ("fsdp2", 3)),
+        pytest.param(("hsdp", 4), ("fsdp2", 3), marks=pytest.mark.slow),
         ((None, 1), ("fsdp2", 2)),
         (("fsdp2", 3), (None, 1)),
-        (("fsdp2 x tp", 4), ("fsdp2", 2)),
-        (("fsdp2", 2), ("tp", 2)),
+        pytest.param(("fsdp2 x tp", 4), ("fsdp2", 2), marks=pytest.mark.slow),
+        pytest.param(("fsdp2", 2), ("tp", 2), marks=pytest.mark.slow),
     ],
 )
 def test_a_checkpoint_goes_on_exactly_on_other_ranks(tmp_path, before, after, partition):
@@ -84,3 +84,24 @@ def test_a_checkpoint_goes_on_exactly_on_other_ranks(tmp_path, before, after, pa
         for key, value in optimizer.state[weight].items():
             torch.testing.assert_close(state["state"][name][key], value, rtol=1e-4, atol=1e-7)
     assert [group["partition"] for group in state["param_groups"]] == [g["partition"] for g in optimizer.param_groups]
+
+
+def loads_states_of_the_first_fsdp(rank, world):
+    """Its own state to the last bit, and another optimizer's with a message."""
+    model, parts, part = lay_out(build("14 heads"), "fsdp1", world)
+    optimizer = optimizer_of(model, "transformer_rank_one")
+    train(model, optimizer, 2, parts=parts, part=part)
+    before = [{key: value.clone() for key, value in state.items()} for state in optimizer.state.values()]
+    optimizer.load_state_dict(optimizer.state_dict())
+    for saved, state in zip(before, optimizer.state.values(), strict=True):
+        assert all(torch.equal(saved[key], value) for key, value in state.items())
+    foreign = optimizer.state_dict()
+    for state in foreign["state"].values():
+        state.pop("exp_avg_sq_row", None)
+    with pytest.raises(ValueError, match="has the keys .* it comes from another optimizer or partition"):
+        optimizer.load_state_dict(foreign)
+    return True
+
+
+def test_a_state_of_the_first_fsdp_comes_back_to_the_last_bit():
+    assert all(run_ranks(3, loads_states_of_the_first_fsdp, 3))
