@@ -98,7 +98,7 @@ def loads_states_of_the_first_fsdp(rank, world):
     foreign = optimizer.state_dict()
     for state in foreign["state"].values():
         state.pop("exp_avg_sq_row", None)
-    with pytest.raises(ValueError, match="has the keys .* it comes from another optimizer or partition"):
+    with pytest.raises(ValueError, match=r"has the keys .* it comes from another optimizer or partition"):
         optimizer.load_state_dict(foreign)
     return True
 
