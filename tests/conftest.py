@@ -39,6 +39,17 @@ def _seed():
     torch.manual_seed(0)
 
 
+LAUNCHED = ("GROUP_RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "RANK", "WORLD_SIZE")
+
+
+@pytest.fixture(autouse=True)
+def _no_rank_of_another_test():
+    """Lightning leaves in the environment which rank this process was: a process started later would wait for others."""
+    yield
+    for name in LAUNCHED:
+        os.environ.pop(name, None)
+
+
 @pytest.fixture(scope="session")
 def tolerances():
     """`torch.testing.assert_close(a, b, **tolerances[a.dtype])`."""

@@ -28,7 +28,7 @@ _ports = itertools.count(20_000 + 137 * (os.getpid() % 80))
 
 
 @pytest.fixture(autouse=True)
-def _port_of_its_own(monkeypatch):
+def _port_of_its_own(_no_rank_of_another_test, monkeypatch):
     """Below the ports that systems hand out: two tests at a time may find the same one free."""
     for port in _ports:
         with socket.socket() as trial:
