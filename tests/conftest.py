@@ -44,7 +44,7 @@ LAUNCHED = ("GROUP_RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK
 
 @pytest.fixture(autouse=True)
 def _no_rank_of_another_test():
-    """Lightning leaves in the environment which rank this process was: a process started later would wait for others."""
+    """Lightning leaves in the environment which rank this process was, and a process started later waits for others."""
     yield
     for name in LAUNCHED:
         os.environ.pop(name, None)
