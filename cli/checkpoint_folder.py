@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from ..tasks.checkpoint_folder import METADATA_NAME, REST_NAME, TENSOR_PARTS, read_outline
+from ..tasks.checkpoint_folder import METADATA_NAME, REST_NAME, alone, optimizer_part, read_outline, split_parts
 from ..tasks.checkpoint_io import cannot_save, write_synced
 from ..tasks.in_place import beside, put_in_place, remove
 
@@ -34,10 +32,10 @@ def parameter_names(path: Path) -> list[list[str]]:
     groups = {
         place[2]: key
         for key, place in outline.paths.items()
-        if place[:2] == ("optimizer_0", "param_groups") and place[-1] == "params"
+        if place[:2] == (optimizer_part(0), "param_groups") and place[-1] == "params"
     }
     values: dict[str, Any] = dict.fromkeys(groups.values())
-    with _alone():
+    with alone():
         load(values, checkpoint_id=path, no_dist=True)
     return [values[groups[number]] for number in sorted(groups)]
 
@@ -52,13 +50,11 @@ def write_folder(checkpoint: Mapping[str, Any], path: Path) -> None:
     Raises:
         OSError: The disk is full, or the folder cannot be written; what was at `path` is untouched.
     """
-    tensors = {part: checkpoint[part] for part in TENSOR_PARTS if part in checkpoint}
-    tensors |= {f"optimizer_{number}": state for number, state in enumerate(checkpoint["optimizer_states"])}
-    rest = {key: value for key, value in checkpoint.items() if key not in (*TENSOR_PARTS, "optimizer_states")}
+    tensors, rest = split_parts(checkpoint)
     new = beside(path)
     try:
         new.mkdir(parents=True)
-        with _alone():
+        with alone():
             save(tensors, checkpoint_id=new, no_dist=True)
         write_synced(rest, new / REST_NAME)
         put_in_place(new, path)
@@ -68,11 +64,3 @@ def write_folder(checkpoint: Mapping[str, Any], path: Path) -> None:
         raise cannot_save(path, error) from error
     finally:
         remove(new)
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """Without torch's warning that there is no process group: one process is what is meant."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +18,23 @@ import torch
 from torch import Tensor
 
 from .optimizer_names import number_parameters
+from .run_files import error_line
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
-__all__ = ["METADATA_NAME", "REST_NAME", "TENSOR_PARTS", "Outline", "read_folder", "read_outline", "read_rest"]
+__all__ = [
+    "METADATA_NAME",
+    "REST_NAME",
+    "TENSOR_PARTS",
+    "Outline",
+    "alone",
+    "optimizer_part",
+    "read_folder",
+    "read_outline",
+    "read_rest",
+    "split_parts",
+]
 
 METADATA_NAME = ".metadata"
 REST_NAME = "meta.pt"
@@ -109,10 +123,30 @@ def read_rest(folder: Path, *, weights_only: bool | None) -> dict[str, Any]:
     try:
         rest: Any = torch.load(folder / REST_NAME, map_location="cpu", weights_only=weights_only)
     except Exception as error:  # unpickling other bytes may raise anything
-        raise _broken(folder, f"{REST_NAME}: {_one_line(error)}") from error
+        raise _broken(folder, f"{REST_NAME}: {error_line(error)}") from error
     if not isinstance(rest, dict) or "pytorch-lightning_version" not in rest:
         raise ValueError(f"{folder} is no checkpoint of a training: {REST_NAME} names no version of Lightning")
     return rest
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Without torch's warning that there is no process group: one process is what is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def split_parts(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What of a checkpoint torch writes to a folder, by its names there, and the rest."""
+    tensors = {part: checkpoint[part] for part in TENSOR_PARTS if part in checkpoint}
+    tensors |= {optimizer_part(index): state for index, state in enumerate(checkpoint.get("optimizer_states", []))}
+    return tensors, {key: value for key, value in checkpoint.items() if key not in (*TENSOR_PARTS, "optimizer_states")}
+
+
+def optimizer_part(index: int) -> str:
+    """Name of the state of an optimizer in a folder."""
+    return f"optimizer_{index}"
 
 
 def read_folder(folder: Path, *, weights_only: bool | None = None) -> dict[str, Any]:
@@ -131,11 +165,10 @@ def read_folder(folder: Path, *, weights_only: bool | None = None) -> dict[str, 
     outline, checkpoint = read_outline(folder), read_rest(folder, weights_only=weights_only)
     values: dict[str, Any] = {key: outline.empty(key, "cpu") for key in outline.entries}
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        with alone():
             load(values, checkpoint_id=folder, no_dist=True)
     except (Exception, CheckpointException) as error:  # of many kinds, though all files are there
-        raise _broken(folder, _one_line(error)) from error
+        raise _broken(folder, error_line(error)) from error
     tree: dict[Any, Any] = {}
     for key, value in values.items():
         *above, last = outline.paths[key]
@@ -144,7 +177,7 @@ def read_folder(folder: Path, *, weights_only: bool | None = None) -> dict[str, 
             branch = branch.setdefault(step, {})
         branch[last] = value
     states: list[Any] = []
-    while state := tree.pop(f"optimizer_{len(states)}", None):
+    while state := tree.pop(optimizer_part(len(states)), None):
         states.append(number_parameters(_with_lists(state)))
     # A checkpoint of weights alone has no list of optimizers, not an empty one.
     return {**checkpoint, **tree, **({"optimizer_states": states} if states else {})}
@@ -165,10 +198,6 @@ def _broken(folder: Path, what: str) -> ValueError:
         f"cannot read the checkpoint {folder}: {what}; the folder is no checkpoint or was cut off. Use another "
         "checkpoint of the run"
     )
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 class _MetadataUnpickler(pickle.Unpickler):

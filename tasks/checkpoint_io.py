@@ -13,6 +13,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from .checkpoint_folder import read_folder
 from .in_place import beside, put_in_place, remove
+from .run_files import error_line
 
 __all__ = ["AtomicCheckpointIO", "cannot_save", "check_checkpoint", "read_file", "write_synced"]
 
@@ -110,17 +111,13 @@ def check_checkpoint(content: Any, path: str | Path) -> dict[str, Any]:
 def cannot_save(target: Path, error: BaseException) -> OSError:
     """The error where a checkpoint cannot be written."""
     return OSError(
-        f"cannot save the checkpoint {target}: {_one_line(error)}; free space or set another --run_dir. "
+        f"cannot save the checkpoint {target}: {error_line(error)}; free space or set another --run_dir. "
         "Earlier checkpoints are untouched"
     )
 
 
 def _cannot_read(path: str | Path, error: BaseException) -> ValueError:
     return ValueError(
-        f"cannot read the checkpoint {path}: {_one_line(error)}; the file is no checkpoint or was cut off. "
+        f"cannot read the checkpoint {path}: {error_line(error)}; the file is no checkpoint or was cut off. "
         "Use another file of its folder"
     )
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["replacing", "save_figure", "write_text"]
+__all__ = ["error_line", "replacing", "save_figure", "write_text"]
 
 
 @contextlib.contextmanager
@@ -34,6 +34,11 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8."""
     with replacing(path) as beside:
         beside.write_text(text, "utf-8")
+
+
+def error_line(error: BaseException) -> str:
+    """What an error says, on one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200]
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .checkpoint_folder import REST_NAME, TENSOR_PARTS, read_outline, read_rest
+from .checkpoint_folder import REST_NAME, TENSOR_PARTS, optimizer_part, read_outline, read_rest, split_parts
 from .checkpoint_io import cannot_save, read_file, write_synced
 from .in_place import beside, put_in_place, remove
 from .optimizer_names import drop_unsaved, name_parameters, number_parameters
@@ -87,10 +87,7 @@ class AtomicFolderCheckpoint(ModelParallelStrategy):
         from torch.distributed.checkpoint.api import CheckpointException
         from torch.distributed.checkpoint.state_dict_saver import save
 
-        tensors: dict[str, Any] = {part: checkpoint[part] for part in TENSOR_PARTS if part in checkpoint}
-        for index, state in enumerate(checkpoint.get("optimizer_states", [])):
-            tensors[_optimizer(index)] = state
-        rest = {key: value for key, value in checkpoint.items() if key not in (*TENSOR_PARTS, "optimizer_states")}
+        tensors, rest = split_parts(checkpoint)
         folder = Path(self.broadcast(str(beside(target))))
         try:
             self._on_rank_zero(lambda: folder.mkdir(parents=True, exist_ok=True))
@@ -197,7 +194,7 @@ def _outline_folder(path: Path, weights_only: bool | None) -> dict[str, Any]:
         if part in outline.parts:
             checkpoint[part] = _Unread(path, part, outline.shapes(part))
     states: list[_Unread] = []
-    while (part := _optimizer(len(states))) in outline.parts:
+    while (part := optimizer_part(len(states))) in outline.parts:
         states.append(_Unread(path, part, outline.shapes(part)))
     if states:
         checkpoint["optimizer_states"] = states
@@ -220,10 +217,6 @@ def _named(saved: Mapping[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     tensors = {f"state.{name}.{key}": value for name, values in named["state"].items() for key, value in values.items()}
     drop_unsaved(own, {name: value for name, value in tensors.items() if isinstance(value, Tensor)})
     return named
-
-
-def _optimizer(index: int) -> str:
-    return f"optimizer_{index}"
 
 
 def _bare(optimizer: Optimizer) -> Optimizer:

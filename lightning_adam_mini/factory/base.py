@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_adam_mini.optim.groups import WeightDecayPolicy, decay_groups
+from lightning_adam_mini.optim.sharding import is_dtensor, is_flattened
 from lightning_adam_mini.partition import CutParameter, partition_module
 
 __all__ = ["OptimizerFactory", "from_pytorch_optimizer", "require"]
@@ -98,7 +99,7 @@ class OptimizerFactory(ABC):
                     f"{cut.name}: {optimizer} does not train complex parameters; train torch.view_as_real of it "
                     "instead, or take AdamW, Adam, SGD or Lion"
                 )
-            if _is_sharded(parameter):
+            if is_dtensor(parameter) or is_flattened(parameter):
                 raise ValueError(
                     f"{cut.name}: {optimizer} needs whole tensors, and this one is sharded (FSDP, tensor parallelism); "
                     "train with strategy 'ddp' or on one device, or take AdamW, Adam, SGD or Lion"
@@ -147,9 +148,3 @@ def from_pytorch_optimizer(name: str) -> Callable[..., Optimizer]:
             f"{name} needs the package pytorch-optimizer; install it with pip install 'lightning-adam-mini[app]'"
         ) from error
     return getattr(pytorch_optimizer, name)
-
-
-def _is_sharded(parameter: nn.Parameter) -> bool:
-    """Whether a rank holds a part of a parameter: a DTensor, told by its mesh, or FSDP1's."""
-    flattened = getattr(parameter, "_fsdp_flattened", False) or getattr(parameter, "_is_flat_param", False)
-    return flattened or hasattr(parameter, "device_mesh")

@@ -15,7 +15,7 @@ from lightning_adam_mini.optim import foreach, update
 from lightning_adam_mini.optim.cut_tensor import CutTensor
 from lightning_adam_mini.optim.fsdp1 import FlatRange, compress_moments, expand_moments, flat_ranges, whole_shapes
 from lightning_adam_mini.optim.groups import WeightDecayPolicy, decay_groups
-from lightning_adam_mini.optim.sharding import is_dtensor, local, local_gradient, shard_dtensor, share_square_sums
+from lightning_adam_mini.optim.sharding import is_dtensor, laid_out_as, local, shard_dtensor, share_square_sums
 from lightning_adam_mini.optim.shards import Shard
 from lightning_adam_mini.optim.state import check_keys, check_state, fits_parameter, init_state, restore_state
 from lightning_adam_mini.optim.validation import check_gradient, check_group, check_not_flat, check_parameter
@@ -370,7 +370,7 @@ class AdamMini(Optimizer):
         grad = parameter.grad
         if grad is not None:
             check_gradient(cut.name, grad)
-            grad = local_gradient(parameter, grad)
+            grad = local(laid_out_as(parameter, grad))
         state = self.state[parameter]
         if not state or not fits_parameter(state, parameter, exp_avg_dtype=self.exp_avg_dtype):
             self._init_state(parameter, capturable=capturable)

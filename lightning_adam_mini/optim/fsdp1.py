@@ -14,15 +14,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from lightning_adam_mini.blocks import Blocks, Kind
+from lightning_adam_mini.optim.sharding import is_flat_vector, is_flattened
 from lightning_adam_mini.optim.shards import Shard, flat_boxes
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["FlatRange", "compress_moments", "expand_moments", "flat_ranges", "whole_shapes"]
 
@@ -61,12 +64,12 @@ def flat_ranges(module: nn.Module) -> dict[Tensor, FlatRange]:
         ValueError: The wrapper was made without `use_orig_params=True`, `module` is a part of the wrapped model that
             does not hold the wrapper of all its parameters, or torch has other attributes than expected.
     """
-    if any(getattr(p, "_is_flat_param", False) for p in module.parameters()):
+    if any(is_flat_vector(p) for p in module.parameters()):
         raise ValueError(
             "FSDP shows the optimizer flat parameters, which hide the blocks: wrap the model with "
             "FullyShardedDataParallel(model, use_orig_params=True), or shard it with fully_shard (FSDP2)"
         )
-    flattened = [name for name, p in module.named_parameters() if getattr(p, "_fsdp_flattened", False)]
+    flattened = [name for name, p in module.named_parameters() if is_flattened(p)]
     if not flattened:
         return {}
     from torch.distributed.fsdp import FullyShardedDataParallel
@@ -91,7 +94,7 @@ def flat_ranges(module: nn.Module) -> dict[Tensor, FlatRange]:
             f"torch {torch.__version__} keeps the ranges of FSDP's parameters in another way than this package knows "
             f"({error}); shard the model with fully_shard (FSDP2)"
         ) from error
-    lost = [name for name, p in module.named_parameters() if getattr(p, "_fsdp_flattened", False) and p not in found]
+    lost = [name for name, p in module.named_parameters() if is_flattened(p) and p not in found]
     if lost:
         raise ValueError(
             f"{lost[0]}: FSDP has flattened this parameter, and its wrapper lies outside of the module given; pass the "

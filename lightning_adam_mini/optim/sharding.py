@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 __all__ = [
     "copy_global_",
     "is_dtensor",
+    "is_flat_vector",
+    "is_flattened",
+    "laid_out_as",
     "local",
-    "local_gradient",
-    "moment_placements",
     "place_moment",
     "shard_dtensor",
     "share_square_sums",
@@ -45,19 +46,29 @@ def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
     return hasattr(tensor, "device_mesh")
 
 
+def is_flattened(tensor: Tensor) -> bool:
+    """Whether a tensor is a parameter of the first FSDP: a part of one, or the flat vector itself."""
+    return getattr(tensor, "_fsdp_flattened", False) or is_flat_vector(tensor)
+
+
+def is_flat_vector(tensor: Tensor) -> bool:
+    """Whether a tensor is the vector into which the first FSDP has flattened the parameters of a module."""
+    return getattr(tensor, "_is_flat_param", False)
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor, which shares its memory."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
-def local_gradient(param: Tensor, grad: Tensor) -> Tensor:
-    """This rank's part of a gradient, laid out as the parameter is."""
+def laid_out_as(param: Tensor, grad: Tensor) -> Tensor:
+    """A gradient laid out as its parameter is: itself, where it is already."""
     if is_dtensor(param) and is_dtensor(grad) and grad.placements != param.placements:
-        grad = grad.redistribute(placements=param.placements)
-    return local(grad)
+        return grad.redistribute(placements=param.placements)
+    return grad
 
 
-def moment_placements(param: DTensor, blocks: Blocks) -> tuple[Placement, ...]:
+def _moment_placements(param: DTensor, blocks: Blocks) -> tuple[Placement, ...]:
     """Where the second moment of a parameter lies: sharded as the parameter, or replicated, by mesh dimension."""
     from torch.distributed.tensor import Replicate
 
@@ -116,7 +127,7 @@ def place_moment(values: Tensor, param: DTensor, blocks: Blocks, key: str) -> DT
 
     shape = torch.Size(blocks.state_shapes[key])
     strides = torch.empty(shape, device="meta").stride()
-    placements = moment_placements(param, blocks)
+    placements = _moment_placements(param, blocks)
     return DTensor.from_local(values, param.device_mesh, placements, run_check=False, shape=shape, stride=strides)
 
 
@@ -147,9 +158,9 @@ def share_square_sums(tensors: Sequence[CutTensor]) -> None:
     for tensor in shared:
         tensor.square_sums = tensor.local_square_sums()
     # Offloaded parameters lie on the CPU, and their group may know GPUs alone.
-    device = shared[0].shard.device_type
-    present = torch.ones(len(shared), device=device)
-    if any(tensor.grad is None for tensor in shared):
+    present = torch.ones(len(shared), device=shared[0].shard.device_type)
+    is_one_missing = any(tensor.grad is None for tensor in shared)
+    if is_one_missing:
         present.copy_(torch.tensor([float(tensor.grad is not None) for tensor in shared]))
     for group in dict.fromkeys(group for tensor in shared for group in tensor.shard.groups):
         members = [tensor for tensor in shared if group in tensor.shard.groups]
@@ -160,7 +171,7 @@ def share_square_sums(tensors: Sequence[CutTensor]) -> None:
         reduced = iter([s.view_as(part).to(part) for s, part in zip(sums, parts, strict=True)])
         for tensor in members:
             tensor.square_sums = tuple(next(reduced) for _ in tensor.square_sums or ())
-    if any(tensor.grad is None for tensor in shared):  # only then does the host wait for the device
+    if is_one_missing:  # only then does the host wait for the device
         for tensor, count in zip(shared, present.tolist(), strict=True):
             if tensor.grad is None and count > 0:
                 tensor.grad = torch.zeros_like(tensor.param)

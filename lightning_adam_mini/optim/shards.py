@@ -13,12 +13,15 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from lightning_adam_mini.blocks import Blocks, Kind, sum_square
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["Box", "Shard", "flat_boxes", "grid_boxes"]
 

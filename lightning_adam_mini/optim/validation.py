@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_adam_mini.optim.sharding import is_flattened
+
 __all__ = ["check_gradient", "check_group", "check_not_flat", "check_parameter"]
 
 
@@ -47,7 +49,7 @@ def check_not_flat(named: Mapping[str, Tensor]) -> None:
         ValueError: One is.
     """
     for name, parameter in named.items():
-        if getattr(parameter, "_fsdp_flattened", False) or getattr(parameter, "_is_flat_param", False):
+        if is_flattened(parameter):
             raise ValueError(
                 f"{name}: FSDP has flattened this parameter, which hides its blocks; pass the wrapped model to "
                 "AdamMini, FullyShardedDataParallel(model, use_orig_params=True), or shard it with fully_shard (FSDP2)"

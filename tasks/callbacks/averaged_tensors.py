@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_adam_mini.optim.sharding import is_dtensor, local
+from lightning_adam_mini.optim.sharding import is_dtensor, is_flattened, local
 
 __all__ = ["AveragedTensors"]
 
@@ -25,7 +25,7 @@ class AveragedTensors:
 
     def __init__(self, module: nn.Module) -> None:
         for name, parameter in module.named_parameters():
-            if getattr(parameter, "_fsdp_flattened", False) or getattr(parameter, "_is_flat_param", False):
+            if is_flattened(parameter):
                 raise ValueError(
                     f"{name}: the average of the weights needs parameters that FSDP has not flattened; use "
                     "--trainer.strategy fsdp2 or ddp, or set model.ema_decay to null"

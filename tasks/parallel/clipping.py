@@ -7,11 +7,13 @@ makes them.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from lightning_adam_mini.optim.sharding import is_dtensor, laid_out_as, local
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -38,11 +40,10 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     for parameter in parameters:
         gradients = parts.setdefault(_groups(parameter), [])
         if parameter.grad is not None:
-            gradients.append(_local_gradient(parameter))
+            parameter.grad = laid_out_as(parameter, parameter.grad)
+            gradients.append(local(parameter.grad))
             device = gradients[-1].device
-        if hasattr(
-            parameter, "device_mesh"
-        ):  # offloaded gradients lie on the CPU, and their groups may know GPUs alone
+        if is_dtensor(parameter):  # offloaded gradients lie on the CPU, and their groups may know GPUs alone
             device = torch.device(parameter.device_mesh.device_type)
     total: Tensor | None = None
     for groups, gradients in parts.items():
@@ -65,22 +66,9 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 
 def _groups(parameter: Tensor) -> tuple[ProcessGroup, ...]:
     """The groups of ranks that hold different parts of a parameter."""
-    if not hasattr(parameter, "device_mesh"):
+    if not is_dtensor(parameter):
         return ()
-    sharded: Any = parameter
-    mesh = sharded.device_mesh
+    mesh = parameter.device_mesh
     return tuple(
-        mesh.get_group(dim) for dim, p in enumerate(sharded.placements) if not p.is_replicate() and mesh.size(dim) > 1
+        mesh.get_group(dim) for dim, p in enumerate(parameter.placements) if not p.is_replicate() and mesh.size(dim) > 1
     )
-
-
-def _local_gradient(parameter: Tensor) -> Tensor:
-    """This rank's part of a gradient, sharing its memory; laid out first as the parameter is."""
-    gradient: Any = parameter.grad
-    if not hasattr(gradient, "device_mesh"):
-        return gradient
-    placements = parameter.placements  # type: ignore[attr-defined]
-    if gradient.placements != placements:
-        gradient = gradient.redistribute(placements=placements)
-        parameter.grad = gradient
-    return gradient.to_local()

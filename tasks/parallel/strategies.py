@@ -11,6 +11,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightning_adam_mini.optim.sharding import is_dtensor
+
 from ..sharded_checkpoints import AtomicFolderCheckpoint
 from .initialisation import Initialisation
 from .sharding import sync_gradients
@@ -153,7 +155,7 @@ class FSDP2(AtomicFolderCheckpoint):
         if not self.cpu_offload:
             super().model_to_device()
             return
-        self.model._apply(lambda tensor: tensor if hasattr(tensor, "device_mesh") else tensor.to(self.root_device))
+        self.model._apply(lambda tensor: tensor if is_dtensor(tensor) else tensor.to(self.root_device))
 
     @contextmanager
     def block_backward_sync(self) -> Generator[None, None, None]:

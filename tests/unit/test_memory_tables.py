@@ -72,9 +72,24 @@ def test_the_page_shows_the_kept_results():
         row.pop("model"): memory_tables.Figures(**{key: row[key] for key in row if key != "config"})
         for row in json.loads(RESULTS.read_text())["rows"]
     }
-    on_page = "\n".join(re.findall(r"^\|.*", PAGE.read_text(), re.MULTILINE))
+    of_one_process, _, _ = PAGE.read_text().partition("## One rank of a sharded model")
+    on_page = "\n".join(re.findall(r"^\|.*", of_one_process, re.MULTILINE))
     assert on_page == memory_tables.tables(rows).replace("\n\n", "\n")
     assert RESULTS.with_suffix(".md").read_text() == memory_tables.tables(rows) + "\n"
+
+
+def test_the_page_shows_the_measured_rank():
+    result = json.loads((RESULTS.parent / "sharded_memory_7b.json").read_text())
+    _, _, of_one_rank = PAGE.read_text().partition("## One rank of a sharded model")
+    table = [line.strip("| ").split(" | ")[1:] for line in re.findall(r"^\| Adam.*", of_one_rank, re.MULTILINE)]
+    shown = ("parameter_bytes", "gradient_bytes", "state_bytes", "peak_resident_bytes")
+    assert table == [[gigabytes(row["measured"][key]) for key in shown] for row in result["rows"]]
+    for row in result["rows"]:
+        assert row["predicted"].items() <= row["measured"].items(), row["optimizer"]
+
+
+def gigabytes(count):
+    return f"{count / 1e9:.3g} GB"
 
 
 @pytest.mark.parametrize("name", FAST)
