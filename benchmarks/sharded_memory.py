@@ -12,9 +12,7 @@ whose largest resident memory is measured beside the sum of the tensors. Llama 2
 from __future__ import annotations
 
 import argparse
-import json
 import resource
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,11 +22,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from children import measure, save, tell
 from lightning_adam_mini import AdamMini, partition_module
-from lightning_adam_mini.measure import describe_machine, package_versions
+from lightning_adam_mini.optim.sharding import local, shard_dtensor
 
 LLAMA_2 = {
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -59,11 +57,7 @@ def shard(model: nn.Module, world: int) -> nn.Module:
 
 
 def local_bytes(tensors: Any) -> int:
-    return sum(_local(tensor).numel() * tensor.dtype.itemsize for tensor in tensors)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return sum(local(tensor).numel() * tensor.dtype.itemsize for tensor in tensors)
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -79,7 +73,7 @@ def child(name: str, size: str, world: int, on: str) -> None:
         model.to_empty(device="cpu")
         with torch.no_grad():
             for parameter in model.parameters():
-                _local(parameter).fill_(0.01)
+                local(parameter).fill_(0.01)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     parameters = list(model.parameters())
     for parameter in parameters:
@@ -94,30 +88,19 @@ def child(name: str, size: str, world: int, on: str) -> None:
         "gradient_bytes": local_bytes(parameter.grad for parameter in parameters),
         "state_bytes": local_bytes(state_tensors(optimizer)) if on == "cpu" else predict(model, name),
     }
-    print("RESULT", json.dumps(figures))
+    tell(figures)
 
 
 def predict(model: nn.Module, name: str) -> int:
     """Bytes of state from shapes: a shard of the first moment, and what this rank keeps of the second."""
     parameters = dict(model.named_parameters())
     if name == "AdamW":
-        return sum(8 * _local(parameter).numel() + 4 for parameter in parameters.values())
-    from lightning_adam_mini.optim.sharding import shard_dtensor
-
+        return sum(8 * local(parameter).numel() + 4 for parameter in parameters.values())
     cuts = partition_module(model)
     return sum(
-        4 * _local(parameter).numel() + 4 + shard_dtensor(key, parameter, cuts[key].blocks).frame.num_bytes()
+        4 * local(parameter).numel() + 4 + shard_dtensor(key, parameter, cuts[key].blocks).frame.num_bytes()
         for key, parameter in parameters.items()
     )
-
-
-def measure(name: str, size: str, world: int, on: str) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--child", name, size, str(world), on]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not lines:
-        sys.exit(f"{name} on {on} failed:\n{done.stderr[-2000:]}")
-    return json.loads(lines[0].removeprefix("RESULT "))
 
 
 def main() -> None:
@@ -129,17 +112,14 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     for name in OPTIMIZERS:
-        row = {"optimizer": name, "predicted": measure(name, options.size, options.world, "meta")}
+        row = {"optimizer": name, "predicted": measure(__file__, name, options.size, options.world, "meta")}
         if not options.predict_only:
-            row["measured"] = measure(name, options.size, options.world, "cpu")
+            row["measured"] = measure(__file__, name, options.size, options.world, "cpu")
         rows.append(row)
         for kind in ("predicted", "measured"):
             if kind in row:
                 print(f"{name:<9} {kind:<10}", "  ".join(f"{key} {value:,}" for key, value in row[kind].items()))
-    result = {"model": f"Llama 2 {options.size}", "world": options.world, "rows": rows}
-    result |= {"hardware": describe_machine(), "versions": package_versions()}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    save(options.out, {"model": f"Llama 2 {options.size}", "world": options.world, "rows": rows})
 
 
 if __name__ == "__main__":

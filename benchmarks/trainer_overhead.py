@@ -11,10 +11,7 @@ figures are medians over the rounds, and medians of the ratios of one round.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import resource
-import subprocess
 import sys
 import time
 from itertools import pairwise
@@ -28,9 +25,9 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from children import measure, save, tell
 from lightning_adam_mini.cli.application import Application
 from lightning_adam_mini.cli.recipes import find_recipe
-from lightning_adam_mini.measure import describe_machine, package_versions
 
 STEPS = {"llm/gpt2_tiny": 150, "resnet/mnist5k": 60, "diffusion/digits": 100, "graph/gcn": 40, "graph/gat": 30}
 WARM_UP = 10
@@ -154,16 +151,7 @@ def child(kind: str, recipe: str, steps: int, folder: str) -> None:
         "step_cpu_milliseconds": 1000 * median(later - sooner for sooner, later in pairwise(cpu)),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-    print("RESULT", json.dumps(figures))
-
-
-def measure(kind: str, recipe: str, steps: int, folder: Path) -> dict[str, float]:
-    command = [sys.executable, __file__, "--child", kind, recipe, str(steps), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not lines:
-        sys.exit(f"{kind} {recipe} failed:\n{done.stderr[-2000:]}")
-    return json.loads(lines[0].removeprefix("RESULT "))
+    tell(figures)
 
 
 def main() -> None:
@@ -180,7 +168,8 @@ def main() -> None:
             rounds = []
             for number in range(options.rounds):
                 order = ("trainer", "plain") if number % 2 else ("plain", "trainer")
-                rounds.append({k: measure(k, recipe, STEPS[recipe], Path(folder) / f"{k}-{number}") for k in order})
+                run_dirs = {kind: Path(folder) / f"{kind}-{number}" for kind in order}
+                rounds.append({k: measure(__file__, k, recipe, STEPS[recipe], d) for k, d in run_dirs.items()})
         row = {"recipe": recipe, "steps": STEPS[recipe], "rounds": rounds}
         for name in ("step_milliseconds", "step_cpu_milliseconds", "peak_memory_bytes"):
             for kind in ("trainer", "plain"):
@@ -189,9 +178,7 @@ def main() -> None:
         rows.append(row)
         ratios = "  ".join(f"{name} x {row[f'{name}_ratio']:.3f}" for name in rounds[0]["plain"])
         print(f"{recipe:<18} {row['trainer_step_milliseconds']:8.2f} ms a step  {ratios}")
-    result = {"hardware": describe_machine(), "versions": package_versions(), "rows": rows}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    save(options.out, {"rows": rows})
 
 
 if __name__ == "__main__":

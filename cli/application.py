@@ -7,6 +7,7 @@ from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -153,6 +154,9 @@ class Application(LightningCLI):
             rank_zero_warn(f"without --ckpt_path, `{self.subcommand}` takes the model as training would start it")
         config.run_dir = str(run_dir)
         config.trainer.default_root_dir = str(run_dir)
+        strategy = config.trainer.strategy
+        if isinstance(strategy, str) and "." in strategy:  # without options a class stays the string that it also is
+            config.trainer.strategy = Namespace(class_path=strategy, init_args=Namespace())
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with the callbacks, loggers and checkpoint writer of every run."""

@@ -112,12 +112,13 @@ def _unknown_class(option: str, name: str, message: str) -> str:
     """That an option takes no such class, and which of this package it takes."""
     if match := re.search(r"'class_path': '([^']+)'", name):
         name = match[1]
+    prefix = f"{option}: " if option else ""  # a strategy's name turned class has none
     base = re.search(r"Subtypes: .*?<class '([\w.]+)\.(\w+)'>", message)
     if base is None or "." in option:
-        return f"{option}: there is no class {name!r}; give its full name, such as package.module.Class"
+        return f"{prefix}there is no class {name!r}; give its full name, such as package.module.Class"
     known = sorted(_subclasses(getattr(import_module(base[1]), base[2])))
     near = _did_you_mean(name.rpartition(".")[2], known)
-    return f"{option}: there is no class {name!r}{near or '.'} Choose from: {', '.join(known)}"
+    return f"{prefix}there is no class {name!r}{near or '.'} Choose from: {', '.join(known)}"
 
 
 def _subclasses(base: type) -> set[str]:

@@ -99,6 +99,24 @@ class Hybrid(Sharded):
         return init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
 
 
+def bare_trainer(world, strategy, folder, **options):
+    """A trainer on the CPU that saves, logs and shows nothing by itself."""
+    return Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy=strategy,
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        check_val_every_n_epoch=None,
+        **options,
+    )
+
+
 def fit(rank, world, folder, steps, load=None, save=None, *, full=False, plain=False, task=None, **options):
     """Train to `steps`, from the checkpoint `load`, and save to `save`.
 
@@ -111,21 +129,11 @@ def fit(rank, world, folder, steps, load=None, save=None, *, full=False, plain=F
         strategy = "auto" if world == 1 else "ddp"
     else:
         strategy = AtomicFolderCheckpoint(world, 1, save_distributed_checkpoint=not full)
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=world,
-        strategy=strategy,
-        plugins=[AtomicCheckpointIO()],
-        max_steps=steps,
-        default_root_dir=folder,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        check_val_every_n_epoch=None,
-        val_check_interval=5,
-        **{"enable_checkpointing": False, **options},
+    trainer = bare_trainer(
+        world,
+        strategy,
+        folder,
+        **{"max_steps": steps, "val_check_interval": 5, "enable_checkpointing": False, **options},
     )
     task = task() if task else Sharded()
     trainer.fit(task, [0] * 100, [0], ckpt_path=load)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, overload
 from warnings import warn
 
@@ -13,11 +13,13 @@ from torch.optim import Optimizer
 from lightning_adam_mini.blocks import Blocks
 from lightning_adam_mini.optim import foreach, update
 from lightning_adam_mini.optim.cut_tensor import CutTensor
-from lightning_adam_mini.optim.fsdp1 import FlatRange, compress_moments, expand_moments, flat_ranges, whole_shapes
+from lightning_adam_mini.optim.entries import listed, named_parameters, parameter_of
+from lightning_adam_mini.optim.flat_state import FlatState, compress_state, expand_state
+from lightning_adam_mini.optim.fsdp1 import FlatRange, flat_ranges, whole_shapes
 from lightning_adam_mini.optim.groups import WeightDecayPolicy, decay_groups
 from lightning_adam_mini.optim.sharding import is_dtensor, laid_out_as, local, shard_dtensor, share_square_sums
 from lightning_adam_mini.optim.shards import Shard
-from lightning_adam_mini.optim.state import check_keys, check_state, fits_parameter, init_state, restore_state
+from lightning_adam_mini.optim.state import check_state, fits_parameter, init_state, restore_state
 from lightning_adam_mini.optim.validation import check_gradient, check_group, check_not_flat, check_parameter
 from lightning_adam_mini.partition import (
     CutParameter,
@@ -118,11 +120,11 @@ class AdamMini(Optimizer):
                 raise ValueError("give the model once: as the first argument, or as module= beside parameter groups")
             module, entries = params, []
         else:
-            entries = _listed(params)
+            entries = listed(params)
             if not entries:
                 raise ValueError("AdamMini got an empty parameter list")
 
-        named = dict(module.named_parameters()) if module is not None else _named(entries)
+        named = dict(module.named_parameters()) if module is not None else named_parameters(entries)
         strategy = resolve_strategy(partition, module, partition_layouts)
         self._strategy_of_unknown = Strategy(strategy.name, {}, otherwise=strategy.cut(Role.OTHER))
         if module is not None:
@@ -145,7 +147,7 @@ class AdamMini(Optimizer):
         self._cuts = {parameter: cuts[name] for name, parameter in named.items() if name in cuts}
 
         if not (entries and isinstance(entries[0], dict)):
-            flat = [_parameter(entry) for entry in entries] if entries else list(named.values())
+            flat = [parameter_of(entry) for entry in entries] if entries else list(named.values())
             trainable = [(parameter, self._cut(parameter)) for parameter in flat if parameter.requires_grad]
             if not trainable:
                 raise ValueError("AdamMini got no parameter that requires a gradient: all are frozen")
@@ -169,8 +171,8 @@ class AdamMini(Optimizer):
         Raises:
             ValueError: As for the constructor.
         """
-        (group,) = _listed([param_group])
-        named = _named(group["params"], offset=len(self._cuts))
+        (group,) = listed([param_group])
+        named = named_parameters(group["params"], offset=len(self._cuts))
         unknown = {name: tuple(p.shape) for name, p in named.items() if p not in self._cuts}
         if unknown:
             check_not_flat({name: named[name] for name in unknown})
@@ -245,14 +247,7 @@ class AdamMini(Optimizer):
         its checkpoints know nothing else.
         """
         state_dict = super().state_dict()
-        if self._ranges:
-            state = dict(state_dict["state"])
-            for number, parameter, keys in self._flat_moments():
-                moments = {key: state[number][key] for key in keys}
-                expanded = expand_moments(self._shard(parameter), moments, parameter)
-                state[number] = {**state[number], **expanded}
-            state_dict["state"] = state
-        return state_dict
+        return expand_state(state_dict, self._flat_states()) if self._ranges else state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state that this class saved with the same partition.
@@ -265,7 +260,7 @@ class AdamMini(Optimizer):
         """
         loaded: dict[str, Any] = {}
         if self._ranges:
-            state_dict = self._without_expansion(state_dict)
+            state_dict = compress_state(state_dict, self._flat_states())
 
         def check(_: Optimizer, state_dict: dict[str, Any]) -> None:
             check_state(state_dict, self.param_groups, self._cuts, self.defaults, saved_blocks=self._saved_blocks)
@@ -328,32 +323,14 @@ class AdamMini(Optimizer):
         """Whether other ranks wait for this one's part of the sums of squares, also where it has no gradient."""
         return parameter.requires_grad and bool(self._shard(parameter).groups)
 
-    def _flat_moments(self) -> Iterator[tuple[int, Tensor, list[str]]]:
-        """Flattened parameters with the keys of second moments that have another shape, and their saved numbers."""
-        for number, parameter in enumerate(p for group in self.param_groups for p in group["params"]):
-            if parameter in self._ranges and parameter.requires_grad and self._shard(parameter).boxes is not None:
-                yield number, parameter, list(self._cut(parameter).blocks.state_shapes)
-
-    def _without_expansion(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Undo what `state_dict` does for flattened parameters; the ranks that share one take part together."""
-        state = dict(state_dict["state"])
-        flat = list(self._flat_moments())
-        for number, parameter, _ in flat:
-            if number in state:
-                check_keys(state[number], self._cut(parameter).name, self._cut(parameter).blocks)
-        expanded = [
-            {
-                key: torch.as_tensor(state[number][key]).reshape(-1).to(self.state[parameter][key])
-                if number in state  # not where this rank's part is empty
-                else self.state[parameter][key].new_zeros(parameter.shape)
-                for key in keys
-            }
-            for number, parameter, keys in flat
+    def _flat_states(self) -> list[FlatState]:
+        """Flattened parameters whose second moments have another shape than this rank's part."""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        return [
+            FlatState(number, p, self._cut(p), self._shard(p), self.state[p])
+            for number, p in enumerate(parameters)
+            if p in self._ranges and p.requires_grad and self._shard(p).boxes is not None
         ]
-        moments = compress_moments([self._shard(parameter) for _, parameter, _ in flat], expanded)
-        for (number, parameter, _), own in zip(flat, moments, strict=True):
-            state[number] = {**self.state[parameter], **state.get(number, {}), **own}
-        return {**state_dict, "state": state}
 
     def _init_state(self, parameter: Tensor, *, capturable: bool) -> None:
         self.state[parameter] = init_state(
@@ -397,45 +374,3 @@ def _choose(implementation: Implementation | None, capturable: bool) -> Implemen
             raise ValueError("capturable needs implementation='reference' (or None)")
         return "reference"
     return implementation or "foreach"
-
-
-def _parameter(entry: Tensor | tuple[str, Tensor]) -> Tensor:
-    return entry[1] if isinstance(entry, tuple) else entry
-
-
-def _listed(entries: Iterable[Any]) -> list[Any]:
-    """Checked entries that can be read more than once, where they or their parameters come from a generator."""
-    if isinstance(entries, Tensor):
-        entries = [entries]
-    listed = [_checked(entry) for entry in entries]
-    if len({isinstance(entry, dict) for entry in listed}) > 1:
-        raise ValueError("AdamMini got parameters beside groups; put them in a group of their own, {'params': [...]}")
-    return listed
-
-
-def _checked(entry: Any) -> Any:
-    match entry:
-        case {"params": params}:
-            return {**entry, "params": _listed(params)}
-        case Tensor() | (str(), Tensor()):
-            return entry
-    raise ValueError(
-        "AdamMini takes a model, parameters, pairs of a name and a parameter, or groups {'params': [...]} of them, not "
-        f"an entry of type {type(entry).__name__}"
-    )
-
-
-def _named(entries: Iterable[Any], *, offset: int = 0) -> dict[str, Tensor]:
-    """Names and parameters from a list of either, or from groups of lists; unnamed ones are numbered."""
-    named: dict[str, Tensor] = {}
-    for entry in entries:
-        if isinstance(entry, dict):
-            found = _named(entry["params"], offset=offset + len(named))
-        elif isinstance(entry, tuple):
-            found = {entry[0]: entry[1]}
-        else:
-            found = {f"parameter {offset + len(named)}": entry}
-        if twice := named.keys() & found.keys():
-            raise ValueError(f"two parameters have the name {min(twice)!r}; give each a name of its own")
-        named.update(found)
-    return named

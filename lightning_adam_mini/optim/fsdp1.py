@@ -4,16 +4,13 @@ It flattens the parameters of each wrapped module into one vector and gives each
 part of a matrix may begin and end in the middle of a row. With `use_orig_params=True` the optimizer sees these parts as
 one-dimensional parameters. Which elements they are is known to the wrapper alone, in private attributes of torch: they
 are read here and nowhere else.
-
-Its checkpoints know only states of a part's shape, so second moments travel expanded to one value an element.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +24,7 @@ from lightning_adam_mini.optim.shards import Shard, flat_boxes
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["FlatRange", "compress_moments", "expand_moments", "flat_ranges", "whole_shapes"]
+__all__ = ["FlatRange", "flat_ranges", "whole_shapes"]
 
 
 @dataclass(frozen=True)
@@ -114,43 +111,3 @@ def whole_shapes(ranges: Mapping[Tensor, FlatRange]) -> Iterator[None]:
     finally:
         for parameter, part in parts.items():
             parameter.data = part
-
-
-def expand_moments(shard: Shard, moments: Mapping[str, Tensor], part: Tensor) -> dict[str, Tensor]:
-    """Second moments with one value for each element of this rank's part, a tensor of one dimension."""
-    assert shard.boxes is not None
-    expanded = {}
-    for key, moment in moments.items():
-        values = moment.new_empty(part.shape)
-        for number, box in enumerate(shard.boxes):
-            box.view(values).copy_(box.within(shard.expand(key, moment, number)).expand(box.sizes))
-        expanded[key] = values
-    return expanded
-
-
-def compress_moments(shards: Iterable[Shard], expanded: Iterable[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Second moments from their expanded form; all ranks of a group learn the values of blocks that lie elsewhere."""
-    shards, results = list(shards), []
-    for shard, moments in zip(shards, expanded, strict=True):
-        results.append({key: _compress(shard, key, values) for key, values in moments.items()})
-    for group in dict.fromkeys(group for shard in shards for group in shard.groups):
-        parts = [p for shard, r in zip(shards, results, strict=True) if group in shard.groups for p in r.values()]
-        bucket = torch.cat([part.flatten() for part in parts])
-        dist.all_reduce(bucket, op=dist.ReduceOp.MAX, group=group)  # no second moment is negative
-        for part, values in zip(parts, bucket.split([part.numel() for part in parts]), strict=True):
-            part.copy_(values.view_as(part))
-    return results
-
-
-def _compress(shard: Shard, key: str, values: Tensor) -> Tensor:
-    """Each block's value where this rank has one of its elements, else zero."""
-    assert shard.boxes is not None
-    moment = values.new_zeros(shard.frame.state_shapes[key])
-    numbers = torch.arange(prod(moment.shape), device=values.device).view(moment.shape)
-    for index, box in enumerate(shard.boxes):
-        target = box.within(shard.expand(key, numbers, index))  # which value of the moment each row or column is
-        shared = [dim for dim, size in enumerate(target.shape) if size == 1]
-        view = box.view(values)
-        view = view.amax(shared, keepdim=True) if shared else view
-        moment.view(-1)[target.flatten()] = view.flatten()
-    return moment

@@ -189,49 +189,13 @@ class HSDP(FSDP2):
 
     Args:
         replicate_size: Groups of ranks that each hold all of the model; the number of nodes by default.
-        tensor_parallel_size: See `FSDP2`, as for the others.
-        save_distributed_checkpoint: See `FSDP2`.
-        reshard_after_forward: See `FSDP2`.
-        defer_gradient_sync: See `FSDP2`.
-        param_dtype: See `FSDP2`.
-        reduce_dtype: See `FSDP2`.
-        cpu_offload: See `FSDP2`.
-        activation_checkpointing: See `FSDP2`.
-        initialisation: See `FSDP2`.
-        timeout_minutes: See `FSDP2`.
-        process_group_backend: See `FSDP2`.
+        **options: Those of `FSDP2`.
     """
 
     strategy_name = "hsdp"
 
-    def __init__(
-        self,
-        replicate_size: int | None = None,
-        tensor_parallel_size: int = 1,
-        save_distributed_checkpoint: bool = False,
-        reshard_after_forward: bool = True,
-        defer_gradient_sync: bool = False,
-        param_dtype: Literal["bfloat16", "float16"] | None = None,
-        reduce_dtype: Literal["float32", "bfloat16"] | None = None,
-        cpu_offload: bool = False,
-        activation_checkpointing: bool = False,
-        initialisation: Initialisation = "auto",
-        timeout_minutes: float = 5.0,
-        process_group_backend: str | None = None,
-    ) -> None:
-        super().__init__(
-            tensor_parallel_size=tensor_parallel_size,
-            save_distributed_checkpoint=save_distributed_checkpoint,
-            reshard_after_forward=reshard_after_forward,
-            defer_gradient_sync=defer_gradient_sync,
-            param_dtype=param_dtype,
-            reduce_dtype=reduce_dtype,
-            cpu_offload=cpu_offload,
-            activation_checkpointing=activation_checkpointing,
-            initialisation=initialisation,
-            timeout_minutes=timeout_minutes,
-            process_group_backend=process_group_backend,
-        )
+    def __init__(self, replicate_size: int | None = None, **options: Any) -> None:
+        super().__init__(**options)
         self.replicate_size = replicate_size
 
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed.checkpoint.state_dict  # before ranks are forked, so that none imports it again
 import torch.nn.functional as F
-from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -20,11 +19,11 @@ from lightning_adam_mini.factory import AdamMini
 from lightning_adam_mini.schedule import Schedule
 from lightning_adam_mini.tasks.base import Task
 from lightning_adam_mini.tasks.callbacks import WeightEMA
-from lightning_adam_mini.tasks.checkpoint_io import AtomicCheckpointIO
 from lightning_adam_mini.tasks.parallel import FSDP2, HSDP
 from lightning_adam_mini.tasks.parallel.activation_checkpointing import checkpoint_activations
 from lightning_adam_mini.tasks.parallel.checks import check_strategy
 from ranks import run_ranks
+from sharded_fits import bare_trainer
 from sharded_models import BATCH, Convolutions
 from tiny_models import POSITIONS, VOCAB, llama
 
@@ -131,23 +130,8 @@ def weights_of(module):
 def fit(rank, world, strategy, task, folder=None, load=None, steps=STEPS, **options):
     """Weights, and what this rank measured in each validation."""
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=world,
-        strategy=strategy,
-        plugins=[AtomicCheckpointIO()],
-        max_steps=steps,
-        default_root_dir=folder,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        check_val_every_n_epoch=None,
-        val_check_interval=STEPS,
-        **options,
-    )
+    own = {"max_steps": steps, "val_check_interval": STEPS, "enable_checkpointing": False}
+    trainer = bare_trainer(world, strategy, folder, **own, **options)
     trainer.fit(task, [0] * 100, [0], ckpt_path=load)
     if folder:
         trainer.save_checkpoint(folder / "saved.ckpt")

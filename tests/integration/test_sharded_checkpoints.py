@@ -17,6 +17,7 @@ from lightning_adam_mini.tasks.checkpoint_io import AtomicCheckpointIO
 from ranks import run_ranks
 from sharded_fits import Hybrid, Sharded, assert_near, fit, fit_ranks
 from tiny_runs import start
+from two_nodes import members
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -276,16 +277,3 @@ def test_a_run_of_the_command_whose_rank_is_killed_while_it_saves(work_dir, rank
     found, expected = (read(f"{name}/checkpoints/last.ckpt") for name in ("run", "whole"))
     for part in ("state_dict", "optimizer_states", "lr_schedulers"):
         assert_near(found[part], expected[part], part)
-
-
-def members(session):
-    """Processes that a leader and its children have started."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(fields[3]) == session and fields[0] != "Z":
-            found.append(int(stat.parent.name))
-    return found

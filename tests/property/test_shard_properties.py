@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lightning_adam_mini.blocks import Kind
 from lightning_adam_mini.optim.cut_tensor import CutTensor
-from lightning_adam_mini.optim.fsdp1 import compress_moments, expand_moments
+from lightning_adam_mini.optim.flat_state import compress_moments, expand_moments
 from lightning_adam_mini.optim.shards import Shard, flat_boxes, grid_boxes
 from lightning_adam_mini.optim.state import init_state
 from lightning_adam_mini.optim.update import update_
