@@ -220,25 +220,27 @@ class AdamMini(Optimizer):
         ]
         share_square_sums([tensor for tensors in by_group for tensor in tensors])
         for group, tensors in zip(self.param_groups, by_group, strict=True):
-            tensors = [tensor for tensor in tensors if tensor.grad is not None]
-            beta1, beta2 = group["betas"]
-            lr, capturable = group["lr"], group["capturable"]
-            options = {
-                "beta1": beta1,
-                "beta2": beta2,
-                "eps": group["eps"],
-                "weight_decay": group["weight_decay"],
-                "maximize": group["maximize"],
-            }
-            if capturable:
-                for tensor in tensors:
-                    update.update_(tensor, lr=lr, capturable=True, **options)
-            elif self.implementation == "foreach":
-                foreach.update_(tensors, lr=float(lr), **options)
-            else:
-                for tensor in tensors:
-                    update.update_(tensor, lr=float(lr), **options)
+            self._update([tensor for tensor in tensors if tensor.grad is not None], group)
         return loss
+
+    @torch.no_grad()
+    def step_parameter(self, parameter: Tensor) -> None:
+        """Take one step on one parameter alone, as soon as its gradient is there.
+
+        Args:
+            parameter: A parameter of this optimizer, with its gradient.
+
+        Raises:
+            ValueError: A parameter that other ranks hold parts of, whose blocks all ranks sum together; one without a
+                gradient; or a sparse gradient.
+        """
+        cut = self._cut(parameter)
+        if self._shares(parameter):
+            raise ValueError(f"{cut.name} lies on several ranks, which step together: call step() for all parameters")
+        if parameter.grad is None:
+            raise ValueError(f"{cut.name} has no gradient to take a step with")
+        group = next(group for group in self.param_groups if any(p is parameter for p in group["params"]))
+        self._update([self._cut_tensor(parameter, group["capturable"])], group)
 
     def state_dict(self) -> dict[str, Any]:
         """The state as torch's optimizers save it.
@@ -286,6 +288,26 @@ class AdamMini(Optimizer):
         """What copies and pickles keep beside torch's own."""
         own = ("implementation", "exp_avg_dtype", "_cuts", "_ranges", "_strategy_of_unknown")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}, "_shards": {}}
+
+    def _update(self, tensors: list[CutTensor], group: dict[str, Any]) -> None:
+        """Update parameters of a group, which have gradients."""
+        lr, capturable = group["lr"], group["capturable"]
+        beta1, beta2 = group["betas"]
+        options = {
+            "beta1": beta1,
+            "beta2": beta2,
+            "eps": group["eps"],
+            "weight_decay": group["weight_decay"],
+            "maximize": group["maximize"],
+        }
+        if capturable:
+            for tensor in tensors:
+                update.update_(tensor, lr=lr, capturable=True, **options)
+        elif self.implementation == "foreach":
+            foreach.update_(tensors, lr=float(lr), **options)
+        else:
+            for tensor in tensors:
+                update.update_(tensor, lr=float(lr), **options)
 
     def _cut(self, parameter: Tensor) -> CutParameter:
         cut = self._cuts.get(parameter)

@@ -22,13 +22,17 @@ from lightning_adam_mini.measure import transformer_flops_per_token
 from lightning_adam_mini.schedule import Schedule
 
 from ..base import Task
+from ..gradient_release import check_release, release_gradients
 from ..headline import Headline
 from ..metrics import MeanLoss
 from ..parallel.activation_checkpointing import checkpoint_activations
 from .model import Attention, active_parameters, build_config, build_model, initialise, read_config
 
 if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
+
+    from lightning_adam_mini.optim import AdamMini
 
 __all__ = ["LanguageModel"]
 
@@ -45,6 +49,8 @@ class LanguageModel(Task):
         init_from: Folder in transformers' format to take configuration and weights from, instead of random ones.
         attention: Implementation of attention.
         activation_checkpointing: Compute activations again in the backward pass, for memory.
+        gradient_release: Update each parameter within the backward pass and free its gradient at once, for memory. On
+            one device, with AdamMini; without clipping and accumulation.
         compile: Compile the model with torch.compile.
         sample_prompt: Text that is continued after each validation; none where empty.
         sample_tokens: Tokens to generate, in validation and `predict`.
@@ -64,6 +70,7 @@ class LanguageModel(Task):
         init_from: str | None = None,
         attention: Attention = "sdpa",
         activation_checkpointing: bool = False,
+        gradient_release: bool = False,
         compile: bool = False,  # noqa: A002 - the field's word
         sample_prompt: str = "",
         sample_tokens: int = 64,
@@ -79,6 +86,8 @@ class LanguageModel(Task):
         self.init_from = init_from
         self.attention = attention
         self.activation_checkpointing = activation_checkpointing
+        self.gradient_release = gradient_release
+        self._hooks: list[RemovableHandle] = []
         self.compile_model = compile
         self.sample_prompt = sample_prompt
         self.sample_tokens = sample_tokens
@@ -119,6 +128,28 @@ class LanguageModel(Task):
             compile=self.compile_model,
         )
         self._active_parameters = active_parameters(self.network)
+
+    def setup(self, stage: str) -> None:
+        """See `Task.setup`.
+
+        Raises:
+            ValueError: Gradients that would be released are needed.
+        """
+        super().setup(stage)
+        if stage == "fit" and self.gradient_release:
+            check_release(self.trainer, self.optimizer_factory)
+
+    def on_train_start(self) -> None:
+        """Begin to release gradients."""
+        super().on_train_start()
+        if self.gradient_release:
+            (optimizer,) = self.trainer.optimizers
+            self._hooks = release_gradients(cast("AdamMini", optimizer))
+
+    def on_train_end(self) -> None:
+        """Leave gradients to whoever comes next."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _checkpointed(self, model: PreTrainedModel) -> PreTrainedModel:
         if self.activation_checkpointing:
