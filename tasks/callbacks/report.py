@@ -75,7 +75,10 @@ class RunReport(Callback):
 
 def _costs(costs: dict[str, Any]) -> dict[str, str]:
     own, adamw = costs["optimizer_state_bytes"], costs["adamw_state_bytes"]
-    lines = {"optimizer state": f"{own / 1e6:.2f} MB; AdamW's for this model: {adamw / 1e6:.2f} MB ({own / adamw:.1%})"}
+    lines = {
+        "parameters": f"{costs['parameters']:,}",
+        "optimizer state": f"{own / 1e6:.2f} MB; AdamW's for this model: {adamw / 1e6:.2f} MB ({own / adamw:.1%})",
+    }
     for name, label, scale, unit in (
         ("units_per_second", "throughput", 1.0, f"{costs['unit']}/s"),
         ("step_milliseconds", "step time", 1.0, "ms"),

@@ -108,8 +108,8 @@ class DiffusionModel(GeneratingTask):
             )
         if min_snr_gamma is not None and not min_snr_gamma > 0:
             raise ValueError(f"min_snr_gamma must be positive, not {min_snr_gamma}; null weighs all timesteps alike")
-        if ema_decay is not None and not 0 < ema_decay < 1:
-            raise ValueError(f"ema_decay must be between 0 and 1, not {ema_decay}; null averages no weights")
+        if ema_decay is not None:
+            WeightEMA(ema_decay)  # a wrong decay raises here, before any data is read
         self.save_hyperparameters()
         self.config = dict(config or {})
         check_unet(self.config)  # wrong options raise here, before any data are read
@@ -257,7 +257,7 @@ class DiffusionModel(GeneratingTask):
 
     def summary(self) -> dict[str, str]:
         """Final loss, and how far samples are from real images."""
-        lines = {"parameters": f"{sum(p.numel() for p in self.parameters()):,}"}
+        lines: dict[str, str] = {}
         loss = self.trainer.callback_metrics.get("val_loss")
         if loss is not None:
             predicted = _PREDICTS[self.noise_schedule.config.prediction_type]

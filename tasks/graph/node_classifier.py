@@ -240,7 +240,7 @@ class NodeClassifier(Task):
 
     def summary(self) -> dict[str, str]:
         """Accuracies, beside what needs no network: the most frequent class, and labels that spread along edges."""
-        lines = {"parameters": f"{sum(p.numel() for p in self.parameters()):,}"}
+        lines: dict[str, str] = {}
         if self.best_val_accuracy >= 0:
             lines["best validation accuracy"] = f"{self.best_val_accuracy:.2%}"
             lines["test accuracy there"] = f"{self.test_accuracy_at_best:.2%}"

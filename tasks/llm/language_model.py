@@ -297,7 +297,7 @@ class LanguageModel(Task):
 
     def summary(self) -> dict[str, str]:
         """Final loss and perplexity, beside a unigram model of the same text, and a sample."""
-        lines = {"parameters": f"{sum(p.numel() for p in self.parameters()):,}"}
+        lines: dict[str, str] = {}
         loss = self.trainer.callback_metrics.get("val_loss")
         if loss is not None:
             lines["validation loss"] = f"{loss:.4f} nats a token, perplexity {loss.exp():.2f}"

@@ -207,8 +207,8 @@ class ImageClassifier(Task):
         return self._flops
 
     def summary(self) -> dict[str, str]:
-        """Parameters, and the final accuracies beside what is easily reached on the same images."""
-        lines = {"parameters": f"{sum(p.numel() for p in self.parameters()):,}"}
+        """Final accuracies beside what is easily reached on the same images."""
+        lines: dict[str, str] = {}
         metrics = self.trainer.callback_metrics
         for name, label in (("val_top1", "validation top-1"), ("val_top5", "validation top-5")):
             if name in metrics:

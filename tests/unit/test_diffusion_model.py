@@ -83,7 +83,7 @@ def test_refused_networks(config, told):
             r"frechet_images is given, but pca_features is 0, .*: set model.pca_features, or leave",
         ),
         ({"min_snr_gamma": 0.0}, "min_snr_gamma must be positive"),
-        ({"ema_decay": 1.0}, "ema_decay must be between 0 and 1"),
+        ({"ema_decay": 1.0}, r"average must be in \(0, 1\), not 1.0"),
         ({"beta_schedule": "cosine"}, "no beta_schedule 'cosine'"),
     ],
 )
