@@ -26,6 +26,8 @@ USAGE = f"""adam-mini {__version__}: train with Adam-mini and its peers
   adam-mini explain  RECIPE | --hf CONFIG.json     blocks and memory of a model, before any training
   adam-mini compare  RECIPE... --optimizers ...    several optimizers, learning rates and seeds, with a report
   adam-mini report   DIR                           the report of a comparison, written again
+  adam-mini bench    RECIPE | --hf CONFIG.json     time of an optimizer's step beside its peers
+  adam-mini bench throughput RECIPE --memory SIZE  the largest batch that fits, with AdamW and with Adam-mini
   adam-mini recipes                                list the packaged recipes
   adam-mini --version
 
@@ -111,6 +113,10 @@ def _dispatch(command: str, rest: list[str]) -> int:
 
         export(rest)
         return 0
+    if command == "bench":
+        from .bench.command import main as bench
+
+        return bench(rest)
     if command == "convert":
         from .convert import main as convert
 
