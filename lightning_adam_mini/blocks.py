@@ -379,7 +379,8 @@ def sum_square(tensor: Tensor, axes: tuple[int, ...], dtype: torch.dtype, *, exa
         return tensor.to(dtype).square()
     if exact or (tensor.is_cpu and tensor.dim() - 1 not in axes):
         # On the CPU torch's norm over leading dimensions takes about ten times as long as sums of squared slices.
-        length = max(1, SLICE_ELEMENTS * tensor.shape[axes[0]] // max(tensor.numel(), 1))
-        slices = tensor.split(length, axes[0])
+        axis = max(axes, key=lambda reduced: tensor.shape[reduced])
+        length = max(1, SLICE_ELEMENTS * tensor.shape[axis] // max(tensor.numel(), 1))
+        slices = tensor.split(length, axis)
         return torch.stack([part.to(dtype).square().sum(axes, keepdim=True) for part in slices]).sum(0)
     return torch.linalg.vector_norm(tensor, dim=axes, keepdim=True, dtype=dtype).square_()

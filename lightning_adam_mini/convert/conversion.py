@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,8 @@ from lightning_adam_mini.blocks import Blocks
 from lightning_adam_mini.convert.matching import Wanted, match
 from lightning_adam_mini.convert.saved import SavedBy, SavedParameter, saved_by, saved_parameters, whole
 from lightning_adam_mini.convert.second_moment import second_moment
-from lightning_adam_mini.optim import AdamMini
-from lightning_adam_mini.optim.state import second_moment_dtype
+from lightning_adam_mini.optim import AdamMini, momentum_8bit
+from lightning_adam_mini.optim.state import first_moment_dtype, second_moment_dtype
 
 __all__ = ["Conversion", "convert"]
 
@@ -60,15 +60,18 @@ def convert(
     """
     source = saved_by(state_dict)
     by_elements = by_elements or not isinstance(optimizer, AdamMini)
+    exp_avg_dtype = getattr(optimizer, "exp_avg_dtype", None)
     wanted, parameters = _wanted(optimizer)
     found = match(saved_parameters(state_dict, names), wanted)
     states: dict[int, dict[str, Tensor]] = {}
     for number, (name, (parameter, own)) in enumerate(parameters.items()):
         blocks = Blocks.element(wanted.shapes[name]) if by_elements else own
         if found[name].state:
-            states[number] = _converted(source, found[name], name, blocks, second_moment_dtype(parameter), by_elements)
+            kept = first_moment_dtype(blocks.shape, parameter.dtype, None if by_elements else exp_avg_dtype)
+            dtypes = (kept, None if by_elements else second_moment_dtype(parameter))
+            states[number] = _converted(source, found[name], name, blocks, dtypes)
         elif not by_elements and parameter.requires_grad:  # an AdamMini has its state before the first step
-            states[number] = _fresh(parameter, blocks, getattr(optimizer, "exp_avg_dtype", None))
+            states[number] = _fresh(parameter, blocks, exp_avg_dtype)
     sources = tuple(tuple(sorted({found[name].group for name in group})) for group in wanted.groups)
     groups = optimizer.state_dict()["param_groups"]
     if by_elements and isinstance(optimizer, AdamMini):
@@ -103,9 +106,22 @@ def _wanted(optimizer: Optimizer) -> tuple[Wanted, dict[str, tuple[Tensor, Block
 
 
 def _converted(
-    source: SavedBy, saved: SavedParameter, name: str, blocks: Blocks, dtype: torch.dtype, by_elements: bool
+    source: SavedBy,
+    saved: SavedParameter,
+    name: str,
+    blocks: Blocks,
+    dtypes: tuple[torch.dtype, torch.dtype | None],
 ) -> dict[str, Tensor]:
-    """The state of one parameter; no more than one of its size is expanded at a time."""
+    """The state of one parameter; no more than one of its size is expanded at a time.
+
+    Args:
+        source: What wrote the state.
+        saved: The saved parameter.
+        name: Its name.
+        blocks: How it is to be cut.
+        dtypes: Those of the first moment, which matters where it is or becomes 8-bit codes, and of the second; None for
+            that of the first.
+    """
     needed = {"step", "exp_avg"} if source is not SavedBy.PACKAGE else {"step", "m"}
     if missing := needed - saved.state.keys():
         raise ValueError(f"the optimizer state of {name!r} has no {', '.join(sorted(missing))}: it is not complete")
@@ -119,10 +135,26 @@ def _converted(
     exp_avg = whole(first)
     if source is SavedBy.PACKAGE:
         exp_avg = exp_avg.reshape(blocks.shape)
-    if by_elements:  # AdamW keeps both moments in the parameter's dtype
-        dtype = exp_avg.dtype
+    moments = _in_format({**saved.state, "exp_avg": exp_avg}, dtypes[0])
+    dtype = dtypes[1] or moments["exp_avg"].dtype
     step = torch.as_tensor(saved.state["step"]).detach().to("cpu", torch.float32).clone()
-    return {"step": step, "exp_avg": exp_avg, **second_moment(source, saved, name, blocks, dtype)}
+    return {"step": step, **moments, **second_moment(source, saved, name, blocks, dtype)}
+
+
+def _in_format(saved: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A saved first moment as 8-bit codes or as numbers; one that needs no change is shared."""
+    exp_avg, scale = saved["exp_avg"], saved.get("exp_avg_scale")
+    if scale is not None:
+        scale = whole(scale)
+        if dtype is torch.uint8:
+            return {"exp_avg": exp_avg, "exp_avg_scale": scale}
+        return {"exp_avg": momentum_8bit.decode_tensor(exp_avg, scale).to(dtype)}
+    if dtype is not torch.uint8:
+        return {"exp_avg": exp_avg}
+    codes = torch.empty_like(exp_avg, dtype=torch.uint8)
+    scale = torch.empty(momentum_8bit.scale_shape(exp_avg.shape), device=exp_avg.device)
+    momentum_8bit.encode_tensor_(codes, scale, exp_avg)
+    return {"exp_avg": codes, "exp_avg_scale": scale}
 
 
 def _fresh(parameter: Tensor, blocks: Blocks, exp_avg_dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -132,8 +164,9 @@ def _fresh(parameter: Tensor, blocks: Blocks, exp_avg_dtype: torch.dtype | None)
         key: torch.zeros(shape, dtype=second_moment_dtype(parameter), device=device)
         for key, shape in blocks.state_shapes.items()
     }
-    exp_avg = torch.zeros(blocks.shape, dtype=exp_avg_dtype or parameter.dtype, device=device)
-    return {"step": torch.zeros(()), "exp_avg": exp_avg, **moments}
+    kept = first_moment_dtype(blocks.shape, parameter.dtype, exp_avg_dtype)
+    numbers = torch.zeros(blocks.shape, dtype=parameter.dtype if kept is torch.uint8 else kept, device=device)
+    return {"step": torch.zeros(()), **_in_format({"exp_avg": numbers}, kept), **moments}
 
 
 def _as_adamw(group: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,8 @@ def from_adamw(
 ) -> dict[str, Any]:
     """A state of AdamW or Adam as the state of an AdamMini: the second moment becomes its means over blocks.
 
-    The first moment and the step stay. Nothing of the input is changed, and the first moments are shared with it.
+    The first moment and the step stay. Nothing of the input is changed, and the first moments are shared with it where
+    they are not stored in 8 bits on one side alone.
 
     Args:
         state_dict: `state_dict()` of `torch.optim.AdamW` or `Adam`, in any groups; or the same keyed by names.

@@ -87,7 +87,7 @@ def saved_by(state_dict: Any) -> SavedBy:
         return SavedBy.PACKAGE
     if options >= {"betas", "amsgrad"} and keys <= {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}:
         return SavedBy.ADAMW
-    own = {"step", "exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"}
+    own = {"step", "exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"}
     if "partition" in options or (options <= _OPTIONS_OF_OLDER_STATES and keys and keys <= own):
         return SavedBy.ADAM_MINI
     told = ", ".join(sorted(map(str, keys))) or "nothing"

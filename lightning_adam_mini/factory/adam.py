@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from lightning_adam_mini import optim
 from lightning_adam_mini.factory.base import OptimizerFactory
-from lightning_adam_mini.optim.state import second_moment_dtype
+from lightning_adam_mini.optim.implementation import Implementation
+from lightning_adam_mini.optim.state import first_moment_bytes, second_moment_dtype
 from lightning_adam_mini.partition import partition_module
 
 __all__ = ["STEP_BYTES", "Adam", "AdamMini", "AdamW", "CutName", "PartitionName", "adam_state_bytes"]
@@ -37,8 +38,11 @@ class AdamMini(OptimizerFactory):
             `row_column`. The first that matches wins.
         partition_layouts: Names of layouts by the class of a module that the library does not know, such as
             `{my_package.Attention: fused_per_head}`.
-        exp_avg_dtype: Dtype of the first moment; the parameter's by default.
-        implementation: `reference`, `foreach`, or None to choose.
+        exp_avg_dtype: Dtype of the first moment; the parameter's by default. `uint8` keeps matrices of 4096 elements or
+            more in 8 bits.
+        stochastic_rounding: Round what is stored in bfloat16 at random, right on average; for `bf16-true`, or with
+            `exp_avg_dtype` bfloat16.
+        implementation: `reference`, `foreach`, `fused` (kernels), or None to choose.
     """
 
     betas: tuple[float, float] = (0.9, 0.95)
@@ -46,8 +50,9 @@ class AdamMini(OptimizerFactory):
     partition: PartitionName = "auto"
     partition_overrides: dict[str, CutName] = field(default_factory=dict)
     partition_layouts: dict[str, str] = field(default_factory=dict)
-    exp_avg_dtype: Literal["float32", "bfloat16"] | None = None
-    implementation: Literal["reference", "foreach"] | None = None
+    exp_avg_dtype: Literal["float32", "bfloat16", "uint8"] | None = None
+    stochastic_rounding: bool = False
+    implementation: Implementation | None = None
 
     def build(self, module: nn.Module) -> optim.AdamMini:
         """See `OptimizerFactory.build`."""
@@ -63,6 +68,7 @@ class AdamMini(OptimizerFactory):
             partition_layouts=self.partition_layouts,
             weight_decay_policy=self.weight_decay_policy,
             exp_avg_dtype=self._exp_avg_dtype(),
+            stochastic_rounding=self.stochastic_rounding,
             implementation=self.implementation,
         )
 
@@ -71,7 +77,7 @@ class AdamMini(OptimizerFactory):
         cuts = partition_module(module, self.partition, self.partition_overrides, self.partition_layouts)
         return sum(
             STEP_BYTES
-            + parameter.numel() * (self._exp_avg_dtype() or parameter.dtype).itemsize
+            + first_moment_bytes(parameter.shape, parameter.dtype, self._exp_avg_dtype())
             + cuts[name].blocks.num_bytes(second_moment_dtype(parameter))
             for name, parameter in module.named_parameters()
             if parameter.requires_grad

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from lightning_adam_mini.measure.explanation_table import render
 from lightning_adam_mini.measure.explanation_warnings import find_warnings
 from lightning_adam_mini.measure.memory import adamw_state_bytes
-from lightning_adam_mini.optim.state import second_moment_dtype
+from lightning_adam_mini.optim.formats import check_exp_avg_dtype
+from lightning_adam_mini.optim.state import first_moment_bytes, second_moment_dtype
 from lightning_adam_mini.optim.validation import check_parameter
 from lightning_adam_mini.partition import CutParameter, ModuleLayout, Strategy, partition_module, resolve_strategy
 
@@ -189,26 +190,22 @@ def explain(
     )
 
 
-def _check(model: object, exp_avg_dtype: object) -> None:
+def _check(model: object, exp_avg_dtype: torch.dtype | None) -> None:
     """Check what has no place in the messages of a parameter.
 
     Raises:
-        ValueError: The model is no module, or the dtype none of floating numbers.
+        ValueError: The model is no module, or the dtype none that first moments can have.
     """
     if not isinstance(model, nn.Module):
         given = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise ValueError(f"explain takes a model, an instance of nn.Module as in explain(nn.Linear(4, 2)), not {given}")
-    is_floating = isinstance(exp_avg_dtype, torch.dtype) and exp_avg_dtype.is_floating_point
-    if exp_avg_dtype is not None and not is_floating:
-        raise ValueError(
-            f"exp_avg_dtype must be a floating dtype, such as torch.bfloat16, or None, not {exp_avg_dtype!r}"
-        )
+    check_exp_avg_dtype(exp_avg_dtype)
 
 
 def _row(
     parameter: Tensor, cut: CutParameter, other_names: list[str], exp_avg_dtype: torch.dtype | None
 ) -> ExplainedParameter:
-    exp_avg_bytes = parameter.numel() * (exp_avg_dtype or parameter.dtype).itemsize
+    exp_avg_bytes = first_moment_bytes(parameter.shape, parameter.dtype, exp_avg_dtype)
     return ExplainedParameter(
         name=cut.name,
         shape=tuple(parameter.shape),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, overload
+from typing import Any, overload
 from warnings import warn
 
 import torch
@@ -11,15 +11,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_adam_mini.blocks import Blocks
-from lightning_adam_mini.optim import foreach, update
 from lightning_adam_mini.optim.cut_tensor import CutTensor
 from lightning_adam_mini.optim.entries import listed, named_parameters, parameter_of
 from lightning_adam_mini.optim.flat_state import FlatState, compress_state, expand_state
+from lightning_adam_mini.optim.formats import check_exp_avg_dtype, check_format, check_rounds_something
 from lightning_adam_mini.optim.fsdp1 import FlatRange, flat_ranges, whole_shapes
 from lightning_adam_mini.optim.groups import WeightDecayPolicy, decay_groups
+from lightning_adam_mini.optim.implementation import Implementation, Stepper
 from lightning_adam_mini.optim.sharding import is_dtensor, laid_out_as, local, shard_dtensor, share_square_sums
 from lightning_adam_mini.optim.shards import Shard
 from lightning_adam_mini.optim.state import check_state, fits_parameter, init_state, restore_state
+from lightning_adam_mini.optim.stochastic_rounding import Rounding, dtensor_positions, name_seed
 from lightning_adam_mini.optim.validation import check_gradient, check_group, check_not_flat, check_parameter
 from lightning_adam_mini.partition import (
     CutParameter,
@@ -30,10 +32,10 @@ from lightning_adam_mini.partition import (
     partition_tensors,
     resolve_strategy,
 )
+from lightning_adam_mini.partition.tree import plain_names
 
-__all__ = ["AdamMini", "Implementation", "Params"]
+__all__ = ["AdamMini", "Params"]
 
-Implementation = Literal["reference", "foreach"]
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
 
@@ -61,15 +63,23 @@ class AdamMini(Optimizer):
         partition_layouts: Layouts for classes of the model, as in `partition_module`.
         weight_decay_policy: `matrices` spares vectors (biases, norm scales); `all` spares nothing. It applies where
             this class makes the groups; groups that you make decay as they say, or by `weight_decay`.
-        exp_avg_dtype: Dtype of the first moment; None for the parameter's. The second moment is float32, or float64
-            for float64 parameters.
+        exp_avg_dtype: Dtype of the first moment; None for the parameter's. `torch.uint8` keeps matrices of 4096
+            elements or more as 8-bit codes with a scale for each 128, and smaller tensors in the parameter's dtype. The
+            second moment is float32, or float64 for float64 parameters.
+        stochastic_rounding: Round what is stored in bfloat16, parameters and first moments, up or down at random, right
+            on average; the arithmetic is float32. Random bits depend on the parameter's name, the step and the element
+            alone, so that resumed and sharded runs are the same runs. All parameters are float32 or bfloat16 then.
         maximize: Ascend instead of descend.
         capturable: Keep all scalars on the device, so that CUDA graphs can capture a step.
-        implementation: `reference` (one tensor at a time), `foreach` (lists of tensors), or None to choose.
+        implementation: `reference` (one tensor at a time), `foreach` (lists of tensors), `fused` (kernels: in C on the
+            CPU, in Triton on CUDA devices), or None to choose: `fused` on the CPU if there is a C compiler, else
+            `foreach`.
 
     Raises:
         ValueError: A hyperparameter out of its range, an override or partition that does not fit the model, complex
-            parameters, flattened ones whose wrapper is not given, or nothing to train.
+            parameters, flattened ones whose wrapper is not given, shards that 8-bit first moments do not fit,
+            stochastic rounding of other dtypes or where nothing is bfloat16, an implementation that cannot run here, or
+            nothing to train.
 
     Example:
         >>> model = nn.Linear(4, 2)
@@ -92,6 +102,7 @@ class AdamMini(Optimizer):
         partition_layouts: Layouts | None = None,
         weight_decay_policy: WeightDecayPolicy = "matrices",
         exp_avg_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
         maximize: bool = False,
         capturable: bool = False,
         implementation: Implementation | None = None,
@@ -107,13 +118,15 @@ class AdamMini(Optimizer):
             "capturable": capturable,
         }
         check_group(defaults)
-        if exp_avg_dtype is not None and not exp_avg_dtype.is_floating_point:
-            raise ValueError(f"exp_avg_dtype must be a floating dtype or None, not {exp_avg_dtype}")
-        self.implementation: Implementation = _choose(implementation, capturable)
+        check_exp_avg_dtype(exp_avg_dtype, stochastic_rounding=stochastic_rounding)
+        self._stepper = Stepper(implementation)
         self.exp_avg_dtype = exp_avg_dtype
+        self.stochastic_rounding = stochastic_rounding
         self._cuts: dict[Tensor, CutParameter] = {}
         self._shards: dict[Tensor, Shard] = {}
         self._ranges: dict[Tensor, FlatRange] = {}
+        self._plain_names: dict[Tensor, str] = {}
+        self._roundings: dict[Tensor, Rounding] = {}
 
         if isinstance(params, nn.Module):
             if module is not None:
@@ -145,6 +158,8 @@ class AdamMini(Optimizer):
                     stacklevel=2,
                 )
         self._cuts = {parameter: cuts[name] for name, parameter in named.items() if name in cuts}
+        if module is not None:
+            self._plain_names = {named[name]: plain for name, plain in plain_names(module).items()}
 
         if not (entries and isinstance(entries[0], dict)):
             flat = [parameter_of(entry) for entry in entries] if entries else list(named.values())
@@ -153,6 +168,14 @@ class AdamMini(Optimizer):
                 raise ValueError("AdamMini got no parameter that requires a gradient: all are frozen")
             entries = decay_groups(trainable, weight_decay=weight_decay, policy=weight_decay_policy)
         super().__init__(entries, defaults)
+        if stochastic_rounding:
+            check_rounds_something(d for p, state in self.state.items() for d in (p.dtype, state["exp_avg"].dtype))
+
+    @property
+    def implementation(self) -> Implementation:
+        """What takes the steps: of the first parameter, where several devices differ."""
+        group = self.param_groups[0]
+        return self._stepper.on(group["params"][0], capturable=group["capturable"])
 
     @property
     def partition(self) -> dict[str, CutParameter]:
@@ -182,8 +205,16 @@ class AdamMini(Optimizer):
             self._cuts.update({named[name]: cut for name, cut in cuts.items()})
         group["params"] = list(named.values())
         check_group({**self.defaults, **group})
+        self._stepper.check(group["params"], capturable={**self.defaults, **group}["capturable"])
         for parameter in group["params"]:
             check_parameter(self._cut(parameter).name, parameter)
+            check_format(
+                self._cut(parameter).name,
+                parameter,
+                self._cut(parameter).blocks.shape,
+                exp_avg_dtype=self.exp_avg_dtype,
+                stochastic_rounding=self.stochastic_rounding,
+            )
         group["partition"] = self._signatures(group["params"])
         super().add_param_group(group)
         for parameter in self.param_groups[-1]["params"]:
@@ -214,13 +245,15 @@ class AdamMini(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        by_group = [
-            [self._cut_tensor(p, group["capturable"]) for p in group["params"] if p.grad is not None or self._shares(p)]
-            for group in self.param_groups
-        ]
-        share_square_sums([tensor for tensors in by_group for tensor in tensors])
-        for group, tensors in zip(self.param_groups, by_group, strict=True):
-            self._update([tensor for tensor in tensors if tensor.grad is not None], group)
+        anew = {
+            number: [self._cut_tensor(p, group) for p in group["params"] if p.grad is not None or self._shares(p)]
+            for number, group in enumerate(self.param_groups)
+            if not self._stepper.repeat(number, group, self.state)
+        }
+        share_square_sums([tensor for tensors in anew.values() for tensor in tensors])
+        for number, tensors in anew.items():
+            with_grad = [tensor for tensor in tensors if tensor.grad is not None]
+            self._stepper.take(with_grad, self.param_groups[number], number=number, state=self.state)
         return loss
 
     @torch.no_grad()
@@ -240,7 +273,7 @@ class AdamMini(Optimizer):
         if parameter.grad is None:
             raise ValueError(f"{cut.name} has no gradient to take a step with")
         group = next(group for group in self.param_groups if any(p is parameter for p in group["params"]))
-        self._update([self._cut_tensor(parameter, group["capturable"])], group)
+        self._stepper.take([self._cut_tensor(parameter, group)], group)
 
     def state_dict(self) -> dict[str, Any]:
         """The state as torch's optimizers save it.
@@ -286,28 +319,9 @@ class AdamMini(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles keep beside torch's own."""
-        own = ("implementation", "exp_avg_dtype", "_cuts", "_ranges", "_strategy_of_unknown")
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}, "_shards": {}}
-
-    def _update(self, tensors: list[CutTensor], group: dict[str, Any]) -> None:
-        """Update parameters of a group, which have gradients."""
-        lr, capturable = group["lr"], group["capturable"]
-        beta1, beta2 = group["betas"]
-        options = {
-            "beta1": beta1,
-            "beta2": beta2,
-            "eps": group["eps"],
-            "weight_decay": group["weight_decay"],
-            "maximize": group["maximize"],
-        }
-        if capturable:
-            for tensor in tensors:
-                update.update_(tensor, lr=lr, capturable=True, **options)
-        elif self.implementation == "foreach":
-            foreach.update_(tensors, lr=float(lr), **options)
-        else:
-            for tensor in tensors:
-                update.update_(tensor, lr=float(lr), **options)
+        own = ("_stepper", "exp_avg_dtype", "stochastic_rounding", "_cuts", "_ranges", "_plain_names")
+        kept = {name: self.__dict__[name] for name in (*own, "_strategy_of_unknown")}
+        return {**super().__getstate__(), **kept, "_shards": {}, "_roundings": {}}
 
     def _cut(self, parameter: Tensor) -> CutParameter:
         cut = self._cuts.get(parameter)
@@ -337,6 +351,25 @@ class AdamMini(Optimizer):
             self._shards[parameter] = shard
         return shard
 
+    def _rounding(self, parameter: Tensor) -> Rounding | None:
+        """The random bits of a parameter, where something of it is stored in bfloat16."""
+        exp_avg_dtype = self.state[parameter]["exp_avg"].dtype
+        if not self.stochastic_rounding or torch.bfloat16 not in (parameter.dtype, exp_avg_dtype):
+            return None
+        rounding = self._roundings.get(parameter)
+        if rounding is None:
+            cut = self._cut(parameter)
+            seed = name_seed(self._plain_names.get(parameter, cut.name))
+            if parameter in self._ranges:
+                flat = self._ranges[parameter]
+                rounding = Rounding(seed, (flat.stop - flat.start,), start=flat.start)
+            elif is_dtensor(parameter):
+                rounding = Rounding(seed, cut.blocks.shape, dtensor_positions(parameter))
+            else:
+                rounding = Rounding(seed, cut.blocks.shape)
+            self._roundings[parameter] = rounding
+        return rounding
+
     def _saved_blocks(self, parameter: Tensor) -> Blocks:
         """How the second moments in a state dict are cut: DTensors are whole, flattened parameters are this rank's."""
         return self._shard(parameter).frame if parameter in self._ranges else self._cut(parameter).blocks
@@ -363,7 +396,7 @@ class AdamMini(Optimizer):
             capturable=capturable,
         )
 
-    def _cut_tensor(self, parameter: Tensor, capturable: bool) -> CutTensor:
+    def _cut_tensor(self, parameter: Tensor, group: Mapping[str, Any]) -> CutTensor:
         """A parameter with its gradient and state; the state follows a parameter that changed its device or dtype."""
         cut = self._cut(parameter)
         grad = parameter.grad
@@ -371,28 +404,36 @@ class AdamMini(Optimizer):
             check_gradient(cut.name, grad)
             grad = local(laid_out_as(parameter, grad))
         state = self.state[parameter]
-        if not state or not fits_parameter(state, parameter, exp_avg_dtype=self.exp_avg_dtype):
-            self._init_state(parameter, capturable=capturable)
+        if not state or not fits_parameter(state, parameter, shape=cut.blocks.shape, exp_avg_dtype=self.exp_avg_dtype):
+            check_format(
+                cut.name,
+                parameter,
+                cut.blocks.shape,
+                exp_avg_dtype=self.exp_avg_dtype,
+                stochastic_rounding=self.stochastic_rounding,
+            )
+            self._init_state(parameter, capturable=group["capturable"])
             if state and not state["exp_avg"].is_meta:
                 restore_state(self.state[parameter], state)
             state = self.state[parameter]
         moments = tuple(local(state[key]) for key in cut.blocks.state_shapes)
         shard = self._shard(parameter)
-        exact = self.implementation == "reference"
-        return CutTensor(local(parameter), grad, shard, state["step"], local(state["exp_avg"]), moments, exact)
+        exact = self._stepper.on(parameter, capturable=group["capturable"]) == "reference"
+        scale = state.get("exp_avg_scale")
+        return CutTensor(
+            local(parameter),
+            grad,
+            shard,
+            state["step"],
+            local(state["exp_avg"]),
+            moments,
+            exact,
+            exp_avg_scale=None if scale is None else local(scale),
+            rounding=self._rounding(parameter),
+        )
 
 
 def _check_capture(optimizer: Optimizer) -> None:
     """Torch's check that a step in a captured graph is capturable; torch renamed it, and warns about the old name."""
     check = getattr(optimizer, "_accelerator_graph_capture_health_check", None)
     (check or optimizer._cuda_graph_capture_health_check)()
-
-
-def _choose(implementation: Implementation | None, capturable: bool) -> Implementation:
-    if implementation not in (None, "reference", "foreach"):
-        raise ValueError(f"implementation must be 'reference', 'foreach' or None, not {implementation!r}")
-    if capturable:
-        if implementation == "foreach":
-            raise ValueError("capturable needs implementation='reference' (or None)")
-        return "reference"
-    return implementation or "foreach"

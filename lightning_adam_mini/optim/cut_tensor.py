@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_adam_mini.blocks import Blocks, Kind
 from lightning_adam_mini.optim.shards import Shard
+from lightning_adam_mini.optim.stochastic_rounding import Rounding
 
 __all__ = ["CutTensor"]
 
@@ -23,10 +24,12 @@ class CutTensor:
         grad: Its gradient, of the same shape; None where this rank has none.
         shard: How it is cut; for a whole parameter, `Shard(blocks)`.
         step: Steps taken, a float32 tensor without dimensions.
-        exp_avg: First moment, of the parameter's shape.
+        exp_avg: First moment, of the parameter's shape; codes where there are scales.
         moments: Second moments, one tensor for each of the state shapes of `shard.frame`.
         exact: Sum squares themselves, as `Blocks.square_sums` says, and not squared norms.
         square_sums: Sums of squares of the gradient over all ranks, where blocks are split between ranks.
+        exp_avg_scale: Scales of a first moment in 8 bits, as `momentum_8bit` says.
+        rounding: The random bits of what is stored in bfloat16; None where it is rounded to nearest.
     """
 
     param: Tensor
@@ -37,6 +40,13 @@ class CutTensor:
     moments: tuple[Tensor, ...]
     exact: bool = False
     square_sums: tuple[Tensor, ...] | None = None
+    exp_avg_scale: Tensor | None = None
+    rounding: Rounding | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the state is numbers that tensor operations update in place; else the update goes through slices."""
+        return self.exp_avg_scale is None and self.rounding is None
 
     @property
     def blocks(self) -> Blocks:

@@ -1,8 +1,8 @@
 """The same update on many tensors at once, through torch's foreach functions.
 
-Block means are taken tensor by tensor; everything else runs over lists. On a GPU that saves launches, and on the CPU
-the update makes no temporary of a parameter's size where blocks are larger than an element. Rank-one cuts go through
-`update` one at a time, since their denominators are as large as the parameters.
+Block means are taken tensor by tensor; everything else runs over lists. On a GPU that saves launches. Large tensors of
+the CPU are updated one at a time, slice by slice (`cache_blocked`), and so are those whose denominators are as large as
+the parameters, or whose state is not plain numbers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_adam_mini.blocks import Kind
-from lightning_adam_mini.optim import update
+from lightning_adam_mini.optim import cache_blocked, update
 from lightning_adam_mini.optim.cut_tensor import CutTensor
 
 __all__ = ["update_"]
@@ -42,8 +42,9 @@ def update_(
         maximize: Ascend instead of descend.
     """
     for tensor in tensors:
-        if tensor.blocks.kind is Kind.ROW_COLUMN:  # its denominator has the parameter's size: one at a time
-            update.update_(
+        if not _joins_a_list(tensor):
+            one_at_a_time = cache_blocked.update_ if cache_blocked.takes(tensor) else update.update_
+            one_at_a_time(
                 tensor, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, maximize=maximize
             )
     for alike in _alike(tensors):
@@ -86,12 +87,16 @@ def _denominators(tensors: Sequence[CutTensor], beta2: float) -> list[Tensor]:
     return [t.blocks.root_second_moment(*t.moments) for t in tensors]
 
 
+def _joins_a_list(tensor: CutTensor) -> bool:
+    return tensor.is_plain and tensor.blocks.kind is not Kind.ROW_COLUMN and not cache_blocked.takes(tensor)
+
+
 def _alike(tensors: Sequence[CutTensor]) -> list[list[CutTensor]]:
-    """Tensors that one foreach call can take together, and whose denominators are small or parameters few."""
+    """Tensors that one foreach call can take together."""
     groups: dict[tuple[object, ...], list[CutTensor]] = defaultdict(list)
     for t in tensors:
         kind = t.blocks.kind
-        if kind is not Kind.ROW_COLUMN:
+        if _joins_a_list(t):
             groups[
                 t.param.device,
                 t.param.dtype,

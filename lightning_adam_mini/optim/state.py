@@ -1,10 +1,12 @@
 """The state of one parameter: made, checked and restored.
 
-Keys: `step` (float32, no dimensions), `exp_avg` (the parameter's shape) and the second moments that its blocks name.
+Keys: `step` (float32, no dimensions), `exp_avg` (the parameter's shape) and the second moments that its blocks name. A
+first moment in 8 bits has codes under `exp_avg` and their scales under `exp_avg_scale`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,17 +14,66 @@ import torch
 from torch import Tensor
 
 from lightning_adam_mini.blocks import Blocks
+from lightning_adam_mini.optim import momentum_8bit
 from lightning_adam_mini.optim.fingerprint import check_partition
-from lightning_adam_mini.optim.sharding import copy_global_, is_dtensor, place_moment
+from lightning_adam_mini.optim.sharding import copy_global_, is_dtensor, local, place_moment
 from lightning_adam_mini.optim.shards import Shard
 from lightning_adam_mini.partition import CutParameter
 
-__all__ = ["check_keys", "check_state", "fits_parameter", "init_state", "restore_state", "second_moment_dtype"]
+__all__ = [
+    "check_keys",
+    "check_state",
+    "first_moment",
+    "first_moment_bytes",
+    "first_moment_dtype",
+    "fits_parameter",
+    "init_state",
+    "restore_state",
+    "second_moment_dtype",
+]
+
+_FIRST_MOMENT = ("exp_avg", "exp_avg_scale")
 
 
 def second_moment_dtype(parameter: Tensor) -> torch.dtype:
     """Float32 or wider: in bfloat16, a moment with beta2 = 0.999 would never decay."""
     return torch.promote_types(parameter.dtype, torch.float32)
+
+
+def first_moment_dtype(shape: Sequence[int], dtype: torch.dtype, exp_avg_dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype in which the first moment of a parameter is kept.
+
+    Args:
+        shape: The whole parameter's.
+        dtype: Its dtype.
+        exp_avg_dtype: What the user asked for: uint8 is for matrices that are not small, and None the parameter's.
+    """
+    if exp_avg_dtype is torch.uint8 and not momentum_8bit.has_codes(shape):
+        return dtype
+    return exp_avg_dtype or dtype
+
+
+def first_moment_bytes(shape: Sequence[int], dtype: torch.dtype, exp_avg_dtype: torch.dtype | None) -> int:
+    """Bytes of the first moment of a parameter, with its scales; the arguments are those of `first_moment_dtype`."""
+    kept = first_moment_dtype(shape, dtype, exp_avg_dtype)
+    scales = math.prod(momentum_8bit.scale_shape(shape)) if kept is torch.uint8 else 0
+    return math.prod(shape) * kept.itemsize + scales * torch.float32.itemsize
+
+
+def first_moment(state: Mapping[str, Tensor]) -> Tensor:
+    """The first moment of a parameter as float32 numbers, in whatever format its state has it.
+
+    Args:
+        state: The state of one parameter, `optimizer.state[parameter]`.
+
+    Returns:
+        A tensor of the parameter's shape, sharded as the state is; a new one, unless the state has it in float32.
+    """
+    exp_avg, scale = state["exp_avg"], state.get("exp_avg_scale")
+    if scale is None:
+        return exp_avg.to(torch.float32)
+    numbers = momentum_8bit.decode_tensor(local(exp_avg), local(scale))
+    return _laid_out_as(exp_avg, numbers)
 
 
 def init_state(
@@ -35,11 +86,15 @@ def init_state(
 ) -> dict[str, Tensor]:
     """The state of a parameter before its first step; that of a DTensor has DTensors, but for `step`."""
     moment_dtype = second_moment_dtype(parameter)
+    kept = first_moment_dtype(blocks.shape, parameter.dtype, exp_avg_dtype)
     step_device = parameter.device if capturable else torch.device("cpu")
     state = {
         "step": torch.zeros((), dtype=torch.float32, device=step_device),
-        "exp_avg": torch.zeros_like(parameter, dtype=exp_avg_dtype, memory_format=torch.preserve_format),
+        "exp_avg": torch.zeros_like(parameter, dtype=kept, memory_format=torch.preserve_format),
     }
+    if kept is torch.uint8:
+        local(state["exp_avg"]).fill_(momentum_8bit.ZERO_CODE)
+        state["exp_avg_scale"] = momentum_8bit.init_scale(parameter)
     for key, shape in (shard or Shard(blocks)).frame.state_shapes.items():
         moment = torch.zeros(shape, dtype=moment_dtype, device=parameter.device)
         state[key] = place_moment(moment, parameter, blocks, key) if is_dtensor(parameter) else moment
@@ -47,18 +102,43 @@ def init_state(
 
 
 def restore_state(state: Mapping[str, Tensor], saved: Mapping[str, Any]) -> None:
-    """Copy a saved state into a fresh one, which keeps its dtypes and devices."""
+    """Copy a saved state into a fresh one, which keeps its dtypes and devices; a first moment changes its format."""
+    tensors = {key: torch.as_tensor(value) for key, value in saved.items() if key in (*state, *_FIRST_MOMENT)}
+    is_converted = ("exp_avg_scale" in state) is not ("exp_avg_scale" in tensors)
     for key, tensor in state.items():
-        copy_global_(tensor, torch.as_tensor(saved[key]))
+        if not (is_converted and key in _FIRST_MOMENT):
+            copy_global_(tensor, tensors[key])
+    if not is_converted:
+        return
+    exp_avg = state["exp_avg"]
+    if "exp_avg_scale" in tensors:
+        copy_global_(exp_avg, first_moment(tensors))
+        return
+    numbers = _laid_out_as(exp_avg, torch.empty_like(local(exp_avg), dtype=torch.float32))
+    copy_global_(numbers, tensors["exp_avg"])
+    momentum_8bit.encode_tensor_(local(exp_avg), local(state["exp_avg_scale"]), local(numbers))
 
 
-def fits_parameter(state: Mapping[str, Tensor], parameter: Tensor, *, exp_avg_dtype: torch.dtype | None) -> bool:
-    """Whether a state has the device and the dtypes that `init_state` would choose now."""
-    moments = (value for key, value in state.items() if key not in ("step", "exp_avg"))
+def fits_parameter(
+    state: Mapping[str, Tensor],
+    parameter: Tensor,
+    *,
+    shape: Sequence[int] | None = None,
+    exp_avg_dtype: torch.dtype | None,
+) -> bool:
+    """Whether a state has the device and the dtypes that `init_state` would choose now.
+
+    Args:
+        state: The state.
+        parameter: The parameter, or this rank's part of it.
+        shape: Shape of the whole parameter; that of `parameter` by default.
+        exp_avg_dtype: As for `init_state`.
+    """
+    moments = (value for key, value in state.items() if key not in ("step", *_FIRST_MOMENT))
     exp_avg = state["exp_avg"]
     return (
         exp_avg.device == parameter.device
-        and exp_avg.dtype == (exp_avg_dtype or parameter.dtype)
+        and exp_avg.dtype == first_moment_dtype(shape or parameter.shape, parameter.dtype, exp_avg_dtype)
         and all(moment.dtype == second_moment_dtype(parameter) for moment in moments)
     )
 
@@ -113,7 +193,7 @@ def check_keys(saved: Mapping[str, Any], name: str, blocks: Blocks) -> None:
     """Check that the saved state of a parameter has all that this partition keeps.
 
     Raises:
-        ValueError: It has not.
+        ValueError: It has not, or it has codes in the place of a first moment, without their scales.
     """
     expected = ("step", "exp_avg", *blocks.state_shapes)
     if not set(expected) <= saved.keys():
@@ -124,10 +204,30 @@ def check_keys(saved: Mapping[str, Any], name: str, blocks: Blocks) -> None:
             "afresh from the weights alone"
         )
 
+    is_codes = torch.as_tensor(saved["exp_avg"]).dtype is torch.uint8
+    if is_codes is not ("exp_avg_scale" in saved):
+        found, lost = ("8-bit codes", "no scales") if is_codes else ("scales", "no 8-bit codes")
+        raise ValueError(
+            f"the saved first moment of {name!r} has {found} and {lost}: the state is not complete. Load the state as "
+            "it was saved, or start the optimizer afresh from the weights alone"
+        )
+
+
+def _laid_out_as(tensor: Tensor, values: Tensor) -> Tensor:
+    """This rank's values of a tensor as a DTensor, where the tensor is one; both have its global shape and strides."""
+    if not is_dtensor(tensor):
+        return values
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = tensor.device_mesh, tensor.placements
+    return DTensor.from_local(values, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
+
 
 def _check_parameter_state(saved: Mapping[str, Any], parameter: Tensor, name: str, blocks: Blocks) -> None:
     check_keys(saved, name, blocks)
     expected: dict[str, tuple[int, ...]] = {"step": (), "exp_avg": tuple(parameter.shape), **blocks.state_shapes}
+    if "exp_avg_scale" in saved:
+        expected["exp_avg_scale"] = momentum_8bit.scale_shape(parameter.shape)
     for key, shape in expected.items():
         is_elementwise = key == "exp_avg_sq" and torch.as_tensor(saved[key]).shape == parameter.shape
         source = "AdamW, or from another partition" if is_elementwise else "another partition"

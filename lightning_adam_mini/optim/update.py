@@ -10,6 +10,8 @@ each block `b` of a tensor,
 
 with m_hat = m / (1 - beta1^t) and v_hat_b = v_b / (1 - beta2^t). `eps` stands outside the root, as in AdamW. A block of
 one element is AdamW.
+
+First moments in 8 bits, and what is rounded stochastically, are updated slice by slice (`sliced_update`).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lightning_adam_mini.blocks import Kind
+from lightning_adam_mini.optim import sliced_update
 
 if TYPE_CHECKING:
     from lightning_adam_mini.optim.cut_tensor import CutTensor
@@ -50,17 +53,26 @@ def update_(
         capturable: Keep all scalars on the parameter's device, so that CUDA graphs can capture the step.
     """
     assert tensor.grad is not None
-    grad = -tensor.grad if maximize else tensor.grad
-
     tensor.step.add_(1)
     step = tensor.step if capturable else tensor.step.item()
     bias_correction1 = 1 - beta1**step
     bias_correction2 = 1 - beta2**step
-
-    tensor.param.mul_(1 - lr * weight_decay)
-    tensor.exp_avg.lerp_(grad.to(tensor.exp_avg.dtype), 1 - beta1)
     accumulate_(tensor, beta2)
 
+    if not tensor.is_plain:
+        sliced_update.apply_(
+            tensor,
+            step_size=lr / bias_correction1,
+            beta1=beta1,
+            root=bias_correction2**0.5,
+            eps=eps,
+            shrink=1 - lr * weight_decay,
+            maximize=maximize,
+        )
+        return
+    grad = -tensor.grad if maximize else tensor.grad
+    tensor.param.mul_(1 - lr * weight_decay)
+    tensor.exp_avg.lerp_(grad.to(tensor.exp_avg.dtype), 1 - beta1)
     for param, exp_avg, denom in tensor.pieces(bias_correction2**0.5, eps):
         if capturable:
             param.addcmul_(exp_avg, (lr / bias_correction1) / denom, value=-1)

@@ -10,7 +10,7 @@ from torch import nn
 import tiny_models
 from lightning_adam_mini import AdamMini, Blocks
 from lightning_adam_mini.blocks import Segment
-from lightning_adam_mini.optim import foreach, update
+from lightning_adam_mini.optim import cache_blocked, foreach, update
 from lightning_adam_mini.optim.cut_tensor import CutTensor
 from lightning_adam_mini.optim.shards import Shard
 from lightning_adam_mini.optim.state import init_state
@@ -85,6 +85,7 @@ def assert_same(first, second, tolerances):
             torch.testing.assert_close(x, y, **tolerances[a.param.dtype], msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("slice_elements", [cache_blocked.SLICE_ELEMENTS, 5])
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "exp_avg_dtype"),
@@ -96,7 +97,8 @@ def assert_same(first, second, tolerances):
         (torch.bfloat16, torch.float32),
     ],
 )
-def test_foreach_equals_the_reference(dtype, exp_avg_dtype, maximize, tolerances):
+def test_foreach_equals_the_reference(dtype, exp_avg_dtype, maximize, slice_elements, tolerances, monkeypatch):
+    monkeypatch.setattr(cache_blocked, "SLICE_ELEMENTS", slice_elements)
     tensors = cut_tensors(dtype, exp_avg_dtype)
     others = copy.deepcopy(tensors)
     start = [tensor.param.clone() for tensor in tensors]

@@ -1,13 +1,10 @@
 """The update against numbers that the authors' release computed once in float64."""
 
-from typing import get_args
-
 import pytest
 import torch
 from torch import nn
 
 from lightning_adam_mini import AdamMini
-from lightning_adam_mini.optim.adam_mini import Implementation
 from tiny_models import SeparateAttention
 
 WEIGHT = [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [-0.1, -0.2, -0.3], [1, 2, 3]]
@@ -100,7 +97,7 @@ def check_golden(case, **options):
     torch.testing.assert_close(weight.detach(), expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("implementation", get_args(Implementation))
+@pytest.mark.parametrize("implementation", ["reference", "foreach"])  # the kernels are for float32
 @pytest.mark.parametrize("case", GOLDEN)
 def test_golden_values(case, implementation):
     check_golden(case, implementation=implementation)

@@ -45,7 +45,7 @@ def rows(explanation):
 # Bytes
 
 
-@pytest.mark.parametrize("exp_avg_dtype", [None, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("exp_avg_dtype", [None, torch.bfloat16, torch.float32, torch.uint8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("model", MODELS)
 def test_bytes_are_those_that_the_optimizer_holds(model, dtype, exp_avg_dtype):
@@ -334,9 +334,21 @@ def shapeless():
             {"partition_layouts": {"NoSuchClass": "gpt2"}},
             "no module of this model is of class 'NoSuchClass'",
         ),
-        (tiny_models.gpt2, {"exp_avg_dtype": torch.int8}, "floating dtype, such as torch.bfloat16, or None, not torch"),
-        (tiny_models.gpt2, {"exp_avg_dtype": "bfloat16"}, "floating dtype, such as torch.bfloat16, or None, not 'bf"),
-        (tiny_models.gpt2, {"exp_avg_dtype": float}, "floating dtype, such as torch.bfloat16, or None, not <class 'fl"),
+        (
+            tiny_models.gpt2,
+            {"exp_avg_dtype": torch.int8},
+            "floating dtype, such as .*, torch.uint8 for 8 bits, or None, not torch",
+        ),
+        (
+            tiny_models.gpt2,
+            {"exp_avg_dtype": "bfloat16"},
+            "floating dtype, such as .*, torch.uint8 for 8 bits, or None, not 'bf",
+        ),
+        (
+            tiny_models.gpt2,
+            {"exp_avg_dtype": float},
+            "floating dtype, such as .*, torch.uint8 for 8 bits, or None, not <class 'fl",
+        ),
         (nn.Linear(2, 2).parameters, {}, r"explain takes a model, an instance of nn.Module .*, not a generator$"),
         (nn.Linear(2, 2).state_dict, {}, r"explain takes a model, an instance of nn.Module .*, not a OrderedDict$"),
         (lambda: None, {}, r"explain takes a model, an instance of nn.Module .*, not a NoneType$"),

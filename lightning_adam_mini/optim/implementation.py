@@ -1,0 +1,163 @@
+"""Which code takes the step: the reference, lists of tensors, or kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_adam_mini.optim import foreach, update
+from lightning_adam_mini.optim.cut_tensor import CutTensor
+
+if TYPE_CHECKING:
+    from lightning_adam_mini.optim.kernels.group import GroupPlan
+
+__all__ = ["Implementation", "Stepper"]
+
+Implementation = Literal["reference", "foreach", "fused"]
+
+_KERNEL_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
+
+
+class Stepper:
+    """Takes the steps of parameter groups by one implementation, or by the best that runs where the tensors are.
+
+    Where nothing is asked for, that is the C kernel on the CPU if there is a compiler, and `foreach` elsewhere. The
+    Triton kernels run where they are asked for.
+
+    Args:
+        requested: What the user asks for; None to choose.
+
+    Raises:
+        ValueError: There is no such implementation.
+    """
+
+    def __init__(self, requested: Implementation | None) -> None:
+        if requested is not None and requested not in get_args(Implementation):
+            names = ", ".join(map(repr, get_args(Implementation)))
+            raise ValueError(f"implementation must be {names} or None, not {requested!r}")
+        self.requested = requested
+        self._plans: dict[int, GroupPlan] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles make plans of their own."""
+        return {"requested": self.requested, "_plans": {}}
+
+    def check(self, parameters: Iterable[Tensor], *, capturable: bool) -> None:
+        """Check that the implementation that was asked for can take the steps of these parameters.
+
+        Args:
+            parameters: Parameters of a group.
+            capturable: Whether CUDA graphs capture the steps.
+
+        Raises:
+            ValueError: It cannot, with the reason and what runs instead.
+        """
+        if capturable and self.requested == "foreach":
+            raise ValueError("capturable needs implementation='reference', 'fused' or None")
+        if self.requested != "fused":
+            return
+        for device, dtype in sorted({(p.device, p.dtype) for p in parameters}, key=str):
+            if reason := _refusal(device, dtype, capturable=capturable):
+                instead = self._best(device, dtype, capturable=capturable)
+                raise ValueError(
+                    f"implementation='fused' cannot run here: {reason}. Leave it out, and {instead!r} runs instead"
+                )
+
+    def on(self, parameter: Tensor, *, capturable: bool) -> Implementation:
+        """What takes the steps of a parameter where it is now."""
+        return self.requested or self._best(parameter.device, parameter.dtype, capturable=capturable)
+
+    def repeat(self, number: int, group: Mapping[str, Any], state: Mapping[Tensor, Mapping[str, Tensor]]) -> bool:
+        """Take a group's step as the last one was taken; False, and nothing is done, where it has to be looked at anew.
+
+        Args:
+            number: Of the group.
+            group: Its parameters and options.
+            state: State of the optimizer.
+        """
+        plan = self._plans.get(number)
+        return plan is not None and not group["capturable"] and plan.step(group["params"], state, **_options(group))
+
+    def take(
+        self,
+        tensors: Sequence[CutTensor],
+        group: Mapping[str, Any],
+        *,
+        number: int | None = None,
+        state: Mapping[Tensor, Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        """Take a step of some of a group's parameters, which have gradients.
+
+        Args:
+            tensors: The parameters.
+            group: Options of the group.
+            number: Of the group, if `tensors` are all of it: then `repeat` may take its next step.
+            state: State of the optimizer, in that case.
+        """
+        capturable = group["capturable"]
+        by_device: dict[tuple[str, Implementation], list[CutTensor]] = {}
+        for tensor in tensors:
+            how = self.on(tensor.param, capturable=capturable)
+            by_device.setdefault((tensor.param.device.type, how), []).append(tensor)
+        for (device_type, how), here in by_device.items():
+            _update(here, group, how, device_type)
+        if number is None:
+            return
+        self._plans.pop(number, None)
+        if by_device.keys() == {("cpu", "fused")} and not capturable:
+            from lightning_adam_mini.optim.kernels.group import GroupPlan
+
+            assert state is not None
+            plan = GroupPlan.of(group["params"], state, tensors)
+            if plan is not None:
+                self._plans[number] = plan
+
+    def _best(self, device: torch.device, dtype: torch.dtype, *, capturable: bool) -> Implementation:
+        if capturable:
+            return "reference"
+        return "fused" if device.type == "cpu" and _refusal(device, dtype, capturable=False) is None else "foreach"
+
+
+def _refusal(device: torch.device, dtype: torch.dtype, *, capturable: bool) -> str | None:
+    """Why kernels cannot update tensors on a device; None if they can."""
+    if device.type == "meta":  # moved before the first step
+        return None
+    if device.type not in _KERNEL_DTYPES:
+        return f"there are kernels for the CPU and for CUDA, not for {device.type}"
+    if dtype not in _KERNEL_DTYPES[device.type]:
+        return f"the kernels do not take {dtype}"
+    if device.type == "cpu":
+        if capturable:
+            return "capturable is for CUDA devices"
+        from lightning_adam_mini.optim.kernels import cpu
+
+        return cpu.unavailable()
+    from lightning_adam_mini.optim.kernels import gpu
+
+    return gpu.unavailable(device)
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    beta1, beta2 = group["betas"]
+    options = {name: group[name] for name in ("eps", "weight_decay", "maximize")}
+    return {"lr": group["lr"] if group["capturable"] else float(group["lr"]), "beta1": beta1, "beta2": beta2, **options}
+
+
+def _update(tensors: Sequence[CutTensor], group: Mapping[str, Any], how: Implementation, device_type: str) -> None:
+    options, capturable = _options(group), group["capturable"]
+    if how == "fused" and device_type == "cuda":
+        from lightning_adam_mini.optim.kernels import gpu
+
+        gpu.update_(tensors, capturable=capturable, **options)
+    elif how == "fused" and device_type == "cpu" and not capturable:
+        from lightning_adam_mini.optim.kernels import cpu
+
+        cpu.update_(tensors, **options)
+    elif how == "reference" or capturable:
+        for tensor in tensors:
+            update.update_(tensor, capturable=capturable, **options)
+    else:
+        foreach.update_(tensors, **options)

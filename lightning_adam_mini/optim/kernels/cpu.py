@@ -1,0 +1,193 @@
+"""The update on CPU tensors by the C kernel: one call for a list of parameters.
+
+It takes whatever dense tensors of float32 or bfloat16 the four sizes of a `Layout` describe; all others go through
+`foreach`. Where sums of squares come from other ranks, or a parameter is in rectangles, second moments
+and denominators are torch's, which are small, and the kernel does the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_adam_mini.blocks import Blocks, Kind
+from lightning_adam_mini.optim import foreach, update
+from lightning_adam_mini.optim.cut_tensor import CutTensor
+from lightning_adam_mini.optim.kernels.build import library, unavailable
+from lightning_adam_mini.optim.kernels.layout import Layout, box_layout, is_same_layout, layout
+from lightning_adam_mini.optim.kernels.plan import Entry, Mode, Plan, Spans
+from lightning_adam_mini.optim.shards import Box
+
+__all__ = ["laid_out_as", "square_sums", "supports", "unavailable", "update_", "whole_entry"]
+
+_DTYPES = (torch.float32, torch.bfloat16)
+_Shape = tuple[int, ...]
+
+
+def update_(
+    tensors: Sequence[CutTensor],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+) -> None:
+    """One step of Adam-mini on many tensors, in place.
+
+    Args:
+        tensors: Parameters with their gradients, blocks and states.
+        lr: Learning rate of this step.
+        beta1: Decay rate of the first moment.
+        beta2: Decay rate of the second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled weight decay coefficient.
+        maximize: Ascend instead of descend.
+    """
+    options: dict[str, Any] = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+    entries: list[Entry] = []
+    others: list[CutTensor] = []
+    for tensor in tensors:
+        if supports(tensor) is not None:
+            others.append(tensor)
+        elif tensor.is_whole and tensor.square_sums is None:
+            entries.append(whole_entry(tensor))
+        else:
+            entries += _sharded_entries(tensor, beta2=beta2, eps=eps)
+    if entries:
+        Plan(entries).step(maximize=maximize, **options)
+    foreach.update_(others, maximize=maximize, **options)
+
+
+def supports(tensor: CutTensor) -> str | None:
+    """Why the kernel cannot take a tensor; None if it can."""
+    param, grad, kind = tensor.param, tensor.grad, tensor.blocks.kind
+    if not param.is_cpu or grad is None:
+        return "it is not on the CPU, or has no gradient"
+    if library() is None:
+        return unavailable()
+    if not tensor.is_plain:
+        return "a first moment in 8 bits, or stochastic rounding"
+    if param.dtype not in _DTYPES or grad.dtype != param.dtype or tensor.exp_avg.dtype not in _DTYPES:
+        return "dtypes other than float32 and bfloat16, or a gradient of another dtype than its parameter"
+    if any(moment.dtype != torch.float32 or not moment.is_contiguous() for moment in tensor.moments):
+        return "second moments that are not contiguous float32"
+    if tensor.step.dtype != torch.float32 or not tensor.step.is_cpu:
+        return "a step that is not float32 on the CPU"
+    if not is_same_layout(param, tensor.exp_avg):
+        return "a first moment that lies in memory in another order than the parameter"
+    if any(t.data_ptr() % t.element_size() for t in (param, tensor.exp_avg, *tensor.moments, tensor.step)):
+        return "addresses between two elements"
+    if tensor.is_whole and tensor.square_sums is None:
+        return None if _whole_piece(*_memory(tensor)) else "axes in an order that four sizes do not describe"
+    if kind is not Kind.MEAN:
+        return "sums or rectangles of a cut other than by blocks"
+    return None if _pieces(tensor) is not None else "rectangles that do not lie densely in memory"
+
+
+def square_sums(tensor: CutTensor) -> tuple[Tensor, ...] | None:
+    """What `tensor.local_square_sums()` returns, by the kernel; None where it cannot, or where it is not quicker."""
+    if tensor.blocks.kind is not Kind.MEAN or supports(tensor) is not None:
+        return None
+    pieces = _pieces(tensor)
+    assert pieces is not None
+    sums = torch.zeros(len(pieces), tensor.moments[0].numel())  # a line each: the kernel writes, it does not add
+    entries = [_entry(tensor, Mode.SUM, piece, (line,), box) for (piece, box), line in zip(pieces, sums, strict=True)]
+    if entries:
+        Plan(entries).step()
+    return (sums.sum(0).view_as(tensor.moments[0]),)
+
+
+def whole_entry(tensor: CutTensor) -> Entry:
+    """A tensor that the kernel supports, whole on this rank, as the kernel sees it."""
+    piece = _whole_piece(*_memory(tensor))
+    assert piece is not None
+    return _entry(tensor, _MODES[tensor.blocks.kind], piece, tensor.moments)
+
+
+def _sharded_entries(tensor: CutTensor, *, beta2: float, eps: float) -> list[Entry]:
+    """A tensor whose second moments and denominators are made here, from sums of all ranks or of several rectangles."""
+    tensor.step.add_(1)
+    if tensor.square_sums is None and (sums := square_sums(tensor)) is not None:
+        tensor.square_sums = sums
+    update.accumulate_(tensor, beta2)
+    root = (1 - beta2 ** tensor.step.item()) ** 0.5
+    denominators = tensor.moments[0].sqrt().div_(root).add_(eps)
+    return [_entry(tensor, Mode.DENOMINATOR, piece, (denominators,), box) for piece, box in _pieces(tensor) or ()]
+
+
+_MODES = {Kind.MEAN: Mode.MEAN, Kind.ELEMENT: Mode.ELEMENT, Kind.ROW_COLUMN: Mode.RANK_ONE}
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Where the blocks of a dense tensor, or of a rectangle of one, lie: `Entry`'s sizes and spans."""
+
+    sizes: tuple[int, int, int, int]
+    spans: Spans | None
+
+
+def _entry(tensor: CutTensor, mode: Mode, piece: _Piece, moments: tuple[Tensor, ...], box: Box | None = None) -> Entry:
+    assert tensor.grad is not None
+    param, grad, exp_avg = tensor.param, laid_out_as(tensor.param, tensor.grad), tensor.exp_avg
+    if box is not None:
+        param, grad, exp_avg = box.view(param), box.view(grad), box.view(exp_avg)
+    return Entry(mode, piece.sizes, piece.spans, param, grad, exp_avg, moments, tensor.step)
+
+
+def laid_out_as(param: Tensor, grad: Tensor) -> Tensor:
+    """A gradient that lies in memory as its parameter does: itself, or a copy."""
+    if is_same_layout(param, grad) and grad.data_ptr() % grad.element_size() == 0:
+        return grad
+    return torch.empty_strided(param.shape, param.stride(), dtype=grad.dtype).copy_(grad)
+
+
+def _memory(tensor: CutTensor) -> tuple[Blocks, _Shape, _Shape]:
+    return tensor.blocks, tuple(tensor.param.shape), tensor.param.stride()
+
+
+def _pieces(tensor: CutTensor) -> list[tuple[_Piece, Box | None]] | None:
+    """The tensor, or its rectangles, of a cut by blocks; None where one is not dense."""
+    boxes = tensor.shard.boxes
+    if boxes is None:
+        piece = _whole_piece(*_memory(tensor))
+        return None if piece is None else [(piece, None)]
+    pieces = _box_pieces(boxes, *_memory(tensor))
+    return None if pieces is None else list(zip(pieces, boxes, strict=True))
+
+
+@lru_cache(maxsize=4096)
+def _whole_piece(blocks: Blocks, shape: _Shape, stride: _Shape) -> _Piece | None:
+    found = layout(blocks, torch.empty_strided(shape, stride, device="meta"))
+    if found is None:
+        return None
+    if blocks.kind is Kind.ELEMENT:
+        return _Piece(found.sizes, None)
+    if blocks.kind is Kind.MEAN:
+        return _Piece(found.sizes, Spans.of_layout(found, blocks.num_values))
+    sizes = _rank_one_sizes(blocks, found)
+    return None if sizes is None else _Piece(sizes, Spans.of_segments(blocks))
+
+
+def _rank_one_sizes(blocks: Blocks, found: Layout) -> tuple[int, int, int, int] | None:
+    """Sizes with all batches first; None where rows and columns are not those of a matrix in memory for each batch."""
+    batches = math.prod(blocks.shape[axis] for axis in blocks.batch_axes)
+    _, outer, rows, inner = found.sizes
+    axes = [axis for axis in found.order if blocks.shape[axis] > 1]
+    if axes != sorted(axes) or (outer > 1 and (inner > 1 or found.sizes[0] != batches)):
+        return None
+    return (batches, outer, rows if outer > 1 else rows // max(batches, 1), inner)
+
+
+@lru_cache(maxsize=4096)
+def _box_pieces(boxes: tuple[Box, ...], blocks: Blocks, shape: _Shape, stride: _Shape) -> list[_Piece] | None:
+    local = torch.empty_strided(shape, stride, device="meta")
+    found = [box_layout(blocks, box, local) for box in boxes]
+    return [_Piece(f.sizes, Spans.of_layout(f, blocks.num_values)) for f in found if f] if all(found) else None

@@ -1,0 +1,142 @@
+"""Where the blocks of a tensor lie in memory, in four sizes and one number a row.
+
+Whatever the dimensions of a dense tensor and their order in memory, its blocks are those of a contiguous array of shape
+`(A, C1, R, C2)`: rows, numbered by `(A, R)`, belong to blocks, and `C1` and `C2` are reduced. A linear layer's weight
+has `(1, 1, R, C2)`, one that is stored transposed `(1, C1, R, 1)`, and a convolution in the order of channels last
+`(1, 1, R, C2)` too.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_adam_mini.blocks import Blocks, Kind
+from lightning_adam_mini.optim.shards import Box
+
+__all__ = ["Layout", "box_layout", "is_same_layout", "layout"]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The blocks of a dense tensor in the order of its memory.
+
+    Args:
+        sizes: `(A, C1, R, C2)`, the memory as a contiguous array; `A` is 1 where `C1` is.
+        order: Axes of the tensor from the outermost in memory to the innermost.
+        block_of_row: For each of the `A * R` rows the number of its block in the flattened second moment (int64, on the
+            CPU); None where row `i` is block `i`.
+    """
+
+    sizes: tuple[int, int, int, int]
+    order: tuple[int, ...]
+    block_of_row: Tensor | None
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows, `A * R`."""
+        return self.sizes[0] * self.sizes[2]
+
+    @property
+    def row_length(self) -> int:
+        """Elements of one row, `C1 * C2`."""
+        return self.sizes[1] * self.sizes[3]
+
+    @property
+    def has_contiguous_rows(self) -> bool:
+        """Whether each row is a contiguous run of elements."""
+        return self.sizes[1] == 1
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether every element is a block of its own, in the order of memory."""
+        numbers = self.block_of_row
+        return self.row_length == 1 and (numbers is None or torch.equal(numbers, torch.arange(len(numbers))))
+
+    def runs(self) -> Tensor:
+        """Runs of consecutive rows of one block, in the order of memory.
+
+        Returns:
+            An int64 tensor of shape (runs, 3): the first row, the number of rows, the number of the block. A block
+            whose rows lie apart has several runs.
+        """
+        rows = torch.arange(self.num_rows)
+        numbers = rows if self.block_of_row is None else self.block_of_row
+        if not len(numbers):
+            return torch.empty(0, 3, dtype=torch.int64)
+        starts = torch.cat([rows[:1], torch.nonzero(numbers.diff()).flatten() + 1])
+        lengths = torch.cat([starts, torch.tensor([len(numbers)])]).diff()
+        return torch.stack([starts, lengths, numbers[starts]], 1)
+
+    @property
+    def rows_of_block(self) -> Tensor | None:
+        """The rows of each block, by its number: (blocks, 2), the first row and how many; None where rows lie apart."""
+        runs = self.runs()
+        runs = runs[runs[:, 2].argsort()]
+        if not torch.equal(runs[:, 2], torch.arange(len(runs))):
+            return None
+        return runs[:, :2]
+
+
+def layout(blocks: Blocks, tensor: Tensor) -> Layout | None:
+    """The layout of a tensor's blocks; None where four sizes cannot express it.
+
+    Args:
+        blocks: How the tensor is cut. Rows of a rank-one cut are numbered as in `exp_avg_sq_row`.
+        tensor: The tensor. Along reduced axes it may be smaller than the shape of `blocks`, as a shard is.
+    """
+    if blocks.kind is Kind.ELEMENT:
+        return Layout((1, 1, tensor.numel(), 1), tuple(range(tensor.dim())), None) if tensor.is_contiguous() else None
+    return _layout(_numbers(blocks), tensor)
+
+
+def box_layout(blocks: Blocks, box: Box, local: Tensor) -> Layout | None:
+    """The layout of one rectangle of a local tensor, with the block numbers of the frame; None as for `layout`.
+
+    Args:
+        blocks: The frame that the rectangle lies in, not cut by elements.
+        box: The rectangle.
+        local: The local tensor.
+    """
+    return _layout(box.within(_numbers(blocks)), box.view(local))
+
+
+def is_same_layout(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors of one shape lie in memory alike."""
+    return first.shape == second.shape and (
+        first.stride() == second.stride()
+        or all(a == b or size == 1 for a, b, size in zip(first.stride(), second.stride(), first.shape, strict=True))
+    )
+
+
+def _numbers(blocks: Blocks) -> Tensor:
+    """The number of each row's block, of size 1 on reduced axes."""
+    if blocks.kind is Kind.ROW_COLUMN:
+        return torch.arange(math.prod(blocks.row_shape)).view(blocks.row_shape)
+    shape = blocks.state_shapes["exp_avg_sq"]
+    return blocks.expand_rows(torch.arange(math.prod(shape)).view(shape))
+
+
+def _layout(numbers: Tensor, tensor: Tensor) -> Layout | None:
+    strides, shape = tensor.stride(), tensor.shape
+    order = tuple(sorted(range(tensor.dim()), key=lambda axis: -strides[axis]))
+    if not tensor.numel():
+        return Layout((1, 1, 0, 0), order, numbers.new_empty(0))
+    sizes, slot, pitch = [1, 1, 1, 1], 0, tensor.numel()
+    for axis in order:
+        if shape[axis] == 1:
+            continue
+        pitch //= shape[axis]
+        if strides[axis] != pitch:
+            return None  # gaps, or elements that lie on each other
+        slot += slot % 2 == (numbers.shape[axis] > 1)  # rows have the slots 0 and 2, reduced axes 1 and 3
+        if slot > 3:
+            return None
+        sizes[slot] *= shape[axis]
+    if slot <= 1:
+        sizes = [1, 1, *sizes[:2]]
+    rows = numbers.permute(order).flatten() if tensor.dim() else numbers.flatten()
+    return Layout((sizes[0], sizes[1], sizes[2], sizes[3]), order, rows)

@@ -1,0 +1,183 @@
+"""What one call of the C kernel needs to know of a list of tensors, in the words of its `Tensor` struct.
+
+All that does not move from step to step is looked up once. A step then costs a list of addresses and one call, so that
+networks of small layers are quick too.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from lightning_adam_mini.blocks import Blocks
+from lightning_adam_mini.optim.kernels.build import library
+from lightning_adam_mini.optim.kernels.layout import Layout
+
+__all__ = ["Entry", "Mode", "Plan", "Spans"]
+
+_NUM_WORDS, _GRAD = 17, 1
+
+
+class Mode(IntEnum):
+    """What the kernel does with a tensor; the numbers of its source."""
+
+    MEAN = 0
+    ELEMENT = 1
+    RANK_ONE = 2
+    DENOMINATOR = 3
+    SUM = 4
+
+
+class Spans:
+    """Rows of consecutive blocks of one size, as the kernel reads them.
+
+    Args:
+        lines: First row, rows of a block, number of blocks and number of the first one, for each span.
+        num_blocks: Number of all blocks.
+        in_pieces: Whether a block has rows in more than one place.
+    """
+
+    def __init__(self, lines: Iterable[Sequence[int]], *, num_blocks: int, in_pieces: bool = False) -> None:
+        self.table = array("q", [number for line in lines for number in line])
+        self.words = (self.table.buffer_info()[0], len(self.table) // 4, num_blocks, int(in_pieces))
+
+    @classmethod
+    def of_layout(cls, layout: Layout, num_blocks: int) -> Spans:
+        """The blocks of a layout; a span ends where its batch does."""
+        runs = layout.runs()
+        if not len(runs):
+            return cls((), num_blocks=num_blocks)
+        first, length, block = runs.unbind(1)
+        is_new = (length.diff() != 0) | (block.diff() != 1) | (first[1:] % layout.sizes[2] == 0)
+        begin = torch.cat([torch.zeros(1, dtype=torch.int64), torch.nonzero(is_new).flatten() + 1])
+        count = torch.cat([begin, torch.tensor([len(runs)])]).diff()
+        lines = torch.stack([first[begin], length[begin], count, block[begin]], 1).tolist()
+        return cls(lines, num_blocks=num_blocks, in_pieces=len(runs) > len(block.unique()))
+
+    @classmethod
+    def of_segments(cls, blocks: Blocks) -> Spans:
+        """The segments of a rank-one cut, in the rows of one batch."""
+        lines, start = [], 0
+        for _ in range(blocks.repeats):
+            for number, segment in enumerate(blocks.segments):
+                lines.append((start, segment.length, 1, number))
+                start += segment.length
+        return cls(lines, num_blocks=len(blocks.segments))
+
+
+@dataclass
+class Entry:
+    """One tensor as the kernel sees it; its parameter, gradient and first moment lie in memory alike.
+
+    Args:
+        mode: What to do with it.
+        sizes: `(A, C1, R, C2)`, as in `Layout`.
+        spans: Its blocks; None for elements.
+        param: The parameter.
+        grad: Its gradient.
+        exp_avg: First moment.
+        moments: What the mode reads and writes: two tensors for `Mode.RANK_ONE`, else one.
+        step: Steps taken.
+    """
+
+    mode: Mode
+    sizes: tuple[int, int, int, int]
+    spans: Spans | None
+    param: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    moments: tuple[Tensor, ...]
+    step: Tensor
+
+    def words(self) -> list[int]:
+        """The struct."""
+        tensors = (self.param, self.grad, self.exp_avg, self.moments[0], self.moments[-1], self.step)
+        return [
+            *(tensor.data_ptr() for tensor in tensors),
+            self.mode,
+            self.param.dtype == torch.bfloat16,
+            self.exp_avg.dtype == torch.bfloat16,
+            *self.sizes,
+            *(self.spans.words if self.spans else (0, 0, 0, 0)),
+        ]
+
+
+class Plan:
+    """Tensors that take their steps in one call.
+
+    Args:
+        entries: The tensors, with the gradients of the first step.
+    """
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self.entries = entries
+        self._words = array("q", [word for entry in entries for word in entry.words()])
+        self._params = [entry.param for entry in entries if entry.mode is not Mode.SUM]
+        self._fixed = [t for entry in entries for t in (entry.param, entry.exp_avg, *entry.moments, entry.step)]
+        self._addresses = self._find()
+
+    def is_in_place(self) -> bool:
+        """Whether parameters and states lie where they lay when the plan was made."""
+        return self._find() == self._addresses
+
+    def step(
+        self,
+        grads: Sequence[Tensor] | None = None,
+        *,
+        lr: float = 0.0,
+        beta1: float = 0.0,
+        beta2: float = 0.0,
+        eps: float = 0.0,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+    ) -> None:
+        """Do what the entries' modes say.
+
+        Args:
+            grads: Gradients of this step, laid out as those of the entries, if they are others.
+            lr: Learning rate of this step.
+            beta1: Decay rate of the first moment.
+            beta2: Decay rate of the second moment.
+            eps: Added to the root of the second moment.
+            weight_decay: Decoupled weight decay coefficient.
+            maximize: Ascend instead of descend.
+
+        Raises:
+            MemoryError: There is no room for partial sums; nothing has changed.
+        """
+        if grads is not None:
+            self._words[_GRAD::_NUM_WORDS] = array("q", [grad.data_ptr() for grad in grads])
+        kernel = library()
+        assert kernel is not None
+        address, threads = self._words.buffer_info()[0], _num_threads()
+        if kernel.adam_mini_step(address, len(self.entries), lr, beta1, beta2, eps, weight_decay, maximize, threads):
+            raise MemoryError("AdamMini's kernel has no memory for its partial sums: use a smaller batch or model")
+        torch.autograd.graph.increment_version(self._params)  # as torch's own in-place operations do
+
+    def _find(self) -> list[int]:
+        return [tensor.data_ptr() for tensor in self._fixed]
+
+
+_threads_of = {"parent": 1, "process": 1}
+"""The most threads that a call has taken: in a process that this one was forked from, and in this one."""
+
+
+def _num_threads() -> int:
+    """As many as torch takes; one after a fork of a process whose threads have run, since they are gone here."""
+    threads = 1 if _threads_of["parent"] > 1 else torch.get_num_threads()
+    _threads_of["process"] = max(_threads_of["process"], threads)
+    return threads
+
+
+def _after_fork() -> None:
+    _threads_of["parent"] = max(_threads_of.values())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
