@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from lightning_adam_mini import factory
 from lightning_adam_mini.factory import OptimizerFactory
+from lightning_adam_mini.optim import AdamMini
 from lightning_adam_mini.schedule import Schedule
 
 from .headline import Headline
@@ -152,6 +153,8 @@ class Task(LightningModule):
         # The first FSDP flattens parameters, and its wrapper alone knows which elements are whose.
         is_flattened = isinstance(self.trainer.strategy, FSDPStrategy)
         optimizer = self.optimizer_factory.build(cast("nn.Module", self.trainer.model) if is_flattened else self)
+        if isinstance(optimizer, AdamMini):
+            _say("AdamMini's steps: %s", optimizer.implementation)
         scheduler = self.schedule.build(optimizer, int(total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from lightning_adam_mini.cli.bench.models import give_memory
 from lightning_adam_mini.measure.allocations import peak_extra_bytes
 from lightning_adam_mini.measure.live_memory import LiveMemory, activation_peak
+from ranks import in_a_child
 
 CPU = torch.device("cpu")
 BATCH, TOKENS = 3, 128
@@ -57,6 +58,7 @@ def prepared(build, *, checkpointing, fake):
 @pytest.mark.parametrize("mixed", [False, True], ids=["float32", "mixed"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("build", [llama, gpt2])
+@in_a_child
 def test_predicted_is_what_torch_allocates(build, checkpointing, mixed):
     """Within -3 and +8 %: what a kernel allocates within is not seen, and the loss has a temporary more when fake."""
     with FakeTensorMode():
