@@ -43,11 +43,16 @@ LAUNCHED = ("GROUP_RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK
 
 
 @pytest.fixture(autouse=True)
-def _no_rank_of_another_test():
-    """Lightning leaves in the environment which rank this process was, and a process started later waits for others."""
+def _no_rank_of_another_test(request):
+    """Lightning leaves in the environment which rank this process was, and a process started later waits for others.
+
+    It leaves its process group too, and a forked process could make none of its own.
+    """
     yield
     for name in LAUNCHED:
         os.environ.pop(name, None)
+    if torch.distributed.is_initialized() and "_one_process" not in request.fixturenames:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import os
 import traceback
 from datetime import timedelta
-from functools import wraps
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -36,38 +35,6 @@ def run_ranks(world, work, *arguments):
         assert not errors, "\n".join(errors)
         assert all(process.exitcode == 0 for process in processes), [process.exitcode for process in processes]
         return [torch.load(Path(folder, f"result-{rank}"), weights_only=False) for rank in range(world)]
-
-
-def in_a_child(test):
-    """A test that runs in a forked process: for what leaves threads behind, after which no fork can train or trace.
-
-    A backward pass of fake tensors leaves autograd's, and torch's profiler its own.
-    """
-
-    @wraps(test)
-    def run(*arguments, **options):
-        with TemporaryDirectory() as folder:
-            error = Path(folder, "error")
-            process = mp.get_context("fork").Process(target=_child, args=(error, test, arguments, options))
-            process.start()
-            process.join(2 * TIMEOUT_SECONDS)
-            if process.is_alive():
-                process.kill()
-                process.join()
-            assert process.exitcode == 0, error.read_text() if error.exists() else f"exit code {process.exitcode}"
-
-    return run
-
-
-def _child(error, test, arguments, options):
-    status = 1
-    try:
-        test(*arguments, **options)
-        status = 0
-    except BaseException:  # noqa: BLE001 - told by the parent
-        error.write_text(traceback.format_exc())
-    finally:
-        os._exit(status)  # pytest's own exit hooks belong to the parent
 
 
 def _rank(rank, world, folder, work, arguments):

@@ -12,9 +12,9 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("lightning")
 
+from apart import apart, assert_passes_apart
 from lightning_adam_mini.cli.bench import steps
 from lightning_adam_mini.cli.main import main
-from ranks import in_a_child
 from tiny_runs import error_line
 
 COMMAND, VALUE = 2, 1  # exit codes: what is wrong
@@ -35,8 +35,6 @@ OURS = ("adam-mini-reference", "adam-mini-foreach")
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch, tmp_path):
     """Small probes of bandwidth, one thread, an own folder, and no network."""
-    torch = pytest.importorskip("torch")
-    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # which a forked process may not
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(steps, "COPY_BYTES", 1 << 16)
 
@@ -57,7 +55,7 @@ def row_of(result, label):
     return row
 
 
-@in_a_child
+@apart
 def test_steps_of_a_configuration(tmp_path, capsys):
     result = bench("--hf", CONFIG, "--rounds", 4, "--optimizers", "authors", *OURS, "adamw-foreach")
     assert result["rows"][0]["label"] == "adamw-fused"
@@ -79,7 +77,7 @@ def test_steps_of_a_configuration(tmp_path, capsys):
     assert (tmp_path / "out/bench.png").read_bytes().startswith(b"\x89PNG")
 
 
-@in_a_child
+@apart
 def test_partitions_dtype_and_the_seed():
     options = ("--partition", "transformer", "transformer_rank_one", "--dtype", "bfloat16", "--seed", 3)
     result = bench("--hf", CONFIG, "--rounds", 3, "--optimizers", "adam-mini-foreach", *options)
@@ -91,14 +89,14 @@ def test_partitions_dtype_and_the_seed():
 
 
 @pytest.mark.parametrize(("recipe", "package"), [("graph/gcn", "torch_geometric"), ("diffusion/digits", "diffusers")])
-@in_a_child
+@apart
 def test_recipes_of_other_tasks(recipe, package):
     pytest.importorskip(package)
     result = bench(recipe, "--rounds", 3, "--optimizers", "adam-mini-foreach")
     assert "reason" not in row_of(result, "adam-mini-foreach")
 
 
-@in_a_child
+@apart
 def test_throughput_of_a_configuration(capsys):
     result = bench("throughput", "--hf", CONFIG, "--memory", "5MB", name="throughput")
     adamw, ours = (row["predicted"] for row in result["rows"])
@@ -109,7 +107,7 @@ def test_throughput_of_a_configuration(capsys):
     assert "AdamMini" in capsys.readouterr().out
 
 
-@in_a_child
+@apart
 def test_throughput_over_ranks_and_in_other_precisions():
     def first(*options):
         result = bench("throughput", "--hf", CONFIG, "--memory", "5MB", *options, name="throughput")
@@ -125,14 +123,14 @@ def test_throughput_over_ranks_and_in_other_precisions():
     assert again < kept
 
 
-@in_a_child
+@apart
 def test_a_memory_that_not_even_one_sequence_fits(capsys):
     result = bench("throughput", "--hf", CONFIG, "--memory", "1MB", name="throughput")
     assert [row["predicted"]["batch"] for row in result["rows"]] == [0, 0]
     assert "AdamW: even one sequence needs" in capsys.readouterr().out
 
 
-@in_a_child
+@apart
 def test_a_recipe_says_how_it_is_trained():
     result = bench("throughput", "llm/llama_tiny", "--memory", "2GB", "--optimizers", "AdamMini", name="throughput")
     assert result["rows"][0]["predicted"]["batch"] > 0
@@ -140,7 +138,7 @@ def test_a_recipe_says_how_it_is_trained():
 
 
 @pytest.mark.slow
-@in_a_child
+@apart
 def test_measured_batches_fit(capsys):
     options = ("--memory", "150MB", "--measure", "--sequences", 8, "--optimizers", "AdamMini")
     result = bench("throughput", "--hf", json.dumps(TINY | {"hidden_size": 256}), *options, name="throughput")
@@ -178,7 +176,7 @@ def test_measured_batches_fit(capsys):
         (["throughput", "graph/gcn", "--memory", "1GB"], VALUE, "is no causal language model"),
     ],
 )
-@in_a_child
+@apart
 def test_what_is_wrong_in_one_line(arguments, code, told, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     if "graph/gcn" in arguments:
@@ -201,3 +199,8 @@ def test_threads_are_set_before_torch_is_loaded():
     result = json.loads(Path("out/bench.json").read_text("utf-8"))
     assert result["environment"] == {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
     assert result["threads"] == 2
+
+
+@pytest.mark.skipif(not apart.args[0], reason="this is the process")
+def test_in_a_process_of_its_own():
+    assert_passes_apart(__file__)

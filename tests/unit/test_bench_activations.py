@@ -12,10 +12,10 @@ pytest.importorskip("transformers")
 
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from apart import apart, assert_passes_apart
 from lightning_adam_mini.cli.bench.models import give_memory
 from lightning_adam_mini.measure.allocations import peak_extra_bytes
 from lightning_adam_mini.measure.live_memory import LiveMemory, activation_peak
-from ranks import in_a_child
 
 CPU = torch.device("cpu")
 BATCH, TOKENS = 3, 128
@@ -58,7 +58,7 @@ def prepared(build, *, checkpointing, fake):
 @pytest.mark.parametrize("mixed", [False, True], ids=["float32", "mixed"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("build", [llama, gpt2])
-@in_a_child
+@apart
 def test_predicted_is_what_torch_allocates(build, checkpointing, mixed):
     """Within -3 and +8 %: what a kernel allocates within is not seen, and the loss has a temporary more when fake."""
     with FakeTensorMode():
@@ -112,3 +112,8 @@ def test_views_and_released_tensors_count_once():
         for _ in pairwise(range(5)):
             tensor + 1
     assert memory.peak == 4000
+
+
+@pytest.mark.skipif(not apart.args[0], reason="this is the process")
+def test_in_a_process_of_its_own():
+    assert_passes_apart(__file__)
