@@ -174,7 +174,7 @@ class AdamMini(Optimizer):
     @property
     def implementation(self) -> Implementation:
         """What takes the steps: of the first parameter, where several devices differ."""
-        group = self.param_groups[0]
+        group = next(group for group in self.param_groups if group["params"])
         return self._stepper.on(group["params"][0], capturable=group["capturable"])
 
     @property
