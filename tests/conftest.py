@@ -64,3 +64,8 @@ def tolerances():
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+    if hasattr(item, "callspec") and item.callspec.params.get("implementation") == "fused":
+        from lightning_adam_mini.optim.kernels import cpu
+
+        if reason := cpu.unavailable():
+            pytest.skip(reason)

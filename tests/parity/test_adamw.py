@@ -10,6 +10,7 @@ from torch.optim import lr_scheduler
 import tiny_models
 from lightning_adam_mini import AdamMini
 from lightning_adam_mini.optim.implementation import Implementation
+from lightning_adam_mini.optim.kernels import cpu
 
 IMPLEMENTATIONS = get_args(Implementation)
 SAME_OPERATIONS = ("reference", "foreach")
@@ -58,6 +59,7 @@ def assert_same(first, second, **tolerance):
         torch.testing.assert_close(a, b, **options, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 @pytest.mark.parametrize("schedule", SCHEDULERS)
 def test_the_kernels_equal_adamw_to_the_common_table(schedule, tolerances):
     ours, torchs = twins()
