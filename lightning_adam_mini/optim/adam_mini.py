@@ -208,13 +208,7 @@ class AdamMini(Optimizer):
         self._stepper.check(group["params"], capturable={**self.defaults, **group}["capturable"])
         for parameter in group["params"]:
             check_parameter(self._cut(parameter).name, parameter)
-            check_format(
-                self._cut(parameter).name,
-                parameter,
-                self._cut(parameter).blocks.shape,
-                exp_avg_dtype=self.exp_avg_dtype,
-                stochastic_rounding=self.stochastic_rounding,
-            )
+            self._check_format(parameter)
         group["partition"] = self._signatures(group["params"])
         super().add_param_group(group)
         for parameter in self.param_groups[-1]["params"]:
@@ -396,6 +390,17 @@ class AdamMini(Optimizer):
             capturable=capturable,
         )
 
+    def _check_format(self, parameter: Tensor) -> None:
+        """Raise where a parameter does not go with the formats that are asked for."""
+        cut = self._cut(parameter)
+        check_format(
+            cut.name,
+            parameter,
+            cut.blocks.shape,
+            exp_avg_dtype=self.exp_avg_dtype,
+            stochastic_rounding=self.stochastic_rounding,
+        )
+
     def _cut_tensor(self, parameter: Tensor, group: Mapping[str, Any]) -> CutTensor:
         """A parameter with its gradient and state; the state follows a parameter that changed its device or dtype."""
         cut = self._cut(parameter)
@@ -405,13 +410,7 @@ class AdamMini(Optimizer):
             grad = local(laid_out_as(parameter, grad))
         state = self.state[parameter]
         if not state or not fits_parameter(state, parameter, shape=cut.blocks.shape, exp_avg_dtype=self.exp_avg_dtype):
-            check_format(
-                cut.name,
-                parameter,
-                cut.blocks.shape,
-                exp_avg_dtype=self.exp_avg_dtype,
-                stochastic_rounding=self.stochastic_rounding,
-            )
+            self._check_format(parameter)
             self._init_state(parameter, capturable=group["capturable"])
             if state and not state["exp_avg"].is_meta:
                 restore_state(self.state[parameter], state)

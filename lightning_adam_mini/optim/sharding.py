@@ -33,6 +33,7 @@ __all__ = [
     "is_flattened",
     "laid_out_as",
     "local",
+    "local_positions",
     "place_moment",
     "shard_dtensor",
     "share_square_sums",
@@ -207,7 +208,16 @@ def _cut_down(blocks: Blocks, sizes: dict[int, int]) -> Blocks:
 
 
 def _runs(param: DTensor, axis: int) -> list[Run]:
-    """Runs of consecutive positions along `axis` that lie on this rank: (global start, local start, length).
+    """Runs of consecutive positions along `axis` that lie on this rank: (global start, local start, length)."""
+    here = local_positions(param, axis)
+    if not len(here):
+        return []
+    starts = [0, *(torch.nonzero(here.diff() != 1).flatten() + 1).tolist(), len(here)]
+    return [(int(here[begin]), begin, end - begin) for begin, end in pairwise(starts)]
+
+
+def local_positions(param: DTensor, axis: int) -> Tensor:
+    """Where each position of this rank's part along `axis` lies in the whole parameter (int64, on the CPU).
 
     The positions themselves are distributed as the parameter is, without communication, which is right for uneven and
     strided shards alike.
@@ -218,8 +228,4 @@ def _runs(param: DTensor, axis: int) -> list[Run]:
     positions = torch.arange(param.shape[axis], device=mesh.device_type)
     positions = positions.view([-1 if other == axis else 1 for other in range(param.dim())])
     placements = [p if _sharded_axis(p) == axis else Replicate() for p in param.placements]
-    here = distribute_tensor(positions, mesh, placements, src_data_rank=None).to_local().flatten().cpu()
-    if not len(here):
-        return []
-    starts = [0, *(torch.nonzero(here.diff() != 1).flatten() + 1).tolist(), len(here)]
-    return [(int(here[begin]), begin, end - begin) for begin, end in pairwise(starts)]
+    return distribute_tensor(positions, mesh, placements, src_data_rank=None).to_local().flatten().cpu()

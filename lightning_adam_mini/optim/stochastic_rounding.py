@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_adam_mini.optim.sharding import local_positions
 from lightning_adam_mini.optim.shards import Box
 
 if TYPE_CHECKING:
@@ -125,21 +126,8 @@ def round_to_bfloat16(numbers: Tensor, noise: Tensor) -> Tensor:
 
 
 def dtensor_positions(param: DTensor) -> tuple[Tensor, ...]:
-    """For each axis, where each position of this rank's part lies in the whole (int64, on the CPU).
-
-    Positions are distributed as the parameter is, without communication, which is right for uneven and strided shards
-    alike.
-    """
-    from torch.distributed.tensor import Replicate, distribute_tensor
-
-    mesh = param.device_mesh
-    found = []
-    for axis, size in enumerate(param.shape):
-        numbers = torch.arange(size, device=mesh.device_type).view([-1 if a == axis else 1 for a in range(param.dim())])
-        placements = [p if getattr(p, "dim", None) == axis else Replicate() for p in param.placements]
-        here = distribute_tensor(numbers, mesh, placements, src_data_rank=None).to_local()
-        found.append(here.flatten().cpu())
-    return tuple(found)
+    """For each axis, where each position of this rank's part lies in the whole (int64, on the CPU)."""
+    return tuple(local_positions(param, axis) for axis in range(param.dim()))
 
 
 def _mix(x: int | Tensor) -> int | Tensor:
