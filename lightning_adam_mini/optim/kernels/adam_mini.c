@@ -5,9 +5,10 @@
  *
  *   runs     C1 = 1, so a block is one contiguous run. Its squares are summed, then it is updated while it is in the
  *            cache: five streams of memory (read p, g, m; write p, m).
- *   columns  C1 > 1, as in a matrix stored as (in, out): a pass over g and m moves m and sums the squares down the
- *            columns, a second over m and p, from the last lines up, updates p. Both read whole lines: strips of
- *            columns, however small for a cache, break the streams that the memory is quick at.
+ *   columns  C1 > 1, as in a matrix stored as (in, out): a pass over g sums the squares down the columns, a second one
+ *            updates. Both read whole lines, in the order of the memory: strips of columns, however small for a cache,
+ *            break the streams that the memory is quick at. What g is small enough for the last cache is read from
+ *            there the second time.
  *   chunks   blocks that are large, or lie in several places: the same two passes over runs, with a sum a chunk.
  *
  * Every sum is taken over the same chunks in the same order whatever the number of threads, so results do not depend on
@@ -146,24 +147,26 @@ INLINE double sum_run_of(const void *restrict g, int64_t n, int p16) {
     return total;
 }
 
-/* sums[j] += sum over i of g[i][j]^2, for fewer than SUM_HEIGHT rows; four at a time, which spares trips to `sums`. */
+/* sums[j] += sum over i of g[i][j]^2, for a few thousand rows. Eight at a time: memory is quicker at many streams. */
 INLINE void sum_rows_of(const void *restrict g, int64_t stride, int64_t height, int64_t width, float *restrict sums,
                         int p16) {
     int64_t i = 0;
-    for (; i + 4 <= height; i += 4) {
-        const void *restrict a = at(g, i * stride, p16), *restrict b = at(g, (i + 1) * stride, p16);
-        const void *restrict c = at(g, (i + 2) * stride, p16), *restrict d = at(g, (i + 3) * stride, p16);
+    for (; i + 8 <= height; i += 8) {
+        const void *restrict rows = at(g, i * stride, p16);
 #pragma omp simd
         for (int64_t j = 0; j < width; j++) {
-            float x = load(a, j, p16), y = load(b, j, p16), z = load(c, j, p16), u = load(d, j, p16);
-            sums[j] += (x * x + y * y) + (z * z + u * u);
+            float a = load(rows, j, p16), b = load(rows, j + stride, p16), c = load(rows, j + 2 * stride, p16);
+            float d = load(rows, j + 3 * stride, p16), e = load(rows, j + 4 * stride, p16);
+            float f = load(rows, j + 5 * stride, p16), h = load(rows, j + 6 * stride, p16);
+            float k = load(rows, j + 7 * stride, p16);
+            sums[j] += ((a * a + b * b) + (c * c + d * d)) + ((e * e + f * f) + (h * h + k * k));
         }
     }
     for (; i < height; i++) {
-        const void *restrict a = at(g, i * stride, p16);
+        const void *restrict row = at(g, i * stride, p16);
 #pragma omp simd
         for (int64_t j = 0; j < width; j++) {
-            float x = load(a, j, p16);
+            float x = load(row, j, p16);
             sums[j] += x * x;
         }
     }
@@ -189,49 +192,6 @@ INLINE void update_columns_of(void *restrict p, const void *restrict g, void *re
         store(m, i, x, m16);
         store(p, i, load(p, i, p16) * decay - factors[i] * x, p16);
     }
-}
-
-/* The two passes: m and the sum of squares first, p once its factors are known. */
-INLINE double move_run_of(const void *restrict g, void *restrict m, int64_t n, const Work *w, int p16, int m16) {
-    float sign = w->sign, from_m = w->from_m, weight = w->weight;
-    double total = 0;
-    for (int64_t start = 0; start < n; start += SUM_LENGTH) {
-        int64_t end = MIN(start + SUM_LENGTH, n);
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t i = start; i < end; i++) {
-            float x = load(g, i, p16);
-            sum += x * x;
-            store(m, i, moved(load(m, i, m16), sign * x, from_m, weight), m16);
-        }
-        total += sum;
-    }
-    return total;
-}
-
-INLINE void move_line_of(const void *restrict g, void *restrict m, int64_t n, const Work *w, float *restrict sums,
-                         int p16, int m16) {
-    float sign = w->sign, from_m = w->from_m, weight = w->weight;
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) {
-        float x = load(g, i, p16);
-        sums[i] += x * x;
-        store(m, i, moved(load(m, i, m16), sign * x, from_m, weight), m16);
-    }
-}
-
-INLINE void apply_run_of(void *restrict p, const void *restrict m, int64_t n, const Work *w, float factor, int p16,
-                         int m16) {
-    float decay = w->decay;
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) store(p, i, load(p, i, p16) * decay - factor * load(m, i, m16), p16);
-}
-
-INLINE void apply_columns_of(void *restrict p, const void *restrict m, int64_t n, const Work *w,
-                             const float *restrict factors, int p16, int m16) {
-    float decay = w->decay;
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) store(p, i, load(p, i, p16) * decay - factors[i] * load(m, i, m16), p16);
 }
 
 INLINE void update_elements_of(void *restrict p, const void *restrict g, void *restrict m, float *restrict v, int64_t n,
@@ -294,34 +254,6 @@ static void update_columns(const Work *w, int64_t offset, int64_t n, const float
     BY_DTYPES(w->t, update_columns_of, p, g, m, n, w, factors);
 }
 
-static double move_run(const Work *w, int64_t offset, int64_t n) {
-    const Tensor *t = w->t;
-    const void *g = at(t->grad, offset, t->param_bf16);
-    void *m = at(t->exp_avg, offset, t->exp_avg_bf16);
-    double sum;
-    BY_DTYPES(t, sum = move_run_of, g, m, n, w);
-    return sum;
-}
-
-static void move_line(const Work *w, int64_t offset, int64_t n, float *sums) {
-    const Tensor *t = w->t;
-    const void *g = at(t->grad, offset, t->param_bf16);
-    void *m = at(t->exp_avg, offset, t->exp_avg_bf16);
-    BY_DTYPES(t, move_line_of, g, m, n, w, sums);
-}
-
-static void apply_run(const Work *w, int64_t offset, int64_t n, float factor) {
-    const Tensor *t = w->t;
-    void *p = at(t->param, offset, t->param_bf16), *m = at(t->exp_avg, offset, t->exp_avg_bf16);
-    BY_DTYPES(t, apply_run_of, p, m, n, w, factor);
-}
-
-static void apply_columns(const Work *w, int64_t offset, int64_t n, const float *factors) {
-    const Tensor *t = w->t;
-    void *p = at(t->param, offset, t->param_bf16), *m = at(t->exp_avg, offset, t->exp_avg_bf16);
-    BY_DTYPES(t, apply_columns_of, p, m, n, w, factors);
-}
-
 static void update_elements(const Work *w, int64_t offset, int64_t n) {
     POINTERS(w->t, offset);
     float *v = w->t->moment + offset;
@@ -364,9 +296,6 @@ static void do_blocks(const Work *w, const Task *task) {
         if (updates(w)) update_run(w, offset, task->length, factor);
     }
 }
-
-/* Whether the pass that sums moves m as well. */
-static int moves_first(const Work *w) { return updates(w) && !has_denominators(w); }
 
 /* `count` short blocks of `length` elements each, which follow each other. */
 static void do_pack(const Work *w, const Task *task) {
@@ -508,7 +437,7 @@ static void do_rank_one_update(const Work *w, const Task *task) {
     int64_t n = line_length(t), segments = t->num_blocks;
     const float *roots = w->factors + task->block * t->rows;
     const float *column_roots = w->factors + t->batches * t->rows + task->block * segments * t->outer * t->inner;
-    for (int64_t line = task->offset + task->count - 1; line >= task->offset; line--) {
+    for (int64_t line = task->offset; line < task->offset + task->count; line++) {
         int64_t offset = (task->block * num_lines(t) + line) * n;
         if (lines_are_rows(t)) {
             update_rank_one(w, offset, n, roots[line], column_roots + task->length * n);
@@ -556,11 +485,11 @@ static void *reserve(Plan *plan, int64_t count, size_t size) {
     return offset;
 }
 
-/* After the sums of a work: the updates that wait for them, last first. */
+/* After the sums of a work: the updates that wait for them. */
 static void add_updates(Plan *plan, Work *w, int kind) {
     int64_t first = w->first_task, count = plan->num_tasks - first;
     if (updates(w)) {
-        for (int64_t i = first + count - 1; i >= first && !plan->out_of_memory; i--) {
+        for (int64_t i = first; i < first + count && !plan->out_of_memory; i++) {
             Task task = plan->tasks[i];
             add_task(plan, kind, task.offset, task.length, task.count, task.block);
         }
@@ -596,7 +525,7 @@ static void plan_chunks(Plan *plan, const Tensor *t) {
 
 static void plan_lines(Plan *plan, const Tensor *t) {
     int64_t width = columns_of(t), batch = t->outer * width;
-    int64_t height = MAX(MAX(1, TASK_LENGTH / width), (t->outer + COLUMN_SUMS - 1) / COLUMN_SUMS);
+    int64_t height = (MAX(TASK_LENGTH / width, (t->outer + COLUMN_SUMS - 1) / COLUMN_SUMS) + 7) / 8 * 8;
     const Span *span = t->spans;
     for (int64_t a = 0; a < t->batches; a++) {
         Work *w = add_work(plan, t);
@@ -654,17 +583,6 @@ static void plan_tensor(Plan *plan, const Tensor *t) {
 
 /* Threads. */
 
-/* With the first moments, if there is more to do than to sum. */
-static void do_lines_sum(const Work *w, const Task *task, int64_t number) {
-    float *sums = w->columns + number * task->length;
-    memset(sums, 0, task->length * sizeof(float));
-    if (!moves_first(w)) {
-        sum_rows(w->t, task->offset, task->length, task->count, task->length, sums);
-        return;
-    }
-    for (int64_t i = 0; i < task->count; i++) move_line(w, task->offset + i * task->length, task->length, sums);
-}
-
 static void do_sum(Plan *plan, Work *w, const Task *task) {
     const Task *tasks = plan->tasks + w->first_task;
     int64_t number = task - tasks;
@@ -672,9 +590,11 @@ static void do_sum(Plan *plan, Work *w, const Task *task) {
         if (task->kind == CHUNK_SUM) w->totals[number] = 0;
         else memset(w->columns + number * task->length, 0, task->length * sizeof(float));
     } else if (task->kind == CHUNK_SUM) {
-        w->totals[number] = (moves_first(w) ? move_run : sum_run)(w, task->offset, task->length);
+        w->totals[number] = sum_run(w, task->offset, task->length);
     } else if (task->kind == LINES_SUM) {
-        do_lines_sum(w, task, number);
+        float *sums = w->columns + number * task->length;
+        memset(sums, 0, task->length * sizeof(float));
+        sum_rows(w->t, task->offset, task->length, task->count, task->length, sums);
     } else {
         do_rank_one_sum(w, task, number);
     }
@@ -689,11 +609,10 @@ static void do_update(const Work *w, const Task *task) {
     for (int spins = 0; !__atomic_load_n(&w->is_ready, __ATOMIC_ACQUIRE); spins++)
         if (spins > 1000) sched_yield(); /* more threads than cores: let the one run that this one waits for */
     if (task->kind == CHUNK_UPDATE) {
-        (moves_first(w) ? apply_run : update_run)(w, task->offset, task->length, w->factors[task->block]);
+        update_run(w, task->offset, task->length, w->factors[task->block]);
     } else if (task->kind == LINES_UPDATE) {
         for (int64_t i = 0; i < task->count; i++)
-            (moves_first(w) ? apply_columns : update_columns)(w, task->offset + i * task->length, task->length,
-                                                              w->factors);
+            update_columns(w, task->offset + i * task->length, task->length, w->factors);
     } else {
         do_rank_one_update(w, task);
     }
