@@ -244,7 +244,8 @@ class AdamMini(Optimizer):
             for number, group in enumerate(self.param_groups)
             if not self._stepper.repeat(number, group, self.state)
         }
-        share_square_sums([tensor for tensors in anew.values() for tensor in tensors])
+        everything = [tensor for tensors in anew.values() for tensor in tensors]
+        share_square_sums(everything, self._stepper.square_sums)
         for number, tensors in anew.items():
             with_grad = [tensor for tensor in tensors if tensor.grad is not None]
             self._stepper.take(with_grad, self.param_groups[number], number=number, state=self.state)

@@ -12,6 +12,7 @@ from lightning_adam_mini.blocks import Blocks, Kind
 from lightning_adam_mini.optim import update
 from lightning_adam_mini.optim.cut_tensor import CutTensor
 from lightning_adam_mini.optim.shards import Shard
+from lightning_adam_mini.optim.step_options import StepOptions
 
 __all__ = ["SLICE_ELEMENTS", "takes", "update_"]
 
@@ -32,34 +33,20 @@ def takes(tensor: CutTensor) -> bool:
     )
 
 
-def update_(
-    tensor: CutTensor,
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool = False,
-) -> None:
+def update_(tensor: CutTensor, options: StepOptions) -> None:
     """One step of Adam-mini on one tensor, in place.
 
     Args:
         tensor: The parameter with its gradient, blocks and state; `takes` says yes.
-        lr: Learning rate of this step.
-        beta1: Decay rate of the first moment.
-        beta2: Decay rate of the second moment.
-        eps: Added to the root of the second moment.
-        weight_decay: Decoupled weight decay coefficient.
-        maximize: Ascend instead of descend.
+        options: Scalars of this step, `lr` a number.
     """
     assert tensor.grad is not None
     tensor.step.add_(1)
     step = tensor.step.item()
-    step_size, root = -lr / (1 - beta1**step), (1 - beta2**step) ** 0.5
+    step_size, root = -float(options.step_size(step)), options.root(step)
     by_slice = _is_sum_of_slice(tensor)
     if not by_slice:
-        update.accumulate_(tensor, beta2)
+        update.accumulate_(tensor, options.beta2)
         factors = _broadcast_factors(tensor)
     rows = tensor.param.shape[0]
     length = max(1, SLICE_ELEMENTS * rows // tensor.param.numel())
@@ -70,15 +57,15 @@ def update_(
             own = [tensor.moments[0][start:stop]]
             blocks = Blocks.element if tensor.blocks.kind is Kind.ELEMENT else Blocks.rows
             part = CutTensor(param, grad, Shard(blocks(param.shape)), tensor.step, exp_avg, tuple(own))
-            update.accumulate_(part, beta2)
+            update.accumulate_(part, options.beta2)
         else:
             own = [factor if factor.shape[0] == 1 else factor[start:stop] for factor in factors]
-        exp_avg.lerp_((-grad if maximize else grad).to(exp_avg.dtype), 1 - beta1)
-        if weight_decay != 0:
-            param.mul_(1 - lr * weight_decay)
+        exp_avg.lerp_((-grad if options.maximize else grad).to(exp_avg.dtype), 1 - options.beta1)
+        if options.weight_decay != 0:
+            param.mul_(options.shrink)
         roots = [factor.sqrt() for factor in own]
         denom = roots[0] * roots[1] if roots[1:] else roots[0]
-        param.addcdiv_(exp_avg, denom.div_(root).add_(eps), value=step_size)
+        param.addcdiv_(exp_avg, denom.div_(root).add_(options.eps), value=step_size)
 
 
 def _is_sum_of_slice(tensor: CutTensor) -> bool:

@@ -16,55 +16,40 @@ from torch import Tensor
 from lightning_adam_mini.blocks import Kind
 from lightning_adam_mini.optim import cache_blocked, update
 from lightning_adam_mini.optim.cut_tensor import CutTensor
+from lightning_adam_mini.optim.step_options import StepOptions
 
 __all__ = ["update_"]
 
 
-def update_(
-    tensors: Sequence[CutTensor],
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool = False,
-) -> None:
+def update_(tensors: Sequence[CutTensor], options: StepOptions) -> None:
     """One step of Adam-mini on many tensors, in place.
 
     Args:
         tensors: Parameters with their gradients, blocks and states.
-        lr: Learning rate of this step.
-        beta1: Decay rate of the first moment.
-        beta2: Decay rate of the second moment.
-        eps: Added to the root of the second moment.
-        weight_decay: Decoupled weight decay coefficient.
-        maximize: Ascend instead of descend.
+        options: Scalars of this step, `lr` a number.
     """
     for tensor in tensors:
         if not _joins_a_list(tensor):
             one_at_a_time = cache_blocked.update_ if cache_blocked.takes(tensor) else update.update_
-            one_at_a_time(
-                tensor, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, maximize=maximize
-            )
+            one_at_a_time(tensor, options)
     for alike in _alike(tensors):
         params = [t.param for t in alike]
         grads = [t.grad for t in alike if t.grad is not None]
         exp_avgs = [t.exp_avg for t in alike]
-        if maximize:
+        if options.maximize:
             grads = list(torch._foreach_neg(grads))
 
         torch._foreach_add_([t.step for t in alike], 1)
         steps = [t.step.item() for t in alike]
-        step_sizes = [-lr / (1 - beta1**step) for step in steps]
-        roots = [(1 - beta2**step) ** 0.5 for step in steps]
+        step_sizes = [-float(options.step_size(step)) for step in steps]
+        roots = [options.root(step) for step in steps]
 
-        if weight_decay != 0:
-            torch._foreach_mul_(params, 1 - lr * weight_decay)
-        torch._foreach_lerp_(exp_avgs, [grad.to(exp_avgs[0].dtype) for grad in grads], 1 - beta1)
-        denoms = _denominators(alike, beta2)
+        if options.weight_decay != 0:
+            torch._foreach_mul_(params, options.shrink)
+        torch._foreach_lerp_(exp_avgs, [grad.to(exp_avgs[0].dtype) for grad in grads], 1 - options.beta1)
+        denoms = _denominators(alike, options.beta2)
         torch._foreach_div_(denoms, roots)
-        torch._foreach_add_(denoms, eps)
+        torch._foreach_add_(denoms, options.eps)
         if not all(t.is_whole for t in alike):
             pieces = [list(t.split(denom)) for t, denom in zip(alike, denoms, strict=True)]
             step_sizes = [size for size, parts in zip(step_sizes, pieces, strict=True) for _ in parts]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_adam_mini.optim import foreach, update
 from lightning_adam_mini.optim.cut_tensor import CutTensor
+from lightning_adam_mini.optim.step_options import StepOptions
 
 if TYPE_CHECKING:
     from lightning_adam_mini.optim.kernels.group import GroupPlan
@@ -70,6 +71,14 @@ class Stepper:
         """What takes the steps of a parameter where it is now."""
         return self.requested or self._best(parameter.device, parameter.dtype, capturable=capturable)
 
+    def square_sums(self, tensor: CutTensor) -> tuple[Tensor, ...]:
+        """Sums of squares over this rank's part of a parameter, by what takes its steps."""
+        if tensor.param.is_cpu and not tensor.exact and self.on(tensor.param, capturable=False) == "fused":
+            from lightning_adam_mini.optim.kernels import cpu
+
+            return cpu.square_sums(tensor) or tensor.local_square_sums()
+        return tensor.local_square_sums()
+
     def repeat(self, number: int, group: Mapping[str, Any], state: Mapping[Tensor, Mapping[str, Tensor]]) -> bool:
         """Take a group's step as the last one was taken; False, and nothing is done, where it has to be looked at anew.
 
@@ -79,7 +88,7 @@ class Stepper:
             state: State of the optimizer.
         """
         plan = self._plans.get(number)
-        return plan is not None and not group["capturable"] and plan.step(group["params"], state, **_options(group))
+        return plan is not None and not group["capturable"] and plan.step(group["params"], state, _options(group))
 
     def take(
         self,
@@ -140,10 +149,10 @@ def _refusal(device: torch.device, dtype: torch.dtype, *, capturable: bool) -> s
     return gpu.unavailable(device)
 
 
-def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+def _options(group: Mapping[str, Any]) -> StepOptions:
+    lr = group["lr"] if group["capturable"] else float(group["lr"])
     beta1, beta2 = group["betas"]
-    options = {name: group[name] for name in ("eps", "weight_decay", "maximize")}
-    return {"lr": group["lr"] if group["capturable"] else float(group["lr"]), "beta1": beta1, "beta2": beta2, **options}
+    return StepOptions(lr, beta1, beta2, group["eps"], group["weight_decay"], group["maximize"])
 
 
 def _update(tensors: Sequence[CutTensor], group: Mapping[str, Any], how: Implementation, device_type: str) -> None:
@@ -151,13 +160,13 @@ def _update(tensors: Sequence[CutTensor], group: Mapping[str, Any], how: Impleme
     if how == "fused" and device_type == "cuda":
         from lightning_adam_mini.optim.kernels import gpu
 
-        gpu.update_(tensors, capturable=capturable, **options)
+        gpu.update_(tensors, options, capturable=capturable)
     elif how == "fused" and device_type == "cpu" and not capturable:
         from lightning_adam_mini.optim.kernels import cpu
 
-        cpu.update_(tensors, **options)
+        cpu.update_(tensors, options)
     elif how == "reference" or capturable:
         for tensor in tensors:
-            update.update_(tensor, capturable=capturable, **options)
+            update.update_(tensor, options, capturable=capturable)
     else:
-        foreach.update_(tensors, **options)
+        foreach.update_(tensors, options)

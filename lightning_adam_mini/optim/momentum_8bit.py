@@ -39,6 +39,7 @@ __all__ = [
     "GROUP_SIZE",
     "MIN_ELEMENTS",
     "ZERO_CODE",
+    "bins",
     "check_placements",
     "decode",
     "decode_tensor",
@@ -109,7 +110,7 @@ def encode(rows: Tensor) -> tuple[Tensor, Tensor]:
     scale = groups.abs().amax(2)
     divisor = torch.where(scale == 0, 1.0, scale)
     flat = (groups / divisor[:, :, None]).view(-1)
-    first, middles = _bins(rows.device)
+    first, middles = bins(rows.device)
     # Bit patterns with the same upper half lie between the same two middles, but for one middle among them.
     codes = first.index_select(0, flat.view(torch.int32).bitwise_right_shift(16).bitwise_and_(0xFFFF))
     codes += flat > middles.index_select(0, codes)
@@ -199,7 +200,7 @@ def _scales(scale: Tensor, box: Box) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _bins(device: torch.device) -> tuple[Tensor, Tensor]:
+def bins(device: torch.device) -> tuple[Tensor, Tensor]:
     """The least code of numbers by the upper 16 bits of their float32, and the middles between values, infinity last.
 
     A search among 255 middles takes ten times as long on the CPU.

@@ -9,7 +9,7 @@ update costs a latency and a few bytes a block; where no block is split there is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, TypeGuard
 
@@ -147,17 +147,23 @@ def copy_global_(target: Tensor, source: Tensor) -> None:
         target.copy_(source.full_tensor() if is_dtensor(source) else source)
 
 
-def share_square_sums(tensors: Sequence[CutTensor]) -> None:
+def share_square_sums(
+    tensors: Sequence[CutTensor], local_square_sums: Callable[[CutTensor], tuple[Tensor, ...]]
+) -> None:
     """Add up sums of squares over the ranks that share blocks: one all-reduce for each group of ranks.
 
     Every rank gives the same parameters in the same order, also those without a gradient. Where other ranks have a
     gradient of one (a shard of it may be empty here, or an expert unused), it is zeros on this rank.
+
+    Args:
+        tensors: The parameters.
+        local_square_sums: Sums over this rank's part of one.
     """
     shared = [tensor for tensor in tensors if tensor.shard.groups]
     if not shared:
         return
     for tensor in shared:
-        tensor.square_sums = tensor.local_square_sums()
+        tensor.square_sums = local_square_sums(tensor)
     # Offloaded parameters lie on the CPU, and their group may know GPUs alone.
     present = torch.ones(len(shared), device=shared[0].shard.device_type)
     is_one_missing = any(tensor.grad is None for tensor in shared)

@@ -18,42 +18,31 @@ from lightning_adam_mini.optim import momentum_8bit
 from lightning_adam_mini.optim.cut_tensor import CutTensor
 from lightning_adam_mini.optim.rectangles import intersect, split, whole_box
 from lightning_adam_mini.optim.shards import Box, Shard
+from lightning_adam_mini.optim.step_options import StepOptions
 from lightning_adam_mini.optim.stochastic_rounding import round_to_bfloat16
 
 __all__ = ["apply_"]
 
 
-def apply_(
-    tensor: CutTensor,
-    *,
-    step_size: float | Tensor,
-    beta1: float,
-    root: float | Tensor,
-    eps: float,
-    shrink: float | Tensor,
-    maximize: bool,
-) -> None:
+def apply_(tensor: CutTensor, options: StepOptions, *, step_size: float | Tensor, root: float | Tensor) -> None:
     """Move the first moment and the parameter, with the step and the second moments as they are after this step.
 
     Args:
         tensor: The parameter with its gradient, blocks and state.
+        options: Scalars of this step.
         step_size: Learning rate over the bias correction of the first moment.
-        beta1: Decay rate of the first moment.
         root: Root of the bias correction of the second moment.
-        eps: Added to the root of the second moment.
-        shrink: Factor of weight decay.
-        maximize: Ascend instead of descend.
     """
     assert tensor.grad is not None
     device, wide = tensor.param.device, tensor.moments[0].dtype
     step: int | Tensor = tensor.step.to(torch.int64) if isinstance(root, Tensor) else int(tensor.step.item())
-    denominators = _Denominators(tensor, root, eps)
+    denominators = _Denominators(tensor, root, options.eps)
     for box, pieces in _slices(tensor):
         grad = box.view(tensor.grad).to(wide, copy=True)
-        grad = grad.neg_() if maximize else grad
+        grad = grad.neg_() if options.maximize else grad
         exp_avg = _exp_avg(tensor, box).to(wide)
-        exp_avg.add_(grad.sub_(exp_avg).mul_(1 - beta1))
-        param = box.view(tensor.param).to(wide, copy=True).mul_(shrink)
+        exp_avg.add_(grad.sub_(exp_avg).mul_(1 - options.beta1))
+        param = box.view(tensor.param).to(wide, copy=True).mul_(options.shrink)
         for piece, denom in denominators.of(pieces):
             piece.view(param).sub_((piece.view(exp_avg) / denom).mul_(step_size))
 

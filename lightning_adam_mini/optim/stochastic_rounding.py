@@ -28,6 +28,7 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,6 +63,18 @@ class Rounding:
     positions: tuple[Tensor, ...] | None = None
     start: int = 0
 
+    @cached_property
+    def first(self) -> int | None:
+        """Number of the first element, where those of the local tensor follow each other in the whole; else None."""
+        if self.positions is None:
+            return self.start
+        rows, *others = self.positions
+        if any(len(numbers) != size for numbers, size in zip(others, self.shape[1:], strict=True)):
+            return None
+        if not len(rows):
+            return 0
+        return int(rows[0]) * math.prod(self.shape[1:]) if bool((rows.diff() == 1).all()) else None
+
     def bits(self, box: Box, step: int | Tensor, device: torch.device) -> Tensor:
         """32 random bits for each element of a rectangle of the local tensor.
 
@@ -73,7 +86,8 @@ class Rounding:
         Returns:
             A new int32 tensor of the rectangle's shape.
         """
-        return random_bits(self.seed, step, self.index(box, device), is_long=math.prod(self.shape) > _MASK + 1)
+        is_long = self.start + math.prod(self.shape) > _MASK + 1
+        return random_bits(self.seed, step, self.index(box, device), is_long=is_long)
 
     def index(self, box: Box, device: torch.device) -> Tensor:
         """Number of each element of a rectangle in the whole parameter, in C order (int64)."""

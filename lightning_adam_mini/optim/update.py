@@ -18,66 +18,41 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from lightning_adam_mini.blocks import Kind
 from lightning_adam_mini.optim import sliced_update
 
 if TYPE_CHECKING:
     from lightning_adam_mini.optim.cut_tensor import CutTensor
+    from lightning_adam_mini.optim.step_options import StepOptions
 
 __all__ = ["accumulate_", "update_"]
 
 
-def update_(
-    tensor: CutTensor,
-    *,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool = False,
-    capturable: bool = False,
-) -> None:
+def update_(tensor: CutTensor, options: StepOptions, *, capturable: bool = False) -> None:
     """One step of Adam-mini on one tensor, in place.
 
     Args:
         tensor: The parameter with its gradient, blocks and state.
-        lr: Learning rate of this step; a tensor only if `capturable`.
-        beta1: Decay rate of the first moment.
-        beta2: Decay rate of the second moment.
-        eps: Added to the root of the second moment.
-        weight_decay: Decoupled weight decay coefficient.
-        maximize: Ascend instead of descend.
+        options: Scalars of this step.
         capturable: Keep all scalars on the parameter's device, so that CUDA graphs can capture the step.
     """
     assert tensor.grad is not None
     tensor.step.add_(1)
     step = tensor.step if capturable else tensor.step.item()
-    bias_correction1 = 1 - beta1**step
-    bias_correction2 = 1 - beta2**step
-    accumulate_(tensor, beta2)
+    step_size, root = options.step_size(step), options.root(step)
+    accumulate_(tensor, options.beta2)
 
     if not tensor.is_plain:
-        sliced_update.apply_(
-            tensor,
-            step_size=lr / bias_correction1,
-            beta1=beta1,
-            root=bias_correction2**0.5,
-            eps=eps,
-            shrink=1 - lr * weight_decay,
-            maximize=maximize,
-        )
+        sliced_update.apply_(tensor, options, step_size=step_size, root=root)
         return
-    grad = -tensor.grad if maximize else tensor.grad
-    tensor.param.mul_(1 - lr * weight_decay)
-    tensor.exp_avg.lerp_(grad.to(tensor.exp_avg.dtype), 1 - beta1)
-    for param, exp_avg, denom in tensor.pieces(bias_correction2**0.5, eps):
+    grad = -tensor.grad if options.maximize else tensor.grad
+    tensor.param.mul_(options.shrink)
+    tensor.exp_avg.lerp_(grad.to(tensor.exp_avg.dtype), 1 - options.beta1)
+    for param, exp_avg, denom in tensor.pieces(root, options.eps):
         if capturable:
-            param.addcmul_(exp_avg, (lr / bias_correction1) / denom, value=-1)
+            param.addcmul_(exp_avg, step_size / denom, value=-1)
         else:
-            param.addcdiv_(exp_avg, denom, value=-float(lr / bias_correction1))
+            param.addcdiv_(exp_avg, denom, value=-float(step_size))
 
 
 def accumulate_(tensor: CutTensor, beta2: float) -> None:

@@ -14,8 +14,9 @@ from lightning_adam_mini.optim import cache_blocked, foreach, update
 from lightning_adam_mini.optim.cut_tensor import CutTensor
 from lightning_adam_mini.optim.shards import Shard
 from lightning_adam_mini.optim.state import init_state
+from lightning_adam_mini.optim.step_options import StepOptions
 
-OPTIONS = {"lr": 1e-2, "beta1": 0.8, "beta2": 0.9, "eps": 1e-6, "weight_decay": 0.1}
+OPTIONS = StepOptions(lr=1e-2, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.1)
 FUSED = (Segment(4, 2), Segment(2, 2), Segment(2, 1))
 
 BLOCKS = {
@@ -105,8 +106,8 @@ def test_foreach_equals_the_reference(dtype, exp_avg_dtype, maximize, slice_elem
     for step in range(10):
         grads = list(gradients(tensors, step))
         for tensor in with_gradients(tensors, grads):
-            update.update_(tensor, maximize=maximize, **OPTIONS)
-        foreach.update_(with_gradients(others, grads), maximize=maximize, **OPTIONS)
+            update.update_(tensor, replace(OPTIONS, maximize=maximize))
+        foreach.update_(with_gradients(others, grads), replace(OPTIONS, maximize=maximize))
     assert_same(tensors, others, tolerances)
     for before, tensor in zip(start, tensors, strict=True):
         assert tensor.param.isfinite().all()
@@ -128,8 +129,8 @@ def test_gradients_of_another_dtype(grad_dtype, tolerances):
     for _ in range(3):
         grads = [torch.randn_like(t.param).to(grad_dtype) for t in tensors]
         for tensor in with_gradients(tensors, grads):
-            update.update_(tensor, **OPTIONS)
-        foreach.update_(with_gradients(others, grads), **OPTIONS)
+            update.update_(tensor, OPTIONS)
+        foreach.update_(with_gradients(others, grads), OPTIONS)
     for a, b in zip(tensors, others, strict=True):
         torch.testing.assert_close(a.param, b.param, **tolerances[torch.float64])
 
@@ -137,16 +138,16 @@ def test_gradients_of_another_dtype(grad_dtype, tolerances):
 def test_no_weight_decay(tolerances):
     tensors = cut_tensors(torch.float32)
     others = copy.deepcopy(tensors)
-    options = {**OPTIONS, "weight_decay": 0.0}
+    options = replace(OPTIONS, weight_decay=0.0)
     grads = list(gradients(tensors, 1))
     for tensor in with_gradients(tensors, grads):
-        update.update_(tensor, **options)
-    foreach.update_(with_gradients(others, grads), **options)
+        update.update_(tensor, options)
+    foreach.update_(with_gradients(others, grads), options)
     assert_same(tensors, others, tolerances)
 
 
 def test_nothing_to_update():
-    foreach.update_([], **OPTIONS)
+    foreach.update_([], OPTIONS)
 
 
 class Mixed(nn.Module):
@@ -192,6 +193,6 @@ def test_a_step_with_another_order_of_the_blocks_shows(tolerances):
     )
     grads = list(gradients(tensors, 1 if (number + 1) % 3 else 2))
     for tensor in with_gradients(tensors, grads):
-        update.update_(tensor, **OPTIONS)
-    foreach.update_(with_gradients(others, grads), **OPTIONS)
+        update.update_(tensor, OPTIONS)
+    foreach.update_(with_gradients(others, grads), OPTIONS)
     assert not torch.allclose(tensors[number].param, others[number].param, **tolerances[torch.float32])

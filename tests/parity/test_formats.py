@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,9 +21,10 @@ from lightning_adam_mini.optim.cut_tensor import CutTensor
 from lightning_adam_mini.optim.momentum_8bit import decode, encode, values
 from lightning_adam_mini.optim.shards import Shard
 from lightning_adam_mini.optim.state import first_moment, init_state
+from lightning_adam_mini.optim.step_options import StepOptions
 from lightning_adam_mini.optim.stochastic_rounding import Rounding
 
-OPTIONS = {"lr": 1e-2, "beta1": 0.8, "beta2": 0.9, "eps": 1e-6, "weight_decay": 0.1}
+OPTIONS = StepOptions(lr=1e-2, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.1)
 FUSED = (Segment(40, 20), Segment(20, 20), Segment(20, 1))
 
 BLOCKS = {
@@ -144,7 +146,7 @@ def naive_step(tensor, exp_avg, moments):
     return exp_avg, param - 1e-2 * exp_avg / (1 - 0.8**step) / (root + 1e-6)
 
 
-@pytest.mark.parametrize("updated", [update.update_, lambda t, **options: foreach.update_([t], **options)])
+@pytest.mark.parametrize("updated", [update.update_, lambda t, options: foreach.update_([t], options)])
 def test_steps_are_those_of_a_model_in_float64(updated, tolerances):
     tensors = cut_tensors()
     for step in range(4):
@@ -152,7 +154,7 @@ def test_steps_are_those_of_a_model_in_float64(updated, tolerances):
         for name, tensor in zip(BLOCKS, tensors, strict=True):
             decoded = momentum_8bit.decode_tensor(tensor.exp_avg, tensor.exp_avg_scale).double()
             exp_avg, param = naive_step(tensor, decoded, tensor.moments)
-            updated(tensor, **OPTIONS)
+            updated(tensor, OPTIONS)
             torch.testing.assert_close(tensor.param.double(), param, **tolerances[torch.float32], msg=name)
             stored = momentum_8bit.decode_tensor(tensor.exp_avg, tensor.exp_avg_scale).double()
             assert_quantised(stored, exp_avg, name)
@@ -165,11 +167,11 @@ def test_slices_make_no_difference(monkeypatch):
         with_gradients(tensors, step)
         with_gradients(others, step)
         for tensor in tensors:
-            update.update_(tensor, **OPTIONS, maximize=True)
+            update.update_(tensor, replace(OPTIONS, maximize=True))
         with monkeypatch.context() as patch:
             patch.setattr(rectangles, "SLICE_ELEMENTS", 100)
             for tensor in others:
-                update.update_(tensor, **OPTIONS, maximize=True)
+                update.update_(tensor, replace(OPTIONS, maximize=True))
     for name, a, b in zip(BLOCKS, tensors, others, strict=True):
         assert torch.equal(a.exp_avg, b.exp_avg), name
         assert torch.equal(a.exp_avg_scale, b.exp_avg_scale), name
@@ -204,7 +206,7 @@ def test_no_temporary_has_the_size_of_the_parameter(is_rounded, monkeypatch):
         for name, tensor in zip(BLOCKS, tensors, strict=True):
             tensor.rounding = Rounding(1, tensor.blocks.shape) if is_rounded else None
             with Largest() as largest:
-                update.update_(tensor, **OPTIONS)
+                update.update_(tensor, OPTIONS)
             assert step == 0 or 0 < largest.elements < tensor.param.numel() / 2, name
 
 

@@ -15,11 +15,12 @@ from lightning_adam_mini.optim.cut_tensor import CutTensor
 from lightning_adam_mini.optim.kernels import cpu
 from lightning_adam_mini.optim.shards import Shard, flat_boxes
 from lightning_adam_mini.optim.state import init_state
+from lightning_adam_mini.optim.step_options import StepOptions
 from random_blocks import cuts
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
-OPTIONS = {"lr": 1e-2, "beta1": 0.8, "beta2": 0.9, "eps": 1e-6, "weight_decay": 0.1}
+OPTIONS = StepOptions(lr=1e-2, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.1)
 DTYPES = [
     (torch.float32, torch.float32),
     (torch.float32, torch.bfloat16),
@@ -74,8 +75,8 @@ def steps(tensors, others, count, *, step=cpu.update_, **options):
     for _ in range(count):
         grads = [tiny_models.random_gradient(t.param) for t in tensors]
         for tensor, grad in zip(tensors, grads, strict=True):
-            update.update_(replace(tensor, grad=grad), **{**OPTIONS, **options})
-        step([replace(t, grad=grad) for t, grad in zip(others, grads, strict=True)], **{**OPTIONS, **options})
+            update.update_(replace(tensor, grad=grad), replace(OPTIONS, **options))
+        step([replace(t, grad=grad) for t, grad in zip(others, grads, strict=True)], replace(OPTIONS, **options))
 
 
 def parts(tensor):
@@ -117,8 +118,8 @@ def test_bfloat16_is_the_float32_step_rounded_once(name, dtype, exp_avg_dtype):
         grad = tiny_models.random_gradient(tensor.param)
         exact = replace(copy_of(tensor), **in_float32(tensor, grad))
         before = exact.param.clone()
-        update.update_(exact, **OPTIONS)
-        cpu.update_([replace(tensor, grad=grad)], **OPTIONS)
+        update.update_(exact, OPTIONS)
+        cpu.update_([replace(tensor, grad=grad)], OPTIONS)
         rounding = {torch.bfloat16: 2**-8, torch.float32: 1e-5}
         torch.testing.assert_close(tensor.exp_avg.float(), exact.exp_avg, rtol=rounding[exp_avg_dtype], atol=1e-6)
         # The update of the parameter may be that of the first moment as it is stored.
@@ -209,8 +210,8 @@ def test_gradients_in_another_order(axis):
     tensor = cut_tensor(Blocks.rows((40, 30), axis=axis))
     other = copy_of(tensor)
     grad = torch.randn(30, 40).mT
-    update.update_(replace(tensor, grad=grad), **OPTIONS)
-    cpu.update_([replace(other, grad=grad)], **OPTIONS)
+    update.update_(replace(tensor, grad=grad), OPTIONS)
+    cpu.update_([replace(other, grad=grad)], OPTIONS)
     assert_same(tensor, other, tolerances={"rtol": 1e-5, "atol": 1e-6})
 
 
@@ -236,7 +237,7 @@ def test_rates_of_the_first_moment(beta1):
 def test_autograd_sees_that_parameters_change():
     tensor = cut_tensor(Blocks.rows((4, 5)))
     version = tensor.param._version
-    cpu.update_([replace(tensor, grad=torch.randn(4, 5))], **OPTIONS)
+    cpu.update_([replace(tensor, grad=torch.randn(4, 5))], OPTIONS)
     assert tensor.param._version > version
 
 
@@ -256,7 +257,7 @@ def test_the_number_of_threads_changes_no_bit(blocks):
             grads = [tiny_models.random_gradient(t.param) for t in tensors]
             for threads, own in ((1, tensors), (3, others)):
                 torch.set_num_threads(threads)
-                cpu.update_([replace(t, grad=grad) for t, grad in zip(own, grads, strict=True)], **OPTIONS)
+                cpu.update_([replace(t, grad=grad) for t, grad in zip(own, grads, strict=True)], OPTIONS)
     finally:
         torch.set_num_threads(1)
     for tensor, other in zip(tensors, others, strict=True):
@@ -271,9 +272,9 @@ def test_a_gradient_that_is_not_a_number_reaches_its_block_alone(name, dtype):
     grad = torch.randn(blocks.shape).to(dtype)
     place = tuple(size // 2 for size in blocks.shape)
     grad[place] = float("nan")
-    cpu.update_([replace(tensor, grad=grad)], **OPTIONS)
+    cpu.update_([replace(tensor, grad=grad)], OPTIONS)
     exact = cut_tensor(blocks)
-    update.update_(replace(exact, grad=grad.float()), **OPTIONS)
+    update.update_(replace(exact, grad=grad.float()), OPTIONS)
     assert torch.equal(tensor.param.isnan(), exact.param.isnan())
     assert torch.equal(tensor.exp_avg.isnan(), exact.exp_avg.isnan())
 
@@ -283,9 +284,9 @@ def test_small_squares_are_not_lost_beside_large_ones():
     grad = torch.ones(1, 2**20)
     grad[0, 0] = 2.0**13
     tensor = cut_tensor(Blocks.rows(grad.shape))
-    cpu.update_([replace(tensor, grad=grad)], **OPTIONS)
+    cpu.update_([replace(tensor, grad=grad)], OPTIONS)
     mean = (2.0**26 + 2**20 - 1) / 2**20
-    assert tensor.moments[0].item() == pytest.approx((1 - OPTIONS["beta2"]) * mean, rel=1e-5)
+    assert tensor.moments[0].item() == pytest.approx((1 - OPTIONS.beta2) * mean, rel=1e-5)
 
 
 # Shards.
@@ -309,8 +310,8 @@ def test_rectangles_of_a_flattened_parameter(blocks, data):
         if found is not None:
             for x, y in zip(found, replace(tensor, grad=grad).local_square_sums(), strict=True):
                 torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
-        update.update_(replace(tensor, grad=grad, square_sums=sums), **OPTIONS)
-        cpu.update_([replace(other, grad=grad, square_sums=sums)], **OPTIONS)
+        update.update_(replace(tensor, grad=grad, square_sums=sums), OPTIONS)
+        cpu.update_([replace(other, grad=grad, square_sums=sums)], OPTIONS)
     assert_same(tensor, other, tolerances={"rtol": 1e-5, "atol": 1e-6})
 
 
@@ -322,6 +323,6 @@ def test_sums_of_all_ranks_are_taken_as_they_are(name):
     (sums,) = replace(tensor, grad=grad).local_square_sums()
     (found,) = cpu.square_sums(replace(other, grad=grad))
     torch.testing.assert_close(found, sums, rtol=1e-5, atol=1e-6)
-    update.update_(replace(tensor, grad=grad, square_sums=(3 * sums,)), **OPTIONS)
-    cpu.update_([replace(other, grad=grad, square_sums=(3 * sums,))], **OPTIONS)
+    update.update_(replace(tensor, grad=grad, square_sums=(3 * sums,)), OPTIONS)
+    cpu.update_([replace(other, grad=grad, square_sums=(3 * sums,))], OPTIONS)
     assert_same(tensor, other, tolerances=LARGE_TOLERANCES)

@@ -8,27 +8,35 @@ import torch
 
 from lightning_adam_mini import blocks
 from lightning_adam_mini.blocks import Blocks
-from lightning_adam_mini.optim import cut_tensor, foreach, update
+from lightning_adam_mini.optim import cut_tensor, foreach, step_options, update
 from reference.lockstep import MODELS, lockstep
 
 # The module, a piece of it that occurs once, and what a mistaken hand would have written.
 UPDATE_MUTANTS = {
-    "no correction of the first moment": ("bias_correction1 = 1 - beta1**step", "bias_correction1 = 1.0"),
-    "no correction of the second moment": ("bias_correction2 = 1 - beta2**step", "bias_correction2 = 1.0"),
+    "no correction of the first moment": ("options.step_size(step), options", "options.lr, options"),
+    "no correction of the second moment": (", options.root(step)", ", 1.0"),
     "correction one step late": ("tensor.step.add_(1)", "tensor.step.add_(2)"),
-    "decay without the learning rate": ("param.mul_(1 - lr * weight_decay)", "param.mul_(1 - weight_decay)"),
-    "beta1 in place of beta2": ("accumulate_(tensor, beta2)", "accumulate_(tensor, beta1)"),
-    "beta2 in place of beta1": ("tensor.exp_avg.dtype), 1 - beta1", "tensor.exp_avg.dtype), 1 - beta2"),
+    "decay without the learning rate": ("param.mul_(options.shrink)", "param.mul_(1 - options.weight_decay)"),
+    "beta1 in place of beta2": ("accumulate_(tensor, options.beta2)", "accumulate_(tensor, options.beta1)"),
+    "beta2 in place of beta1": ("tensor.exp_avg.dtype), 1 - options.beta1", "tensor.exp_avg.dtype), 1 - options.beta2"),
 }
 FOREACH_MUTANTS = {
-    "eps inside the root": ("torch._foreach_add_(denoms, eps)", "denoms = [(d.square() + eps).sqrt() for d in denoms]"),
-    "no correction of the first moment": ("[-lr / (1 - beta1**step) for", "[-lr for"),
-    "no correction of the second moment": ("[(1 - beta2**step) ** 0.5 for", "[1.0 for"),
-    "decay without the learning rate": (
-        "torch._foreach_mul_(params, 1 - lr * weight_decay)",
-        "torch._foreach_mul_(params, 1 - weight_decay)",
+    "eps inside the root": (
+        "torch._foreach_add_(denoms, options.eps)",
+        "denoms = [(d.square() + options.eps).sqrt() for d in denoms]",
     ),
-    "beta1 in place of beta2": ("_denominators(alike, beta2)", "_denominators(alike, beta1)"),
+    "no correction of the first moment": ("[-float(options.step_size(step)) for", "[-options.lr for"),
+    "no correction of the second moment": ("[options.root(step) for", "[1.0 for"),
+    "decay without the learning rate": (
+        "torch._foreach_mul_(params, options.shrink)",
+        "torch._foreach_mul_(params, 1 - options.weight_decay)",
+    ),
+    "beta1 in place of beta2": ("_denominators(alike, options.beta2)", "_denominators(alike, options.beta1)"),
+}
+SCALAR_MUTANTS = {
+    "betas exchanged": ("(1 - self.beta1**step)", "(1 - self.beta2**step)"),
+    "correction without its root": ("(1 - self.beta2**step) ** 0.5", "(1 - self.beta2**step)"),
+    "decay in the other direction": ("1 - self.lr * self.weight_decay", "1 + self.lr * self.weight_decay"),
 }
 DENOMINATOR_MUTANTS = {
     "eps inside the root": (
@@ -79,6 +87,15 @@ def test_a_mistake_in_the_denominators_shows(mistake, monkeypatch, tolerances):
     mutant = mutant_of(cut_tensor, *DENOMINATOR_MUTANTS[mistake])
     monkeypatch.setattr(cut_tensor.CutTensor, "pieces", mutant.CutTensor.pieces)
     assert not is_equal("reference", tolerances)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "foreach"])
+@pytest.mark.parametrize("mistake", SCALAR_MUTANTS)
+def test_a_mistake_in_the_scalars_shows(mistake, implementation, monkeypatch, tolerances):
+    mutant = mutant_of(step_options, *SCALAR_MUTANTS[mistake]).StepOptions
+    for name in ("shrink", "step_size", "root"):
+        monkeypatch.setattr(step_options.StepOptions, name, vars(mutant)[name])
+    assert not is_equal(implementation, tolerances)
 
 
 @pytest.mark.parametrize("mistake", FOREACH_MUTANTS)

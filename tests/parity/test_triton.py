@@ -27,6 +27,7 @@ from lightning_adam_mini.optim.cut_tensor import CutTensor
 from lightning_adam_mini.optim.kernels import gpu, triton_launches, triton_tables
 from lightning_adam_mini.optim.shards import Shard, flat_boxes, grid_boxes
 from lightning_adam_mini.optim.state import init_state
+from lightning_adam_mini.optim.step_options import StepOptions
 from random_blocks import cuts
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -38,7 +39,7 @@ devices = pytest.mark.parametrize(
     "device", [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=[pytest.mark.gpu, compiled])]
 )
 
-OPTIONS = {"lr": 1e-2, "beta1": 0.8, "beta2": 0.9, "eps": 1e-6, "weight_decay": 0.1}
+OPTIONS = StepOptions(lr=1e-2, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.1)
 FUSED = (Segment(4, 2), Segment(2, 2), Segment(2, 1))
 SPANNING = (Segment(4, 2), Segment(2, 4))  # the second segment is one block over two repeats
 
@@ -129,10 +130,10 @@ def rounded(tensor, dtype):
     return tensor.to(dtype)
 
 
-def reference_step(tensor, **options):
+def reference_step(tensor, options, **more):
     """The reference in float32 or wider, rounded once a step, as kernels do."""
     wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in (tensor.param, tensor.grad, tensor.exp_avg)]
-    update.update_(replace(tensor, param=wide[0], grad=wide[1], exp_avg=wide[2]), **options)
+    update.update_(replace(tensor, param=wide[0], grad=wide[1], exp_avg=wide[2]), options, **more)
     tensor.param.copy_(rounded(wide[0], tensor.param.dtype))
     tensor.exp_avg.copy_(rounded(wide[2], tensor.exp_avg.dtype))
 
@@ -141,8 +142,8 @@ def run_both(tensors, others, *, num_steps=3, grad_dtype=None, options=OPTIONS, 
     for step in range(num_steps):
         grads = random_gradients(tensors, step, grad_dtype)
         for tensor in with_gradients(tensors, grads):
-            reference_step(tensor, **options, **more)
-        gpu.update_(with_gradients(others, grads), **options, **more)
+            reference_step(tensor, options, **more)
+        gpu.update_(with_gradients(others, grads), options, **more)
 
 
 @compiled
@@ -258,8 +259,8 @@ def test_gradients_that_lie_in_memory_the_other_way_round(device, tolerances):
     for _ in range(2):
         grads = [torch.randn_like(t.param).mT.contiguous().mT for t in tensors]
         for tensor in with_gradients(tensors, grads):
-            update.update_(tensor, **OPTIONS)
-        gpu.update_(with_gradients(others, grads), **OPTIONS)
+            update.update_(tensor, OPTIONS)
+        gpu.update_(with_gradients(others, grads), OPTIONS)
     assert_same(("rows", "element"), tensors, others, tolerances)
 
 
@@ -348,8 +349,8 @@ def test_sharded_tensors(device, tolerances):
             tensors[name], others[name] = (
                 replace(t, grad=grad.clone(), square_sums=sums) for t in (tensor, others[name])
             )
-            update.update_(tensors[name], **OPTIONS)
-        gpu.update_(list(others.values()), **OPTIONS)
+            update.update_(tensors[name], OPTIONS)
+        gpu.update_(list(others.values()), OPTIONS)
     assert_same(tensors, tensors.values(), others.values(), tolerances)
     plan = gpu.make_plan(list(others.values()), torch.device(device))
     assert [list(others)[number] for number in plan.left] == ["rectangles with gaps"]
@@ -361,7 +362,7 @@ def test_learning_rates_that_are_tensors(capturable, device, tolerances):
     names = ("rows", "element", "columns")
     tensors = [cut_tensor(BLOCKS[name], device=device, capturable=capturable) for name in names]
     others = copy.deepcopy(tensors)
-    options = {**OPTIONS, "lr": torch.tensor(1e-2, device=device), "weight_decay": 0.0}
+    options = replace(OPTIONS, lr=torch.tensor(1e-2, device=device), weight_decay=0.0)
     run_both(tensors, others, options=options, capturable=capturable)
     assert_same(names, tensors, others, tolerances)
     assert all(tensor.step.device.type == (device if capturable else "cpu") for tensor in others)
@@ -374,7 +375,7 @@ def test_a_step_is_the_same_each_time(device):
     others = copy.deepcopy(tensors)
     grads = [torch.randn_like(t.param) for t in tensors]
     for copies in (tensors, others):
-        gpu.update_(with_gradients(copies, grads), **OPTIONS)
+        gpu.update_(with_gradients(copies, grads), OPTIONS)
     for a, b in zip(tensors, others, strict=True):
         assert torch.equal(a.param, b.param)
         assert torch.equal(a.moments[0], b.moments[0])
@@ -386,17 +387,17 @@ def test_a_plan_is_made_once(device, monkeypatch):
     made = []
     monkeypatch.setattr(gpu, "make_plan", lambda *args, make=gpu.make_plan: made.append(1) or make(*args))
     for _ in range(3):
-        gpu.update_(with_gradients(tensors, [torch.randn_like(t.param) for t in tensors]), **OPTIONS)
+        gpu.update_(with_gradients(tensors, [torch.randn_like(t.param) for t in tensors]), OPTIONS)
     assert len(made) == 1
-    gpu.update_(with_gradients(tensors[:1], [torch.randn_like(tensors[0].param)]), **OPTIONS)
+    gpu.update_(with_gradients(tensors[:1], [torch.randn_like(tensors[0].param)]), OPTIONS)
     assert len(made) == 2
 
 
 @devices
 def test_nothing_to_update(device):
-    gpu.update_([], **OPTIONS)
+    gpu.update_([], OPTIONS)
     empty = cut_tensor(Blocks.rows((0, 3)), device=device)
-    gpu.update_([replace(empty, grad=torch.zeros_like(empty.param))], **OPTIONS)
+    gpu.update_([replace(empty, grad=torch.zeros_like(empty.param))], OPTIONS)
     assert empty.step == 1
 
 
@@ -408,8 +409,8 @@ def test_another_cut_of_the_same_tensor_shows(device, tolerances):
         copy.deepcopy(tensor), shard=Shard(Blocks.rows((6, 24))), moments=(torch.zeros(6, 1, device=device),)
     )
     grad = torch.randn_like(tensor.param)
-    update.update_(replace(tensor, grad=grad), **OPTIONS)
-    gpu.update_([replace(other, grad=grad)], **OPTIONS)
+    update.update_(replace(tensor, grad=grad), OPTIONS)
+    gpu.update_([replace(other, grad=grad)], OPTIONS)
     assert not torch.allclose(tensor.param, other.param, **tolerances[torch.float32])
 
 
@@ -461,25 +462,25 @@ def test_a_captured_step(tensor_lr, tolerances):
     names = [name for name in BLOCKS if BLOCKS[name].kind is not Kind.ROW_COLUMN]
     tensors = [cut_tensor(BLOCKS[name], device="cuda", capturable=True) for name in names]
     others = copy.deepcopy(tensors)
-    options = {**OPTIONS, "lr": torch.tensor(1e-2, device="cuda") if tensor_lr else 1e-2, "capturable": True}
+    options = replace(OPTIONS, lr=torch.tensor(1e-2, device="cuda") if tensor_lr else 1e-2)
     first, second = ([torch.randn_like(t.param) for t in tensors] for _ in range(2))
     captured = with_gradients(others, first)
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        gpu.update_(captured, **options)
+        gpu.update_(captured, options, capturable=True)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        gpu.update_(captured, **options)
+        gpu.update_(captured, options, capturable=True)
     graph.replay()
-    gpu.update_(with_gradients(others, second), **options)
+    gpu.update_(with_gradients(others, second), options, capturable=True)
     graph.replay()
 
     for grads in (first, first, second, first):
         for tensor in with_gradients(tensors, grads):
-            update.update_(tensor, **options)
+            update.update_(tensor, options, capturable=True)
     assert_same(names, tensors, others, tolerances)
 
 
@@ -489,7 +490,7 @@ def test_capturing_the_first_step_says_what_to_do():
     tensor = cut_tensor(BLOCKS["rows"], device="cuda", capturable=True)
     tensor = replace(tensor, grad=torch.ones_like(tensor.param))
     with pytest.raises(RuntimeError, match="take one step"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        gpu.update_([tensor], **OPTIONS, capturable=True)
+        gpu.update_([tensor], OPTIONS, capturable=True)
 
 
 @pytest.mark.gpu
@@ -497,10 +498,10 @@ def test_capturing_the_first_step_says_what_to_do():
 def test_no_step_waits_for_the_device():
     tensors = [cut_tensor(BLOCKS[name], device="cuda") for name in BLOCKS if BLOCKS[name].kind is not Kind.ROW_COLUMN]
     tensors = [t for t in tensors if t.param.dim() != 5]  # the reference is no part of this
-    gpu.update_(with_gradients(tensors, [torch.randn_like(t.param) for t in tensors]), **OPTIONS)
+    gpu.update_(with_gradients(tensors, [torch.randn_like(t.param) for t in tensors]), OPTIONS)
     grads = [torch.randn_like(t.param) for t in tensors]
     torch.cuda.set_sync_debug_mode("error")
     try:
-        gpu.update_(with_gradients(tensors, grads), **OPTIONS)
+        gpu.update_(with_gradients(tensors, grads), OPTIONS)
     finally:
         torch.cuda.set_sync_debug_mode("default")

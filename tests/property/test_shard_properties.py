@@ -12,10 +12,11 @@ from lightning_adam_mini.optim.cut_tensor import CutTensor
 from lightning_adam_mini.optim.flat_state import compress_moments, expand_moments
 from lightning_adam_mini.optim.shards import Shard, flat_boxes, grid_boxes
 from lightning_adam_mini.optim.state import init_state
+from lightning_adam_mini.optim.step_options import StepOptions
 from lightning_adam_mini.optim.update import update_
 from random_blocks import cuts
 
-OPTIONS = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
+OPTIONS = StepOptions(lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
 shared_cuts = cuts(kinds=(Kind.MEAN, Kind.ROW_COLUMN))
 
 
@@ -81,7 +82,7 @@ def test_parts_are_updated_as_the_whole(case, seed):
     state = init_state(param, blocks, exp_avg_dtype=None, capturable=False)
     moments = tuple(state[key] for key in blocks.state_shapes)
     before = param.clone()
-    update_(CutTensor(param, grad, Shard(blocks), state["step"], state["exp_avg"], moments), **OPTIONS)
+    update_(CutTensor(param, grad, Shard(blocks), state["step"], state["exp_avg"], moments), OPTIONS)
     sums = blocks.square_sums(grad, dtype=torch.float64)
     for shard, part, part_grad, expected in zip(shards, divide(before), divide(grad), divide(param), strict=True):
         part = part.clone()
@@ -94,7 +95,7 @@ def test_parts_are_updated_as_the_whole(case, seed):
             tuple(torch.zeros_like(moment) for moment in moments),
             square_sums=sums,
         )
-        update_(tensor, **OPTIONS)
+        update_(tensor, OPTIONS)
         torch.testing.assert_close(part, expected, rtol=1e-12, atol=1e-12)
         assert all(torch.allclose(own, whole) for own, whole in zip(tensor.moments, moments, strict=True))
 

@@ -1,5 +1,7 @@
 """What holds for the update whatever the numbers."""
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,10 +13,11 @@ from lightning_adam_mini.optim import foreach, update
 from lightning_adam_mini.optim.cut_tensor import CutTensor
 from lightning_adam_mini.optim.shards import Shard
 from lightning_adam_mini.optim.state import init_state
+from lightning_adam_mini.optim.step_options import StepOptions
 from lightning_adam_mini.partition import STRATEGIES
 from tiny_models import SeparateAttention
 
-OPTIONS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+OPTIONS = StepOptions(lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
 implementations = st.sampled_from(["reference", "foreach"])
 seeds = st.integers(0, 2**32 - 1)
 
@@ -27,9 +30,9 @@ def three_steps(blocks, param, grads, implementation="reference", **options):
     for grad in grads:
         tensor = CutTensor(param, grad.clone(), Shard(blocks), state["step"], state["exp_avg"], moments)
         if implementation == "foreach":
-            foreach.update_([tensor], **{**OPTIONS, **options})
+            foreach.update_([tensor], replace(OPTIONS, **options))
         else:
-            update.update_(tensor, **{**OPTIONS, **options})
+            update.update_(tensor, replace(OPTIONS, **options))
     return param
 
 

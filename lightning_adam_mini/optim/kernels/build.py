@@ -23,6 +23,7 @@ from warnings import warn
 __all__ = ["library", "unavailable"]
 
 SOURCE = Path(__file__).with_name("adam_mini.c")
+"""It includes the headers beside it."""
 FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
 """Without contraction, elements are rounded as torch rounds them; without `errno`, roots are vectors."""
 OPTIONAL_FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
@@ -116,7 +117,8 @@ def _cache_folder() -> Path:
 def _key(compiler: list[str]) -> str:
     """A hash of all that the library depends on."""
     version = _run([*compiler, "--version"])
-    parts = [SOURCE.read_text(), repr((FLAGS, OPTIONAL_FLAGS)), shlex.join(compiler), version.stdout, _processor()]
+    sources = [path.read_text() for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))]
+    parts = [*sources, repr((FLAGS, OPTIONAL_FLAGS)), shlex.join(compiler), version.stdout, _processor()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 

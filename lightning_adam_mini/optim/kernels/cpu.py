@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,39 +18,28 @@ from torch import Tensor
 from lightning_adam_mini.blocks import Blocks, Kind
 from lightning_adam_mini.optim import foreach, update
 from lightning_adam_mini.optim.cut_tensor import CutTensor
+from lightning_adam_mini.optim.kernels import formats
 from lightning_adam_mini.optim.kernels.build import library, unavailable
+from lightning_adam_mini.optim.kernels.formats import Formats, groups_fit
 from lightning_adam_mini.optim.kernels.layout import Layout, box_layout, is_same_layout, layout
 from lightning_adam_mini.optim.kernels.plan import Entry, Mode, Plan, Spans
 from lightning_adam_mini.optim.shards import Box
+from lightning_adam_mini.optim.step_options import StepOptions
 
 __all__ = ["laid_out_as", "square_sums", "supports", "unavailable", "update_", "whole_entry"]
 
 _DTYPES = (torch.float32, torch.bfloat16)
+_NONE = StepOptions(lr=0.0, beta1=0.0, beta2=0.0, eps=0.0, weight_decay=0.0)
 _Shape = tuple[int, ...]
 
 
-def update_(
-    tensors: Sequence[CutTensor],
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool = False,
-) -> None:
+def update_(tensors: Sequence[CutTensor], options: StepOptions) -> None:
     """One step of Adam-mini on many tensors, in place.
 
     Args:
         tensors: Parameters with their gradients, blocks and states.
-        lr: Learning rate of this step.
-        beta1: Decay rate of the first moment.
-        beta2: Decay rate of the second moment.
-        eps: Added to the root of the second moment.
-        weight_decay: Decoupled weight decay coefficient.
-        maximize: Ascend instead of descend.
+        options: Scalars of this step, `lr` a number.
     """
-    options: dict[str, Any] = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
     entries: list[Entry] = []
     others: list[CutTensor] = []
     for tensor in tensors:
@@ -60,10 +48,10 @@ def update_(
         elif tensor.is_whole and tensor.square_sums is None:
             entries.append(whole_entry(tensor))
         else:
-            entries += _sharded_entries(tensor, beta2=beta2, eps=eps)
+            entries += _sharded_entries(tensor, options)
     if entries:
-        Plan(entries).step(maximize=maximize, **options)
-    foreach.update_(others, maximize=maximize, **options)
+        Plan(entries).step(options)
+    foreach.update_(others, options)
 
 
 def supports(tensor: CutTensor) -> str | None:
@@ -73,9 +61,7 @@ def supports(tensor: CutTensor) -> str | None:
         return "it is not on the CPU, or has no gradient"
     if library() is None:
         return unavailable()
-    if not tensor.is_plain:
-        return "a first moment in 8 bits, or stochastic rounding"
-    if param.dtype not in _DTYPES or grad.dtype != param.dtype or tensor.exp_avg.dtype not in _DTYPES:
+    if param.dtype not in _DTYPES or grad.dtype != param.dtype or not _has_known_format(tensor):
         return "dtypes other than float32 and bfloat16, or a gradient of another dtype than its parameter"
     if any(moment.dtype != torch.float32 or not moment.is_contiguous() for moment in tensor.moments):
         return "second moments that are not contiguous float32"
@@ -86,10 +72,30 @@ def supports(tensor: CutTensor) -> str | None:
     if any(t.data_ptr() % t.element_size() for t in (param, tensor.exp_avg, *tensor.moments, tensor.step)):
         return "addresses between two elements"
     if tensor.is_whole and tensor.square_sums is None:
-        return None if _whole_piece(*_memory(tensor)) else "axes in an order that four sizes do not describe"
+        piece = _whole_piece(*_memory(tensor))
+        if piece is None:
+            return "axes in an order that four sizes do not describe"
+        return _format_refusal(tensor, [(piece, None)])
     if kind is not Kind.MEAN:
         return "sums or rectangles of a cut other than by blocks"
-    return None if _pieces(tensor) is not None else "rectangles that do not lie densely in memory"
+    pieces = _pieces(tensor)
+    return _format_refusal(tensor, pieces) if pieces is not None else "rectangles that do not lie densely in memory"
+
+
+def _has_known_format(tensor: CutTensor) -> bool:
+    return tensor.exp_avg.dtype in ((torch.uint8,) if tensor.exp_avg_scale is not None else _DTYPES)
+
+
+def _format_refusal(tensor: CutTensor, pieces: list[tuple[_Piece, Box | None]]) -> str | None:
+    """Why the kernel cannot take the formats in which a tensor is stored; None if it can."""
+    views = [tensor.param if box is None else box.view(tensor.param) for _, box in pieces]
+    if reason := formats.refusal(tensor, views):
+        return reason
+    if tensor.exp_avg_scale is None or not tensor.param.numel():
+        return None
+    slice_length = tensor.param.numel() // tensor.param.shape[0]
+    lengths = (length for piece, _ in pieces for length in piece.lengths(tensor.blocks.kind))
+    return None if groups_fit(lengths, slice_length) else "blocks whose bounds split the groups of 8-bit codes"
 
 
 def square_sums(tensor: CutTensor) -> tuple[Tensor, ...] | None:
@@ -101,7 +107,7 @@ def square_sums(tensor: CutTensor) -> tuple[Tensor, ...] | None:
     sums = torch.zeros(len(pieces), tensor.moments[0].numel())  # a line each: the kernel writes, it does not add
     entries = [_entry(tensor, Mode.SUM, piece, (line,), box) for (piece, box), line in zip(pieces, sums, strict=True)]
     if entries:
-        Plan(entries).step()
+        Plan(entries).step(_NONE)
     return (sums.sum(0).view_as(tensor.moments[0]),)
 
 
@@ -112,14 +118,13 @@ def whole_entry(tensor: CutTensor) -> Entry:
     return _entry(tensor, _MODES[tensor.blocks.kind], piece, tensor.moments)
 
 
-def _sharded_entries(tensor: CutTensor, *, beta2: float, eps: float) -> list[Entry]:
+def _sharded_entries(tensor: CutTensor, options: StepOptions) -> list[Entry]:
     """A tensor whose second moments and denominators are made here, from sums of all ranks or of several rectangles."""
     tensor.step.add_(1)
     if tensor.square_sums is None and (sums := square_sums(tensor)) is not None:
         tensor.square_sums = sums
-    update.accumulate_(tensor, beta2)
-    root = (1 - beta2 ** tensor.step.item()) ** 0.5
-    denominators = tensor.moments[0].sqrt().div_(root).add_(eps)
+    update.accumulate_(tensor, options.beta2)
+    denominators = tensor.moments[0].sqrt().div_(options.root(tensor.step.item())).add_(options.eps)
     return [_entry(tensor, Mode.DENOMINATOR, piece, (denominators,), box) for piece, box in _pieces(tensor) or ()]
 
 
@@ -133,13 +138,22 @@ class _Piece:
     sizes: tuple[int, int, int, int]
     spans: Spans | None
 
+    def lengths(self, kind: Kind) -> list[int]:
+        """Elements of the runs and lines that the kernel updates one at a time."""
+        _, outer, rows, inner = self.sizes
+        if self.spans is None:
+            return []
+        if kind is Kind.ROW_COLUMN:
+            return [inner] if outer == 1 else self.spans.heights()
+        return [height * inner for height in self.spans.heights()] if outer == 1 else [rows * inner]
+
 
 def _entry(tensor: CutTensor, mode: Mode, piece: _Piece, moments: tuple[Tensor, ...], box: Box | None = None) -> Entry:
     assert tensor.grad is not None
     param, grad, exp_avg = tensor.param, laid_out_as(tensor.param, tensor.grad), tensor.exp_avg
     if box is not None:
         param, grad, exp_avg = box.view(param), box.view(grad), box.view(exp_avg)
-    return Entry(mode, piece.sizes, piece.spans, param, grad, exp_avg, moments, tensor.step)
+    return Entry(mode, piece.sizes, piece.spans, param, grad, exp_avg, moments, tensor.step, Formats.of(tensor, param))
 
 
 def laid_out_as(param: Tensor, grad: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from lightning_adam_mini.optim import update
 from lightning_adam_mini.optim.cut_tensor import CutTensor
 from lightning_adam_mini.optim.kernels.triton_plan import Plan, make_plan, plan_key, refusal
+from lightning_adam_mini.optim.step_options import StepOptions
 
 __all__ = ["supports", "unavailable", "update_"]
 
@@ -53,27 +54,12 @@ def supports(tensor: CutTensor) -> str | None:
     return unavailable(tensor.param.device) or refusal(tensor)
 
 
-def update_(
-    tensors: Sequence[CutTensor],
-    *,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool = False,
-    capturable: bool = False,
-) -> None:
+def update_(tensors: Sequence[CutTensor], options: StepOptions, *, capturable: bool = False) -> None:
     """One step of Adam-mini on many tensors, in place.
 
     Args:
         tensors: Parameters with their gradients, blocks and states.
-        lr: Learning rate of this step.
-        beta1: Decay rate of the first moment.
-        beta2: Decay rate of the second moment.
-        eps: Added to the root of the second moment.
-        weight_decay: Decoupled weight decay coefficient.
-        maximize: Ascend instead of descend.
+        options: Scalars of this step.
         capturable: Step counts, and `lr` where it is a tensor, stay on the device, so that CUDA graphs can capture the
             step. A graph reads and writes the memory that the tensors had when it was captured.
 
@@ -86,31 +72,22 @@ def update_(
     for device, here in by_device.items():
         prepared = _prepare(here, device) if _runs_on(device) else None
         for number in range(len(here)) if prepared is None else prepared.plan.left:
-            update.update_(
-                here[number],
-                lr=lr,
-                beta1=beta1,
-                beta2=beta2,
-                eps=eps,
-                weight_decay=weight_decay,
-                maximize=maximize,
-                capturable=capturable,
-            )
+            update.update_(here[number], options, capturable=capturable)
         if prepared is None or not prepared.plan.taken:
             continue
         taken = [here[number] for number in prepared.plan.taken]
         torch._foreach_add_([tensor.step for tensor in taken], 1)
         for number in prepared.plan.summed:
-            update.accumulate_(here[number], beta2)
-        options: dict[str, Tensor | float] = {
-            "scalars": _scalars(taken, lr, (beta1, beta2), weight_decay, device, capturable=capturable),
-            "beta2": beta2,
-            "weight1": 1 - beta1,
-            "weight2": 1 - beta2,
-            "eps": eps,
-            "sign": -1.0 if maximize else 1.0,
+            update.accumulate_(here[number], options.beta2)
+        arguments: dict[str, Tensor | float] = {
+            "scalars": _scalars(taken, options, device, capturable=capturable),
+            "beta2": options.beta2,
+            "weight1": 1 - options.beta1,
+            "weight2": 1 - options.beta2,
+            "eps": options.eps,
+            "sign": -1.0 if options.maximize else 1.0,
         }
-        prepared.launch(taken, options)
+        prepared.launch(taken, arguments)
 
 
 @dataclass
@@ -188,30 +165,20 @@ def _prepare(tensors: Sequence[CutTensor], device: torch.device) -> _Prepared:
     return prepared
 
 
-def _scalars(
-    tensors: Sequence[CutTensor],
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    weight_decay: float,
-    device: torch.device,
-    *,
-    capturable: bool,
-) -> Tensor:
+def _scalars(tensors: Sequence[CutTensor], options: StepOptions, device: torch.device, *, capturable: bool) -> Tensor:
     """For each tensor the factor of weight decay, the step size and the root of the second bias correction.
 
     They are computed in float64, on the device only if `capturable`.
     """
-    beta1, beta2 = betas
+    lr = options.lr
     if capturable:
         steps = torch.stack([tensor.step for tensor in tensors]).double()
-        rate = lr.to(device, torch.float64) if isinstance(lr, Tensor) else lr
-        decay = torch.ones_like(steps) - rate * weight_decay
-        return torch.stack([decay, rate / (1 - beta1**steps), (1 - beta2**steps).sqrt()], 1).float()
-    rate = float(lr)
-    rows: dict[float, tuple[float, float, float]] = {}
+        wide = replace(options, lr=lr.to(device, torch.float64) if isinstance(lr, Tensor) else lr)
+        decay = torch.ones_like(steps) * wide.shrink
+        return torch.stack([decay, wide.step_size(steps), wide.root(steps)], 1).float()
+    options = replace(options, lr=float(lr))
     counts = [tensor.step.item() for tensor in tensors]
-    for step in set(counts):
-        rows[step] = (1 - rate * weight_decay, rate / (1 - beta1**step), (1 - beta2**step) ** 0.5)
+    rows = {step: (options.shrink, options.step_size(step), options.root(step)) for step in set(counts)}
     values = torch.tensor([rows[step] for step in counts], pin_memory=device.type == "cuda")
     return values.to(device, non_blocking=True)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from operator import is_
-from typing import Any
 
 from torch import Tensor
 
 from lightning_adam_mini.optim.cut_tensor import CutTensor
 from lightning_adam_mini.optim.kernels.cpu import laid_out_as, supports, whole_entry
 from lightning_adam_mini.optim.kernels.plan import Plan
+from lightning_adam_mini.optim.step_options import StepOptions
 
 __all__ = ["GroupPlan"]
 
@@ -50,13 +50,15 @@ class GroupPlan:
                 return None
         return cls(params, state, tensors)
 
-    def step(self, params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Tensor]], **options: Any) -> bool:
+    def step(
+        self, params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Tensor]], options: StepOptions
+    ) -> bool:
         """One step; False, and nothing is done, where the plan does not hold.
 
         Args:
             params: Parameters of the group now.
             state: State of the optimizer now.
-            **options: Those of `Plan.step`.
+            options: Scalars of this step.
         """
         if len(params) != len(self._params) or not all(map(is_, params, self._params)):
             return False
@@ -73,7 +75,7 @@ class GroupPlan:
             return False
         if [grad.stride() for grad in members] != self._strides:
             members = [laid_out_as(parameter, grad) for parameter, grad in zip(self._members, members, strict=True)]
-        self._plan.step(members, **options)
+        self._plan.step(options, members)
         return True
 
     def _state_of_members(self, state: Mapping[Tensor, Mapping[str, Tensor]]) -> list[Tensor]:

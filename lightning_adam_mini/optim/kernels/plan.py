@@ -17,11 +17,14 @@ from torch import Tensor
 
 from lightning_adam_mini.blocks import Blocks
 from lightning_adam_mini.optim.kernels.build import library
+from lightning_adam_mini.optim.kernels.formats import PLAIN, Formats
 from lightning_adam_mini.optim.kernels.layout import Layout
+from lightning_adam_mini.optim.step_options import StepOptions
 
 __all__ = ["Entry", "Mode", "Plan", "Spans"]
 
-_NUM_WORDS, _GRAD = 17, 1
+_NUM_WORDS, _GRAD = 23, 1
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 
 
 class Mode(IntEnum):
@@ -46,6 +49,10 @@ class Spans:
     def __init__(self, lines: Iterable[Sequence[int]], *, num_blocks: int, in_pieces: bool = False) -> None:
         self.table = array("q", [number for line in lines for number in line])
         self.words = (self.table.buffer_info()[0], len(self.table) // 4, num_blocks, int(in_pieces))
+
+    def heights(self) -> list[int]:
+        """Rows of a block of each span."""
+        return self.table[1::4].tolist()
 
     @classmethod
     def of_layout(cls, layout: Layout, num_blocks: int) -> Spans:
@@ -84,6 +91,7 @@ class Entry:
         exp_avg: First moment.
         moments: What the mode reads and writes: two tensors for `Mode.RANK_ONE`, else one.
         step: Steps taken.
+        formats: How the parameter and the first moment are stored.
     """
 
     mode: Mode
@@ -94,6 +102,7 @@ class Entry:
     exp_avg: Tensor
     moments: tuple[Tensor, ...]
     step: Tensor
+    formats: Formats = PLAIN
 
     def words(self) -> list[int]:
         """The struct."""
@@ -102,9 +111,10 @@ class Entry:
             *(tensor.data_ptr() for tensor in tensors),
             self.mode,
             self.param.dtype == torch.bfloat16,
-            self.exp_avg.dtype == torch.bfloat16,
+            _DTYPES[self.exp_avg.dtype],
             *self.sizes,
             *(self.spans.words if self.spans else (0, 0, 0, 0)),
+            *self.formats.words(),
         ]
 
 
@@ -119,34 +129,24 @@ class Plan:
         self.entries = entries
         self._words = array("q", [word for entry in entries for word in entry.words()])
         self._params = [entry.param for entry in entries if entry.mode is not Mode.SUM]
-        self._fixed = [t for entry in entries for t in (entry.param, entry.exp_avg, *entry.moments, entry.step)]
+        self._fixed = [
+            tensor
+            for e in entries
+            for tensor in (e.param, e.exp_avg, *e.moments, e.step, e.formats.scales)
+            if tensor is not None
+        ]
         self._addresses = self._find()
 
     def is_in_place(self) -> bool:
         """Whether parameters and states lie where they lay when the plan was made."""
         return self._find() == self._addresses
 
-    def step(
-        self,
-        grads: Sequence[Tensor] | None = None,
-        *,
-        lr: float = 0.0,
-        beta1: float = 0.0,
-        beta2: float = 0.0,
-        eps: float = 0.0,
-        weight_decay: float = 0.0,
-        maximize: bool = False,
-    ) -> None:
+    def step(self, options: StepOptions, grads: Sequence[Tensor] | None = None) -> None:
         """Do what the entries' modes say.
 
         Args:
+            options: Scalars of this step, `lr` a number; sums need none.
             grads: Gradients of this step, laid out as those of the entries, if they are others.
-            lr: Learning rate of this step.
-            beta1: Decay rate of the first moment.
-            beta2: Decay rate of the second moment.
-            eps: Added to the root of the second moment.
-            weight_decay: Decoupled weight decay coefficient.
-            maximize: Ascend instead of descend.
 
         Raises:
             MemoryError: There is no room for partial sums; nothing has changed.
@@ -155,8 +155,9 @@ class Plan:
             self._words[_GRAD::_NUM_WORDS] = array("q", [grad.data_ptr() for grad in grads])
         kernel = library()
         assert kernel is not None
-        address, threads = self._words.buffer_info()[0], _num_threads()
-        if kernel.adam_mini_step(address, len(self.entries), lr, beta1, beta2, eps, weight_decay, maximize, threads):
+        o = options
+        scalars = (o.lr, o.beta1, o.beta2, o.eps, o.weight_decay, o.maximize)
+        if kernel.adam_mini_step(self._words.buffer_info()[0], len(self.entries), *scalars, _num_threads()):
             raise MemoryError("AdamMini's kernel has no memory for its partial sums: use a smaller batch or model")
         torch.autograd.graph.increment_version(self._params)  # as torch's own in-place operations do
 

@@ -1,0 +1,116 @@
+"""How the C kernel reads what is coded or rounded: the scales of 8-bit first moments, and where random bits begin.
+
+The kernel goes through such tensors in memory order, a group of codes at a time. So they lie in C order, and what it
+takes as one piece - a run, a line of columns - begins and ends between two groups.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lightning_adam_mini.optim import momentum_8bit
+from lightning_adam_mini.optim.cut_tensor import CutTensor
+from lightning_adam_mini.optim.momentum_8bit import GROUP_SIZE
+
+__all__ = ["PLAIN", "TASK_LENGTH", "Formats", "groups_fit", "refusal"]
+
+TASK_LENGTH = 1 << 16
+"""Elements that the kernel takes at once, as in its source: of longer slices, whole groups."""
+
+
+@dataclass(frozen=True)
+class Formats:
+    """The formats of one tensor; by default, numbers that are rounded to nearest.
+
+    Args:
+        scales: Scales of 8-bit codes, from those of the first element on.
+        slice_length: Elements of a slice of axis 0, which has groups of its own.
+        seed: Of the random bits; None where nothing is rounded stochastically.
+        first: Number of the first element in the whole parameter.
+    """
+
+    scales: Tensor | None = None
+    slice_length: int = 0
+    seed: int | None = None
+    first: int = 0
+
+    @classmethod
+    def of(cls, tensor: CutTensor, view: Tensor) -> Formats:
+        """The formats of a tensor that the kernel supports, or of a rectangle of it.
+
+        Args:
+            tensor: The tensor.
+            view: Its parameter, or the rectangle's view of it.
+        """
+        offset = int(view.storage_offset() - tensor.param.storage_offset())
+        scales, slice_length, seed, first = None, 0, None, 0
+        if tensor.exp_avg_scale is not None and view.numel():
+            slice_length = _slice_length(tensor.param)
+            scales = tensor.exp_avg_scale[offset // slice_length :]
+        if tensor.rounding is not None:
+            seed, first = tensor.rounding.seed, (tensor.rounding.first or 0) + offset
+        return cls(scales, slice_length, seed, first)
+
+    def words(self) -> list[int]:
+        """The part of the kernel's struct that says this."""
+        scales, codebook = (0, 0) if self.scales is None else (self.scales.data_ptr(), _codebook().buffer_info()[0])
+        return [scales, codebook, self.slice_length, self.seed is not None, self.seed or 0, self.first]
+
+
+PLAIN = Formats()
+
+
+def refusal(tensor: CutTensor, views: Iterable[Tensor]) -> str | None:
+    """Why the kernel cannot take the formats of a tensor; None if it can.
+
+    Args:
+        tensor: The tensor.
+        views: Its parameter, or the views of it that are its rectangles.
+    """
+    if tensor.is_plain:
+        return None
+    views = list(views)
+    if not tensor.param.is_contiguous() or not all(view.is_contiguous() for view in views):
+        return "8-bit first moments or stochastic rounding of what does not lie in C order"
+    if tensor.rounding is not None and tensor.rounding.first is None:
+        return "stochastic rounding of a shard whose elements are not consecutive"
+    if tensor.exp_avg_scale is None or not tensor.param.numel():
+        return None
+    scale, length = tensor.exp_avg_scale, _slice_length(tensor.param)
+    if scale.dtype != torch.float32 or not scale.is_contiguous():
+        return "scales that are not contiguous float32"
+    offsets = (view.storage_offset() - tensor.param.storage_offset() for view in views)
+    if any(offset % length or view.numel() % length for offset, view in zip(offsets, views, strict=True)):
+        return "a shard that splits the groups of 8-bit codes"
+    if length > TASK_LENGTH and length % GROUP_SIZE:
+        return "8-bit codes of slices that are longer than a task and no multiple of a group"
+    return None
+
+
+def groups_fit(piece_lengths: Iterable[int], slice_length: int) -> bool:
+    """Whether pieces that follow each other in memory begin and end between groups of codes.
+
+    Args:
+        piece_lengths: Elements of each piece.
+        slice_length: Elements of a slice of axis 0.
+    """
+    is_aligned = slice_length % GROUP_SIZE == 0
+    return all(n % slice_length == 0 or (is_aligned and n % GROUP_SIZE == 0) for n in piece_lengths)
+
+
+def _slice_length(param: Tensor) -> int:
+    return param.numel() // param.shape[0]
+
+
+@cache
+def _codebook() -> array[int]:
+    """The kernel's `Codebook`, as 32-bit words that stay where they are."""
+    values = momentum_8bit.values(torch.device("cpu"))
+    first, middles = momentum_8bit.bins(torch.device("cpu"))
+    return array("i", [*values.view(torch.int32).tolist(), *middles.view(torch.int32).tolist(), *first.tolist()])

@@ -1,0 +1,95 @@
+/* Sums and updates of rank-one cuts. */
+#ifndef ADAM_MINI_RANK_ONE_H
+#define ADAM_MINI_RANK_ONE_H
+
+#include <float.h>
+
+#include "blocks.h"
+
+/* A batch is a matrix in memory; its lines are the rows if C1 = 1, and the columns otherwise. */
+static int lines_are_rows(const Tensor *t) { return t->outer == 1; }
+
+static int64_t num_lines(const Tensor *t) { return lines_are_rows(t) ? t->rows : t->outer; }
+
+static int64_t line_length(const Tensor *t) { return lines_are_rows(t) ? t->inner : t->rows; }
+
+/* `count` lines from `offset` on in batch `block`; they are of segment `length` if they are rows. */
+static void do_rank_one_sum(Work *w, const Task *task, int64_t number) {
+    const Tensor *t = w->t;
+    int64_t n = line_length(t);
+    float *down = w->columns + number * n;
+    memset(down, 0, n * sizeof(float));
+    for (int64_t i = 0; i < task->count; i++) {
+        int64_t line = task->block * num_lines(t) + task->offset + i, offset = line * n;
+        if (lines_are_rows(t)) {
+            w->totals[line] = sum_line(t, offset, n, down);
+            continue;
+        }
+        for (int64_t s = 0; s < t->num_blocks; s++) w->totals[line * t->num_blocks + s] = 0;
+        for (const Span *span = t->spans; span < t->spans + t->num_spans; span++)
+            w->totals[line * t->num_blocks + span->block] +=
+                sum_line(t, offset + span->row, span->rows_of_block, down + span->row);
+    }
+}
+
+static void combine_rank_one(Work *w, const Task *tasks) {
+    const Tensor *t = w->t;
+    int64_t n = line_length(t), segments = t->num_blocks, others = t->outer * t->inner;
+    int by_rows = lines_are_rows(t);
+    double *rows_of_segment = w->totals + t->batches * num_lines(t) * (by_rows ? 1 : segments);
+    double *means = rows_of_segment + segments, *down = means + segments;
+    float *roots = w->factors, *column_roots = w->factors + t->batches * t->rows;
+    for (int64_t s = 0; s < segments; s++) rows_of_segment[s] = 0;
+    for (const Span *span = t->spans; span < t->spans + t->num_spans; span++)
+        rows_of_segment[span->block] += (double)span->rows_of_block;
+    for (int64_t a = 0; a < t->batches; a++) {
+        float *row_moment = t->moment + a * t->rows, *column_moment = t->column_moment + a * segments * others;
+        int64_t num_down = by_rows ? segments * n : n;
+        for (int64_t c = 0; c < num_down; c++) down[c] = 0;
+        for (int64_t i = 0; i < w->num_sums; i++) {
+            if (tasks[i].block != a) continue;
+            double *target = down + (by_rows ? tasks[i].length * n : 0);
+            for (int64_t c = 0; c < n; c++) target[c] += w->columns[i * n + c];
+        }
+        const double *along = w->totals + a * num_lines(t) * (by_rows ? 1 : segments);
+        const double *row_sums = by_rows ? along : down;
+        const double *column_sums = by_rows ? down : along; /* (segments, C2), or (C1, segments) */
+        for (int64_t s = 0; s < segments; s++) means[s] = 0;
+        for (const Span *span = t->spans; span < t->spans + t->num_spans; span++) {
+            for (int64_t r = span->row; r < span->row + span->rows_of_block; r++) {
+                row_moment[r] = next_moment(w, row_moment[r], row_sums[r], (double)others);
+                means[span->block] += row_moment[r];
+            }
+        }
+        for (const Span *span = t->spans; span < t->spans + t->num_spans; span++) {
+            float mean = (float)(means[span->block] / rows_of_segment[span->block]);
+            if (mean < FLT_MIN) mean = FLT_MIN;
+            for (int64_t r = span->row; r < span->row + span->rows_of_block; r++)
+                roots[a * t->rows + r] = sqrtf(row_moment[r] / mean);
+        }
+        for (int64_t c = 0; c < segments * others; c++) {
+            int64_t segment = by_rows ? c / others : c % segments;
+            column_moment[c] = next_moment(w, column_moment[c], column_sums[c], rows_of_segment[segment]);
+            column_roots[a * segments * others + c] = sqrtf(column_moment[c]);
+        }
+    }
+}
+
+static void do_rank_one_update(const Work *w, const Task *task) {
+    const Tensor *t = w->t;
+    int64_t n = line_length(t), segments = t->num_blocks;
+    const float *roots = w->factors + task->block * t->rows;
+    const float *column_roots = w->factors + t->batches * t->rows + task->block * segments * t->outer * t->inner;
+    for (int64_t line = task->offset; line < task->offset + task->count; line++) {
+        int64_t offset = (task->block * num_lines(t) + line) * n;
+        if (lines_are_rows(t)) {
+            update_rank_one(w, offset, n, roots[line], column_roots + task->length * n);
+            continue;
+        }
+        for (const Span *span = t->spans; span < t->spans + t->num_spans; span++)
+            update_rank_one(w, offset + span->row, span->rows_of_block, column_roots[line * segments + span->block],
+                            roots + span->row);
+    }
+}
+
+#endif
