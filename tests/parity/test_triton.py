@@ -161,7 +161,7 @@ def test_kernels_equal_the_reference(dtype, grad_dtype, exp_avg_dtype, maximize,
     blocks = BLOCKS if exp_avg_dtype is None and dtype is torch.float32 else SMALL
     tensors = [cut_tensor(b, device=device, dtype=dtype, exp_avg_dtype=exp_avg_dtype) for b in blocks.values()]
     others = copy.deepcopy(tensors)
-    run_both(tensors, others, grad_dtype=grad_dtype, maximize=maximize)
+    run_both(tensors, others, grad_dtype=grad_dtype, options=replace(OPTIONS, maximize=maximize))
     assert_same(blocks, tensors, others, tolerances)
 
 
