@@ -52,7 +52,7 @@ BLOCK_MUTANTS = {
     "sum in place of the mean": ("[max(segment.block_size * width, 1) for", "[1 for"),
     "mean over rows alone": ("[max(segment.block_size * width, 1) for", "[segment.block_size for"),
     "norm in place of its square": ("dtype=dtype).square_()", "dtype=dtype)"),
-    "sum in place of the sum of squares": ("part.to(dtype).square().sum(", "part.to(dtype).sum("),
+    "sum in place of the sum of squares": ("first.to(dtype).square()", "first.to(dtype).clone()"),
 }
 SEEN_BY = {"norm in place of its square": ["foreach"]}  # the reference takes no norms
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lightning_adam_mini import Blocks
-from lightning_adam_mini.blocks import Kind, Segment
+from lightning_adam_mini import blocks as blocks_module
+from lightning_adam_mini.blocks import Kind, Segment, sum_square
 
 QKV = (Segment(4, 2), Segment(2, 2), Segment(2, 1))
 
@@ -80,6 +81,17 @@ def test_squares_of_narrow_numbers_are_summed_in_the_wide_dtype(dtype):
         (mean,) = blocks.mean_square(tensor, dtype=torch.float64)
         value = float(tensor[0, 0])
         torch.testing.assert_close(mean, torch.full_like(mean, value**2), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("axes", [(0,), (1,), (0, 1), (0, 2), (0, 1, 2)])
+def test_sums_of_squares_of_many_slices(axes, exact, dtype, monkeypatch):
+    """The last of which is shorter."""
+    monkeypatch.setattr(blocks_module, "SLICE_ELEMENTS", 60)
+    tensor = torch.randn(11, 7, 3).to(dtype)
+    found = sum_square(tensor, axes, torch.float32, exact=exact)
+    torch.testing.assert_close(found.double(), tensor.double().square().sum(axes, keepdim=True), rtol=1e-6, atol=0)
 
 
 def test_numbers_of_the_blocks():
