@@ -9,6 +9,7 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import Any, get_args
 
+import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
@@ -101,7 +102,7 @@ def _authors(source: Source, _: str) -> Optimizer:
     return optimizer
 
 
-def _ours(implementation: Implementation) -> Build:
+def _ours(implementation: Implementation | None, *, exp_avg_dtype: torch.dtype | None = None) -> Build:
     return lambda source, partition: AdamMini(
         source.model,
         lr=LR,
@@ -109,7 +110,7 @@ def _ours(implementation: Implementation) -> Build:
         partition=partition,
         partition_overrides=source.overrides,
         partition_layouts=source.layouts,
-        exp_avg_dtype=source.exp_avg_dtype,
+        exp_avg_dtype=exp_avg_dtype or source.exp_avg_dtype,
         implementation=implementation,
     )
 
@@ -126,7 +127,12 @@ def _installed(package: str, module: str) -> Any:
         raise ValueError(f"not installed; pip install {package}") from error
 
 
-_OURS: Mapping[str, Build] = MappingProxyType({f"adam-mini-{name}": _ours(name) for name in get_args(Implementation)})
+_OURS: Mapping[str, Build] = MappingProxyType(
+    {
+        **{f"adam-mini-{name}": _ours(name) for name in get_args(Implementation)},
+        "adam-mini-8bit": _ours(None, exp_avg_dtype=torch.uint8),
+    }
+)
 _BUILDS: Mapping[str, Build] = MappingProxyType(
     {
         BASELINE: _adamw(fused=True),

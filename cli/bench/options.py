@@ -43,8 +43,9 @@ def parse_step(arguments: Sequence[str]) -> Namespace:
         "--optimizers",
         nargs="+",
         metavar="NAME",
-        help="adamw-fused, adamw-foreach, adamw-8bit (torchao), authors (the package adam-mini), and adam-mini-NAME "
-        "for each implementation of AdamMini. All by default; adamw-fused, which ratios are to, always runs.",
+        help="adamw-fused, adamw-foreach, adamw-8bit (torchao), authors (the package adam-mini), adam-mini-NAME for "
+        "each implementation of AdamMini, and adam-mini-8bit, with first moments in 8 bits. All by default; "
+        "adamw-fused, which ratios are to, always runs.",
     )
     parser.add_argument(
         "--partition",
