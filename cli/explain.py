@@ -53,7 +53,8 @@ def _parser() -> Parser:
     parser.add_argument(
         "--hf",
         metavar="NAME_OR_CONFIG.json",
-        help="Model of transformers: its config.json, a folder with one, or a name in the local cache of the hub.",
+        help="Model of transformers: its config.json, a folder with one, a name in the local cache of the hub, or the "
+        """content of a config.json, such as '{"model_type": "gpt2"}'.""",
     )
     parser.add_argument("--timm", metavar="NAME", help="Model of timm, such as vit_base_patch16_224.")
     parser.add_argument(

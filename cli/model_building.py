@@ -99,20 +99,24 @@ def config_file(option: str, name: str) -> Path | None:
     return None
 
 
-def read_json(option: str, path: Path) -> dict[str, Any]:
+def read_json(option: str, source: Path | str) -> dict[str, Any]:
     """The content of a configuration.
+
+    Args:
+        option: The option that names it, for messages.
+        source: The file, or the content itself.
 
     Raises:
         ValueError: It is no JSON object, or nested deeper than can be read.
     """
     try:
-        options = json.loads(path.read_text("utf-8"))
+        options = json.loads(source if isinstance(source, str) else source.read_text("utf-8"))
     except ValueError as error:
-        raise ValueError(f"{option} {path}: this is not JSON: {error}") from error
+        raise ValueError(f"{option} {source}: this is not JSON: {error}") from error
     except RecursionError as error:
-        raise ValueError(f"{option} {path}: this is nested too deeply for a configuration") from error
+        raise ValueError(f"{option} {source}: this is nested too deeply for a configuration") from error
     if not isinstance(options, dict):
-        raise ValueError(f"{option} {path}: a configuration is a JSON object, not a {type(options).__name__}")
+        raise ValueError(f"{option} {source}: a configuration is a JSON object, not a {type(options).__name__}")
     return options
 
 

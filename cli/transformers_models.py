@@ -24,14 +24,15 @@ def of_transformers(name: str) -> Source:
     """A model of transformers from a `config.json`, of random weights in float32.
 
     Args:
-        name: The file, a folder with it, or the name of a model in the local cache of the hub.
+        name: The file, a folder with it, the name of a model in the local cache of the hub, or what would be in the
+            file, from its `{` on.
 
     Raises:
         ValueError: There is no such file on this machine, or transformers cannot build what it says.
     """
     transformers = package("transformers", "--hf", "llm")
     with quiet():
-        path = config_file("--hf", name) or _cached(name)
+        path = name.strip() if name.lstrip().startswith("{") else config_file("--hf", name) or _cached(name)
         options = read_json("--hf", path)
         architecture = _architecture(options)
         cls: Any = getattr(transformers, architecture, None)
@@ -48,9 +49,9 @@ def of_transformers(name: str) -> Source:
                 auto = transformers.AutoModelForCausalLM if type(config) in mapping else transformers.AutoModel
                 model = auto.from_config(config, dtype=torch.get_default_dtype())
     told = [] if architecture in ("", type(model).__name__) else [_other_class(architecture, model)]
+    where = "the configuration" if isinstance(path, str) else path.name
     told += [
-        f"{path.name} does not say {size}, so {type(part).__name__}'s default of {value} is taken: heads decide about "
-        "blocks"
+        f"{where} does not say {size}, so {type(part).__name__}'s default of {value} is taken: heads decide about blocks"
         for part, size, value in _defaults(config, options)
     ]
     return Source(model, warnings=tuple(told))
@@ -85,7 +86,7 @@ def _architecture(options: Mapping[str, Any]) -> str:
     return ""
 
 
-def _transformers_config(path: Path, options: dict[str, Any]) -> PreTrainedConfig:
+def _transformers_config(path: Path | str, options: dict[str, Any]) -> PreTrainedConfig:
     from transformers import CONFIG_MAPPING
 
     model_type = options.get("model_type")

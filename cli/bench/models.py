@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -23,16 +21,7 @@ def outline(options: Namespace) -> Source:
     Raises:
         ValueError: There is no such model, or a package is missing.
     """
-    build, value = SOURCES[options.source], getattr(options, options.source)
-    if options.source != "hf" or not value.lstrip().startswith("{"):
-        return build(value)
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "config.json"
-        path.write_text(value, "utf-8")
-        try:
-            return build(str(path))
-        except ValueError as error:
-            raise ValueError(str(error).replace(str(path), value)) from error
+    return SOURCES[options.source](getattr(options, options.source))
 
 
 def choose_device(name: str | None) -> torch.device:

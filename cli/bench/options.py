@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from argparse import Namespace
 from collections.abc import Sequence
@@ -175,11 +174,6 @@ def _check_model(parser: Parser, options: Namespace, sources: Sequence[str]) -> 
         parser.error(f"{'RECIPE' if options.source == 'recipe' else f'--{options.source}'} is empty: give a name")
     if options.threads < 1:
         parser.error(f"--threads {options.threads}: at least 1")
-    if options.source == "hf" and options.hf.lstrip().startswith("{"):
-        try:
-            json.loads(options.hf)
-        except ValueError as error:
-            parser.error(f"--hf {options.hf}: this is not JSON: {error}")
     if options.out is not None:
         options.out = options.out.expanduser()
         if options.out.exists() and not options.out.is_dir():

@@ -158,7 +158,7 @@ def test_measured_batches_fit(capsys):
         ([], COMMAND, "give exactly one of RECIPE, --hf, --timm and --diffusers"),
         (["llm/gpt2_tiny", "--hf", "x"], COMMAND, "give exactly one of"),
         (["--hf", ""], COMMAND, "--hf is empty"),
-        (["--hf", "{no"], COMMAND, "this is not JSON"),
+        (["--hf", "{no"], VALUE, "this is not JSON"),
         (["--hf", '{"model_type": "gpt"}'], VALUE, "did you mean"),
         (["llm/gpt2_tyny"], VALUE, "did you mean llm/gpt2_tiny.yaml"),
         (["--hf", CONFIG, "--rounds", "0"], COMMAND, "--rounds 0: quartiles need at least 3"),

@@ -430,6 +430,17 @@ def test_files(folder, capsys, option, content, told):
     refused(capsys, VALUE, told, option, "config.json")
 
 
+def test_the_content_of_a_configuration(folder, capsys):
+    """Instead of a file: the same table, and messages that name what is wrong."""
+    write_json(folder / "config.json", LLAMA)
+    assert main(["explain", "--hf", "config.json"]) == 0
+    of_file = capsys.readouterr().out
+    assert main(["explain", "--hf", json.dumps(LLAMA)]) == 0
+    assert capsys.readouterr().out == of_file
+    refused(capsys, VALUE, "this is not JSON", "--hf", "{no")
+    refused(capsys, VALUE, "it has no model_type", "--hf", " {}")
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [
