@@ -51,7 +51,8 @@ def of_transformers(name: str) -> Source:
     told = [] if architecture in ("", type(model).__name__) else [_other_class(architecture, model)]
     where = "the configuration" if isinstance(path, str) else path.name
     told += [
-        f"{where} does not say {size}, so {type(part).__name__}'s default of {value} is taken: heads decide about blocks"
+        f"{where} does not say {size}, so {type(part).__name__}'s default of {value} is taken: heads decide about "
+        "blocks"
         for part, size, value in _defaults(config, options)
     ]
     return Source(model, warnings=tuple(told))
