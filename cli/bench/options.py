@@ -54,12 +54,21 @@ def parse_step(arguments: Sequence[str]) -> Namespace:
         help="Partitions of AdamMini; auto by default, or what the recipe says. Several give a row each.",
     )
     _add_machine(parser)
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        default=1,
+        metavar="N",
+        help="Ranks that FSDP2 shards over; the step of the first is timed, alone, and its collectives are counted.",
+    )
     parser.add_argument("--rounds", type=int, default=15, help="Steps that are timed of each optimizer; 15 by default.")
     parser.add_argument("--seed", type=int, default=0, help="Of weights, gradients and the order; 0 by default.")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="Of parameters; the model's own by default.")
     _add_out(parser, "bench.json and bench.png")
     options = parser.parse_args(arguments)
     _check_model(parser, options, ("recipe", "hf", "timm", "diffusers"))
+    if options.ranks < 1:
+        parser.error(f"--ranks {options.ranks}: at least 1")
     if options.rounds < MIN_ROUNDS:
         parser.error(f"--rounds {options.rounds}: quartiles need at least {MIN_ROUNDS}; 15 tell 5 % apart as a rule")
     for name in ("optimizers", "partition"):

@@ -23,6 +23,9 @@ def step_table(result: dict[str, Any]) -> str:
     head = ["optimizer", *(f"{words[clock]} ms" for clock in clocks)]
     head += [f"x {words[clock]} (quartiles)" for clock in clocks]
     head += ["streams", "GB/s", "of best", "state", "extra memory"]
+    is_sharded = result["ranks"] > 1
+    if is_sharded:
+        head.append("collectives")
     lines = [head]
     timed = [row for row in result["rows"] if "cpu" in row]
     lines += [
@@ -35,14 +38,16 @@ def step_table(result: dict[str, Any]) -> str:
             f"{100 * row['share_of_bandwidth']:.0f} %",
             told_bytes(row["state_bytes"]),
             told_bytes(row["peak_extra_bytes"]),
+            *([_collectives(row)] if is_sharded else []),
         ]
         for row in timed
     ]
     threads = f"{result['threads']} thread{'s' if result['threads'] > 1 else ''}"
     where = "GPU" if is_gpu else threads
     copy, add = (number / 1e9 for number in result["bytes_per_second"].values())
+    sharded = f", one of {result['ranks']} ranks whose collectives send nothing" if is_sharded else ""
     told = [
-        f"{result['parameters']:,} parameters in {result['tensors']} tensors, {result['dtype']}, on {where}, "
+        f"{result['parameters']:,} parameters in {result['tensors']} tensors, {result['dtype']}, on {where}{sharded}, "
         f"{result['rounds']} rounds; a copy moves {copy:.1f} GB/s, an addition in place {add:.1f} GB/s",
         "",
         *align(lines),
@@ -73,6 +78,10 @@ def told_bytes(number: float) -> str:
         if number >= size:
             return f"{number / size:.2f} {unit}"
     return f"{number:.0f} B"
+
+
+def _collectives(row: dict[str, Any]) -> str:
+    return "-" if row["collectives"] is None else f"{row['collectives']}, {told_bytes(row['collective_bytes'])}"
 
 
 def _ratio(row: dict[str, Any], clock: str) -> str:

@@ -15,13 +15,16 @@ from torch.optim import Optimizer
 
 from lightning_adam_mini.measure.allocations import peak_extra_bytes
 from lightning_adam_mini.measure.available import available_bytes
+from lightning_adam_mini.measure.collectives import count_collectives
 from lightning_adam_mini.measure.spread import ratio_of_pairs, spread_of
 from lightning_adam_mini.measure.timing import Seconds, choose_clock, interleave, time_call
 from lightning_adam_mini.measure.traffic import add_of_bytes, copy_of_bytes, step_traffic_bytes, stored_state_bytes
+from lightning_adam_mini.optim.sharding import local
 
 from ..model_building import Source
 from .contenders import BASELINE, Contender, choose
 from .models import choose_device, give_memory, outline, trained_bytes
+from .ranks import one_of_ranks, shard_with_memory
 from .results import check_drawing, write_results
 from .step_table import step_table
 
@@ -45,7 +48,8 @@ def run(options: Namespace) -> None:
     torch.set_num_threads(options.threads)
     source = outline(options)
     contenders = choose(options.optimizers, source, options.partition)
-    result = measure(source, contenders, options, device)
+    with one_of_ranks(options.ranks):
+        result = measure(source, contenders, options, device)
     write_results(options, result, step_table(result), "bench", draws=True)
 
 
@@ -66,10 +70,14 @@ def measure(
     dtype = getattr(torch, options.dtype) if options.dtype else None
     turns = list(_turns(contenders, trained_bytes(source.model, dtype), available_bytes(device)))
     torch.manual_seed(options.seed)
-    give_memory(source.model, device, dtype)
+    if options.ranks > 1:
+        shard_with_memory(source.model, options.ranks, device, dtype)
+    else:
+        give_memory(source.model, device, dtype)
     parameters = [parameter for parameter in source.model.parameters() if parameter.requires_grad]
     for parameter in parameters:
-        parameter.grad = torch.empty_like(parameter).normal_(0.0, GRADIENT_STD)
+        parameter.grad = torch.empty_like(parameter)
+        local(parameter.grad).normal_(0.0, GRADIENT_STD)
     rows: list[dict[str, Any]] = []
     bandwidths: dict[str, float] = {}
     for turn in turns:
@@ -83,6 +91,7 @@ def measure(
         "dtype": str(parameters[0].dtype).removeprefix("torch."),
         "gradients": f"normal, deviation {GRADIENT_STD}, the same in all rounds",
         "device": str(device),
+        "ranks": options.ranks,
         "threads": torch.get_num_threads(),
         "rounds": options.rounds,
         "seed": options.seed,
@@ -153,8 +162,10 @@ def _measure_turn(
         row |= _figures(times[row["label"]], times[BASELINE], traffic, clock)
         row["share_of_bandwidth"] = row["bytes_per_second"] / max(bandwidths.values())
         row["state_bytes"] = state
-        row["streams"] = traffic / sum(p.numel() * p.element_size() for p in parameters)
+        row["streams"] = traffic / sum(local(p).numel() * p.element_size() for p in parameters)
         row["peak_extra_bytes"] = peak_extra_bytes(optimizer.step, device)
+        if options.ranks > 1:
+            row |= _collectives(optimizer)
     return rows, bandwidths
 
 
@@ -172,6 +183,15 @@ def _figures(times: list[Seconds], baseline: list[Seconds], num_bytes: int, cloc
     figures["traffic_bytes"] = num_bytes
     figures["bytes_per_second"] = num_bytes / figures[clock]["seconds"]["median"]
     return figures
+
+
+def _collectives(optimizer: Optimizer) -> dict[str, int | None]:
+    """Collectives of a step and their bytes; None for steps that torch compiles, which nothing may look into."""
+    try:
+        found = count_collectives(optimizer.step)
+    except RuntimeError:
+        return {"collectives": None, "collective_bytes": None}
+    return {"collectives": found.number, "collective_bytes": found.num_bytes}
 
 
 def _as_dict(spread: Any) -> dict[str, float]:

@@ -19,7 +19,7 @@ def stored_state_bytes(optimizer: Optimizer) -> int:
     `optimizer_state_bytes` counts what the tensors stand for: a sharded one whole, a quantized one as it seems.
     """
     values = (value for state in optimizer.state.values() for value in _tensors(state))
-    return sum(plain.numel() * plain.element_size() for value in values for plain in _plain(value))
+    return sum(map(_num_bytes, values))
 
 
 def step_traffic_bytes(parameters: Iterable[Tensor], state_bytes: int) -> int:
@@ -28,12 +28,12 @@ def step_traffic_bytes(parameters: Iterable[Tensor], state_bytes: int) -> int:
     AdamW moves 28 bytes for each float32 parameter, seven streams; Adam-mini about 20, five streams.
 
     Args:
-        parameters: What the optimizer updates; those without gradient are left alone.
+        parameters: What the optimizer updates, of sharded ones this rank's part; those without gradient are left
+            alone.
         state_bytes: Bytes of its state.
     """
     updated = [(p, p.grad) for p in parameters if p.grad is not None]
-    own = sum(2 * p.numel() * p.element_size() + grad.numel() * grad.element_size() for p, grad in updated)
-    return own + 2 * state_bytes
+    return sum(2 * _num_bytes(p) + _num_bytes(grad) for p, grad in updated) + 2 * state_bytes
 
 
 def copy_of_bytes(num_bytes: int, device: torch.device) -> Callable[[], object]:
@@ -51,6 +51,11 @@ def add_of_bytes(num_bytes: int, device: torch.device) -> Callable[[], object]:
     """
     total, other = torch.zeros(num_bytes // 4, device=device), torch.ones(num_bytes // 4, device=device)
     return lambda: total.add_(other)
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    """Bytes of a tensor in this process."""
+    return sum(plain.numel() * plain.element_size() for plain in _plain(tensor))
 
 
 def _tensors(state: object) -> Iterator[Tensor]:
@@ -73,4 +78,5 @@ def _plain(tensor: Tensor) -> Iterator[Tensor]:
         return
     names, _ = subclassed.__tensor_flatten__()
     for name in names:
-        yield from _plain(getattr(tensor, name))
+        if isinstance(part := getattr(tensor, name), Tensor):  # a DTensor names its mesh too
+            yield from _plain(part)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 pytest.importorskip("transformers")
 pytest.importorskip("lightning")
@@ -88,6 +89,25 @@ def test_partitions_dtype_and_the_seed():
     assert blocks != rank_one
 
 
+@apart
+def test_one_rank_of_many(capsys):
+    """Its share of the state, a collective where heads may be split, and none that waits for the others."""
+    options = ("--rounds", 3, "--optimizers", *OURS, "adam-mini-8bit")
+    alone, sharded = (bench("--hf", CONFIG, "--ranks", ranks, *options) for ranks in (1, 4))
+    assert "collectives" not in row_of(alone, "adam-mini-foreach")
+    assert (sharded["ranks"], sharded["parameters"]) == (4, alone["parameters"])
+    for label in ("adamw-fused", "adam-mini-foreach"):
+        share = row_of(sharded, label)["state_bytes"] / row_of(alone, label)["state_bytes"]
+        assert share == pytest.approx(0.25, rel=0.02)
+    assert [row["collectives"] for row in sharded["rows"]] == [0, 1, 1, 1]
+    assert row_of(sharded, "adamw-fused")["collective_bytes"] == 0
+    # The present flags of the parameters that share blocks, and sums of squares: one a head, one a norm's scale.
+    assert 0 < row_of(sharded, "adam-mini-foreach")["collective_bytes"] < 200
+    assert row_of(sharded, "adamw-fused")["streams"] == pytest.approx(7, abs=0.05)
+    assert "one of 4 ranks" in capsys.readouterr().out
+    assert not dist.is_initialized()
+
+
 @pytest.mark.parametrize(("recipe", "package"), [("graph/gcn", "torch_geometric"), ("diffusion/digits", "diffusers")])
 @apart
 def test_recipes_of_other_tasks(recipe, package):
@@ -162,6 +182,7 @@ def test_measured_batches_fit(capsys):
         (["--hf", '{"model_type": "gpt"}'], VALUE, "did you mean"),
         (["llm/gpt2_tyny"], VALUE, "did you mean llm/gpt2_tiny.yaml"),
         (["--hf", CONFIG, "--rounds", "0"], COMMAND, "--rounds 0: quartiles need at least 3"),
+        (["--hf", CONFIG, "--ranks", "0"], COMMAND, "--ranks 0: at least 1"),
         (["--hf", CONFIG, "--threads", "0"], COMMAND, "--threads 0: at least 1"),
         (["--hf", CONFIG, "--optimizers", "adamw"], VALUE, "choose from adamw-fused, adamw-foreach"),
         (["--hf", CONFIG, "--optimizers", "authors", "authors"], COMMAND, "give each name once"),
