@@ -1,0 +1,206 @@
+"""The Lanczos recurrence for a symmetric operator: a small tridiagonal matrix that sees its spectrum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_adam_mini.hessian.checks import check_steps
+from lightning_adam_mini.hessian.layout import dots as plain_dots
+
+__all__ = ["DEFAULT_BUDGET", "Recurrence", "Tridiagonal", "choose", "lanczos", "vector_bytes"]
+
+DEFAULT_BUDGET = 2**31
+"""Bytes that the vectors of one start may take by default: 2 GiB."""
+_BREAKDOWN = 100
+"""Units of rounding of the largest entry so far below which the next entry counts as zero."""
+_WATCH_EVERY = 10
+"""Steps between two measurements of lost orthogonality."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tridiagonal:
+    """What `lanczos` found: `A V = V T + residual * v_next e_m^T`.
+
+    Args:
+        alphas: Diagonal of T, `(m,)`, float64 on the CPU.
+        betas: Beside the diagonal, `(m - 1,)`.
+        residual: Norm of what the last step left; 0 after a breakdown, where the eigenvalues of T are exact ones.
+        orthogonality: Largest measured |V^T V - I|: over all pairs where vectors were kept, else between the first
+            vector and later ones, every 10 steps.
+        vectors: `(m, n)`, the rows of V^T; None without reorthogonalisation.
+    """
+
+    alphas: Tensor
+    betas: Tensor
+    residual: float
+    orthogonality: float
+    vectors: Tensor | None = None
+
+    @property
+    def steps(self) -> int:
+        """Number of steps that were taken."""
+        return self.alphas.numel()
+
+    def matrix(self) -> Tensor:
+        """T as a dense matrix `(m, m)`."""
+        return torch.diag(self.alphas) + torch.diag(self.betas, 1) + torch.diag(self.betas, -1)
+
+
+def vector_bytes(steps: int, size: int, dtype: torch.dtype) -> int:
+    """Bytes of the vectors that reorthogonalisation keeps for one start."""
+    return steps * size * dtype.itemsize
+
+
+def choose(steps: int, size: int, dtype: torch.dtype, *, budget_bytes: int = DEFAULT_BUDGET) -> bool:
+    """Whether the vectors of all steps fit a budget, so that full reorthogonalisation can be used.
+
+    Args:
+        steps: Lanczos steps.
+        size: Elements of a vector (on one rank).
+        dtype: Of vectors.
+        budget_bytes: For the vectors of one start.
+    """
+    return vector_bytes(steps, size, dtype) <= budget_bytes
+
+
+class Recurrence:
+    """One start of Lanczos, advanced by products that the caller computes, so that several starts can share a pass.
+
+    In the order of Paige (1972). Where vectors are kept, each new one is made orthogonal twice to all before it ("twice
+    is enough", Parlett, The Symmetric Eigenvalue Problem, Sec. 6.9). Otherwise two vectors are kept beside the product.
+
+    Args:
+        start: A vector `(n,)`, or a function that gives the same one each time. A function saves memory: without
+            reorthogonalisation the start is needed again to measure the loss of orthogonality.
+        steps: Steps to take.
+        reorthogonalize: Keep all vectors and make each new one orthogonal to them.
+        dots: Inner products of rows with a vector, in float64; those of a sharded layout add over ranks.
+
+    Raises:
+        ValueError: The start is zero or not finite.
+    """
+
+    def __init__(
+        self,
+        start: Tensor | Callable[[], Tensor],
+        steps: int,
+        *,
+        reorthogonalize: bool,
+        dots: Callable[[Tensor, Tensor], Tensor] = plain_dots,
+    ) -> None:
+        self._start, self._steps, self._dots = start, steps, dots
+        first = start.clone() if isinstance(start, Tensor) else start()
+        self._start_norm = self._norm(first)
+        if not 0 < self._start_norm < float("inf"):
+            raise ValueError(f"the start vector has the norm {self._start_norm}: give a finite one that is not zero")
+        self.vector: Tensor = first.div_(self._start_norm)
+        """The next vector to multiply; unit length."""
+        self._before: Tensor | None = None
+        self._kept = first.new_empty((steps, first.numel())) if reorthogonalize else None
+        if self._kept is not None:
+            self._kept[0] = first
+            self.vector = self._kept[0]
+        self._alphas: list[float] = []
+        self._betas: list[float] = []
+        self._orthogonality = 0.0
+        self.is_done = False
+
+    def advance(self, product: Tensor) -> None:
+        """Take a step.
+
+        Args:
+            product: The operator times `vector`; it is overwritten.
+        """
+        if self._before is not None:
+            product.sub_(self._before, alpha=self._betas[-1])
+        alpha = self._dot(self.vector, product)
+        product.sub_(self.vector, alpha=alpha)
+        self._alphas.append(alpha)
+        if self._kept is not None:
+            self._orthogonalize_(product, self._kept[: len(self._alphas)])
+        beta = self._norm(product)
+        self._betas.append(beta)
+        scale = max(map(abs, self._alphas + self._betas))
+        if beta <= _BREAKDOWN * torch.finfo(product.dtype).eps * scale:
+            self._betas[-1], self.is_done = 0.0, True
+        elif len(self._alphas) == self._steps:
+            self.is_done = True
+        elif self._kept is not None:
+            self._before = self.vector
+            self.vector = torch.div(product, beta, out=self._kept[len(self._alphas)])
+        else:
+            self._before, self.vector = self.vector, product.div_(beta)
+            self._watch()
+
+    def result(self) -> Tridiagonal:
+        """What was found in the steps so far.
+
+        Raises:
+            ValueError: No step was taken.
+        """
+        if not self._alphas:
+            raise ValueError("no step was taken: call advance first")
+        alphas, betas = torch.tensor([self._alphas, self._betas], dtype=torch.float64)
+        kept = None if self._kept is None else self._kept[: len(self._alphas)]
+        if kept is not None:
+            gram = torch.stack([self._dots(kept, vector) for vector in kept])
+            self._orthogonality = (gram - torch.eye(len(kept)).to(gram)).abs().max().item()
+        return Tridiagonal(alphas, betas[:-1], self._betas[-1], self._orthogonality, kept)
+
+    def _orthogonalize_(self, product: Tensor, kept: Tensor) -> None:
+        for _ in range(2):
+            product.addmv_(kept.T, self._dots(kept, product).to(product.dtype), alpha=-1)
+
+    def _watch(self) -> None:
+        """Measure the new vector against the first one."""
+        number = len(self._alphas)
+        if number % _WATCH_EVERY and number + 1 != self._steps:
+            return
+        first = self._start if isinstance(self._start, Tensor) else self._start()
+        self._orthogonality = max(self._orthogonality, abs(self._dot(first, self.vector)) / self._start_norm)
+
+    def _dot(self, first: Tensor, second: Tensor) -> float:
+        return self._dots(first.unsqueeze(0), second).item()
+
+    def _norm(self, vector: Tensor) -> float:
+        return self._dot(vector, vector) ** 0.5
+
+
+def lanczos(
+    matvec: Callable[[Tensor], Tensor],
+    start: Tensor | Callable[[], Tensor],
+    steps: int,
+    *,
+    reorthogonalize: bool | None = None,
+    budget_bytes: int = DEFAULT_BUDGET,
+    dots: Callable[[Tensor, Tensor], Tensor] = plain_dots,
+) -> Tridiagonal:
+    """Run Lanczos with an operator.
+
+    Args:
+        matvec: Takes a vector `(n,)` and returns a new one, which is overwritten.
+        start: The first vector, of any length; or a function that gives it, which saves memory (see `Recurrence`).
+        steps: Steps to take; fewer are where the operator has an invariant subspace.
+        reorthogonalize: Keep all vectors, `steps * n`, and make each new one orthogonal to them. None does so where
+            they fit the budget; else the three-term recurrence runs, which keeps two vectors beside the product, finds
+            converged eigenvalues more than once, and reports how much orthogonality it lost.
+        budget_bytes: For kept vectors, where `reorthogonalize` is None.
+        dots: Inner products, for vectors that are sharded; `VectorLayout.dots`.
+
+    Raises:
+        ValueError: Less than one step or more steps than rows, or a start that is zero or not finite.
+    """
+    if isinstance(start, Tensor):
+        check_steps(steps, {"an operator": start.numel()})
+        if reorthogonalize is None:
+            reorthogonalize = choose(steps, start.numel(), start.dtype, budget_bytes=budget_bytes)
+    elif reorthogonalize is None:
+        raise ValueError("give reorthogonalize=True or False where start is a function, or ask choose(...)")
+    recurrence = Recurrence(start, steps, reorthogonalize=reorthogonalize, dots=dots)
+    while not recurrence.is_done:
+        recurrence.advance(matvec(recurrence.vector))
+    return recurrence.result()
