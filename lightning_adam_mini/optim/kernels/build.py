@@ -26,8 +26,13 @@ SOURCE = Path(__file__).with_name("adam_mini.c")
 """It includes the headers beside it."""
 FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
 """Without contraction, elements are rounded as torch rounds them; without `errno`, roots are vectors."""
-OPTIONAL_FLAGS = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
-"""What not every compiler knows, tried in this order; without OpenMP a step takes one thread."""
+OPTIONAL_FLAGS = tuple(
+    (*processor, *threads)
+    for processor in (("-march=native",), ())
+    for threads in (("-fopenmp",), ("-fopenmp-simd",), ())
+)
+"""What not every compiler knows or has libraries for, in this order: with `-fopenmp-simd` a step takes one thread,
+and without it sums are no vectors."""
 TIMEOUT_SECONDS = 300
 _LIBRARY, _CHECKSUM = "adam_mini.so", "sha256"
 
