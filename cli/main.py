@@ -28,6 +28,8 @@ USAGE = f"""adam-mini {__version__}: train with Adam-mini and its peers
   adam-mini report   DIR                           the report of a comparison, written again
   adam-mini bench    RECIPE | --hf CONFIG.json     time of an optimizer's step beside its peers
   adam-mini bench throughput RECIPE --memory SIZE  the largest batch that fits, with AdamW and with Adam-mini
+  adam-mini hessian  spectrum|js|exact|advise RECIPE   spectra block by block, and which blocks follow from them
+  adam-mini study    NAME                          a claim of the papers, with a table and a picture
   adam-mini recipes                                list the packaged recipes
   adam-mini --version
 
@@ -117,6 +119,14 @@ def _dispatch(command: str, rest: list[str]) -> int:
         from .bench.command import main as bench
 
         return bench(rest)
+    if command == "study":
+        from .studies.command import main as study
+
+        return study(rest)
+    if command == "hessian":
+        from .hessian.command import main as hessian
+
+        return hessian(rest)
     if command == "convert":
         from .convert import main as convert
 

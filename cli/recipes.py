@@ -11,9 +11,10 @@ __all__ = ["find_recipe", "list_recipes", "resolve_configs"]
 
 
 def list_recipes() -> dict[str, str]:
-    """Names of the recipes, such as `llm/gpt2_tiny.yaml`, with the first line of their headers."""
+    """Names of the recipes, such as `llm/gpt2_tiny.yaml`, with the first line of their headers; not of studies."""
     root = _root()
-    return {path.relative_to(root).as_posix(): _title(path) for path in sorted(root.rglob("*.yaml"))}
+    names = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.yaml"))}
+    return {name: _title(path) for name, path in names.items() if not name.startswith("studies/")}
 
 
 def find_recipe(name: str, *, given_as: str = "--config") -> Path:

@@ -1,0 +1,1 @@
+"""`adam-mini study`: the papers' claims about optimizers and Hessians as recipes, with pictures and tables."""

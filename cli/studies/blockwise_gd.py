@@ -1,0 +1,145 @@
+"""Block-wise gradient descent and BAGM beside Adam-mini and AdamW, each at its own best learning rate.
+
+All of them but AdamW and SGD have one step size a block; blocks are whole tensors, but in Adam-mini's own partition.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_adam_mini.factory import AdamMini, AdamW
+
+from .bagm import BAGM
+from .block_rates import gradient_sizes
+from .outcome import Claim, Outcome, Row, mean_and_spread
+from .text_settings import TextSettings, final_loss
+from .text_task import TextTask
+from .training import best_rate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Settings", "run"]
+
+log = logging.getLogger(__name__)
+
+SGD, BLOCKWISE, BLOCK_BAGM = "SGD, one rate", "GD, a rate a block", "BAGM"
+WHOLE, MINI, ADAMW = "Adam-mini, a block a tensor", "Adam-mini", "AdamW"
+MOMENTUM = 0.9
+TUNING = 2
+"""Seeds that pick learning rates: on one alone, a rate is picked at which the next run diverges."""
+Build = Callable[[nn.Module, float], Optimizer]
+
+
+@dataclass(frozen=True)
+class Settings(TextSettings):
+    """Sizes of the study. The mean of the first two seeds picks learning rates; the others are told.
+
+    Args:
+        rates: Learning rates of all but SGD with one rate. Block-wise GD divides them by the size of a block's
+            gradient; BAGM, whose momentum sums, takes a tenth of them.
+        sgd_rates: As many learning rates of SGD with one rate.
+        probe_rate: Learning rate of the AdamW run that tells the sizes of gradients.
+    """
+
+    rates: list[float]
+    sgd_rates: list[float]
+    probe_rate: float
+
+    def __post_init__(self) -> None:
+        """Check the seeds and rates."""
+        super().__post_init__()
+        if len(self.seeds) < TUNING + 1:
+            raise ValueError("seeds must be at least three: the first two pick learning rates, the others are told")
+        if len(self.rates) != len(self.sgd_rates):
+            raise ValueError("rates and sgd_rates must be as many, so that no optimizer is tuned more")
+
+
+def run(settings: Settings) -> Outcome:
+    """Validation loss of every method on every seed that picked no learning rate."""
+    task = settings.task()
+    sizes = gradient_sizes(task, settings, settings.seeds[0], settings.probe_rate)
+    rows: list[Row] = []
+    for name, build in _builders(sizes).items():
+        rates = settings.sgd_rates if name == SGD else settings.rates
+        tried = {
+            rate: statistics.fmean(_loss(task, settings, seed, build, rate) for seed in settings.seeds[:TUNING])
+            for rate in rates
+        }
+        rate, is_inside = best_rate(tried)
+        for seed in settings.seeds[TUNING:]:
+            loss = _loss(task, settings, seed, build, rate)
+            rows.append({"method": name, "rate": rate, "rate_is_inside": is_inside, "seed": seed, "loss": loss})
+        log.info("%s: rate %g, loss %.4f", name, rate, rows[-1]["loss"])
+    summary = []
+    for name in _builders(sizes):
+        own = [row for row in rows if row["method"] == name]
+        mean, deviation = mean_and_spread([row["loss"] for row in own])
+        summary.append(
+            {**{key: own[0][key] for key in ("method", "rate", "rate_is_inside")}, "loss": mean, "spread": deviation}
+        )
+    claims = [
+        _below(rows, BLOCKWISE, SGD, "Adam-mini paper, Section 2.1"),
+        _below(rows, BLOCK_BAGM, SGD, ""),
+        _below(rows, MINI, SGD, ""),
+        _below(rows, WHOLE, BLOCK_BAGM, "Adam-mini paper, Appendix C"),
+        _below(rows, MINI, BLOCK_BAGM, "Adam-mini paper, Appendix C"),
+        _below(rows, MINI, WHOLE, "Adam-mini paper, Figure 4d"),
+        _below(rows, BLOCKWISE, ADAMW, "Adam-mini paper, Section 2.1"),
+    ]
+    return Outcome(rows, claims, partial(_draw, summary), summary=summary, size=(8, 3.5))
+
+
+def _builders(sizes: dict[str, float]) -> dict[str, Build]:
+    """How each optimizer is made of a model and a learning rate. Momenta are averages, so that rates compare."""
+
+    def blockwise(model: nn.Module, rate: float) -> Optimizer:
+        groups = [{"params": [p], "lr": rate / sizes[name]} for name, p in model.named_parameters()]
+        return torch.optim.SGD(groups, momentum=MOMENTUM, dampening=MOMENTUM)
+
+    return {
+        SGD: lambda model, rate: torch.optim.SGD(model.parameters(), lr=rate, momentum=MOMENTUM, dampening=MOMENTUM),
+        BLOCKWISE: blockwise,
+        BLOCK_BAGM: lambda model, rate: BAGM(model.parameters(), lr=rate * (1 - MOMENTUM), betas=(MOMENTUM, 0.95)),
+        WHOLE: lambda model, rate: AdamMini(lr=rate, weight_decay=0.0, partition="default").build(model),
+        MINI: lambda model, rate: AdamMini(lr=rate, weight_decay=0.0).build(model),
+        ADAMW: lambda model, rate: AdamW(lr=rate, weight_decay=0.0).build(model),
+    }
+
+
+def _loss(task: TextTask, settings: Settings, seed: int, build: Build, rate: float) -> float:
+    return final_loss(task, settings, seed, lambda model: [build(model, rate)])
+
+
+def _below(rows: list[Row], method: str, other: str, source: str) -> Claim:
+    """That the mean loss is lower, by more than twice the standard error of the differences of the same seeds."""
+    ours, theirs = ([row["loss"] for row in rows if row["method"] == name] for name in (method, other))
+    mean, deviation = mean_and_spread([one - two for one, two in zip(ours, theirs, strict=True)])
+    error = deviation / math.sqrt(len(ours))
+    measured = (
+        f"{statistics.fmean(ours):.3f} against {statistics.fmean(theirs):.3f}, difference {mean:+.3f} with standard "
+        f"error {error:.3f} over {len(ours)} seeds"
+    )
+    return Claim(f"{method!r} ends below {other!r}", mean < -2 * error, measured, source)
+
+
+def _draw(summary: list[Row], figure: Figure) -> None:
+    axes = figure.subplots()
+    names = [f"{line['method']}\n(rate {line['rate']:g})" for line in summary]
+    losses, spreads = ([line[column] for line in summary] for column in ("loss", "spread"))
+    axes.errorbar(losses, names, xerr=spreads, fmt="o", capsize=3)
+    for name, loss in zip(names, losses, strict=True):
+        axes.annotate(f"{loss:.3f}", (loss, name), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(y=0.15)
+    axes.set_xlabel("validation loss, nats a byte; mean and standard deviation of seeds")

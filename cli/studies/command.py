@@ -1,0 +1,87 @@
+"""`adam-mini study`: runs a study, tells its claims, and writes its table and picture."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..arguments import Parser
+from .registry import list_studies, load_study
+
+__all__ = ["main"]
+
+log = logging.getLogger(__name__)
+
+DESCRIPTION = """Run a study of the papers' claims at the sizes of its recipe. It writes table.csv, figure.png and
+result.json, which has the claims with what was measured, the settings, the seeds and the machine."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one study.
+
+    Args:
+        arguments: The command line after `study`.
+
+    Returns:
+        0, also where a claim does not hold: that is a finding, told and saved.
+
+    Raises:
+        ArgumentError: The command line is wrong.
+        ValueError: There is no such study or setting, or a package is missing.
+        OSError: The results cannot be written.
+    """
+    names = list_studies()
+    width = max(map(len, names))
+    listing = "\n".join(f"  {name:<{width}}  {title}" for name, title in names.items())
+    parser = Parser(
+        prog="adam-mini study",
+        description=DESCRIPTION,
+        epilog=f"studies:\n{listing}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("name", metavar="NAME", help="A study of the list below, or the path of a recipe.")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="runs/studies/NAME by default; older files are replaced."
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help="Change a setting; repeatable."
+    )
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads; 1 by default.")
+    options = parser.parse_args(arguments)
+    if options.threads < 1:
+        parser.error(f"--threads {options.threads}: at least 1")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("a study needs matplotlib; install it with pip install 'lightning-adam-mini[app]'")
+    study = load_study(options.name, options.changes)
+    folder = (options.out or Path("runs/studies") / study.name).expanduser()
+    if folder.exists() and not folder.is_dir():
+        parser.error(f"--out {folder}: this is a file; give a folder")
+    folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is told before the work
+
+    import torch
+
+    from .files import write_outcome
+    from .outcome import as_text
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    start = time.perf_counter()
+    try:
+        outcome = study.run(study.settings)
+        seconds = time.perf_counter() - start
+        command = shlex.join(["adam-mini", "study", *arguments])
+        paths = write_outcome(folder, study, outcome, command=command, seconds=seconds)
+    finally:
+        torch.set_num_threads(threads)
+    log.info("%s\n", as_text(outcome.summary or outcome.rows))
+    for claim in outcome.claims:
+        source = f" ({claim.source})" if claim.source else ""
+        log.info("%s: %s%s: %s", "holds" if claim.holds else "DOES NOT HOLD", claim.text, source, claim.measured)
+    log.info("\nwrote %s in %.0f s", ", ".join(map(str, paths)), seconds)
+    return 0

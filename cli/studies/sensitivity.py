@@ -1,0 +1,118 @@
+"""Loss of AdamW and of Adam-mini over learning rate, beta2 and eps (Zhang et al. 2024, Adam-mini, Fig. 5c)."""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from lightning_adam_mini.factory import AdamMini, AdamW
+
+from .drawing import heat_map
+from .outcome import Claim, Outcome, Row, medians
+from .text_settings import TextSettings, final_loss
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Settings", "run"]
+
+log = logging.getLogger(__name__)
+
+PAPER = "Adam-mini paper, Figure 5c"
+OPTIMIZERS: dict[str, type[AdamW] | type[AdamMini]] = {"AdamW": AdamW, "AdamMini": AdamMini}
+
+
+@dataclass(frozen=True)
+class Settings(TextSettings):
+    """Sizes of the study.
+
+    Args:
+        rates: Peak learning rates.
+        beta2s: Decay rates of the second moment.
+        epss: What is added to its root.
+        tolerance: Nats a byte above the best cell that count as good.
+    """
+
+    rates: list[float]
+    beta2s: list[float]
+    epss: list[float]
+    tolerance: float
+
+
+def run(settings: Settings) -> Outcome:
+    """The validation loss of every cell, for every seed."""
+    task = settings.task()
+    rows: list[Row] = []
+    for name, factory in OPTIMIZERS.items():
+        for rate in settings.rates:
+            for beta2 in settings.beta2s:
+                for eps in settings.epss:
+                    options = factory(lr=rate, betas=(0.9, beta2), eps=eps, weight_decay=0.0)
+                    for seed in settings.seeds:
+                        loss = final_loss(task, settings, seed, lambda model, made=options: [made.build(model)])  # type: ignore[misc]
+                        rows.append(
+                            {"optimizer": name, "rate": rate, "beta2": beta2, "eps": eps, "seed": seed, "loss": loss}
+                        )
+            log.info("%s at rate %g done", name, rate)
+    summary = medians(rows, ("optimizer", "rate", "beta2", "eps"), ("loss",))
+    share, span = (
+        {name: f(_losses(summary, name), settings.tolerance) for name in OPTIMIZERS} for f in (_share, _span)
+    )
+    told = ", ".join(
+        f"{name} {100 * share[name]:.0f} % of cells, best {min(_losses(summary, name)):.3f}" for name in OPTIMIZERS
+    )
+    spans = ", ".join(f"{name} {span[name]:.3f}" for name in OPTIMIZERS)
+    at_best = {name: _at_best_rate(summary, name) for name in OPTIMIZERS}
+    inner = ", ".join(f"{name} {max(at_best[name]) - min(at_best[name]):.3f}" for name in OPTIMIZERS)
+    claims = [
+        Claim(
+            f"no fewer cells of Adam-mini than of AdamW, up to a tenth, are within {settings.tolerance:g} of its best",
+            share["AdamMini"] >= share["AdamW"] - 0.1,
+            f"{told}; median minus best: {spans}",
+            PAPER,
+        ),
+        Claim(
+            f"at its best rate, no beta2 and eps costs Adam-mini more than {settings.tolerance:g} nats",
+            max(at_best["AdamMini"]) - min(at_best["AdamMini"]) <= settings.tolerance,
+            f"largest minus smallest loss: {inner}",
+            PAPER,
+        ),
+    ]
+    return Outcome(rows, claims, partial(_draw, summary, settings), summary=summary, size=(11, 6))
+
+
+def _losses(summary: list[Row], name: str) -> list[float]:
+    return [line["loss"] for line in summary if line["optimizer"] == name]
+
+
+def _share(losses: list[float], tolerance: float) -> float:
+    """Share of cells that are about as good as the best."""
+    return sum(loss <= min(losses) + tolerance for loss in losses) / len(losses)
+
+
+def _span(losses: list[float], _: float) -> float:
+    return statistics.median(losses) - min(losses)
+
+
+def _at_best_rate(summary: list[Row], name: str) -> list[float]:
+    """Losses of all cells with the learning rate of the best cell."""
+    own = [line for line in summary if line["optimizer"] == name]
+    rate = min(own, key=lambda line: line["loss"])["rate"]
+    return [line["loss"] for line in own if line["rate"] == rate]
+
+
+def _draw(summary: list[Row], settings: Settings, figure: Figure) -> None:
+    finite = [line["loss"] for line in summary if math.isfinite(line["loss"])]
+    low, high = min(finite), statistics.quantiles(finite, n=10)[-1] if len(finite) > 1 else max(finite)
+    panels = figure.subplots(len(OPTIMIZERS), len(settings.epss), squeeze=False)
+    for line, name in zip(panels, OPTIMIZERS, strict=True):
+        for axes, eps in zip(line, settings.epss, strict=True):
+            cell = {(r["rate"], r["beta2"]): r["loss"] for r in summary if (r["optimizer"], r["eps"]) == (name, eps)}
+            values = [[cell[rate, beta2] for beta2 in settings.beta2s] for rate in settings.rates]
+            names = [f"{rate:g}" for rate in settings.rates], [f"{beta2:g}" for beta2 in settings.beta2s]
+            heat_map(axes, values, *names, low=low, high=high)
+            axes.set(title=f"{name}, eps {eps:g}", xlabel="beta2", ylabel="learning rate")

@@ -1,0 +1,107 @@
+"""`adam-mini study` as a user types it: its files, its report, and what is wrong in one line."""
+
+import csv
+import json
+import logging
+from argparse import ArgumentError
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("jsonargparse")
+pytest.importorskip("matplotlib")
+
+from lightning_adam_mini.cli.studies.command import main
+
+QUICK = ("quadratic_cases", "--set", "seeds=[0,1]", "--set", "top_eigenvalues=[2000]")
+FILES = ["figure.png", "result.json", "table.csv"]
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_study_leaves_a_table_a_picture_and_what_was_measured(caplog):
+    caplog.set_level(logging.INFO, logger="lightning_adam_mini")
+    logging.getLogger("lightning_adam_mini").propagate = True
+    threads = torch.get_num_threads()
+    assert main([*QUICK, "--out", "found"]) == 0
+    assert torch.get_num_threads() == threads
+    assert sorted(path.name for path in Path("found").iterdir()) == FILES, "nothing else, such as a file half written"
+    with Path("found/table.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["case"], row["seed"]) for row in rows] == [("2", "0"), ("2", "1"), ("4", "0"), ("4", "1")]
+    result = json.loads(Path("found/result.json").read_text("utf-8"))
+    assert result["command"].startswith("adam-mini study quadratic_cases --set 'seeds=[0,1]'")
+    assert result["settings"]["seeds"] == [0, 1]
+    assert result["hardware"]["cores"]
+    assert "torch" in result["versions"]
+    assert [set(claim) for claim in result["claims"]] == [{"text", "holds", "measured", "source"}] * 2
+    assert Path("found/figure.png").read_bytes().startswith(b"\x89PNG")
+    for claim in result["claims"]:
+        verdict = "holds" if claim["holds"] else "DOES NOT HOLD"
+        assert f"{verdict}: {claim['text']}" in caplog.text
+
+
+def test_the_same_seeds_give_the_same_table():
+    for folder in ("one", "two"):
+        main([*QUICK, "--out", folder])
+    assert Path("one/table.csv").read_bytes() == Path("two/table.csv").read_bytes()
+
+
+def test_the_folder_is_named_after_the_recipe():
+    Path("mine.yaml").write_text(
+        "# My cases.\nstudy: quadratic_cases\nsettings: {seeds: [3], top_eigenvalues: [300], tolerance: 0.01,"
+        " unlike_spectra: null, alike_spectra: null}\n",
+        "utf-8",
+    )
+    assert main(["mine.yaml"]) == 0
+    assert sorted(path.name for path in Path("runs/studies/mine").iterdir()) == FILES
+
+
+@pytest.mark.parametrize("name", ["three_block_quadratic", "diagonal_preconditioner"])
+def test_every_quadratic_study_draws(name):
+    sizes = {
+        "three_block_quadratic": ("block_size=4", "iterations=5", "rates=[0.3]"),
+        "diagonal_preconditioner": ("dimensions=[4]", "condition_numbers=[100]"),
+    }
+    changes = [part for size in ("seeds=[0,1]", *sizes[name]) for part in ("--set", size)]
+    assert main([name, *changes, "--out", "found"]) == 0
+    assert sorted(path.name for path in Path("found").iterdir()) == FILES
+
+
+@pytest.mark.parametrize("name", ["leave_x_out", "trajectories", "sensitivity", "blockwise_gd"])
+def test_every_study_on_text_draws(name):
+    pytest.importorskip("transformers")
+    pytest.importorskip("pytorch_optimizer")
+    sizes = ["seeds=[0,1]", "steps=2", "width=8", "layers=1", "heads=2", "context=4", "batch_size=2"]
+    sizes += ["validation_windows=2"]
+    sizes += {
+        "leave_x_out": ["factors=[1.0]", "more_out=[2]", "draws=1"],
+        "trajectories": ["every=1"],
+        "sensitivity": ["rates=[0.001,0.01]", "beta2s=[0.9]", "epss=[1e-8]"],
+        "blockwise_gd": ["seeds=[0,1,2]", "rates=[0.01]", "sgd_rates=[0.1]"],
+    }[name]
+    assert main([name, *(part for size in sizes for part in ("--set", size)), "--out", "found"]) == 0
+    assert sorted(path.name for path in Path("found").iterdir()) == FILES
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quadratic_case"], "did you mean quadratic_cases"),
+        ([*QUICK, "--set", "sseeds=[1]"], "no setting 'sseeds'; did you mean seeds"),
+        ([*QUICK, "--threads", "0"], "--threads 0: at least 1"),
+        ([*QUICK, "--out", "taken"], "--out taken: this is a file; give a folder"),
+        ([*QUICK, "--output", "x"], "unrecognized arguments"),
+        ([], "the following arguments are required: NAME"),
+        (["quadratic_cases", "--set", "unlike_spectra=missing.csv"], "missing.csv"),
+    ],
+)
+def test_what_is_wrong_is_told_before_anything_is_written(arguments, message):
+    Path("taken").write_text("", "utf-8")
+    with pytest.raises((ArgumentError, ValueError, OSError), match=message):
+        main(arguments)
+    assert not [path for path in Path().rglob("*") if path.name in FILES]

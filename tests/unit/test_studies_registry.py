@@ -1,0 +1,88 @@
+"""Recipes of studies: each packaged one loads, and what is wrong is told before any work."""
+
+import pytest
+
+pytest.importorskip("jsonargparse")
+
+from lightning_adam_mini.cli.studies.outcome import Outcome, as_text, mean_and_spread, medians
+from lightning_adam_mini.cli.studies.registry import STUDIES, list_studies, load_study
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_has_a_recipe_that_loads(name):
+    study = load_study(name)
+    assert study.name == name
+    assert len(study.settings.seeds) > 1, "a study tells the spread"
+    title = list_studies()[name]
+    assert title.endswith(".")
+    assert len(title.split()) > 5
+
+
+def test_no_recipe_is_without_a_study():
+    assert set(list_studies()) == set(STUDIES)
+
+
+def test_changes_replace_what_the_recipe_says():
+    settings = load_study("studies/quadratic_cases.yaml", ["seeds=[7]", "tolerance=1e-3"]).settings
+    assert (settings.seeds, settings.tolerance) == ([7], 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("quadratic_case", "", "quadratic_case: no such file, and no study .* did you mean quadratic_cases"),
+        ("quadratic_cases", "tolerence=1", "no setting 'tolerence'; did you mean tolerance"),
+        ("quadratic_cases", "tolerance", "give KEY=VALUE"),
+        ("quadratic_cases", "seeds=[", "is no YAML"),
+        ("quadratic_cases", "seeds=many", "wrong setting: .*seeds.*many"),
+        ("quadratic_cases", "seeds=[]", "seeds is empty"),
+        ("quadratic_cases", "seeds=[1,1]", "give each value once"),
+        ("quadratic_cases", "tolerance=2", "between 0 and 1, not 2"),
+        ("quadratic_cases", "top_eigenvalues=[100]", "at least 103"),
+        ("three_block_quadratic", "iterations=0", "at least 1"),
+        ("three_block_quadratic", "eigenvalues=[[1],[0]]", "eigenvalues must be positive"),
+        ("diagonal_preconditioner", "condition_numbers=[1]", "above 1"),
+        ("heterogeneous_mlp", "seeds=[0]", "seeds must be at least two"),
+        ("heterogeneous_mlp", "sgd_rates=[0.1]", "as many"),
+        ("heterogeneous_mlp", "heterogeneity=[0.5]", "heterogeneity at least 1"),
+        ("heterogeneous_mlp", "width=0", "width, steps and batch_size"),
+        ("leave_x_out", "seeds=[0]", "seeds must be at least two"),
+        ("leave_x_out", "steps=0", "steps must be at least 1, not 0"),
+        ("trajectories", "every=1000", "every must lie between 1 and steps"),
+        ("blockwise_gd", "sgd_rates=[0.1]", "as many"),
+        ("blockwise_gd", "seeds=[0,1]", "seeds must be at least three"),
+        ("sensitivity", "batch_size=-1", "batch_size must be at least 1"),
+    ],
+)
+def test_what_is_wrong_is_told_in_one_line(name, change, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        load_study(name, [change] if change else [])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("study: command\nsettings: {}\n", "there is no study 'command'; studies are three_block"),
+        ("study: quadratic_cases\n", "the keys `study` .* and `settings`"),
+        ("study: quadratic_cases\nsettings: {seeds: [0]}\n", "settings lack top_eigenvalues, tolerance"),
+        ("[", "is no YAML"),
+    ],
+)
+def test_a_recipe_that_is_none_is_refused(tmp_path, text, message):
+    (tmp_path / "own.yaml").write_text(text, "utf-8")
+    with pytest.raises(ValueError, match=message):
+        load_study(str(tmp_path / "own.yaml"))
+
+
+def test_medians_and_spread():
+    rows = [{"a": 1, "b": x, "c": 0} for x in (3.0, 1.0, 8.0)] + [{"a": 2, "b": 5.0, "c": 0}]
+    assert medians(rows, ("a",), ("b",)) == [{"a": 1, "b": 3.0}, {"a": 2, "b": 5.0}]
+    assert mean_and_spread([1.0, 3.0]) == (2.0, pytest.approx(2**0.5))
+    assert mean_and_spread([1.0]) == (1.0, 0.0)
+    assert as_text(rows[:1]) == "a  b  c\n1  3  0"
+
+
+def test_rows_of_two_tables_are_no_outcome():
+    with pytest.raises(AssertionError, match="several tables"):
+        Outcome([{"a": 1}, {"b": 1}], [], lambda figure: None)
