@@ -12,6 +12,8 @@ import pytest
 
 from guards.checkout import MAPPED_FOLDERS, PACKAGE, ROOT, project_files, shipped_files
 
+LISTINGS = {"recipes": ["recipes"], "studies": ["study", "--help"]}
+
 
 def run(*command: object, cwd: Path) -> str:
     finished = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False)
@@ -77,8 +79,12 @@ def test_no_bare_folder_is_importable(python, tmp_path):
     assert run(python, "-c", find, cwd=tmp_path).strip() == "[]"
 
 
-def test_the_command_lists_every_recipe(python, tmp_path):
-    listed = run(python.parent / "adam-mini", "recipes", cwd=tmp_path)
+def test_the_commands_list_every_recipe_and_study(python, tmp_path):
+    listed = {folder: run(python.parent / "adam-mini", *words, cwd=tmp_path) for folder, words in LISTINGS.items()}
     recipes = [path.removeprefix(f"{PACKAGE}/configs/") for path in shipped_files().values() if path.endswith(".yaml")]
-    missing = [recipe for recipe in recipes if recipe.removesuffix(".yaml") not in listed]
+    studies = [recipe.removeprefix("studies/") for recipe in recipes if recipe.startswith("studies/")]
+    missing = [recipe for recipe in recipes if not recipe.startswith("studies/") and recipe not in listed["recipes"]]
+    missing += [study for study in studies if study.removesuffix(".yaml") not in listed["studies"]]
+    assert recipes
+    assert studies
     assert not missing
