@@ -3,6 +3,7 @@
 from .checkpoint import RunCheckpoint
 from .divergence import DivergenceError, StopOnDivergence
 from .ema import WeightEMA
+from .gradient_spread import GradientSpread
 from .interrupt import GracefulInterrupt
 from .performance import PerformanceMonitor
 from .predictions import PredictionFile
@@ -11,6 +12,7 @@ from .report import RunReport
 __all__ = [
     "DivergenceError",
     "GracefulInterrupt",
+    "GradientSpread",
     "PerformanceMonitor",
     "PredictionFile",
     "RunCheckpoint",

@@ -1,0 +1,109 @@
+"""`adam-mini hessian advise`: which cut each matrix asks for."""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+from dataclasses import asdict
+from typing import Any
+
+import yaml
+
+from lightning_adam_mini.hessian.advice import Advice, CutAdvice, advise
+from lightning_adam_mini.hessian.gradient_spread import mean_square_gradients
+
+from .problem import load_problem
+from .results import Report, Table, head
+from .selection import choose_blocks, expressible_cuts, matrices
+
+__all__ = ["run"]
+
+log = logging.getLogger(__name__)
+
+
+def run(options: Namespace) -> None:
+    """Compare cuts of the options' parameters and write the advice.
+
+    Raises:
+        ValueError: See `command.main`.
+    """
+    problem = load_problem(options)
+    model = problem.task
+    blocks = choose_blocks(model, options.blocks, problem.factory) if options.blocks else matrices(model)[0]
+    if part := next((block.name for block in blocks if block.index is not None), None):
+        raise ValueError(f"--blocks {part}: advice is about whole parameters; leave [...] out")
+    vectors = [block.name for block in blocks if model.get_parameter(block.parameter).dim() < 2]
+    blocks = [block for block in blocks if block.name not in vectors]
+    if not blocks:
+        raise ValueError(f"--blocks: {', '.join(vectors[:3])}: vectors have no rows or heads to cut by; name matrices")
+    squares = mean_square_gradients(model, problem.loss, problem.batches)
+    found = advise(
+        problem.operator(),
+        expressible_cuts(model, problem.factory),
+        parameters=[block.parameter for block in blocks],
+        squares=squares,
+        method=options.method,
+        probes=options.probes,
+        seed=options.seed,
+        budget_bytes=options.memory,
+        on_parameter=lambda name, number, total: log.info("%d of %d: %s", number, total, name),
+    )
+    report = Report(options, head(options, problem) | {"method": options.method, "probes": options.probes})
+    report.tables += _tables(found)
+    if vectors:
+        report.notes.append(f"vectors keep their cuts, for they have no rows or heads: {', '.join(vectors)}")
+    report.notes.append(
+        f"second moments of these matrices: {found.state_bytes:,} bytes under the advice, {found.full_bytes:,} in full"
+    )
+    overrides = found.overrides
+    text = yaml.safe_dump({"optimizer": {"init_args": {"partition_overrides": overrides}}}, width=200)
+    report.notes.append(f"for the recipe:\n{text}" if overrides else "no override is needed: the cuts stay as they are")
+    figures = {
+        "partition_overrides": overrides,
+        "state_bytes": found.state_bytes,
+        "full_bytes": found.full_bytes,
+        "parameters_advised": [_figures(row) for row in found.rows],
+    }
+    report.tell(report.write("advice.json", figures))
+
+
+def _tables(found: Advice) -> list[Table]:
+    rows = []
+    for row in found.rows:
+        score, spread = row.scores[row.best], row.spreads[row.best]
+        rows.append(
+            [
+                row.parameter,
+                "x".join(map(str, row.shape)),
+                row.best + ("" if row.is_clear else " ?"),
+                f"{score.information:.2f}",
+                row.runner_up,
+                f"{row.scores[row.runner_up].information:.2f}",
+                f"{spread.explained:.2f}",
+                row.cut or "-",
+                f"{row.state_bytes:,}",
+            ]
+        )
+    columns = ["parameter", "shape", "best", "nats", "next", "nats", "gradients", "advice", "bytes"]
+    note = (
+        "Best and next: cuts by what they tell about where the Hessian's energy lies; a question mark where the sketch "
+        "does not settle it. Gradients: part of the variance of ln g^2 that the best cut explains. Advice: what to ask "
+        "for; `keep` needs no override."
+    )
+    reasons = [[row.parameter, row.reason] for row in found.rows]
+    return [Table("Advice", columns, rows, note), Table("Reasons", ["parameter", "reason"], reasons)]
+
+
+def _figures(row: CutAdvice) -> dict[str, Any]:
+    return {
+        "parameter": row.parameter,
+        "shape": list(row.shape),
+        "best": row.best,
+        "runner_up": row.runner_up,
+        "is_clear": row.is_clear,
+        "cut": row.cut,
+        "state_bytes": row.state_bytes,
+        "reason": row.reason,
+        "scores": {cut: {**asdict(s), "information": s.information, "noise": s.noise} for cut, s in row.scores.items()},
+        "spreads": {cut: {**asdict(s), "explained": s.explained} for cut, s in row.spreads.items()},
+    }

@@ -1,0 +1,46 @@
+"""`adam-mini hessian`: reads the command line, and leaves the work to one module for each command."""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..recipes import find_recipe
+from .options import parse
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Compute what is asked about a recipe's Hessian, and write it to a folder.
+
+    Args:
+        arguments: The command line after `hessian`.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ArgumentError: The command line is wrong.
+        ValueError: There is no such recipe, checkpoint or block, the data are missing, or memory does not do.
+        OSError: The results cannot be written.
+    """
+    options = parse(arguments)
+    options.command_line = shlex.join(["adam-mini", "hessian", *arguments])
+    recipe = find_recipe(options.recipe, given_as="RECIPE")
+    for package in ("lightning", "matplotlib", "jinja2"):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"hessian needs {package}; install it with pip install 'lightning-adam-mini[app]'")
+    if options.out is None:
+        options.out = Path("runs") / "hessian" / recipe.stem / options.command
+    options.out.mkdir(parents=True, exist_ok=True)  # what cannot be written is told before the work
+    if options.command in ("spectrum", "js"):
+        from .spectra import run
+    elif options.command == "exact":
+        from .exact import run
+    else:
+        from .advise import run
+    run(options)
+    return 0

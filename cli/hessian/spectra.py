@@ -1,0 +1,175 @@
+"""`adam-mini hessian spectrum` and `js`: spectra of blocks, and how different they are."""
+
+from __future__ import annotations
+
+import logging
+import time
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lightning_adam_mini.hessian import (
+    Tridiagonal,
+    block_tridiagonals,
+    density,
+    make_grid,
+    model_tridiagonals,
+    moments,
+    quadrature,
+    top_eigenvalues,
+)
+from lightning_adam_mini.hessian.checks import check_steps
+from lightning_adam_mini.hessian.heterogeneity import Heterogeneity, compare_spectra
+
+from .pictures import draw_densities, draw_divergences
+from .problem import load_problem
+from .results import Report, Table, head
+from .selection import choose_blocks, matrices
+
+__all__ = ["run"]
+
+log = logging.getLogger(__name__)
+WHOLE = "the whole model"
+_POINTS = 2000
+_BLUR = 1 / 300
+"""Width of the blur of pictures, of the range of a spectrum."""
+
+
+def run(options: Namespace) -> None:
+    """Compute the spectra of the options' blocks and write them.
+
+    Raises:
+        ValueError: See `command.main`.
+    """
+    problem = load_problem(options)
+    model = problem.task
+    if options.blocks:
+        blocks = choose_blocks(model, options.blocks, problem.factory)
+        left: list[str] = []
+    else:
+        blocks, left = matrices(model, options.steps)
+    operator = problem.operator()
+    sizes = {block.name: operator.block_size(block) for block in blocks}
+    check_steps(options.steps, {**sizes, **({WHOLE: operator.size} if options.whole else {})})
+    if not blocks:
+        raise ValueError(f"no matrix has {options.steps} elements: lower --steps, or name --blocks")
+    if options.command == "js" and len(blocks) < 2:
+        raise ValueError("js compares blocks, and there is one: name more --blocks, or use `hessian spectrum`")
+    log.info("%d blocks, %d steps, %d starts, %s", len(blocks), options.steps, options.probes, problem.weights)
+    settings = {"steps": options.steps, "probes": options.probes, "seed": options.seed, "budget_bytes": options.memory}
+    found = block_tridiagonals(operator, blocks, **settings, on_step=_progress("blocks"))
+    if options.whole:
+        found[WHOLE] = model_tridiagonals(operator, **settings, on_step=_progress("the whole model"))
+        sizes[WHOLE] = operator.size
+    report = Report(options, head(options, problem) | {"steps": options.steps, "probes": options.probes})
+    if left:
+        report.notes.append(f"{len(left)} matrices have less than {options.steps} elements: {', '.join(left[:3])} ...")
+    report.tables.append(_table(found, sizes))
+    own = {name: _own_density(some) for name, some in found.items()}
+    for kind, logarithmic in (("linear", False), ("log", True)):
+        caption = f"Densities of eigenvalues ({kind} axis), each blurred by {_BLUR:.2%} of its own range"
+        report.pictures[f"spectra_{kind}"] = (caption, draw_densities(own, logarithmic=logarithmic))
+    figures: dict[str, Any] = {"blocks": {name: _figures(some, sizes[name]) for name, some in found.items()}}
+    if options.command == "js":
+        compared = compare_spectra(
+            {name: some for name, some in found.items() if name != WHOLE}, scale=options.scale, sigma=options.sigma
+        )
+        figures["js"] = _divergences(compared)
+        _add_divergences(report, compared, found)
+    report.tell(report.write("spectra.json", figures))
+
+
+def _table(found: Mapping[str, list[Tridiagonal]], sizes: Mapping[str, int]) -> Table:
+    rows = []
+    for name, some in found.items():
+        quadratures = [quadrature(t) for t in some]
+        mean, error = moments(quadratures, 1)
+        square, _ = moments(quadratures, 2)
+        rows.append(
+            [
+                name,
+                f"{sizes[name]:,}",
+                f"{max(q.nodes[-1].item() for q in quadratures):.4g}",
+                f"{min(q.nodes[0].item() for q in quadratures):.3g}",
+                f"{mean * sizes[name]:.4g}" + (f" ± {error * sizes[name]:.1g}" if len(some) > 1 else ""),
+                f"{square**0.5:.3g}",
+                f"{max(t.orthogonality for t in some):.0e}",
+            ]
+        )
+    columns = ["block", "parameters", "largest", "smallest", "trace", "root mean square", "lost orthogonality"]
+    note = "Largest and smallest eigenvalues that Lanczos found; the trace with its standard error over starts."
+    return Table("Spectra", columns, rows, note)
+
+
+def _own_density(some: list[Tridiagonal]) -> Any:
+    quadratures = [quadrature(t) for t in some]
+    width = max(q.nodes[-1].item() for q in quadratures) - min(q.nodes[0].item() for q in quadratures)
+    sigma = _BLUR * width if width > 0 else 1e-3 * max(abs(quadratures[0].nodes[0].item()), 1e-12)
+    return density(quadratures, make_grid(quadratures, num_points=_POINTS, margin=10 * sigma), sigma=sigma)
+
+
+def _figures(some: list[Tridiagonal], size: int) -> dict[str, Any]:
+    quadratures = [quadrature(t) for t in some]
+    mean, error = moments(quadratures, 1)
+    return {
+        "parameters": size,
+        "trace": mean * size,
+        "trace_standard_error": error * size,
+        "starts": [
+            {
+                "alphas": t.alphas.tolist(),
+                "betas": t.betas.tolist(),
+                "nodes": q.nodes.tolist(),
+                "weights": q.weights.tolist(),
+                "residual": t.residual,
+                "lost_orthogonality": t.orthogonality,
+                "top_residual": top_eigenvalues(t, 1).residuals[0].item(),
+            }
+            for t, q in zip(some, quadratures, strict=True)
+        ],
+    }
+
+
+def _divergences(found: Heterogeneity) -> dict[str, Any]:
+    return {
+        "scale": str(found.scale),
+        "sigma": found.sigma,
+        "spacing": found.spacing,
+        "js0": found.js0,
+        "js0_distance": found.js0_distance,
+        "js0_unnormalized": found.js0_unnormalized,
+        "names": list(found.names),
+        "divergences": found.divergences.tolist(),
+    }
+
+
+def _add_divergences(report: Report, found: Heterogeneity, spectra: Mapping[str, list[Tridiagonal]]) -> None:
+    rows = [
+        ["mean divergence, nats (0 to 0.693)", f"{found.js0:.4f}"],
+        ["mean distance (0 to 0.833)", f"{found.js0_distance:.4f}"],
+        ["mean of the sums without the spacing of the grid", f"{found.js0_unnormalized:.4g}"],
+    ]
+    note = f"Eigenvalues: {found.scale}; blur {found.sigma:.3g}; spacing of the grid {found.spacing:.3g}."
+    report.tables.append(
+        Table("Heterogeneity of the blocks (JS0 where the weights are fresh)", ["JS", "value"], rows, note)
+    )
+    report.pictures["js"] = ("Divergences between the spectra of blocks", draw_divergences(found))
+    if found.scale == "raw":
+        largest = max(quadrature(t).nodes.abs().max().item() for some in spectra.values() for t in some)
+        if largest < 30 * found.sigma:
+            report.notes.append(
+                f"all eigenvalues lie within {largest:.2g}, and the blur is {found.sigma:.2g}: the divergences tell "
+                f"about the blur too; give --sigma {largest / 1000:.1g}, or --scale top"
+            )
+
+
+def _progress(what: str) -> Callable[[int, int], None]:
+    """Tells after the first step how long it will take, where that is long."""
+    start = time.perf_counter()
+
+    def tell(done: int, total: int) -> None:
+        seconds = (time.perf_counter() - start) / done * total
+        if done == 2 and seconds > 20:
+            log.info("%s: about %.0f s", what, seconds)
+
+    return tell

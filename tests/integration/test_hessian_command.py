@@ -1,0 +1,194 @@
+"""`adam-mini hessian` as a user types it, on a recipe that takes a second."""
+
+import base64
+import json
+import logging
+import math
+import re
+
+import pytest
+import torch
+import yaml
+
+from lightning_adam_mini.cli.hessian.command import main as hessian
+from lightning_adam_mini.cli.main import main as command
+from tiny_runs import RECIPE, write_recipe
+
+CUT = "transformer.h.0.attn.c_attn.weight"
+"""Heads of 4 rows of 8 in queries and keys: blocks of 32 elements."""
+
+
+@pytest.fixture
+def small(work_dir, caplog):
+    """`tiny.yaml` with one layer of width 8 in two heads; the folder."""
+    model = RECIPE["model"]["init_args"]
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16}
+    write_recipe(work_dir, model={**RECIPE["model"], "init_args": {**model, "config": sizes, "sample_prompt": ""}})
+    logger = logging.getLogger("lightning_adam_mini")
+    logger.propagate = True  # a command of another test may have shown it by itself
+    caplog.set_level(logging.INFO, "lightning_adam_mini")
+    return work_dir
+
+
+def run(name, *options):
+    assert hessian([name, "tiny.yaml", "--batches", "1", *map(str, options)]) == 0
+
+
+def result(folder, name):
+    return json.loads((folder / name).read_text())
+
+
+def test_js_writes_spectra_pictures_and_a_page(small, caplog):
+    run("js", "--steps", 8, "--probes", 2, "--sigma", 0.01, "--whole")
+    out = small / "runs/hessian/tiny/js"
+    found = result(out, "spectra.json")
+    assert sorted(path.name for path in out.iterdir()) == [
+        "js.png",
+        "report.html",
+        "spectra.json",
+        "spectra_linear.png",
+        "spectra_log.png",
+    ]
+    names = found["js"]["names"]
+    assert names == [name for name in found["blocks"] if name != "the whole model"]
+    assert f"model.{CUT}" in names
+    assert found["blocks"]["the whole model"]["parameters"] == found["parameters"]
+    assert all(len(start["nodes"]) == 8 for block in found["blocks"].values() for start in block["starts"])
+    assert 0 < found["js"]["js0"] < math.log(2)
+    assert found["js"]["js0_unnormalized"] == pytest.approx(found["js"]["js0"] / found["js"]["spacing"])
+    assert {"recipe", "weights", "seed", "versions", "hardware", "precision", "command"} <= found.keys()
+    page = (out / "report.html").read_text()
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert [base64.b64decode(picture) for picture in pictures] == [
+        (out / f"{name}.png").read_bytes() for name in ("spectra_linear", "spectra_log", "js")
+    ]
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    assert "mean divergence" in caplog.text
+
+
+def test_the_spectrum_of_a_head_is_that_of_its_dense_hessian(small):
+    run("exact", "--blocks", f"{CUT}[0]", "--out", "dense")
+    run("spectrum", "--blocks", f"{CUT}[0]", "--steps", 32, "--probes", 1, "--precision", "float64", "--out", "slq")
+    dense = torch.load(small / "dense/hessians.pt")[f"model.{CUT}[0]"]
+    told = result(small / "dense", "exact.json")["blocks"][f"model.{CUT}[0]"]
+    (start,) = result(small / "slq", "spectra.json")["blocks"][f"model.{CUT}[0]"]["starts"]
+    eigenvalues = torch.linalg.eigvalsh(dense)
+    assert dense.shape == (32, 32)
+    assert told["eigenvalues"] == pytest.approx(eigenvalues.tolist(), abs=1e-12)
+    # The task's own loss casts logits to float32.
+    scale = eigenvalues.abs().max().item()
+    assert start["nodes"][-1] == pytest.approx(eigenvalues[-1].item(), abs=1e-4 * scale)
+    assert start["nodes"][0] == pytest.approx(eigenvalues[0].item(), abs=1e-4 * scale)
+    assert told["asymmetry"] < 1e-6
+
+
+def test_exact_scores_matrices(small):
+    run("exact", "--blocks", "*attn.c_proj.weight", "--out", "dense")
+    ((name, found),) = result(small / "dense", "exact.json")["blocks"].items()
+    assert name.endswith("c_proj.weight")
+    assert found["scores"]["whole"]["share"] == 1
+    assert found["scores"]["element"]["blocks"] == 64
+    assert found["scores"]["columns x 4"]["expected"] == 0.5
+
+
+def test_advice_is_a_recipe_that_fit_takes(small):
+    run("advise", "--blocks", "*attn*weight", "*c_fc.weight", "--method", "sketch", "--probes", 2, "--out", "advice")
+    found = result(small / "advice", "advice.json")
+    assert [row["parameter"] for row in found["parameters_advised"]] == [
+        f"model.{CUT}",
+        "model.transformer.h.0.attn.c_proj.weight",
+        "model.transformer.h.0.mlp.c_fc.weight",
+    ]
+    assert all(row["cut"] in ("keep", "head", "row", "whole", "element") for row in found["parameters_advised"])
+    recipe = yaml.safe_load((small / "tiny.yaml").read_text())
+    recipe["optimizer"]["init_args"]["partition_overrides"] = found["partition_overrides"]
+    (small / "advised.yaml").write_text(yaml.safe_dump(recipe))
+    assert command(["explain", "advised.yaml"]) == 0
+
+
+def test_a_checkpoint_has_another_spectrum(small):
+    assert command(["fit", "--config", "tiny.yaml", "--trainer.max_steps", "5"]) == 0
+    options = ("--blocks", "*c_fc.weight", "--steps", 4, "--probes", 1, "--out")
+    run("spectrum", *options, "fresh")
+    run("spectrum", *options, "last", "--ckpt_path", "last")
+    run("spectrum", *options, "path", "--ckpt_path", small / "runs/tiny/checkpoints/last.ckpt", "--seed", 1)
+    fresh, last, path = (result(small / name, "spectra.json") for name in ("fresh", "last", "path"))
+    assert fresh["weights"].startswith("fresh weights, seed 0")
+    assert last["weights"].endswith("last.ckpt")
+    (block,) = last["blocks"]
+    traces = [found["blocks"][block]["trace"] for found in (fresh, last, path)]
+    assert len(set(traces)) == 3
+
+
+def test_the_same_command_finds_the_same(small):
+    for out in ("first", "second"):
+        run("spectrum", "--blocks", "*c_fc.weight", "--steps", 4, "--probes", 2, "--out", out)
+    assert result(small / "first", "spectra.json")["blocks"] == result(small / "second", "spectra.json")["blocks"]
+
+
+def test_options_of_the_recipe_change_it(small):
+    run(
+        "spectrum",
+        "--blocks",
+        "*c_fc.weight",
+        "--steps",
+        4,
+        "--probes",
+        1,
+        "--model.config",
+        '{"n_embd": 4, "n_head": 2, "n_layer": 1}',
+    )
+    ((_, found),) = result(small / "runs/hessian/tiny/spectrum", "spectra.json")["blocks"].items()
+    assert found["parameters"] == 4 * 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["spectra", "tiny.yaml"], "no such command; choose from spectrum, js, exact, advise"),
+        (["js", "tinny.yaml"], "no recipe of that name"),
+        (["js", "tiny.yaml", "--step", "5"], "no option --step"),
+        (["js", "tiny.yaml", "extra"], "no option extra"),
+        (["js", "tiny.yaml", "--probes", "0"], "--probes 0: at least 1"),
+        (["js", "tiny.yaml", "--memory", "much"], "give a number with a unit"),
+        (["js", "tiny.yaml", "--sigma", "0"], "a width is positive"),
+        (["js", "tiny.yaml", "--run_dir", "runs/tiny"], "give --ckpt_path"),
+        (["js", "tiny.yaml", "--blocks", "*c_fc.weight"], "js compares blocks"),
+        (["js", "tiny.yaml", "--ckpt_path", "last"], "no checkpoint in runs/tiny/checkpoints"),
+        (["js", "tiny.yaml", "--data.path", "nothing.txt"], "nothing.txt"),
+        (["spectrum", "tiny.yaml", "--blocks", "h.0.attn.c_attn.wight"], "close ones: .*c_attn.weight"),
+        (["spectrum", "tiny.yaml", "--blocks", "re:("], "no regular expression"),
+        (["spectrum", "tiny.yaml", "--blocks", f"{CUT}[999]"], "there is no block 999"),
+        (["spectrum", "tiny.yaml", "--blocks", f"{CUT}[0]", "--steps", "33"], r"use at most 32"),
+        (["spectrum", "tiny.yaml", "--steps", "100000"], "no matrix has 100000 elements"),
+        (["exact", "tiny.yaml", "--memory", "1MB"], "a dense Hessian of model.transformer.wte.weight"),
+        (["advise", "tiny.yaml", "--blocks", "*ln_1.weight"], "no rows or heads"),
+        (["advise", "tiny.yaml", "--blocks", f"{CUT}[0]"], "whole parameters"),
+    ],
+)
+def test_bad_input_is_one_line(small, arguments, message):
+    with pytest.raises(Exception, match=message) as raised:
+        hessian(arguments)
+    assert type(raised.value).__name__ in ("ValueError", "ArgumentError")
+    assert "\n" not in str(raised.value).strip()
+    assert not list(small.rglob("*.json*"))
+
+
+def test_a_task_that_steps_by_itself_has_no_hessian(small, monkeypatch):
+    from lightning_adam_mini.tasks.llm import LanguageModel
+
+    monkeypatch.setattr(LanguageModel, "automatic_optimization", False)
+    with pytest.raises(ValueError, match="LanguageModel steps its optimizers by itself"):
+        run("js")
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [(lambda *_: None, "returns no loss"), (lambda *_: [].pop(), "cannot be computed outside of training: pop from")],
+)
+def test_a_loss_that_is_no_function_of_a_batch_is_told(small, monkeypatch, step, message):
+    from lightning_adam_mini.tasks.llm import LanguageModel
+
+    monkeypatch.setattr(LanguageModel, "training_step", step)
+    with pytest.raises(ValueError, match=message):
+        run("js")

@@ -1,0 +1,180 @@
+"""Advice: blind to names and types, it finds heads and rows where the Hessian has them, and what AdamMini takes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import tiny_models
+from lightning_adam_mini import AdamMini
+from lightning_adam_mini.blocks import Blocks
+from lightning_adam_mini.factory import AdamMini as AdamMiniFactory
+from lightning_adam_mini.hessian import HessianOperator
+from lightning_adam_mini.hessian.advice import KEEP, advise, advise_from_scores
+from lightning_adam_mini.hessian.block_diagonality import Score, candidate_cuts, exact_scores
+from lightning_adam_mini.hessian.gradient_spread import mean_square_gradients
+
+DIM, HEADS, VOCAB = 32, 4, 8
+
+
+class Attention(nn.Module):
+    """Attention, a perceptron and an output head, under names that say nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(VOCAB, DIM)
+        self.first, self.second, self.third, self.fourth = (nn.Linear(DIM, DIM, bias=False) for _ in range(4))
+        self.fifth, self.sixth = nn.Linear(DIM, 2 * DIM), nn.Linear(2 * DIM, DIM)
+        self.last = nn.Linear(DIM, VOCAB, bias=False)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, tokens):
+        x = self.table(tokens)
+        normal = F.rms_norm(x, (DIM,))
+        q, k, v = (layer(normal).unflatten(-1, (HEADS, -1)).transpose(1, 2) for layer in self.inputs())
+        x = x + self.fourth(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return self.last(F.rms_norm(x + self.sixth(F.silu(self.fifth(F.rms_norm(x, (DIM,))))), (DIM,)))
+
+    def inputs(self):
+        return self.first, self.second, self.third
+
+
+def loss_of(model, tokens):
+    logits = model(tokens[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def chains(seed=0, count=8, length=13):
+    """Random walks over the tokens: each step depends on the two before."""
+    generator = torch.Generator().manual_seed(seed)
+    table = (2 * torch.randn(VOCAB, VOCAB, VOCAB, generator=generator)).softmax(-1)
+    tokens = torch.randint(VOCAB, (count, 2), generator=generator)
+    while tokens.shape[1] < length:
+        following = torch.multinomial(table[tokens[:, -2], tokens[:, -1]], 1, generator=generator)
+        tokens = torch.cat([tokens, following], 1)
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def blind():
+    """Advice at initialisation, with no cut that could be asked for."""
+    torch.manual_seed(0)
+    operator = HessianOperator(Attention().double(), loss_of, [chains()])
+    names = [f"{name}.weight" for name in ("first", "second", "fifth", "sixth")]
+    return {row.parameter: row for row in advise(operator, {}, parameters=names, method="sketch").rows}
+
+
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_queries_and_keys_ask_for_heads(blind, name):
+    assert blind[f"{name}.weight"].best == f"rows x {DIM // HEADS}"
+
+
+@pytest.mark.parametrize("name", ["fifth", "sixth"])
+def test_the_perceptron_asks_for_output_neurons(blind, name):
+    assert blind[f"{name}.weight"].best == "rows x 1"
+
+
+def test_the_sketch_sees_the_head_that_the_dense_hessian_sees(blind):
+    torch.manual_seed(0)
+    operator = HessianOperator(Attention().double(), loss_of, [chains()])
+    (row,) = advise(operator, {}, parameters=["first.weight"], method="exact").rows
+    sketched = blind["first.weight"]
+    assert row.best == sketched.best
+    assert row.is_clear
+    for name, score in row.scores.items():
+        found = sketched.scores[name]
+        assert abs(found.share - score.share) < 5 * found.standard_error + 0.02
+
+
+def test_overrides_are_what_adam_mini_takes():
+    from lightning_adam_mini.partition import partition_module
+
+    model = tiny_models.randomize(tiny_models.llama()).double().eval()
+    tokens = torch.randint(tiny_models.VOCAB, (2, 5), generator=torch.Generator().manual_seed(0))
+
+    def loss(model, tokens):
+        logits = model(input_ids=tokens, use_cache=False).logits
+        return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+
+    cuts = {name: cut.blocks for name, cut in partition_module(model).items()}
+    names = [name for name, p in model.named_parameters() if p.dim() > 1]
+    expressible = {
+        name: {KEEP: cuts[name], "row": Blocks.rows(cuts[name].shape), "whole": Blocks.whole(cuts[name].shape)}
+        for name in names
+    }
+    squares = mean_square_gradients(model, loss, [tokens])
+    operator, chosen = HessianOperator(model, loss, [tokens]), [names[1], names[2], names[-1]]
+    found = advise(operator, expressible, parameters=chosen, squares=squares, method="sketch", probes=2)
+    assert [row.parameter for row in found.rows] == chosen
+    optimizer = AdamMini(model, partition_overrides=found.overrides)
+    for row in found.rows:
+        assert optimizer.partition[row.parameter].blocks == row.blocks
+        assert row.state_bytes == 4 * optimizer.partition[row.parameter].blocks.num_values
+        assert set(row.spreads) == set(row.scores)
+    assert found.state_bytes < found.full_bytes
+
+
+def test_cuts_that_overrides_can_ask_for():
+    from lightning_adam_mini.cli.hessian.selection import expressible_cuts
+
+    model = tiny_models.llama()
+    found = expressible_cuts(model, AdamMiniFactory())
+    assert set(found["model.layers.0.self_attn.q_proj.weight"]) == {KEEP, "head", "row", "whole", "element"}
+    assert set(found["lm_head.weight"]) == {KEEP, "row", "whole", "element"}
+    for name, cuts in found.items():
+        for cut in cuts.keys() - {KEEP}:
+            assert AdamMini(model, partition_overrides={f"re:^{name}$": cut}).partition[name].blocks == cuts[cut]
+
+
+def score(information_at, size=64, error=0.0):
+    return Score(information_at, 0.125, 8, size, standard_error=error)
+
+
+def of_scores(shares, expressible, error=0.0):
+    cuts = {name: candidate_cuts((8, 8))[name] for name in shares}
+    return advise_from_scores("weight", cuts, {n: score(s, error=error) for n, s in shares.items()}, expressible)
+
+
+ROWS, COLUMNS = Blocks.rows((8, 8)), Blocks.rows((8, 8), axis=1)
+
+
+def test_what_cannot_be_asked_for_is_told():
+    found = of_scores({"rows x 1": 0.3, "columns x 1": 0.9}, {"row": ROWS})
+    assert (found.best, found.cut) == ("columns x 1", "row")
+    assert "no override expresses it" in found.reason
+    assert of_scores({"rows x 1": 0.3, "columns x 1": 0.9}, {}).cut is None
+
+
+def test_a_cut_that_is_not_clearly_worse_is_kept():
+    own = {KEEP: ROWS, "column": COLUMNS}
+    shares = {"rows x 1": 0.5, "columns x 1": 0.52}
+    assert of_scores(shares, own).cut == "column"
+    unsure = of_scores(shares, own, error=0.1)
+    assert unsure.cut == KEEP
+    assert not unsure.is_clear
+
+
+def test_noise_asks_for_one_block():
+    generator = torch.Generator().manual_seed(1)
+    draws = torch.randn(64, 64, generator=generator, dtype=torch.float64)
+    cuts = candidate_cuts((8, 8))
+    scores = exact_scores(torch.ones(64, 64, dtype=torch.float64) + 0.01 * (draws + draws.T), cuts)
+    found = advise_from_scores("weight", cuts, scores, {KEEP: ROWS, "whole": Blocks.whole((8, 8))})
+    assert (found.best, found.cut) == ("whole", "whole")
+    assert "one block" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "guess"}, "'auto', 'exact' or 'sketch'"),
+        ({"method": "exact", "budget_bytes": 1000}, "raise the budget"),
+        ({"parameters": ["fist.weight"]}, "close ones: first.weight"),
+        ({"parameters": []}, "no trainable matrix"),
+    ],
+)
+def test_bad_input(options, message):
+    operator = HessianOperator(Attention(), loss_of, [chains()])
+    with pytest.raises(ValueError, match=message):
+        advise(operator, {}, **options)
