@@ -55,11 +55,16 @@ class ImageTask:
         self.batch_size = batch_size
 
     def loss(self, model: nn.Module, seed: int, step: int) -> Tensor:
-        """Cross entropy of the batch of a step, which depends on seed and step alone."""
+        """Cross entropy of the batch of a step."""
+        images, labels = self.batch(seed, step)
+        return F.cross_entropy(model(images), labels)
+
+    def batch(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
+        """Images `(batch_size, 784)` and labels of a step; they depend on seed and step alone."""
         images, labels = self._data["train"]
         generator = Generator().manual_seed(seed_of(seed, "batch", step))
         picked = torch.randint(len(labels), (self.batch_size,), generator=generator)
-        return F.cross_entropy(model(images[picked]), labels[picked])
+        return images[picked], labels[picked]
 
     @torch.no_grad()
     def accuracy(self, model: nn.Module) -> float:

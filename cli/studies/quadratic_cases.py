@@ -10,6 +10,7 @@ import csv
 import statistics
 from dataclasses import dataclass
 from functools import partial
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,8 @@ class Settings:
         seeds: Of rotations and starts.
         top_eigenvalues: Largest eigenvalue of cases 2 and 4; a pair of cases for each.
         tolerance: Loss, relative to the first one, that iterations are counted to.
-        unlike_spectra: CSV with columns `block` and `eigenvalue` for case 1; None leaves case 1 out.
+        unlike_spectra: CSV with columns `block` and `eigenvalue` for case 1, a path or one beside the packaged recipes
+            (`heterogeneity` writes such files); None leaves case 1 out.
         alike_spectra: The same for case 3.
     """
 
@@ -75,7 +77,7 @@ def read_spectra(path: str) -> Spectra:
         OSError: The file cannot be read.
     """
     blocks: dict[str, list[float]] = {}
-    with Path(path).expanduser().open(encoding="utf-8", newline="") as file:
+    with _find(path).open(encoding="utf-8", newline="") as file:
         for number, row in enumerate(csv.DictReader(file), 2):
             try:
                 block, value = row["block"], float(row["eigenvalue"])
@@ -89,6 +91,13 @@ def read_spectra(path: str) -> Spectra:
     if not blocks:
         raise ValueError(f"{path}: no line with an eigenvalue")
     return list(blocks.values())
+
+
+def _find(path: str) -> Path:
+    """The file of a path, else of that name beside the packaged recipes."""
+    given = Path(path).expanduser()
+    packaged = Path(str(files("lightning_adam_mini.configs"))) / "studies" / path
+    return packaged if packaged.is_file() and not given.is_file() else given
 
 
 def _cases(settings: Settings) -> list[tuple[int, str, str, Spectra]]:

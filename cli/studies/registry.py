@@ -26,6 +26,9 @@ STUDIES = (
     "trajectories",
     "sensitivity",
     "heterogeneous_mlp",
+    "heterogeneity",
+    "transformer_hessian",
+    "mlp_hessian",
 )
 """Modules of this package. Each has a frozen dataclass `Settings` without defaults, and `run(settings) -> Outcome`."""
 

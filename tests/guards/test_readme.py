@@ -53,7 +53,8 @@ def test_documented_trainings_parse(command: Command, monkeypatch, capsys):
 @pytest.mark.parametrize("command", OTHER, ids=str)
 def test_other_documented_commands_know_their_flags(command: Command, monkeypatch, capsys):
     words = list(command.words[1:])
-    subcommand = [word for word in words[:1] if not word.startswith("-")]
+    # `hessian` has commands of its own, whose options differ.
+    subcommand = [word for word in words[: 2 if words[:1] == ["hessian"] else 1] if not word.startswith("-")]
     status = call([*subcommand, "--help"], monkeypatch)
     printed = capsys.readouterr()
     assert status == 0, printed.err
