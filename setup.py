@@ -26,5 +26,5 @@ setup(
     package_dir=package_dir,
     # Everything that is not Python and still belongs to the code: recipes, kernel sources, page templates, the marker
     # of types.
-    package_data={"": ["py.typed", "*.c", "*.h", "*.yaml", "*.j2", "*.css"]},
+    package_data={"": ["py.typed", "*.c", "*.h", "*.yaml", "*.csv", "*.j2", "*.css"]},
 )

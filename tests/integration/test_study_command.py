@@ -14,7 +14,8 @@ pytest.importorskip("matplotlib")
 
 from lightning_adam_mini.cli.studies.command import main
 
-QUICK = ("quadratic_cases", "--set", "seeds=[0,1]", "--set", "top_eigenvalues=[2000]")
+CHANGES = ("seeds=[0,1]", "top_eigenvalues=[2000]", "unlike_spectra=null", "alike_spectra=null")
+QUICK = ("quadratic_cases", *(word for change in CHANGES for word in ("--set", change)))
 FILES = ["figure.png", "result.json", "table.csv"]
 
 

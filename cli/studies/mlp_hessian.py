@@ -1,0 +1,223 @@
+"""Dense Hessians of a perceptron with one hidden layer, and whether they fall into a block for each neuron.
+
+Collobert 2004 tells why they should: with cross entropy the blocks between two hidden neurons have a factor p (1 - p)
+that vanishes as the data are fitted. Zhang et al. 2024 (Adam-mini) see it at the start too, and the more so the more
+classes there are.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from lightning_adam_mini.blocks import Blocks
+from lightning_adam_mini.hessian import HessianOperator
+from lightning_adam_mini.hessian.block_diagonality import exact_scores
+from lightning_adam_mini.hessian.exact import check_dense, dense_hessian
+
+from ...tasks.seeds import seed_of
+from .image_task import CLASSES, ImageTask
+from .matrix_pictures import show_matrix, shrunk
+from .outcome import Claim, Outcome, Row, medians
+from .training import Training, train
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Settings", "perceptron", "run"]
+
+log = logging.getLogger(__name__)
+
+PAPER = "Adam-mini paper, Hessians of a perceptron"
+SIDE, SMALL = 28, 7
+DIGITS, NOISE = "digits", "normal noise"
+HIDDEN, OUTPUT = "hidden layer", "output layer"
+BUDGET = 2**32
+PANELS = 6
+Scored = dict[str, tuple[float, float, float]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of the study.
+
+    Args:
+        seeds: Of weights and data.
+        hidden: Hidden neurons.
+        images: Digits, shrunk to 7 by 7 pixels, that are fitted.
+        steps: Of Adam on all of them.
+        parts: Of the steps, at which the Hessian is taken, from 0 (the start) to 1 (the end).
+        rate: Peak learning rate.
+        inputs: Of the normal noise.
+        samples: Of the noise, whose classes are random.
+        classes: Numbers of classes of the noise; one Hessian at the start for each.
+    """
+
+    seeds: list[int]
+    hidden: int
+    images: int
+    steps: int
+    parts: list[float]
+    rate: float
+    inputs: int
+    samples: int
+    classes: list[int]
+
+    def __post_init__(self) -> None:
+        """Check what can be before the work."""
+        if self.hidden < 2:
+            raise ValueError(f"hidden must be at least 2, for there to be blocks, not {self.hidden}")
+        if min(self.images, self.steps, self.inputs, self.samples) < 1:
+            raise ValueError("images, steps, inputs and samples must be at least 1")
+        if min(self.parts) < 0 or max(self.parts) > 1 or self.parts != sorted(self.parts):
+            raise ValueError(f"parts must ascend from 0 (the start) to 1 (the end), not {self.parts}")
+        if len(self.parts) > PANELS:
+            raise ValueError(f"parts are a picture each: give at most {PANELS}, not {len(self.parts)}")
+        if min(self.classes) < 2:
+            raise ValueError(f"classes must be at least 2, not {min(self.classes)}")
+        check_dense([("the hidden layer", self.hidden * max(self.inputs, SMALL**2))], BUDGET)
+
+
+def run(settings: Settings) -> Outcome:
+    """Share of the squared norm within neurons of both layers, while digits are fitted and by the number of classes."""
+    rows: list[Row] = []
+    pictures: dict[float, Tensor] = {}
+    for seed in settings.seeds:
+        rows += _on_digits(settings, seed, pictures if seed == settings.seeds[0] else {})
+        for classes in settings.classes:
+            rows += _on_noise(settings, seed, classes)
+    summary = medians(rows, ("data", "classes", "part", "layer"), ("loss", "share", "expected", "contrast"))
+    return Outcome(rows, _claims(rows, settings), partial(_draw, rows, pictures), size=(12, 6.5), summary=summary)
+
+
+def perceptron(inputs: int, hidden: int, classes: int, seed: int) -> nn.Sequential:
+    """Two layers without biases, float64; smooth, so that the Hessian has no jumps."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(seed, "weights"))
+        layers = nn.Linear(inputs, hidden, bias=False), nn.Tanh(), nn.Linear(hidden, classes, bias=False)
+        return nn.Sequential(*layers).double()
+
+
+def _on_digits(settings: Settings, seed: int, pictures: dict[float, Tensor]) -> list[Row]:
+    images, labels = ImageTask(settings.images).batch(seed, 0)
+    small = F.avg_pool2d(images.view(-1, 1, SIDE, SIDE), SIDE // SMALL).flatten(1).double()
+    model = perceptron(SMALL**2, settings.hidden, CLASSES, seed)
+    data = (small, labels)
+    rows: list[Row] = []
+    moments = {round(part * settings.steps): part for part in settings.parts}
+
+    def measure(step: int) -> None:
+        if step not in moments:
+            return
+        loss, scored, matrix = _scored(model, data)
+        log.info("seed %d, %d of %d steps: loss %.3f", seed, step, settings.steps, loss)
+        rows.extend(_row(seed, DIGITS, CLASSES, moments[step], loss, layer, *found) for layer, found in scored.items())
+        pictures[moments[step]] = shrunk(matrix)
+
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings.rate)
+    train(model, [optimizer], lambda _: _loss(model, data), Training(settings.steps, clip=None), measure)
+    return rows
+
+
+def _on_noise(settings: Settings, seed: int, classes: int) -> list[Row]:
+    generator = Generator().manual_seed(seed_of(seed, "noise", classes))
+    inputs = torch.randn(settings.samples, settings.inputs, generator=generator, dtype=torch.float64)
+    labels = torch.randint(classes, (settings.samples,), generator=generator)
+    model = perceptron(settings.inputs, settings.hidden, classes, seed)
+    loss, scored, _ = _scored(model, (inputs, labels), hidden_alone=True)
+    return [_row(seed, NOISE, classes, 0.0, loss, layer, *found) for layer, found in scored.items()]
+
+
+def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    inputs, labels = batch
+    return F.cross_entropy(model(inputs), labels)
+
+
+def _scored(
+    model: nn.Sequential, batch: tuple[Tensor, Tensor], *, hidden_alone: bool = False
+) -> tuple[float, Scored, Tensor]:
+    """The loss; by layer, the share within neurons, that of chance and their ratio; and the Hessian."""
+    model.requires_grad_(True)
+    weights = dict(zip((HIDDEN, OUTPUT), model.parameters(), strict=True))
+    if hidden_alone:  # with many classes the output layer is by far the larger
+        weights[OUTPUT].requires_grad_(False)
+    matrix = dense_hessian(HessianOperator(model, _loss, [batch]), budget_bytes=BUDGET).matrix
+    found, start = {}, 0
+    for name, weight in weights.items():
+        if weight.requires_grad:
+            part = slice(start, start := start + weight.numel())
+            cut = {"neuron": Blocks.rows(tuple(weight.shape), block_size=1)}
+            score = exact_scores(matrix[part, part], cut)["neuron"]
+            found[name] = (score.share, score.expected, score.contrast)
+    model.requires_grad_(True)
+    with torch.no_grad():
+        return float(_loss(model, batch)), found, matrix
+
+
+def _row(
+    seed: int, data: str, classes: int, part: float, loss: float, layer: str, share: float, expected: float,
+    contrast: float,
+) -> Row:  # fmt: skip
+    return {
+        "seed": seed, "data": data, "classes": classes, "part": part, "loss": loss, "layer": layer, "share": share,
+        "expected": expected, "contrast": contrast,
+    }  # fmt: skip
+
+
+def _claims(rows: Sequence[Row], settings: Settings) -> list[Claim]:
+    claims = []
+    for layer in (HIDDEN, OUTPUT):
+        for part in settings.parts:
+            shares = _shares(rows, DIGITS, layer, part=part)
+            expected = next(row["expected"] for row in rows if (row["data"], row["layer"]) == (DIGITS, layer))
+            measured = f"{_told(shares)}, by chance {expected:.3f}"
+            text = f"{layer}, {part:.0%} of the steps: neurons hold most of the squared norm on every seed"
+            claims.append(Claim(text, min(shares) > 0.5, measured, PAPER))
+    by_classes = [_shares(rows, NOISE, HIDDEN, classes=count) for count in settings.classes]
+    told = ", ".join(f"{count}: {_told(shares)}" for count, shares in zip(settings.classes, by_classes, strict=True))
+    if len(by_classes) > 1:
+        text = "hidden layer, normal noise at the start: the share within neurons rises with the number of classes"
+        middles = [statistics.median(shares) for shares in by_classes]
+        holds = all(low < high for low, high in pairwise(middles))
+        claims.append(Claim(text, holds, told, PAPER))
+    return claims
+
+
+def _shares(rows: Sequence[Row], data: str, layer: str, **where: float) -> list[float]:
+    return [
+        row["share"]
+        for row in rows
+        if (row["data"], row["layer"]) == (data, layer) and all(row[key] == value for key, value in where.items())
+    ]
+
+
+def _told(shares: Sequence[float]) -> str:
+    return f"{statistics.median(shares):.2f} ({min(shares):.2f} to {max(shares):.2f})"
+
+
+def _draw(rows: Sequence[Row], pictures: Mapping[float, Tensor], figure: Figure) -> None:
+    grid = figure.add_gridspec(2, PANELS, height_ratios=(1.3, 1))
+    span = max(PANELS // len(pictures), 1)
+    for number, (part, values) in enumerate(pictures.items()):
+        axes = figure.add_subplot(grid[0, number * span : (number + 1) * span])
+        show_matrix(axes, values, f"both layers, {part:.0%} of the steps")
+    fitted, noise = figure.add_subplot(grid[1, : PANELS // 2]), figure.add_subplot(grid[1, PANELS // 2 :])
+    for layer, color in ((HIDDEN, "tab:blue"), (OUTPUT, "tab:orange")):
+        own = [row for row in rows if (row["data"], row["layer"]) == (DIGITS, layer)]
+        fitted.plot([row["part"] for row in own], [row["share"] for row in own], "o", color=color, label=layer)
+        fitted.axhline(own[0]["expected"], color=color, linestyle=":")
+    fitted.set(xlabel="part of the steps", ylabel="share within neurons", ylim=(0, 1.02))
+    fitted.legend(fontsize=7)
+    own = [row for row in rows if row["data"] == NOISE]
+    noise.plot([row["classes"] for row in own], [row["share"] for row in own], "o")
+    noise.axhline(own[0]["expected"], linestyle=":")
+    noise.set(xscale="log", xlabel="classes (normal noise, at the start)", ylabel="share, hidden layer", ylim=(0, 1.02))
