@@ -29,7 +29,7 @@ from .six_networks import NETWORKS, RESNET18_TRAIN, NetworkSizes, blocks_to_comp
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Settings", "run"]
+__all__ = ["UNITS", "Settings", "compare_in", "run"]
 
 log = logging.getLogger(__name__)
 
@@ -107,8 +107,7 @@ def _spectra(name: str, settings: Settings, seed: int) -> Spectra:
 
 
 def _row(name: str, seed: int, unit: str, spectra: Spectra) -> Row:
-    largest = [max(quadrature(t).nodes.abs().max().item() for t in some) for some in spectra.values()]
-    found = _compared(spectra, unit, max(largest))
+    found, largest = compare_in(unit, spectra), _largest(spectra)
     return {
         "network": name, "seed": seed, "unit": unit, "blocks": len(spectra), "js0": found.js0,
         "js0_distance": found.js0_distance, "js0_sum": found.js0_unnormalized, "largest": max(largest),
@@ -116,15 +115,22 @@ def _row(name: str, seed: int, unit: str, spectra: Spectra) -> Row:
     }  # fmt: skip
 
 
-def _compared(spectra: Spectra, unit: str, largest: float) -> Heterogeneity:
+def compare_in(unit: str, spectra: Spectra) -> Heterogeneity:
+    """Divergences between the spectra of blocks, by name, with eigenvalues in a unit of `UNITS`."""
     if unit == "block":
         return compare_spectra(spectra, scale="top")
+    largest = max(_largest(spectra))
     if unit == "network":
         spectra = {name: [_divided(t, largest) for t in some] for name, some in spectra.items()}
         largest = 1.0
     # The grid ends a unit below and above the eigenvalues; one that is coarser than sigma loses what lies between.
     enough = math.ceil(2 * (largest + 2) / DEFAULT_SIGMA)
     return compare_spectra(spectra, scale="raw", num_points=enough if enough > MAX_POINTS else None)
+
+
+def _largest(spectra: Spectra) -> list[float]:
+    """The largest absolute eigenvalue of each block."""
+    return [max(quadrature(t).nodes.abs().max().item() for t in some) for some in spectra.values()]
 
 
 def _divided(found: Tridiagonal, unit: float) -> Tridiagonal:

@@ -1,6 +1,7 @@
 """Studies of networks' Hessians: their blocks and samples, and what they claim, at sizes of seconds."""
 
 import csv
+import math
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ pytest.importorskip("mlxtend")
 pytest.importorskip("timm")
 pytest.importorskip("transformers")
 
-from lightning_adam_mini.cli.studies import bit_task, mlp_hessian
+from lightning_adam_mini.cli.studies import bit_task, heterogeneity, mlp_hessian
 from lightning_adam_mini.cli.studies.eigenvalue_samples import as_csv, sample_eigenvalues
 from lightning_adam_mini.cli.studies.matrix_pictures import shrunk
 from lightning_adam_mini.cli.studies.quadratic_cases import read_spectra
@@ -78,6 +79,20 @@ def test_samples_are_quantiles_of_the_positive_part_and_the_largest():
 def test_samples_are_written_as_quadratics_read_them(tmp_path):
     (tmp_path / "own.csv").write_text(as_csv({"a": [1.0, 2.5], "b[q]": [3.0]}), "utf-8")
     assert read_spectra(str(tmp_path / "own.csv")) == [[1.0, 2.5], [3.0]]
+
+
+def test_units_tell_scales_of_blocks_of_the_network_or_none():
+    """A unit of its own hides that one block is sharper than the other; one of the network hides how sharp both are."""
+    found = {}
+    for scale in (1.0, 1e-5):
+        spectra = {"sharp": diagonal(scale), "flat": diagonal(scale / 2)}
+        for unit in heterogeneity.UNITS:
+            found[unit, scale] = heterogeneity.compare_in(unit, spectra).js0
+    apart = pytest.approx(math.log(2), abs=1e-6)
+    assert (found["none", 1.0], found["network", 1.0]) == (apart, apart)
+    assert found["network", 1e-5] == apart
+    assert found["none", 1e-5] < 1e-3
+    assert max(found["block", 1.0], found["block", 1e-5]) < 1e-9
 
 
 def test_blocks_of_transformers_are_less_alike_than_those_of_cnns(tmp_path):
