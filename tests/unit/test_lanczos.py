@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from apart import apart, assert_passes_apart
 from hessian_models import build, classify, known_hessian, offsets
 from lightning_adam_mini.hessian import (
     HessianOperator,
@@ -168,6 +169,7 @@ def test_the_whole_model_has_the_extreme_eigenvalues_of_the_dense_hessian():
     assert counts[-1] == (counts[-1][0], 60)
 
 
+@apart
 def test_the_recurrence_takes_five_copies_of_the_parameters():
     """Two vectors, the product, the gradient and what the second backward pass gathers; then a layer for a moment."""
     model = nn.Sequential(*(nn.Sequential(nn.Linear(128, 128, bias=False), nn.Tanh()) for _ in range(40)))
@@ -195,3 +197,8 @@ def test_bad_requests_are_refused(call, message):
     blocks = [block for block in parameter_blocks(model) if not block.name.startswith("unused")]
     with pytest.raises(ValueError, match=message):
         call(HessianOperator(model, classify, batches), blocks)
+
+
+@pytest.mark.skipif(not apart.args[0], reason="this is the process")
+def test_in_a_process_of_its_own():
+    assert_passes_apart(__file__)
