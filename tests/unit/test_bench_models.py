@@ -92,7 +92,7 @@ def test_a_device_that_is_not_there(monkeypatch):
 
 def test_one_that_fails_is_a_row_and_the_baseline_an_error(monkeypatch):
     def measure(source):
-        options = Namespace(dtype=None, seed=0, rounds=3)
+        options = Namespace(ranks=1, dtype=None, seed=0, rounds=3)
         entries = choose(["adam-mini-foreach", "authors"], source, [])
         return steps.measure(source, entries, options, torch.device("cpu"))
 
