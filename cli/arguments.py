@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import NoReturn
 
 __all__ = ["Parser"]
@@ -14,3 +15,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise what is wrong, where argparse would print it and exit."""
         raise argparse.ArgumentError(None, message)
+
+    def folder(self, out: Path) -> Path:
+        """The folder of `--out`, which need not be there yet; a file is an error."""
+        out = out.expanduser()
+        if out.exists() and not out.is_dir():
+            self.error(f"--out {out}: this is a file; give a folder")
+        return out

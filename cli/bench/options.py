@@ -184,9 +184,7 @@ def _check_model(parser: Parser, options: Namespace, sources: Sequence[str]) -> 
     if options.threads < 1:
         parser.error(f"--threads {options.threads}: at least 1")
     if options.out is not None:
-        options.out = options.out.expanduser()
-        if options.out.exists() and not options.out.is_dir():
-            parser.error(f"--out {options.out}: this is a file; give a folder")
+        options.out = parser.folder(options.out)
 
 
 def _bytes(parser: Parser, text: str) -> int:

@@ -127,9 +127,7 @@ def _check(parser: Parser, options: Namespace) -> None:
     if getattr(options, "sigma", 1.0) <= 0:
         parser.error(f"--sigma {options.sigma}: a width is positive")
     if options.out is not None:
-        options.out = options.out.expanduser()
-        if options.out.exists() and not options.out.is_dir():
-            parser.error(f"--out {options.out}: this is a file; give a folder")
+        options.out = parser.folder(options.out)
     if options.run_dir is not None and options.ckpt_path is None:
         parser.error("--run_dir names the run of a checkpoint: give --ckpt_path last or best with it")
 

@@ -59,9 +59,7 @@ def main(arguments: Sequence[str]) -> int:
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("a study needs matplotlib; install it with pip install 'lightning-adam-mini[app]'")
     study = load_study(options.name, options.changes)
-    folder = (options.out or Path("runs/studies") / study.name).expanduser()
-    if folder.exists() and not folder.is_dir():
-        parser.error(f"--out {folder}: this is a file; give a folder")
+    folder = parser.folder(options.out or Path("runs/studies") / study.name)
     folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is told before the work
 
     import torch

@@ -20,7 +20,7 @@ from lightning_adam_mini.optim import foreach, update
 from lightning_adam_mini.optim.cut_tensor import CutTensor
 from lightning_adam_mini.optim.kernels import formats
 from lightning_adam_mini.optim.kernels.build import library, unavailable
-from lightning_adam_mini.optim.kernels.formats import Formats, groups_fit
+from lightning_adam_mini.optim.kernels.formats import Formats, groups_fit, slice_length_of
 from lightning_adam_mini.optim.kernels.layout import Layout, box_layout, is_same_layout, layout
 from lightning_adam_mini.optim.kernels.plan import Entry, Mode, Plan, Spans
 from lightning_adam_mini.optim.shards import Box
@@ -93,9 +93,10 @@ def _format_refusal(tensor: CutTensor, pieces: list[tuple[_Piece, Box | None]]) 
         return reason
     if tensor.exp_avg_scale is None or not tensor.param.numel():
         return None
-    slice_length = tensor.param.numel() // tensor.param.shape[0]
     lengths = (length for piece, _ in pieces for length in piece.lengths(tensor.blocks.kind))
-    return None if groups_fit(lengths, slice_length) else "blocks whose bounds split the groups of 8-bit codes"
+    if groups_fit(lengths, slice_length_of(tensor.param)):
+        return None
+    return "blocks whose bounds split the groups of 8-bit codes"
 
 
 def square_sums(tensor: CutTensor) -> tuple[Tensor, ...] | None:

@@ -18,7 +18,7 @@ from lightning_adam_mini.optim import momentum_8bit
 from lightning_adam_mini.optim.cut_tensor import CutTensor
 from lightning_adam_mini.optim.momentum_8bit import GROUP_SIZE
 
-__all__ = ["PLAIN", "TASK_LENGTH", "Formats", "groups_fit", "refusal"]
+__all__ = ["PLAIN", "TASK_LENGTH", "Formats", "groups_fit", "refusal", "slice_length_of"]
 
 TASK_LENGTH = 1 << 16
 """Elements that the kernel takes at once, as in its source: of longer slices, whole groups."""
@@ -51,7 +51,7 @@ class Formats:
         offset = int(view.storage_offset() - tensor.param.storage_offset())
         scales, slice_length, seed, first = None, 0, None, 0
         if tensor.exp_avg_scale is not None and view.numel():
-            slice_length = _slice_length(tensor.param)
+            slice_length = slice_length_of(tensor.param)
             scales = tensor.exp_avg_scale[offset // slice_length :]
         if tensor.rounding is not None:
             seed, first = tensor.rounding.seed, (tensor.rounding.first or 0) + offset
@@ -82,7 +82,7 @@ def refusal(tensor: CutTensor, views: Iterable[Tensor]) -> str | None:
         return "stochastic rounding of a shard whose elements are not consecutive"
     if tensor.exp_avg_scale is None or not tensor.param.numel():
         return None
-    scale, length = tensor.exp_avg_scale, _slice_length(tensor.param)
+    scale, length = tensor.exp_avg_scale, slice_length_of(tensor.param)
     if scale.dtype != torch.float32 or not scale.is_contiguous():
         return "scales that are not contiguous float32"
     offsets = (view.storage_offset() - tensor.param.storage_offset() for view in views)
@@ -104,7 +104,8 @@ def groups_fit(piece_lengths: Iterable[int], slice_length: int) -> bool:
     return all(n % slice_length == 0 or (is_aligned and n % GROUP_SIZE == 0) for n in piece_lengths)
 
 
-def _slice_length(param: Tensor) -> int:
+def slice_length_of(param: Tensor) -> int:
+    """Elements of a slice of axis 0, which has groups of codes of its own."""
     return param.numel() // param.shape[0]
 
 
