@@ -131,7 +131,7 @@ def check_finite(product: Tensor, what: str) -> None:
     Raises:
         ValueError: The product is not finite, although the losses are.
     """
-    if product.numel() and not math.isfinite(torch.linalg.vector_norm(product, float("inf")).item()):
+    if product.numel() and not all(math.isfinite(extreme.item()) for extreme in torch.aminmax(product)):
         raise ValueError(
             f"{what} is not finite although the loss is: a second derivative overflows or does not exist at a point "
             "(a norm or square root at 0); use float64, or add an epsilon under the root"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from lightning_adam_mini.hessian.batches import place
 from lightning_adam_mini.hessian.checks import check_loss, check_same_loss
 from lightning_adam_mini.hessian.wrapped import is_fully_sharded, plain_twin
 
-__all__ = ["LossOfParameters"]
+__all__ = ["Leaves", "LossOfParameters"]
 
 
 class _Loss(nn.Module):
@@ -28,6 +29,19 @@ class _Loss(nn.Module):
 
     def forward(self, batch: Any) -> Tensor:
         return self.loss_fn(self.model, batch)
+
+
+@dataclass(frozen=True, eq=False)
+class Leaves:
+    """Tensors that stand in for the parameters.
+
+    Args:
+        tensors: By name.
+        module: The loss, which is computed with them.
+    """
+
+    tensors: dict[str, Tensor]
+    module: _Loss
 
 
 class LossOfParameters:
@@ -58,15 +72,14 @@ class LossOfParameters:
         self._attention_told = False
 
     @contextmanager
-    def leaves(self, trainable: Iterable[str] | None = None) -> Iterator[dict[str, Tensor]]:
-        """The leaves of all parameters by name; those named, or else those that take a gradient, require one.
+    def evaluating(self) -> Iterator[None]:
+        """Within it derivatives are computed: autocast and `no_grad` of the caller do not reach inside.
 
-        On the first pass all do that take a gradient, so that a loss which depends on none of them is found.
+        Attention runs on a kernel with second derivatives.
 
-        Autocast and `no_grad` of the caller do not reach inside, and attention runs on a kernel with
-        second derivatives. Under FSDP2 each rank gathers the whole parameters for the time of the call.
+        Raises:
+            ValueError: An operation of the model has no second derivative.
         """
-        names = None if trainable is None or not self._first_losses else set(trainable)
         with ExitStack() as stack:
             device_type = next(self._model.parameters()).device.type
             stack.enter_context(torch.autocast(device_type, enabled=False))
@@ -74,33 +87,44 @@ class LossOfParameters:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(twice_differentiable())
             stack.enter_context(torch.enable_grad())
-            model = plain_twin(self._model) if self._is_sharded else self._model
-            found = {}
-            for name, parameter in model.named_parameters():
-                requires_grad = parameter.requires_grad if names is None else name in names
-                found[name] = self._copy(parameter).requires_grad_(requires_grad)
-            self._module = _Loss(model, self._loss_fn)
-            try:
-                yield found
-            finally:
-                del self._module
+            yield
 
-    def losses(self, leaves: dict[str, Tensor]) -> Iterator[tuple[float, Tensor]]:
+    def leaves(self, trainable: Iterable[str] | None = None) -> Leaves:
+        """The leaves of all parameters; those named, or else those that take a gradient, require one.
+
+        On the first pass all do that take a gradient, so that a loss which depends on none of them is found. Under
+        FSDP2 each rank gathers the whole parameters.
+        """
+        names = None if trainable is None or not self._first_losses else set(trainable)
+        model = plain_twin(self._model) if self._is_sharded else self._model
+        found = {}
+        for name, parameter in model.named_parameters():
+            requires_grad = parameter.requires_grad if names is None else name in names
+            found[name] = self._copy(parameter).requires_grad_(requires_grad)
+        return Leaves(found, _Loss(model, self._loss_fn))
+
+    def losses(self, leaves: Leaves, *, skip: int = 0) -> Iterator[tuple[float, Tensor]]:
         """Weight and loss of each batch, at the leaves.
+
+        Args:
+            leaves: Of all parameters.
+            skip: The number of first batches that are left out.
 
         Raises:
             ValueError: There is no batch; a loss is no finite scalar of the parameters, or not what it was on the
                 first pass.
         """
         # Copies of buffers: a batch norm in train mode moves its running statistics.
-        buffers = {name: self._copy(buffer, clone=True) for name, buffer in self._module.model.named_buffers()}
-        values = {f"model.{name}": value for name, value in (leaves | buffers).items()}
-        device = next(iter(leaves.values())).device
+        buffers = {name: self._copy(buffer, clone=True) for name, buffer in leaves.module.model.named_buffers()}
+        values = {f"model.{name}": value for name, value in (leaves.tensors | buffers).items()}
+        device = next(iter(leaves.tensors.values())).device
         number, is_first_pass = -1, not self._first_losses
         for number, batch in enumerate(self._batches):
+            if number < skip:
+                continue
             weight = self._weight(batch)
             batch = place(batch, device, self._batch_dtype)
-            loss = check_loss(self._call(values, batch), depends=is_first_pass)
+            loss = check_loss(self._call(leaves.module, values, batch), depends=is_first_pass)
             if is_first_pass and not number:
                 check_functions(loss)
             self._compare(number, loss.item())
@@ -109,11 +133,20 @@ class LossOfParameters:
         if self._first_losses and number + 1 != len(self._first_losses):
             raise ValueError(f"a pass gave {number + 1} batches, the first one {len(self._first_losses)}: use a list")
 
-    def _call(self, values: dict[str, Tensor], batch: Any) -> Any:
+    def storages(self) -> set[int]:
+        """Addresses of the parameters' memory on this rank."""
+        found = (getattr(p, "_local_tensor", p) for p in self._model.parameters())
+        return {p.untyped_storage().data_ptr() for p in found}
+
+    def versions(self) -> list[int]:
+        """A number for each parameter that grows where torch writes to it in place."""
+        return [0 if p.is_inference() else p._version for p in self._model.parameters()]
+
+    def _call(self, module: nn.Module, values: dict[str, Tensor], batch: Any) -> Any:
         if self._attention_told:
-            return functional_call(self._module, values, (batch,))
+            return functional_call(module, values, (batch,))
         with AttentionSpy() as spy:
-            loss = functional_call(self._module, values, (batch,))
+            loss = functional_call(module, values, (batch,))
         spy.tell()
         self._attention_told = True
         return loss

@@ -93,7 +93,8 @@ def dense_hessian(
     def multiply(vectors: Tensor) -> Tensor:
         return torch.stack([operator.product(vector) for vector in vectors])
 
-    return _dense("", multiply, operator, operator.size, on_step)
+    with operator.keep_graphs(budget_bytes - dense_bytes(operator.size)):
+        return _dense("", multiply, operator, operator.size, on_step)
 
 
 def _dense(

@@ -14,7 +14,7 @@ from lightning_adam_mini.hessian.layout import dots as plain_dots
 __all__ = ["DEFAULT_BUDGET", "Recurrence", "Tridiagonal", "choose", "lanczos", "vector_bytes"]
 
 DEFAULT_BUDGET = 2**31
-"""Bytes that the vectors of one start may take by default: 2 GiB."""
+"""Bytes that kept vectors and graphs of gradients may take by default: 2 GiB."""
 _BREAKDOWN = 100
 """Units of rounding of the largest entry so far below which the next entry counts as zero."""
 _WATCH_EVERY = 10

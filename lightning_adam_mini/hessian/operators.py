@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_adam_mini.hessian.blocks_of import ParameterBlock
@@ -20,6 +22,7 @@ from lightning_adam_mini.hessian.checks import (
     check_vector,
 )
 from lightning_adam_mini.hessian.evaluation import LossOfParameters
+from lightning_adam_mini.hessian.gradient_graphs import GradientGraphs
 from lightning_adam_mini.hessian.layout import VectorLayout
 from lightning_adam_mini.hessian.wrapped import unwrap
 
@@ -47,8 +50,8 @@ class HessianOperator:
 
     Under DDP each rank gives its own batches, and the products are summed over ranks by one all-reduce. Under FSDP2 a
     rank's vectors are its shards (see `VectorLayout`), but for the time of a product each rank holds the whole
-    parameters and vector beside the three above, five times the parameters: FSDP2's hooks do not live through a double
-    backward.
+    parameters and vector beside what `product` takes, four times the parameters: FSDP2's hooks do not live through a
+    double backward.
 
     Args:
         model: Also under DDP, FSDP2 or `torch.compile`, which is left out.
@@ -88,7 +91,7 @@ class HessianOperator:
             raise ValueError("no parameter takes a gradient: set requires_grad on those whose Hessian is wanted")
         self.layout = VectorLayout(parameters, _groups(model, parameters, group), dtype or _dtype_of(parameters))
         self.reduction = reduction
-        self._loss = LossOfParameters(plain, loss_fn, batches, weight or _one, self.layout.dtype)
+        self._graphs = GradientGraphs(LossOfParameters(plain, loss_fn, batches, weight or _one, self.layout.dtype))
         self._total_weight: tuple[float, float] | None = None
 
     @property
@@ -122,12 +125,24 @@ class HessianOperator:
         check_index(block.name, block.index, numel)
         return numel if block.index is None else block.index.numel()
 
+    def keep_graphs(self, budget_bytes: int) -> AbstractContextManager[None]:
+        """Within it, products share the forward and first backward pass of the first batches, as many as fit.
+
+        A product with a batch whose graph is kept takes about as long as two training passes, else two thirds longer.
+        The parameters must not change within.
+
+        Args:
+            budget_bytes: For what the graphs hold on to, and for the parameters where these are in another dtype or
+                gathered from other ranks; on one rank. With 0 nothing is kept.
+        """
+        return self._graphs.keep(budget_bytes)
+
     @torch.inference_mode(False)
     def product(self, vector: Tensor) -> Tensor:
         """The Hessian times a vector.
 
-        Memory beyond the model, its activations and `vector`: the result, the gradient, and what the second backward
-        pass gathers before it can add it to the result; three times the parameters.
+        Memory beyond the model, its activations and `vector`: the result, and what the second backward pass gathers
+        before it can add it to the result; twice the parameters.
 
         Args:
             vector: `(local_size,)`, parameters flattened one after another in the order of `named_parameters()`.
@@ -140,20 +155,19 @@ class HessianOperator:
         """
         check_vector("the Hessian", vector, self.local_size, self.dtype)
         (flat, products), total = self.layout.allocate(), 0.0
-        with self._loss.leaves() as leaves:
+        with self._graphs.open(products) as (leaves, gradients):
             vectors = self.layout.gather(vector)
             for name, product in products.items():
                 leaves[name].grad = product  # the second backward pass adds to it in place
-            inputs = [leaves[name] for name in products]
-            for weight, loss in self._loss.losses(leaves):
-                grads = _gradients(loss * weight, inputs)
-                pairs = [(g, vectors[name]) for name, g in zip(products, grads, strict=True) if _has_graph(g)]
-                if pairs:
-                    outputs, cotangents = zip(*pairs, strict=True)
-                    torch.autograd.backward(outputs, cotangents, inputs=inputs)
-                    del outputs, cotangents
-                del grads, pairs, loss
-                total += weight
+            inputs = list(leaves.values())
+            for gradient in gradients:
+                if edges := gradient.edges:
+                    cotangents = [vectors[name] for name in edges]
+                    torch.autograd.backward(
+                        list(edges.values()), cotangents, inputs=inputs, retain_graph=gradient.is_kept
+                    )
+                total += gradient.weight
+                del gradient, edges
             del leaves, inputs, vectors
         result = self.layout.reduce(flat, products)
         self._divide_(result, total)
@@ -189,19 +203,15 @@ class HessianOperator:
             for block, part in zip(chosen, flat.split(sizes), strict=True)
         }
         names = list(dict.fromkeys(block.parameter for block in chosen))
-        with self._loss.leaves(names) as leaves:
-            inputs = [leaves[name] for name in names]
-            for weight, loss in self._loss.losses(leaves):
-                grads = _gradients(loss * weight, inputs)
-                by_parameter = dict(zip(names, grads, strict=True))
+        with self._graphs.open(names) as (leaves, gradients):
+            for gradient in gradients:
                 for block in chosen:
-                    if _has_graph(grad := by_parameter[block.parameter]):
+                    if edge := gradient.edges.get(block.parameter):
                         rows = zip(_rows(products[block.name]), _rows(vectors[block.name]), strict=True)
                         for product, vector in rows:
-                            _add_block_product(product, grad, leaves[block.parameter], block, vector)
-                    del grad
-                del grads, by_parameter, loss
-                total += weight
+                            _add_block_product(product, edge, leaves[block.parameter], block, vector)
+                total += gradient.weight
+                del gradient, edge
         self.layout.all_reduce(flat)
         self._divide_(flat, total)
         for name, product in products.items():
@@ -223,7 +233,9 @@ class HessianOperator:
             product.div_(everywhere)
 
 
-def _add_block_product(product: Tensor, grad: Tensor, leaf: Tensor, block: ParameterBlock, vector: Tensor) -> None:
+def _add_block_product(
+    product: Tensor, edge: GradientEdge, leaf: Tensor, block: ParameterBlock, vector: Tensor
+) -> None:
     """Add the product with one batch's block to `product`."""
     if block.index is None:
         whole = vector.view(leaf.shape)
@@ -231,26 +243,14 @@ def _add_block_product(product: Tensor, grad: Tensor, leaf: Tensor, block: Param
         index = block.index.to(leaf.device)
         whole = torch.zeros_like(leaf, requires_grad=False, memory_format=torch.contiguous_format)
         whole.view(-1)[index] = vector
-    (second,) = torch.autograd.grad(grad, leaf, whole, retain_graph=True, allow_unused=True)
+    (second,) = torch.autograd.grad(edge, leaf, whole, retain_graph=True, allow_unused=True)
     if second is not None:
         second = second.reshape(-1)
         product.add_(second if block.index is None else second[index])
 
 
-def _gradients(loss: Tensor, inputs: list[Tensor]) -> Sequence[Tensor | None]:
-    """Gradients with their graph; None for each input that the loss does not reach."""
-    if not loss.requires_grad:
-        return [None] * len(inputs)
-    return torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
-
-
 def _rows(vectors: Tensor) -> Tensor:
     return vectors if vectors.dim() == 2 else vectors.unsqueeze(0)
-
-
-def _has_graph(grad: Tensor | None) -> TypeGuard[Tensor]:
-    """Whether a gradient depends on a parameter: not where the loss is linear in it, or does not reach it."""
-    return grad is not None and grad.requires_grad
 
 
 def _one(_: Any) -> float:

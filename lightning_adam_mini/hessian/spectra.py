@@ -9,7 +9,7 @@ import torch
 
 from lightning_adam_mini.hessian.blocks_of import ParameterBlock
 from lightning_adam_mini.hessian.checks import check_steps
-from lightning_adam_mini.hessian.lanczos import DEFAULT_BUDGET, Recurrence, Tridiagonal, choose, lanczos, vector_bytes
+from lightning_adam_mini.hessian.lanczos import DEFAULT_BUDGET, Recurrence, Tridiagonal, lanczos, vector_bytes
 from lightning_adam_mini.hessian.operators import HessianOperator
 from lightning_adam_mini.hessian.probes import probe, seed_of
 from lightning_adam_mini.hessian.quadrature import DEFAULT_PROBES, DEFAULT_STEPS
@@ -31,15 +31,16 @@ def model_tridiagonals(
     """Lanczos with the whole Hessian from random normal starts, one after another.
 
     Vectors of a start are kept for reorthogonalisation where they fit the budget, and freed after it. Else the
-    three-term recurrence runs, whose memory beyond the model and its activations is five times the parameters: two
-    vectors, and three more while a product is computed.
+    three-term recurrence runs, whose memory beyond the model and its activations is four times the parameters: two
+    vectors, and two more while a product is computed. What the vectors leave of the budget goes to the graphs of
+    gradients, which spare each product the first two of its three passes.
 
     Args:
         operator: The Hessian.
         steps: Lanczos steps of a start.
         probes: Number of starts.
         seed: Of the starts.
-        budget_bytes: For kept vectors, on one rank.
+        budget_bytes: For kept vectors and graphs, on one rank; with 0 none is kept.
         on_step: Called after each product with their number and the number of all.
 
     Returns:
@@ -50,20 +51,22 @@ def model_tridiagonals(
     """
     check_steps(steps, {"the model": operator.size})
     _check_probes(probes)
-    keeps = choose(steps, operator.local_size, operator.dtype, budget_bytes=budget_bytes)
+    needed = vector_bytes(steps, operator.local_size, operator.dtype)
+    keeps = needed <= budget_bytes
     if not keeps:
         _logger.info(
             "Lanczos by the three-term recurrence: the vectors of %d steps would take %.1f GB, and the budget is %.1f",
             steps,
-            vector_bytes(steps, operator.local_size, operator.dtype) / 1e9,
+            needed / 1e9,
             budget_bytes / 1e9,
         )
     found = []
-    for number in range(probes):
-        counted = _Counted(operator, on_step, number * steps, probes * steps)
-        start = _Start(operator, seed_of(seed, "", number))
-        result = lanczos(counted, start, steps, reorthogonalize=keeps, dots=operator.layout.dots)
-        found.append(_without_vectors(result))
+    with operator.keep_graphs(budget_bytes - (needed if keeps else 0)):
+        for number in range(probes):
+            counted = _Counted(operator, on_step, number * steps, probes * steps)
+            start = _Start(operator, seed_of(seed, "", number))
+            result = lanczos(counted, start, steps, reorthogonalize=keeps, dots=operator.layout.dots)
+            found.append(_without_vectors(result))
     return found
 
 
@@ -86,7 +89,8 @@ def block_tridiagonals(
         probes: Random normal starts of each block.
         seed: Of the starts; those of a block do not depend on which other blocks there are.
         budget_bytes: For the kept vectors of all blocks and starts together. Blocks are reorthogonalised from the
-            smallest on, as long as they fit; the others run by the three-term recurrence.
+            smallest on, as long as they fit; the others run by the three-term recurrence. What is left goes to the
+            graphs of gradients.
         on_step: Called after each pass with their number and the number of all.
 
     Returns:
@@ -102,13 +106,27 @@ def block_tridiagonals(
     check_steps(steps, sizes)
     _check_probes(probes)
     recurrences = {}
-    for name, keeps in _kept(sizes, steps * probes, operator.dtype, budget_bytes).items():
+    kept, left = _kept(sizes, steps * probes, operator.dtype, budget_bytes)
+    for name, keeps in kept.items():
         recurrences[name] = [
             Recurrence(_BlockStart(operator, sizes[name], seed, name, k), steps, reorthogonalize=keeps)
             for k in range(probes)
         ]
+    with operator.keep_graphs(left):
+        _run(operator, blocks, recurrences, steps, on_step)
+    return {name: [_without_vectors(r.result()) for r in recurrences[name]] for name in names}
+
+
+def _run(
+    operator: HessianOperator,
+    blocks: Sequence[ParameterBlock],
+    recurrences: dict[str, list[Recurrence]],
+    steps: int,
+    on_step: Callable[[int, int], None] | None,
+) -> None:
+    """Advance all starts of all blocks, by one pass over the batches for each step."""
     for number in range(steps):
-        active = {name: open_ for name in names if (open_ := [r for r in recurrences[name] if not r.is_done])}
+        active = {name: open_ for name, some in recurrences.items() if (open_ := [r for r in some if not r.is_done])}
         if not active:
             break
         vectors = {name: torch.stack([r.vector for r in some]) for name, some in active.items()}
@@ -120,7 +138,6 @@ def block_tridiagonals(
                 recurrence.advance(product.clone())
         if on_step:
             on_step(number + 1, steps)
-    return {name: [_without_vectors(r.result()) for r in recurrences[name]] for name in names}
 
 
 class _Start:
@@ -159,8 +176,8 @@ class _Counted:
         return product
 
 
-def _kept(sizes: dict[str, int], vectors: int, dtype: torch.dtype, budget_bytes: int) -> dict[str, bool]:
-    """Which blocks keep their vectors, from the smallest on."""
+def _kept(sizes: dict[str, int], vectors: int, dtype: torch.dtype, budget_bytes: int) -> tuple[dict[str, bool], int]:
+    """Which blocks keep their vectors, from the smallest on, and the bytes that are left."""
     kept, left = {}, budget_bytes
     for name, size in sorted(sizes.items(), key=lambda item: item[1]):
         needed = vector_bytes(vectors, size, dtype)
@@ -175,7 +192,7 @@ def _kept(sizes: dict[str, int], vectors: int, dtype: torch.dtype, budget_bytes:
             budget_bytes / 1e9,
             ", ".join(rest[:5]),
         )
-    return kept
+    return kept, left
 
 
 def _check_probes(probes: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_adam_mini.hessian.blocks_of import ParameterBlock
-from lightning_adam_mini.hessian.lanczos import Tridiagonal
+from lightning_adam_mini.hessian.lanczos import DEFAULT_BUDGET, Tridiagonal
 from lightning_adam_mini.hessian.operators import HessianOperator
 from lightning_adam_mini.hessian.probes import probe, seed_of
 
@@ -52,22 +52,26 @@ class RitzValues:
     residuals: Tensor
 
 
-def trace(operator: HessianOperator, *, probes: int = 100, seed: int = 0) -> Estimate:
+def trace(
+    operator: HessianOperator, *, probes: int = 100, seed: int = 0, budget_bytes: int = DEFAULT_BUDGET
+) -> Estimate:
     """The trace of the whole Hessian: the mean of `v^T H v` for random signs v (Hutchinson 1990).
 
     Args:
         operator: The Hessian.
         probes: Number of vectors, each of which takes a product.
         seed: Of the vectors.
+        budget_bytes: For kept graphs of gradients; see `HessianOperator.keep_graphs`.
 
     Raises:
         ValueError: No vector.
     """
     _check_probes(probes)
     samples = []
-    for number in range(probes):
-        vector = operator.layout.random(seed_of(seed, "", number), rademacher=True)
-        samples.append(operator.layout.dots(vector.unsqueeze(0), operator.product(vector)).item())
+    with operator.keep_graphs(budget_bytes):
+        for number in range(probes):
+            vector = operator.layout.random(seed_of(seed, "", number), rademacher=True)
+            samples.append(operator.layout.dots(vector.unsqueeze(0), operator.product(vector)).item())
     return Estimate.of(samples)
 
 
@@ -77,6 +81,7 @@ def block_traces(
     *,
     probes: int = 100,
     seed: int = 0,
+    budget_bytes: int = DEFAULT_BUDGET,
 ) -> dict[str, Estimate]:
     """Traces of principal blocks, by name; all blocks share the passes over the batches.
 
@@ -85,6 +90,7 @@ def block_traces(
         blocks: Blocks with names of their own.
         probes: Number of vectors for each block.
         seed: Of the vectors.
+        budget_bytes: For kept graphs of gradients.
 
     Raises:
         ValueError: No vector, or an unknown block.
@@ -92,13 +98,14 @@ def block_traces(
     _check_probes(probes)
     samples: dict[str, list[float]] = {block.name: [] for block in blocks}
     sizes = {block.name: operator.block_size(block) for block in blocks}
-    for number in range(probes):
-        vectors = {
-            name: probe(size, seed, name, number, dtype=operator.dtype, device=operator.device, rademacher=True)
-            for name, size in sizes.items()
-        }
-        for name, product in operator.block_products(vectors, blocks).items():
-            samples[name].append(torch.dot(vectors[name].double(), product.double()).item())
+    with operator.keep_graphs(budget_bytes):
+        for number in range(probes):
+            vectors = {
+                name: probe(size, seed, name, number, dtype=operator.dtype, device=operator.device, rademacher=True)
+                for name, size in sizes.items()
+            }
+            for name, product in operator.block_products(vectors, blocks).items():
+                samples[name].append(torch.dot(vectors[name].double(), product.double()).item())
     return {name: Estimate.of(some) for name, some in samples.items()}
 
 
