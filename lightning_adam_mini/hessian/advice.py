@@ -21,7 +21,7 @@ from lightning_adam_mini.hessian.blocks_of import ParameterBlock
 from lightning_adam_mini.hessian.exact import DEFAULT_DENSE_BUDGET, check_dense, dense_block
 from lightning_adam_mini.hessian.gradient_spread import Spread, spread_from, spread_sums
 from lightning_adam_mini.hessian.operators import HessianOperator
-from lightning_adam_mini.hessian.sketched_diagonality import DEFAULT_SKETCH_PROBES, sketched_scores
+from lightning_adam_mini.hessian.sketched_diagonality import DEFAULT_COLUMNS, sketched_scores
 
 __all__ = ["KEEP", "Advice", "CutAdvice", "advise", "advise_from_scores"]
 
@@ -100,7 +100,7 @@ def advise(
     parameters: Iterable[str] | None = None,
     squares: Mapping[str, Tensor] | None = None,
     method: str = "auto",
-    probes: int = DEFAULT_SKETCH_PROBES,
+    probes: int = DEFAULT_COLUMNS,
     seed: int = 0,
     budget_bytes: int = DEFAULT_DENSE_BUDGET,
     on_parameter: Callable[[str, int, int], None] | None = None,
@@ -142,7 +142,7 @@ def advise(
             scores = exact_scores(matrix, cuts)
             del matrix
         else:
-            scores = sketched_scores(operator, name, cuts, probes=probes, seed=seed)
+            scores = sketched_scores(operator, name, cuts, columns=probes, seed=seed)
         spreads = {}
         if squares is not None:
             spreads = {cut: spread_from(spread_sums(blocks, squares[name])) for cut, blocks in cuts.items()}

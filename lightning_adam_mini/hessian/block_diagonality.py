@@ -113,10 +113,10 @@ def exact_scores(matrix: Tensor, cuts: Mapping[str, Blocks]) -> dict[str, Score]
         raise ValueError("the Hessian of this parameter is zero: the loss does not depend on it, or is linear in it")
     found = {}
     for name, blocks in cuts.items():
-        index = block_numbers(blocks, size)
-        energy, sums = (_inside(part, index, blocks) for part in (matrix.square(), matrix.abs()))
-        share, count = min(energy / total, 1.0), int(index.max()) + 1
-        found[name] = Score(share, expected_share(index), count, size, min(sums / absolute, 1.0))
+        check_cut(blocks, size)
+        energy, sums = (_inside(part, blocks) for part in (matrix.square(), matrix.abs()))
+        share = min(energy / total, 1.0)
+        found[name] = Score(share, expected_share(blocks), blocks.num_values, size, min(sums / absolute, 1.0))
     return found
 
 
@@ -125,29 +125,32 @@ def tau(matrix: Tensor) -> float:
     return (matrix.diagonal().abs().sum() / matrix.abs().sum()).item()
 
 
-def block_numbers(blocks: Blocks, size: int) -> Tensor:
-    """The number of the block of each element, `(n,)`.
+def check_cut(blocks: Blocks, size: int) -> None:
+    """Refuse a cut of another number of elements.
 
     Raises:
-        ValueError: The cut is of another number of elements.
+        ValueError: The cut does not have `size` elements.
     """
-    index = blocks.block_index().flatten()
-    if index.numel() != size:
-        raise ValueError(f"a cut of shape {blocks.shape} has {index.numel()} elements, and the Hessian {size} rows")
-    return index
+    if (numel := math.prod(blocks.shape)) != size:
+        raise ValueError(f"a cut of shape {blocks.shape} has {numel} elements, and the Hessian {size} rows")
 
 
-def expected_share(index: Tensor) -> float:
+def expected_share(blocks: Blocks) -> float:
     """Part of the entries of a matrix that lies inside the blocks."""
-    counts = index.bincount().double()
-    return (counts.square().sum() / counts.sum().square()).item()
+    size = math.prod(blocks.shape)
+    if blocks.kind is Kind.ELEMENT:
+        return 1 / size
+    width = size / math.prod(blocks.row_shape)
+    sizes = blocks.block_sums(torch.full(blocks.row_shape, width, dtype=torch.float64))
+    return sizes.square().sum().item() / size**2
 
 
-def _inside(values: Tensor, index: Tensor, blocks: Blocks) -> float:
+def _inside(values: Tensor, blocks: Blocks) -> float:
     """Sum of the entries inside the blocks."""
     if blocks.kind is Kind.ELEMENT:
         return values.diagonal().sum().item()
-    rows = values.new_zeros(int(index.max()) + 1, len(values)).index_add_(0, index, values)
+    index = blocks.block_index().flatten()
+    rows = values.new_zeros(blocks.num_values, len(values)).index_add_(0, index, values)
     return rows.gather(0, index.unsqueeze(0)).sum().item()
 
 

@@ -1,32 +1,37 @@
-"""Scores of cuts by a sketch: no dense Hessian, so that parameters of any size can be asked.
+"""Scores of cuts from some columns of the Hessian: no dense one, so that parameters of any size can be asked.
 
-Let v be random signs, and D a diagonal matrix of random signs that are equal within a block. The entry (i, j) of D H D
-is that of H times the signs of two blocks, whose mean is 1 inside a block and 0 outside: the mean of D H D is H_blocks,
-the matrix inside the blocks. So for independent D and D' the mean of `<D H D v, D' H D' v>` is `|H_blocks v|^2`, whose
-mean over v is the squared Frobenius norm of H_blocks (Hutchinson 1990). With the identity for D it is
-`<H v, H_blocks v>`, of the same mean over v. The squared norms `|H D v|^2` themselves have the mean |H|_F^2.
+The share of a cut is a mean over columns: of column j, the part of its squared norm that lies in the rows of j's block,
+weighted with the squared norm. A column is one product, with a unit vector, and serves all cuts. Columns are drawn in
+proportion to their squared norms (Drineas, Kannan and Mahoney 2006, Sec. 3), so that each weighs about the same in the
+mean. What the squared norms are is estimated first: of `(H v)_j^2` for random signs v they are the mean.
 
-Shapes: `n` elements, `p` patterns D of a cut, the identity among them.
+Shapes: `n` elements, `c` columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from lightning_adam_mini.blocks import Blocks
-from lightning_adam_mini.hessian.block_diagonality import Score, block_numbers, expected_share
+from lightning_adam_mini.blocks import Blocks, Kind
+from lightning_adam_mini.hessian.block_diagonality import Score, check_cut, expected_share
 from lightning_adam_mini.hessian.blocks_of import ParameterBlock
+from lightning_adam_mini.hessian.lanczos import DEFAULT_BUDGET
 from lightning_adam_mini.hessian.operators import HessianOperator
-from lightning_adam_mini.hessian.probes import probe
+from lightning_adam_mini.hessian.probes import probe, seed_of
 
-__all__ = ["DEFAULT_PATTERNS", "DEFAULT_SKETCH_PROBES", "sketched_scores"]
+__all__ = ["DEFAULT_COLUMNS", "sketched_scores"]
 
-DEFAULT_SKETCH_PROBES, DEFAULT_PATTERNS = 8, 4
-_BUDGET = 2**28
-"""Bytes of vectors that are multiplied at a time."""
+DEFAULT_COLUMNS = 128
+_PROBES = 8
+"""Random vectors that the squared norms of columns are estimated with."""
+_EVEN = 0.1
+"""Part of the columns that is drawn evenly, for those whose estimate is too small."""
+_CHUNK_BYTES = 2**27
+"""Of vectors that are multiplied at a time."""
 
 
 def sketched_scores(
@@ -34,87 +39,111 @@ def sketched_scores(
     parameter: str,
     cuts: Mapping[str, Blocks],
     *,
-    probes: int = DEFAULT_SKETCH_PROBES,
-    patterns: int = DEFAULT_PATTERNS,
+    columns: int = DEFAULT_COLUMNS,
     seed: int = 0,
-    budget_bytes: int = _BUDGET,
+    budget_bytes: int = DEFAULT_BUDGET,
 ) -> dict[str, Score]:
-    """Estimated scores of cuts of a parameter, by `probes * (1 + patterns * len(cuts))` products.
+    """Estimated scores of cuts of a parameter, by `columns` products and eight more; exact ones by all n columns.
 
     Args:
         operator: The Hessian.
         parameter: Name of the parameter.
         cuts: By name.
-        probes: Random vectors v; the standard errors come from their spread.
-        patterns: Random patterns D of each cut and vector.
-        seed: Of all signs.
-        budget_bytes: For vectors that are multiplied at a time.
+        columns: Columns of the Hessian that are drawn; their spread gives the standard errors.
+        seed: Of the draws.
+        budget_bytes: For kept graphs of gradients; see `HessianOperator.keep_graphs`.
 
     Returns:
-        Scores without `absolute_share`; a share is kept within 0 and 1.
+        Scores without `absolute_share`.
 
     Raises:
-        ValueError: Less than two probes, no pattern, an unknown parameter, or a Hessian that is zero.
+        ValueError: Less than two columns, an unknown parameter, a cut of another shape, or a Hessian that is zero.
     """
-    if probes < 2 or patterns < 1:
-        raise ValueError(f"a sketch needs two probes and one pattern at least, not {probes} and {patterns}")
+    if columns < 2:
+        raise ValueError(f"a sketch needs two columns at least, not {columns}")
     block = ParameterBlock(parameter, parameter)
     size = operator.block_size(block)
-    numbers = {name: block_numbers(blocks, size) for name, blocks in cuts.items()}
-    inside: dict[str, list[float]] = {name: [] for name in cuts}
-    totals: list[float] = []
-    for number in range(probes):
-        draw = _Draws(operator, size, seed, parameter, number)
-        vector = draw("")
-        plain = _multiply(operator, block, vector.unsqueeze(0), budget_bytes)[0]
-        squares = [plain.square().sum().item()]
-        for name, index in numbers.items():
-            drawn = torch.stack([draw(f"{name}/{k}", int(index.max()) + 1) for k in range(patterns)])
-            signs = drawn[:, index.to(drawn.device)]
-            moved = _multiply(operator, block, signs * vector, budget_bytes) * signs
-            norms = moved.square().sum(1)
-            every = moved.sum(0) + plain
-            pairs = (every.square().sum() - norms.sum() - plain.square().sum()).item()
-            inside[name].append(pairs / (patterns * (patterns + 1)))
-            squares += norms.tolist()
-        totals.append(sum(squares) / len(squares))
-    return {name: _score(inside[name], totals, index, size) for name, index in numbers.items()}
+    for blocks in cuts.values():
+        check_cut(blocks, size)
+    shape = operator.layout.shapes[parameter]
+    with operator.keep_graphs(budget_bytes):
+        if columns < size:
+            chances = _chances(operator, block, size, seed)
+            drawn = _draw(chances, columns, seed_of(seed, parameter, _PROBES))
+            weights = 1 / chances[drawn]
+        else:
+            drawn, weights = torch.arange(size), torch.ones(size, dtype=torch.float64)
+        totals = torch.empty(len(drawn), dtype=torch.float64)
+        inside = {name: torch.empty_like(totals) for name in cuts}
+        for number, column in enumerate(_columns(operator, block, drawn, size)):
+            squares = _SquareSums(column.view(shape))
+            totals[number] = squares.total
+            for name, blocks in cuts.items():
+                inside[name][number] = squares.inside(blocks, int(drawn[number]))
+    _check_not_zero(totals)
+    is_sample = len(drawn) < size
+    return {name: _score(inside[name], totals, weights, cuts[name], is_sample=is_sample) for name in cuts}
 
 
-class _Draws:
-    """Random signs by name, the same whatever other cuts there are."""
+class _SquareSums:
+    """Sums of the squares of a column.
 
-    def __init__(self, operator: HessianOperator, size: int, seed: int, parameter: str, number: int) -> None:
-        self._operator, self._size = operator, size
-        self._seed, self._parameter, self._number = seed, parameter, number
+    Args:
+        column: In the shape of the parameter.
+    """
 
-    def __call__(self, name: str, size: int | None = None) -> Tensor:
-        return probe(
-            size or self._size,
-            self._seed,
-            f"{self._parameter}/{name}",
-            self._number,
-            dtype=self._operator.dtype,
-            device=self._operator.device,
-            rademacher=True,
-        )
+    def __init__(self, column: Tensor) -> None:
+        self._column = column
+        self._rows: dict[tuple[int, ...], Tensor] = {}
+        self.total = torch.linalg.vector_norm(column, dtype=torch.float64).square().item()
 
-
-def _multiply(operator: HessianOperator, block: ParameterBlock, vectors: Tensor, budget_bytes: int) -> Tensor:
-    """Products of rows, in float64, some at a time."""
-    length = max(1, budget_bytes // (vectors.shape[1] * vectors.element_size()))
-    parts = [operator.block_products({block.name: some}, [block])[block.name] for some in vectors.split(length)]
-    return torch.cat(parts).double()
+    def inside(self, blocks: Blocks, index: int) -> float:
+        """The sum over the block that an element belongs to."""
+        place = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), blocks.shape))
+        if blocks.kind is Kind.ELEMENT:
+            return self._column[place].double().square().item()
+        shape = blocks.row_shape
+        if shape not in self._rows:
+            self._rows[shape] = blocks.row_square_sums(self._column, dtype=torch.float64)
+        sums = blocks.block_sums(self._rows[shape]).flatten()
+        return sums[blocks.block_index()[place]].item()
 
 
-def _score(inside: list[float], totals: list[float], index: Tensor, size: int) -> Score:
-    """The ratio of two means, and its standard error to first order."""
-    energies, norms = torch.tensor([inside, totals], dtype=torch.float64)
-    if not norms.mean() > 0:
+def _chances(operator: HessianOperator, block: ParameterBlock, size: int, seed: int) -> Tensor:
+    """Probabilities `(n,)` to draw each column, in proportion to an estimate of its squared norm."""
+    norms = torch.zeros(size, dtype=torch.float64)
+    for number in range(_PROBES):
+        signs = probe(size, seed, block.name, number, dtype=operator.dtype, device=operator.device, rademacher=True)
+        norms += operator.block_products({block.name: signs}, [block])[block.name].to("cpu", torch.float64).square_()
+    _check_not_zero(norms)
+    return norms.mul_((1 - _EVEN) / norms.sum()).add_(_EVEN / size)
+
+
+def _draw(chances: Tensor, count: int, seed: int) -> Tensor:
+    """Positions by their chances, one from each of `count` equal parts of the whole chance."""
+    uniform = torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    ends = chances.cumsum(0)
+    places = (torch.arange(count) + uniform) / count * ends[-1]
+    return torch.searchsorted(ends, places, right=True).clamp_(max=len(chances) - 1)
+
+
+def _columns(operator: HessianOperator, block: ParameterBlock, drawn: Tensor, size: int) -> Iterator[Tensor]:
+    """Columns of the Hessian, `(n,)` each, some computed at a time."""
+    length = max(1, _CHUNK_BYTES // (size * operator.dtype.itemsize))
+    for some in drawn.split(length):
+        units = torch.zeros(len(some), size, dtype=operator.dtype, device=operator.device)
+        units[torch.arange(len(some)), some] = 1
+        yield from operator.block_products({block.name: units}, [block])[block.name]
+
+
+def _check_not_zero(norms: Tensor) -> None:
+    if not norms.sum() > 0:
         raise ValueError("the Hessian of this parameter is zero: the loss does not depend on it, or is linear in it")
-    if not index.any():  # one block holds everything
-        return Score(1.0, 1.0, 1, size)
-    ratio = energies.mean() / norms.mean()
-    error = (energies - ratio * norms).std() / len(inside) ** 0.5 / norms.mean()
-    share = ratio.clamp(0, 1).item()
-    return Score(share, expected_share(index), int(index.max()) + 1, size, standard_error=error.item())
+
+
+def _score(inside: Tensor, totals: Tensor, weights: Tensor, blocks: Blocks, *, is_sample: bool) -> Score:
+    """The ratio of two weighted means, and its standard error to first order."""
+    mean = (weights * totals).mean()
+    share = min(((weights * inside).mean() / mean).item(), 1.0)
+    error = (weights * (inside - share * totals)).std() / len(totals) ** 0.5 / mean if is_sample else 0.0
+    return Score(share, expected_share(blocks), blocks.num_values, math.prod(blocks.shape), standard_error=float(error))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_adam_mini.blocks import Blocks
+from lightning_adam_mini.blocks import Blocks, Segment
 from lightning_adam_mini.hessian import HessianOperator
 from lightning_adam_mini.hessian.block_diagonality import candidate_cuts, exact_scores, tau
 from lightning_adam_mini.hessian.sketched_diagonality import sketched_scores
@@ -95,47 +95,75 @@ class Quadratic(nn.Module):
         return flat @ self.matrix @ flat / 2
 
 
-def operator_of(matrix):
-    return HessianOperator(Quadratic(matrix), Quadratic.loss, [0])
+def operator_of(matrix, shape=SHAPE):
+    return HessianOperator(Quadratic(matrix, shape), Quadratic.loss, [0])
 
 
 def test_the_sketch_agrees_with_the_dense_scores_in_expectation():
     cuts = candidate_cuts(SHAPE)
     matrix = masked(cuts["rows x 2"], outside=0.3)
+    # Columns of unlike norms, as those of a table of tokens.
+    scales = torch.logspace(-2, 0, 24, dtype=torch.float64)
+    matrix = scales.unsqueeze(1) * matrix * scales
     exact = exact_scores(matrix, cuts)
-    sketch = sketched_scores(operator_of(matrix), "weight", cuts, probes=150, patterns=1)
+    operator, count = operator_of(matrix), 60
+    draws = [sketched_scores(operator, "weight", cuts, columns=12, seed=seed) for seed in range(count)]
     for name, score in exact.items():
-        found = sketch[name]
-        assert found.expected == score.expected
-        assert found.standard_error < 0.06
-        # Five standard errors of 150 draws; the ratio's own bias is of the order of 1 / 150.
-        assert abs(found.share - score.share) < 5 * found.standard_error + 0.01
+        shares = torch.tensor([found[name].share for found in draws], dtype=torch.float64)
+        assert draws[0][name].expected == pytest.approx(score.expected, rel=1e-12)
+        assert draws[0][name].num_blocks == score.num_blocks
+        # Five standard errors; the ratio's own bias is of the order of a tenth of its spread.
+        assert abs(shares.mean().item() - score.share) < 5 * shares.std().item() / count**0.5 + 0.02, name
 
 
 def test_the_standard_error_is_that_of_repeated_sketches():
-    cuts = {"rows": Blocks.rows(SHAPE)}
-    operator = operator_of(masked(cuts["rows"], outside=0.3))
-    found = [sketched_scores(operator, "weight", cuts, probes=20, seed=seed)["rows"] for seed in range(30)]
+    cuts = {"rows": Blocks.rows((40, 3))}
+    operator = operator_of(masked(cuts["rows"], outside=0.3), (40, 3))
+    found = [sketched_scores(operator, "weight", cuts, columns=20, seed=seed)["rows"] for seed in range(40)]
     spread = torch.tensor([score.share for score in found]).std().item()
     told = sum(score.standard_error for score in found) / len(found)
     assert 0.6 < told / spread < 1.6
 
 
-def test_the_sketch_does_not_depend_on_chunks_and_other_cuts():
+def test_all_columns_give_the_exact_scores():
+    cuts = candidate_cuts(SHAPE) | {
+        "fused": Blocks.segmented(SHAPE, (Segment(4, 2), Segment(4, 1))),
+        "columns of rows": Blocks.rows(SHAPE, axis=1, batch_axes=(0,)),
+    }
+    matrix = symmetric()
+    found = sketched_scores(operator_of(matrix), "weight", cuts, columns=24)
+    for name, score in exact_scores(matrix, cuts).items():
+        assert found[name].share == pytest.approx(score.share, rel=1e-12), name
+        assert found[name].expected == pytest.approx(score.expected, rel=1e-12), name
+        assert found[name].standard_error == 0
+
+
+def test_a_heavy_block_is_found_among_many():
+    """Four rows of 200 have nearly all of the energy: columns that are drawn evenly would hardly meet them."""
+    shape = (200, 2)
+    index = Blocks.rows(shape, block_size=4).block_index().flatten()
+    scales = torch.where(index == 17, 1.0, 1e-3).double()
+    matrix = masked(Blocks.rows(shape, block_size=4), outside=1e-3) * scales * scales.unsqueeze(1)
+    scores = sketched_scores(operator_of(matrix, shape), "weight", candidate_cuts(shape), columns=16)
+    assert max(scores, key=lambda name: scores[name].information) == "rows x 4"
+
+
+def test_the_sketch_does_not_depend_on_chunks_and_other_cuts(monkeypatch):
     cuts = candidate_cuts(SHAPE)
     operator = operator_of(symmetric())
-    every = sketched_scores(operator, "weight", cuts, probes=3)
-    some = sketched_scores(operator, "weight", {"rows x 2": cuts["rows x 2"]}, probes=3, budget_bytes=1)
+    every = sketched_scores(operator, "weight", cuts, columns=10)
+    monkeypatch.setattr("lightning_adam_mini.hessian.sketched_diagonality._CHUNK_BYTES", 1)
+    some = sketched_scores(operator, "weight", {"rows x 2": cuts["rows x 2"]}, columns=10, budget_bytes=0)
     assert 0 < every["rows x 2"].share < 1
-    other = sketched_scores(operator, "weight", cuts, probes=3, budget_bytes=1)
-    assert other["columns x 1"].share == pytest.approx(every["columns x 1"].share)
-    # The total is estimated from all products, so that shares differ a little.
-    assert some["rows x 2"].share == pytest.approx(every["rows x 2"].share, rel=0.5)
+    assert some["rows x 2"].share == pytest.approx(every["rows x 2"].share)
 
 
-def test_the_sketch_refuses_one_probe_and_a_zero_hessian():
+def test_the_sketch_refuses_one_column_and_a_zero_hessian():
     operator = operator_of(torch.zeros(24, 24, dtype=torch.float64))
-    with pytest.raises(ValueError, match="two probes"):
-        sketched_scores(operator, "weight", candidate_cuts(SHAPE), probes=1)
-    with pytest.raises(ValueError, match="is zero"):
-        sketched_scores(operator, "weight", candidate_cuts(SHAPE), probes=2)
+    with pytest.raises(ValueError, match="two columns"):
+        sketched_scores(operator, "weight", candidate_cuts(SHAPE), columns=1)
+    for columns in (2, 24):
+        with pytest.raises(ValueError, match="is zero"):
+            sketched_scores(operator, "weight", candidate_cuts(SHAPE), columns=columns)
+    with pytest.raises(ValueError, match="24 rows"):
+        sketched_scores(operator, "weight", {"rows": Blocks.rows((4, 3))})

@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from hessian_models import MODELS, build, classify, known_hessian, relative_error, token_batches
 from lightning_adam_mini.hessian import HessianOperator, ParameterBlock, model_tridiagonals, parameter_blocks, trace
@@ -207,3 +208,27 @@ def test_sparse_tensors_are_counted():
     with operator.keep_graphs(PLENTY):
         for _ in range(2):
             torch.testing.assert_close(operator.product(vector), expected)
+
+
+def test_activation_checkpointing_computes_the_same():
+    class Network(nn.Module):
+        def __init__(self, *, checkpoints):
+            super().__init__()
+            torch.manual_seed(0)
+            self.hidden, self.head, self.checkpoints = nn.Linear(4, 8), nn.Linear(8, 3), checkpoints
+
+        def body(self, x):
+            return torch.tanh(self.hidden(x)).sin()
+
+        def forward(self, x):
+            return self.head(checkpoint(self.body, x, use_reentrant=False) if self.checkpoints else self.body(x))
+
+    batch = torch.randn(5, 4)
+    plain, checkpointed = (
+        HessianOperator(Network(checkpoints=on), lambda model, x: model(x).square().mean(), [batch])
+        for on in (False, True)
+    )
+    vector = torch.ones(plain.size)
+    with checkpointed.keep_graphs(PLENTY):
+        for _ in range(2):
+            torch.testing.assert_close(checkpointed.product(vector), plain.product(vector))
