@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from lightning_adam_mini.hessian import ParameterBlock
 
 from ...tasks.seeds import seed_of
+from .checks import check_least
 
 __all__ = ["KINDS", "BitSizes", "Matrix", "build", "loss_of", "matrices", "windows"]
 
@@ -38,10 +39,10 @@ class BitSizes:
 
     def __post_init__(self) -> None:
         """Check them."""
-        if min(self.layers, self.context) < 1 or self.heads < 2 or self.width % self.heads:
-            raise ValueError(f"heads must be at least 2 and divide width, {self.width}; layers and context at least 1")
-        if self.width == self.heads:
-            raise ValueError("heads of one row are rows: give a width above the number of heads")
+        check_least(self, 1, "layers", "width", "context")
+        check_least(self, 2, "heads")
+        if self.width % self.heads or self.width == self.heads:
+            raise ValueError(f"width must be twice the heads, {self.heads}, or a larger multiple, not {self.width}")
         if self.bits <= self.context:
             raise ValueError(f"bits must be more than context, {self.context}, not {self.bits}")
 
@@ -74,7 +75,7 @@ def build(sizes: BitSizes, seed: int) -> nn.Module:
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "weights"))
-        return GPT2LMHeadModel(config).double()
+        return GPT2LMHeadModel(config).double().eval()
 
 
 def windows(sizes: BitSizes, seed: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -29,6 +31,9 @@ def gradient_sizes(task: TextTask, settings: TextSettings, seed: int, rate: floa
         settings: Length and sizes.
         seed: Of weights and batches.
         rate: Learning rate of AdamW.
+
+    Raises:
+        DivergedError: The run does not end.
     """
     model = task.build(seed)
     squares = {name: torch.zeros(()) for name, _ in model.named_parameters()}
@@ -38,6 +43,6 @@ def gradient_sizes(task: TextTask, settings: TextSettings, seed: int, rate: floa
             assert parameter.grad is not None
             squares[name] += parameter.grad.square().mean()
 
-    loss_of = lambda step: task.loss(model, task.batch(seed, step))  # noqa: E731
-    train(model, [AdamW(lr=rate, weight_decay=0.0).build(model)], loss_of, Training(settings.steps, clip=None), add)
+    optimizer, loss_of = AdamW(lr=rate, weight_decay=0.0).build(model), partial(task.loss, model, seed)
+    train(model, [optimizer], loss_of, Training(settings.steps, clip=None), add)
     return {name: float((total / settings.steps).sqrt()) for name, total in squares.items()}

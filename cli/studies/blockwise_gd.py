@@ -21,6 +21,7 @@ from lightning_adam_mini.factory import AdamMini, AdamW
 
 from .bagm import BAGM
 from .block_rates import gradient_sizes
+from .checks import check_above
 from .outcome import Claim, Outcome, Row, mean_and_spread
 from .text_settings import TextSettings, final_loss
 from .text_task import TextTask
@@ -59,15 +60,16 @@ class Settings(TextSettings):
     def __post_init__(self) -> None:
         """Check the seeds and rates."""
         super().__post_init__()
-        if len(self.seeds) < TUNING + 1:
-            raise ValueError("seeds must be at least three: the first two pick learning rates, the others are told")
+        check_above(self, 0, "rates", "sgd_rates", "probe_rate")
+        if len(self.seeds) < TUNING + 2:
+            raise ValueError("seeds must be at least four: two pick learning rates, the others tell a standard error")
         if len(self.rates) != len(self.sgd_rates):
             raise ValueError("rates and sgd_rates must be as many, so that no optimizer is tuned more")
 
 
 def run(settings: Settings) -> Outcome:
     """Validation loss of every method on every seed that picked no learning rate."""
-    task = settings.task()
+    task = TextTask(settings)
     sizes = gradient_sizes(task, settings, settings.seeds[0], settings.probe_rate)
     rows: list[Row] = []
     for name, build in _builders(sizes).items():

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
 
     Raises:
         ArgumentError: The command line is wrong.
-        ValueError: There is no such study or setting, or a package is missing.
+        ValueError: There is no such study or setting, a package is missing, or the folder has files of something else.
         OSError: The results cannot be written.
     """
     names = list_studies()
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("name", metavar="NAME", help="A study of the list below, or the path of a recipe.")
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="runs/studies/NAME by default; older files are replaced."
+        "--out", type=Path, metavar="FOLDER", help="runs/studies/NAME by default; older files of it are replaced."
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="changes", help="Change a setting; repeatable."
@@ -60,13 +60,13 @@ def main(arguments: Sequence[str]) -> int:
         raise ValueError("a study needs matplotlib; install it with pip install 'lightning-adam-mini[app]'")
     study = load_study(options.name, options.changes)
     folder = parser.folder(options.out or Path("runs/studies") / study.name)
-    folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is told before the work
 
     import torch
 
-    from .files import write_outcome
+    from .files import prepare_folder, write_outcome
     from .outcome import as_text
 
+    prepare_folder(folder, study.name)
     threads = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     start = time.perf_counter()

@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from scipy.stats import spearmanr
-from torch import Generator, Tensor
+from torch import Generator
 
+from lightning_adam_mini.hessian.block_diagonality import tau
+
+from .checks import check_above, check_least
 from .descent import ScaledDescent, adam_scale
 from .outcome import Claim, Outcome, Row, medians
-from .quadratics import BlockQuadratic
+from .quadratics import BlockQuadratic, check_condition
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +37,8 @@ class Settings:
         seeds: A draw of eigenvectors and weights each.
         dimensions: Sizes of the block.
         condition_numbers: Of H, whose eigenvalues are evenly spaced from 1 to it, in random order.
-        angles: How far eigenvectors are turned: the standard deviation, in radians, of a generator's row.
+        angles: How far eigenvectors are turned, from 0 (H is diagonal) on, ascending: the root mean square, in radians,
+            of the norm of a generator's row.
     """
 
     seeds: list[int]
@@ -44,8 +48,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        if min(self.dimensions) < 2 or min(self.condition_numbers) <= 1 or min(self.angles) < 0:
-            raise ValueError("dimensions must be at least 2, condition_numbers above 1, and angles at least 0")
+        check_least(self, 2, "dimensions")
+        check_above(self, 1, "condition_numbers")
+        check_condition("condition_numbers", max(self.condition_numbers))
+        if self.angles[0] != 0 or len(self.angles) < 2 or self.angles != sorted(self.angles):
+            raise ValueError(f"angles must ascend from 0 (a diagonal matrix) to others, not {self.angles}")
 
 
 def run(settings: Settings) -> Outcome:
@@ -79,12 +86,8 @@ def _row(size: int, condition: float, angle: float, seed: int) -> Row:
     scaled = ScaledDescent(problem, adam_scale(problem)).condition_number
     return {
         "condition_number": condition, "dimension": size, "angle": angle, "seed": seed,
-        "tau": _tau(problem.hessian), "r": scaled / condition,
+        "tau": tau(problem.hessian), "r": scaled / condition,
     }  # fmt: skip
-
-
-def _tau(hessian: Tensor) -> float:
-    return float(hessian.diagonal().abs().sum() / hessian.abs().sum())
 
 
 def _claims(lines: list[Row]) -> list[Claim]:
@@ -93,7 +96,7 @@ def _claims(lines: list[Row]) -> list[Claim]:
     where = f"kappa {dense['condition_number']:g}, d {dense['dimension']}"
     measured = f"median r {diagonal['r']:.3g} at tau {diagonal['tau']:.2f}, {dense['r']:.3g} at tau {dense['tau']:.2f}"
     taus, rs = [line["tau"] for line in lines], [line["r"] for line in lines]
-    correlation = float(spearmanr(taus, rs).statistic) if len(lines) > 2 else -1.0
+    correlation = float(spearmanr(taus, rs).statistic)
     ranked = f"{measured}; rank correlation of tau and r {correlation:.2f}"
     return [
         Claim(

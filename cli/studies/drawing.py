@@ -51,26 +51,21 @@ def heat_map(
     *,
     low: float,
     high: float,
-) -> Any:
+) -> None:
     """Numbers as colours, each written in its cell.
 
     Args:
         axes: Where.
-        values: Row by row; what is not finite stays white.
+        values: Row by row.
         rows: Names of the rows.
         columns: Names of the columns.
         low: Value of the first colour.
         high: Value of the last colour.
-
-    Returns:
-        The image, for a colour bar.
     """
-    image = axes.imshow(values, vmin=low, vmax=high, cmap="viridis_r", aspect="auto")
+    axes.imshow(values, vmin=low, vmax=high, cmap="viridis_r", aspect="auto")
     for number, row in enumerate(values):
         for place, value in enumerate(row):
-            bright = math.isfinite(value) and value > (low + high) / 2
-            text = f"{value:.2f}" if math.isfinite(value) else "div."
-            axes.text(place, number, text, ha="center", va="center", fontsize=7, color="white" if bright else "black")
+            color = "white" if value > (low + high) / 2 else "black"
+            axes.text(place, number, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
-    return image

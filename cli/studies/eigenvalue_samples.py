@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
 from lightning_adam_mini.hessian import Tridiagonal, quadrature
 
-__all__ = ["as_csv", "sample_eigenvalues"]
+from ...tasks.run_files import write_text
+from .outcome import as_csv
+
+__all__ = ["SAMPLED", "sample_eigenvalues", "sampled_blocks", "write_samples"]
+
+SAMPLED = {
+    "GPT-2": ("wte.weight", "h.2.attn.c_attn.weight[q]", "h.2.attn.c_attn.weight[v]", "h.2.mlp.c_fc.weight"),
+    "ResNet18": tuple(f"layer{stage}.0.conv1.weight" for stage in range(1, 5)),
+}
+"""Ends of the names of blocks: the embedding and three of the third layer, and a convolution of each stage."""
 
 
 def sample_eigenvalues(
@@ -45,7 +55,21 @@ def sample_eigenvalues(
     return {name: (values / floor).clamp(min=1.0).tolist() for name, values in found.items()}
 
 
-def as_csv(eigenvalues: Mapping[str, Sequence[float]]) -> str:
-    """Lines of `block` and `eigenvalue`, as `quadratic_cases` reads them."""
-    lines = [f"{name},{value:.6g}" for name, values in eigenvalues.items() for value in values]
-    return "\n".join(["block,eigenvalue", *lines]) + "\n"
+def sampled_blocks(network: str, blocks: Iterable[str]) -> list[str]:
+    """Names of the blocks of a network whose eigenvalues are sampled.
+
+    Raises:
+        ValueError: One of them is not there.
+    """
+    names = list(blocks)
+    found = [next((name for name in names if name.endswith(end)), None) for end in SAMPLED[network]]
+    if None in found:
+        lost = SAMPLED[network][found.index(None)]
+        raise ValueError(f"{network}: {lost} is not among the blocks: give fewer steps, or spectra=null")
+    return [name for name in found if name is not None]
+
+
+def write_samples(folder: Path, network: str, eigenvalues: Mapping[str, Sequence[float]]) -> None:
+    """Write `gpt2.csv` or `resnet18.csv`, with the columns `block` and `eigenvalue` that `quadratic_cases` reads."""
+    rows = [{"block": name, "eigenvalue": f"{one:.6g}"} for name, values in eigenvalues.items() for one in values]
+    write_text(folder / f"{network.lower().replace('-', '')}.csv", as_csv(rows))

@@ -16,32 +16,37 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_adam_mini.hessian import HessianOperator, Tridiagonal, block_tridiagonals, quadrature
+from lightning_adam_mini.hessian import (
+    HessianOperator,
+    ParameterBlock,
+    Scale,
+    Tridiagonal,
+    block_tridiagonals,
+    quadrature,
+)
 from lightning_adam_mini.hessian.common_grid import MAX_POINTS
-from lightning_adam_mini.hessian.heterogeneity import Heterogeneity, compare_spectra
+from lightning_adam_mini.hessian.heterogeneity import compare_spectra
 from lightning_adam_mini.hessian.quadrature import DEFAULT_SIGMA
 
-from ...tasks.run_files import write_text
-from .eigenvalue_samples import as_csv, sample_eigenvalues
-from .outcome import Claim, Outcome, Row, mean_and_spread
-from .six_networks import NETWORKS, RESNET18_TRAIN, NetworkSizes, blocks_to_compare, build_network
+from .architectures import NetworkSizes
+from .checks import check_above, check_least
+from .eigenvalue_samples import SAMPLED, sample_eigenvalues, sampled_blocks, write_samples
+from .network_order import CNNS, claims_of_order, claims_of_scales
+from .outcome import Outcome, Row, mean_and_spread
+from .quadratics import check_condition
+from .six_networks import NETWORKS, RESNET18_TRAIN, Network, blocks_to_compare, build_network
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["UNITS", "Settings", "compare_in", "run"]
+__all__ = ["UNITS", "Settings", "run"]
 
 log = logging.getLogger(__name__)
 
-PAPER = "Why Transformers Need Adam, JS0"
-CNNS = ("ResNet18", "VGG16")
-OTHERS = ("MLP-Mixer", "BERT", "GPT-2", "ViT")
 UNITS = {"none": "as they are", "network": "by the network's largest", "block": "by the block's largest"}
-SAMPLED = {
-    "GPT-2": ("wte.weight", "h.2.attn.c_attn.weight[q]", "h.2.attn.c_attn.weight[v]", "h.2.mlp.c_fc.weight"),
-    "ResNet18": tuple(f"layer{stage}.0.conv1.weight" for stage in range(1, 5)),
-}
-"""Blocks whose eigenvalues are written: the embedding and the third layer, and a convolution of each stage."""
+SCALES = {"none": Scale.RAW, "network": Scale.MODEL, "block": Scale.TOP}
+MOST_POINTS = 2**22
+"""Points of a grid with which 50 blocks take some GB; beyond, sigma is not resolved, and a warning says so."""
 Spectra = dict[str, list[Tridiagonal]]
 
 
@@ -72,42 +77,64 @@ class Settings(NetworkSizes):
         """Check what can be before the work."""
         if unknown := [name for name in self.networks if name not in NETWORKS]:
             raise ValueError(f"there is no network {unknown[0]!r}; networks are {', '.join(NETWORKS)}")
-        sizes = [field.name for field in fields(NetworkSizes)]
-        for name in (*sizes, "probes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check_least(self, 1, *(field.name for field in fields(NetworkSizes)), "probes")
+        check_least(self, 2, "steps", "samples")
+        check_above(self, 1, "condition_number")
+        check_condition("condition_number", self.condition_number)
         if self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of heads, {self.heads}")
-        if self.steps < 2 or self.samples < 2 or not self.condition_number > 1:
-            raise ValueError("steps and samples must be at least 2, and condition_number above 1")
-        if self.spectra is not None and self.layers < 3 and "GPT-2" in self.networks:
+        if self.spectra is not None:
+            self._check_spectra(Path(self.spectra).expanduser())
+
+    def _check_spectra(self, folder: Path) -> None:
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"spectra {folder}: this is a file; give a folder")
+        if not set(SAMPLED) & set(self.networks):
+            raise ValueError(f"spectra are of {' and '.join(SAMPLED)}: give networks one of them, or spectra=null")
+        if self.layers < 3 and "GPT-2" in self.networks:
             raise ValueError("spectra are of the third layer: give layers=3 or more, or spectra=null")
 
 
 def run(settings: Settings) -> Outcome:
     """JS0 of each network, seed and unit."""
+    for name in settings.networks:  # what is not installed, and what is too small, is told before the work
+        _blocks(name, build_network(name, settings, settings.seeds[0]), settings)
     rows: list[Row] = []
     for name in settings.networks:
         for number, seed in enumerate(settings.seeds):
             spectra = _spectra(name, settings, seed)
             rows += [_row(name, seed, unit, spectra) for unit in UNITS]
             if number == 0 and settings.spectra is not None and name in SAMPLED:
-                _write_samples(Path(settings.spectra).expanduser(), name, spectra, settings)
+                chosen = {block: spectra[block] for block in sampled_blocks(name, spectra)}
+                values = sample_eigenvalues(chosen, count=settings.samples, condition_number=settings.condition_number)
+                write_samples(Path(settings.spectra).expanduser(), name, values)
         log.info("%s: JS0 %s", name, ", ".join(f"{row['js0']:.3f} ({row['unit']})" for row in rows[-len(UNITS) :]))
     summary = _means(rows)
-    claims = [claim for unit in UNITS for claim in _claims(summary, unit)] + _scale_claims(summary)
-    return Outcome(rows, claims, partial(_draw, rows), size=(11, 7), summary=summary)
+    claims = [claim for unit in UNITS for claim in claims_of_order(summary, unit)]
+    return Outcome(rows, claims + claims_of_scales(summary), partial(_draw, rows), size=(11, 7), summary=summary)
+
+
+def _blocks(name: str, network: Network, settings: Settings) -> list[ParameterBlock]:
+    """The blocks that are compared, those whose eigenvalues are asked for among them."""
+    blocks = blocks_to_compare(network.model, settings.steps)
+    if len(blocks) < 2:
+        raise ValueError(f"{name} has {len(blocks)} blocks of {settings.steps} elements or more: give fewer steps")
+    if settings.spectra is not None and name in SAMPLED:
+        sampled_blocks(name, [block.name for block in blocks])
+    return blocks
 
 
 def _spectra(name: str, settings: Settings, seed: int) -> Spectra:
     network = build_network(name, settings, seed)
-    blocks = blocks_to_compare(network.model, settings.steps)
     operator = HessianOperator(network.model, network.loss, [network.batch])
+    blocks = _blocks(name, network, settings)
     return block_tridiagonals(operator, blocks, steps=settings.steps, probes=settings.probes, seed=seed)
 
 
 def _row(name: str, seed: int, unit: str, spectra: Spectra) -> Row:
-    found, largest = compare_in(unit, spectra), _largest(spectra)
+    # The largest absolute eigenvalue of each block.
+    largest = [max(quadrature(t).nodes.abs().max().item() for t in some) for some in spectra.values()]
+    found = compare_spectra(spectra, scale=SCALES[unit], num_points=_points(SCALES[unit], max(largest)))
     return {
         "network": name, "seed": seed, "unit": unit, "blocks": len(spectra), "js0": found.js0,
         "js0_distance": found.js0_distance, "js0_sum": found.js0_unnormalized, "largest": max(largest),
@@ -115,33 +142,10 @@ def _row(name: str, seed: int, unit: str, spectra: Spectra) -> Row:
     }  # fmt: skip
 
 
-def compare_in(unit: str, spectra: Spectra) -> Heterogeneity:
-    """Divergences between the spectra of blocks, by name, with eigenvalues in a unit of `UNITS`."""
-    if unit == "block":
-        return compare_spectra(spectra, scale="top")
-    largest = max(_largest(spectra))
-    if unit == "network":
-        spectra = {name: [_divided(t, largest) for t in some] for name, some in spectra.items()}
-        largest = 1.0
-    # The grid ends a unit below and above the eigenvalues; one that is coarser than sigma loses what lies between.
+def _points(scale: Scale, largest: float) -> int | None:
+    """Points of the grid, which loses what lies between them where it is coarser than sigma; None for the default."""
     enough = math.ceil(2 * (largest + 2) / DEFAULT_SIGMA)
-    return compare_spectra(spectra, scale="raw", num_points=enough if enough > MAX_POINTS else None)
-
-
-def _largest(spectra: Spectra) -> list[float]:
-    """The largest absolute eigenvalue of each block."""
-    return [max(quadrature(t).nodes.abs().max().item() for t in some) for some in spectra.values()]
-
-
-def _divided(found: Tridiagonal, unit: float) -> Tridiagonal:
-    return Tridiagonal(found.alphas / unit, found.betas / unit, found.residual / unit, found.orthogonality)
-
-
-def _write_samples(folder: Path, name: str, spectra: Spectra, settings: Settings) -> None:
-    chosen = {block: some for block, some in spectra.items() if block.endswith(SAMPLED[name])}
-    values = sample_eigenvalues(chosen, count=settings.samples, condition_number=settings.condition_number)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / f"{name.lower().replace('-', '')}.csv", as_csv(values))
+    return min(enough, MOST_POINTS) if scale is Scale.RAW and enough > MAX_POINTS else None
 
 
 def _means(rows: Sequence[Row]) -> list[Row]:
@@ -155,56 +159,6 @@ def _means(rows: Sequence[Row]) -> list[Row]:
         line["ratio"] = statistics.median(row["largest"] / row["smallest_of_largest"] for row in own)
         found.append(line)
     return found
-
-
-def _claims(summary: list[Row], unit: str) -> list[Claim]:
-    """What the papers say of the order, as far as the networks are there."""
-    lines = {line["network"]: line for line in summary if line["unit"] == unit}
-    cnns, others = ([name for name in names if name in lines] for names in (CNNS, OTHERS))
-    if not cnns or not others:
-        return []
-    js0 = {name: line["js0"] for name, line in lines.items()}
-    told = ", ".join(f"{name} {value:.3g}" for name, value in js0.items())
-    most = max(js0[name] for name in cnns)
-    claims = [
-        Claim(
-            f"unit {unit}: JS0 of every CNN is below that of each other network",
-            most < min(js0[name] for name in others),
-            told,
-            PAPER,
-        )
-    ]
-    if RESNET18_TRAIN in lines:
-        claims.append(
-            Claim(
-                f"unit {unit}: so it is for ResNet18 that normalises by the batch",
-                js0[RESNET18_TRAIN] < min(js0[name] for name in others),
-                told,
-            )
-        )
-    sums = {name: lines[name]["js0_sum"] for name in (*cnns, *others)}
-    claims.append(
-        Claim(
-            f"unit {unit}: the sum without spacing is 100 times smaller for CNNs than for each other network",
-            100 * max(sums[name] for name in cnns) <= min(sums[name] for name in others),
-            ", ".join(f"{name} {value:.3g}" for name, value in sums.items()),
-            PAPER,
-        )
-    )
-    return claims
-
-
-def _scale_claims(summary: list[Row]) -> list[Claim]:
-    """Ours, of what no unit changes: how far apart the largest eigenvalues of blocks are."""
-    ratios = {line["network"]: line["ratio"] for line in summary}
-    told = ", ".join(f"{name} {ratio:.3g}" for name, ratio in ratios.items())
-    cnns, others = ([ratios[name] for name in names if name in ratios] for names in (CNNS, OTHERS))
-    if not cnns or not others:
-        return []
-    text = (
-        "the sharpest block's largest eigenvalue over the flattest one's is 10 times smaller for CNNs than for others"
-    )
-    return [Claim(text, 10 * max(cnns) <= min(others), told)]
 
 
 def _draw(rows: list[Row], figure: Figure) -> None:

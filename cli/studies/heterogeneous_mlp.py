@@ -16,10 +16,11 @@ from torch import Generator
 from lightning_adam_mini.factory import SGD, Adam, AdamMini, OptimizerFactory
 
 from ...tasks.seeds import seed_of
+from .checks import check_above, check_least
 from .drawing import lines_with_range
-from .image_task import ImageTask, ScaledPerceptron
+from .image_task import CLASSES, ImageTask, ScaledPerceptron
 from .outcome import Claim, Outcome, Row, mean_and_spread, medians
-from .training import Training, best_rate, train
+from .training import DivergedError, Training, best_rate, train
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,10 +62,9 @@ class Settings:
         """Check the numbers."""
         if len(self.seeds) < 2:
             raise ValueError("seeds must be at least two: the first picks learning rates, the others are told")
-        if min(self.width, self.steps, self.batch_size) < 1:
-            raise ValueError("width, steps and batch_size must be at least 1")
-        if self.layers < 2 or min(self.heterogeneity) < 1:
-            raise ValueError("layers must be at least 2, and each heterogeneity at least 1, where layers are alike")
+        check_least(self, 1, "width", "steps", "batch_size", "heterogeneity")
+        check_least(self, 2, "layers")
+        check_above(self, 0, "sgd_rates", "adam_rates")
         if len(self.sgd_rates) != len(self.adam_rates):
             raise ValueError("sgd_rates and adam_rates must be as many, so that no optimizer is tuned more")
 
@@ -119,15 +119,17 @@ def _tuned(task: ImageTask, settings: Settings, name: str, spread: float) -> lis
 
 
 def _accuracy(task: ImageTask, settings: Settings, name: str, spread: float, rate: float, seed: int) -> float:
-    """Accuracy after a run, 0.1 (chance) where it diverged."""
+    """Accuracy after a run, that of chance where it diverged."""
     places = [number / (settings.layers - 1) - 0.5 for number in range(settings.layers)]
     places = places if settings.sharpest == "first" else places[::-1]
     generator = Generator().manual_seed(seed_of(seed, "weights"))
     model = ScaledPerceptron(settings.width, [spread**place for place in places], generator)
     optimizer = OPTIMIZERS[name](lr=rate, weight_decay=0.0).build(model)
-    training = Training(settings.steps, clip=None)
-    finite = train(model, [optimizer], lambda step: task.loss(model, seed, step), training)
-    return task.accuracy(model) if finite else 0.1
+    try:
+        train(model, [optimizer], partial(task.loss, model, seed), Training(settings.steps, clip=None))
+    except DivergedError:
+        return 1 / CLASSES
+    return task.accuracy(model)
 
 
 def _told(values: list[float]) -> str:

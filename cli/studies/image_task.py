@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ...tasks.seeds import seed_of
 
-__all__ = ["ImageTask", "ScaledPerceptron"]
+__all__ = ["CLASSES", "ImageTask", "ScaledPerceptron"]
 
 PIXELS, CLASSES = 784, 10
 

@@ -7,6 +7,7 @@ one good rate a block is enough, no block is worse for it.
 from __future__ import annotations
 
 import logging
+import math
 import random
 import statistics
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .block_rates import gradient_sizes, matrices
+from .checks import check_above, check_least
 from .outcome import Claim, Outcome, Row, mean_and_spread
 from .text_settings import TextSettings, final_loss
 from .text_task import TextTask
@@ -43,7 +45,7 @@ class Settings(TextSettings):
         adam_rates: Peak learning rates of Adam; that of the least mean loss over all seeds is what gains are to.
         factors: A block's rate times the root mean square of its gradient, as multiples of Adam's rate.
         more_out: How many blocks are left out together, beside one; each with its own rate of leaving one out.
-        draws: Random choices of blocks for each number of `more_out`.
+        draws: Different random choices of blocks for each number of `more_out`.
     """
 
     adam_rates: list[float]
@@ -52,23 +54,29 @@ class Settings(TextSettings):
     draws: int
 
     def __post_init__(self) -> None:
-        """Check the seeds."""
+        """Check what can be before the work."""
         super().__post_init__()
+        check_above(self, 0, "adam_rates", "factors")
+        check_least(self, 1, "draws")
+        check_least(self, 2, "more_out")
         if len(self.seeds) < 2:
             raise ValueError("seeds must be at least two: rates are found on the first and told of the others")
 
 
 def run(settings: Settings) -> Outcome:
     """Loss of Adam minus that of leaving blocks out, for every block alone and for random choices of several."""
-    task = settings.task()
+    task = TextTask(settings)
     tuning, *others = settings.seeds
+    names = matrices(task.build(tuning))
+    draw = random.Random(tuning)
+    choices = [choice for count in settings.more_out for choice in _choices(names, count, settings.draws, draw)]
     by_rate = {r: {seed: _loss(task, settings, seed, r, {}) for seed in settings.seeds} for r in settings.adam_rates}
     adam_rate, _ = best_rate({rate: statistics.fmean(losses.values()) for rate, losses in by_rate.items()})
     adam = by_rate[adam_rate]
     sizes = gradient_sizes(task, settings, tuning, adam_rate)
     rates: dict[str, float] = {}
     rows: list[Row] = []
-    for name in matrices(task.build(tuning)):
+    for name in names:
         scale = adam_rate / sizes[name]
         tried = {
             factor: _loss(task, settings, tuning, adam_rate, {name: factor * scale}) for factor in settings.factors
@@ -80,17 +88,28 @@ def run(settings: Settings) -> Outcome:
             loss = _loss(task, settings, seed, adam_rate, {name: rates[name]})
             rows.append(_row(1, name, seed, (factor, is_inside, tuned), adam[seed], loss))
         log.info("%s: factor %g, gain %.4f where it was found", name, factor, tuned)
-    draw = random.Random(tuning)
-    for count in settings.more_out:
-        for _ in range(settings.draws):
-            chosen = sorted(draw.sample(list(rates), count))
-            for seed in others:
-                loss = _loss(task, settings, seed, adam_rate, {name: rates[name] for name in chosen})
-                rows.append(_row(count, " + ".join(chosen), seed, (None, None, None), adam[seed], loss))
+    for chosen in choices:
+        for seed in others:
+            loss = _loss(task, settings, seed, adam_rate, {name: rates[name] for name in chosen})
+            rows.append(_row(len(chosen), " + ".join(chosen), seed, (None, None, None), adam[seed], loss))
     figures = {"adam_rate": adam_rate, "adam_loss": {str(r): list(losses.values()) for r, losses in by_rate.items()}}
     summary = _by_choice(rows)
     claims = [_claim(summary, 1, "tuned_gain"), *(_claim(summary, n, "gain") for n in (1, *settings.more_out))]
     return Outcome(rows, claims, partial(_draw, summary), figures=figures, size=(9, 8), summary=summary)
+
+
+def _choices(names: Sequence[str], count: int, draws: int, draw: random.Random) -> list[tuple[str, ...]]:
+    """Different choices of some of the names, in the order in which they are drawn.
+
+    Raises:
+        ValueError: There are fewer.
+    """
+    if math.comb(len(names), count) < draws:
+        raise ValueError(f"more_out {count}: there are fewer than {draws} choices among {len(names)} blocks")
+    found: dict[tuple[str, ...], None] = {}
+    while len(found) < draws:
+        found[tuple(sorted(draw.sample(names, count)))] = None
+    return list(found)
 
 
 def _loss(task: TextTask, settings: Settings, seed: int, adam_rate: float, left_out: dict[str, float]) -> float:

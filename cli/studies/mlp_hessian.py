@@ -16,34 +16,28 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Generator, Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from lightning_adam_mini.blocks import Blocks
-from lightning_adam_mini.hessian import HessianOperator
-from lightning_adam_mini.hessian.block_diagonality import exact_scores
-from lightning_adam_mini.hessian.exact import check_dense, dense_hessian
+from lightning_adam_mini.hessian.block_diagonality import Score
+from lightning_adam_mini.hessian.exact import check_dense
 
-from ...tasks.seeds import seed_of
-from .image_task import CLASSES, ImageTask
+from .checks import check_above, check_least
+from .image_task import CLASSES
 from .matrix_pictures import show_matrix, shrunk
 from .outcome import Claim, Outcome, Row, medians
+from .perceptron_task import BUDGET, HIDDEN, OUTPUT, PIXELS, digits, loss_of, noise, perceptron, score_neurons
 from .training import Training, train
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Settings", "perceptron", "run"]
+__all__ = ["Settings", "run"]
 
 log = logging.getLogger(__name__)
 
 PAPER = "Adam-mini paper, Hessians of a perceptron"
-SIDE, SMALL = 28, 7
 DIGITS, NOISE = "digits", "normal noise"
-HIDDEN, OUTPUT = "hidden layer", "output layer"
-BUDGET = 2**32
 PANELS = 6
-Scored = dict[str, tuple[float, float, float]]
 
 
 @dataclass(frozen=True)
@@ -74,17 +68,23 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check what can be before the work."""
-        if self.hidden < 2:
-            raise ValueError(f"hidden must be at least 2, for there to be blocks, not {self.hidden}")
-        if min(self.images, self.steps, self.inputs, self.samples) < 1:
-            raise ValueError("images, steps, inputs and samples must be at least 1")
+        check_least(self, 1, "images", "steps", "inputs", "samples")
+        check_least(self, 2, "hidden", "classes")
+        check_above(self, 0, "rate")
         if min(self.parts) < 0 or max(self.parts) > 1 or self.parts != sorted(self.parts):
             raise ValueError(f"parts must ascend from 0 (the start) to 1 (the end), not {self.parts}")
         if len(self.parts) > PANELS:
             raise ValueError(f"parts are a picture each: give at most {PANELS}, not {len(self.parts)}")
-        if min(self.classes) < 2:
-            raise ValueError(f"classes must be at least 2, not {min(self.classes)}")
-        check_dense([("the hidden layer", self.hidden * max(self.inputs, SMALL**2))], BUDGET)
+        if len(self.moments()) < len(self.parts):
+            raise ValueError(f"two of parts {self.parts} are the same of {self.steps} steps: give more steps")
+        if self.classes != sorted(self.classes):
+            raise ValueError(f"classes must ascend, not {self.classes}")
+        sizes = {"the perceptron": PIXELS + CLASSES, "the hidden layer on noise": self.inputs}
+        check_dense([(name, self.hidden * size) for name, size in sizes.items()], BUDGET)
+
+    def moments(self) -> dict[int, float]:
+        """Parts by their number of steps."""
+        return {round(part * self.steps): part for part in self.parts}
 
 
 def run(settings: Settings) -> Outcome:
@@ -99,78 +99,40 @@ def run(settings: Settings) -> Outcome:
     return Outcome(rows, _claims(rows, settings), partial(_draw, rows, pictures), size=(12, 6.5), summary=summary)
 
 
-def perceptron(inputs: int, hidden: int, classes: int, seed: int) -> nn.Sequential:
-    """Two layers without biases, float64; smooth, so that the Hessian has no jumps."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(seed, "weights"))
-        layers = nn.Linear(inputs, hidden, bias=False), nn.Tanh(), nn.Linear(hidden, classes, bias=False)
-        return nn.Sequential(*layers).double()
-
-
 def _on_digits(settings: Settings, seed: int, pictures: dict[float, Tensor]) -> list[Row]:
-    images, labels = ImageTask(settings.images).batch(seed, 0)
-    small = F.avg_pool2d(images.view(-1, 1, SIDE, SIDE), SIDE // SMALL).flatten(1).double()
-    model = perceptron(SMALL**2, settings.hidden, CLASSES, seed)
-    data = (small, labels)
+    batch = digits(settings.images, seed)
+    model = perceptron(PIXELS, settings.hidden, CLASSES, seed)
+    moments = settings.moments()
     rows: list[Row] = []
-    moments = {round(part * settings.steps): part for part in settings.parts}
 
     def measure(step: int) -> None:
         if step not in moments:
             return
-        loss, scored, matrix = _scored(model, data)
+        loss, scores, matrix = score_neurons(model, batch)
         log.info("seed %d, %d of %d steps: loss %.3f", seed, step, settings.steps, loss)
-        rows.extend(_row(seed, DIGITS, CLASSES, moments[step], loss, layer, *found) for layer, found in scored.items())
+        rows.extend(_rows(seed, DIGITS, CLASSES, moments[step], loss, scores))
         pictures[moments[step]] = shrunk(matrix)
 
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.rate)
-    train(model, [optimizer], lambda _: _loss(model, data), Training(settings.steps, clip=None), measure)
+    train(model, [optimizer], lambda _: loss_of(model, batch), Training(settings.steps, clip=None), measure)
     return rows
 
 
 def _on_noise(settings: Settings, seed: int, classes: int) -> list[Row]:
-    generator = Generator().manual_seed(seed_of(seed, "noise", classes))
-    inputs = torch.randn(settings.samples, settings.inputs, generator=generator, dtype=torch.float64)
-    labels = torch.randint(classes, (settings.samples,), generator=generator)
+    batch = noise(settings.samples, settings.inputs, classes, seed)
     model = perceptron(settings.inputs, settings.hidden, classes, seed)
-    loss, scored, _ = _scored(model, (inputs, labels), hidden_alone=True)
-    return [_row(seed, NOISE, classes, 0.0, loss, layer, *found) for layer, found in scored.items()]
+    loss, scores, _ = score_neurons(model, batch, hidden_alone=True)
+    return _rows(seed, NOISE, classes, 0.0, loss, scores)
 
 
-def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    inputs, labels = batch
-    return F.cross_entropy(model(inputs), labels)
-
-
-def _scored(
-    model: nn.Sequential, batch: tuple[Tensor, Tensor], *, hidden_alone: bool = False
-) -> tuple[float, Scored, Tensor]:
-    """The loss; by layer, the share within neurons, that of chance and their ratio; and the Hessian."""
-    model.requires_grad_(True)
-    weights = dict(zip((HIDDEN, OUTPUT), model.parameters(), strict=True))
-    if hidden_alone:  # with many classes the output layer is by far the larger
-        weights[OUTPUT].requires_grad_(False)
-    matrix = dense_hessian(HessianOperator(model, _loss, [batch]), budget_bytes=BUDGET).matrix
-    found, start = {}, 0
-    for name, weight in weights.items():
-        if weight.requires_grad:
-            part = slice(start, start := start + weight.numel())
-            cut = {"neuron": Blocks.rows(tuple(weight.shape), block_size=1)}
-            score = exact_scores(matrix[part, part], cut)["neuron"]
-            found[name] = (score.share, score.expected, score.contrast)
-    model.requires_grad_(True)
-    with torch.no_grad():
-        return float(_loss(model, batch)), found, matrix
-
-
-def _row(
-    seed: int, data: str, classes: int, part: float, loss: float, layer: str, share: float, expected: float,
-    contrast: float,
-) -> Row:  # fmt: skip
-    return {
-        "seed": seed, "data": data, "classes": classes, "part": part, "loss": loss, "layer": layer, "share": share,
-        "expected": expected, "contrast": contrast,
-    }  # fmt: skip
+def _rows(seed: int, data: str, classes: int, part: float, loss: float, scores: Mapping[str, Score]) -> list[Row]:
+    return [
+        {
+            "seed": seed, "data": data, "classes": classes, "part": part, "loss": loss, "layer": layer,
+            "share": score.share, "expected": score.expected, "contrast": score.contrast,
+        }
+        for layer, score in scores.items()
+    ]  # fmt: skip
 
 
 def _claims(rows: Sequence[Row], settings: Settings) -> list[Claim]:

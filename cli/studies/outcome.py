@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Claim", "Outcome", "Row", "as_text", "mean_and_spread", "medians"]
+__all__ = ["Claim", "Outcome", "Row", "as_csv", "as_text", "mean_and_spread", "medians"]
 
 Row = dict[str, Any]
 
@@ -72,6 +74,15 @@ def medians(rows: Sequence[Row], by: Sequence[str], of: Sequence[str]) -> list[R
         dict(zip(by, key, strict=True)) | {column: statistics.median(row[column] for row in group) for column in of}
         for key, group in groups.items()
     ]
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """Rows of the same columns as comma-separated values, the names of the columns first."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def as_text(rows: Sequence[Row]) -> str:

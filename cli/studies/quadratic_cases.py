@@ -18,7 +18,7 @@ from torch import Generator
 
 from .descent import ScaledDescent, adam_scale
 from .outcome import Claim, Outcome, Row, medians
-from .quadratics import random_quadratic
+from .quadratics import check_condition, random_quadratic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,6 +55,7 @@ class Settings:
             raise ValueError(f"tolerance must lie between 0 and 1, not {self.tolerance}")
         if low := [top for top in self.top_eigenvalues if top < 103]:
             raise ValueError(f"top_eigenvalues must be at least 103, above the other two blocks, not {low[0]}")
+        check_condition("top_eigenvalues", max(self.top_eigenvalues))
 
 
 def run(settings: Settings) -> Outcome:
@@ -73,23 +74,29 @@ def read_spectra(path: str) -> Spectra:
     """Eigenvalues by block from a CSV.
 
     Raises:
-        ValueError: A column is missing, or a value is no positive number.
+        ValueError: A column is missing, a value is no positive number, or two are too far apart.
         OSError: The file cannot be read.
     """
     blocks: dict[str, list[float]] = {}
     with _find(path).open(encoding="utf-8", newline="") as file:
-        for number, row in enumerate(csv.DictReader(file), 2):
-            try:
-                block, value = row["block"], float(row["eigenvalue"])
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {number}: give columns block and eigenvalue (a number)") from error
-            if not 0 < value < float("inf"):
-                raise ValueError(
-                    f"{path}, line {number}: eigenvalue {value}; Adam's bound needs positive ones, so drop others"
-                )
-            blocks.setdefault(block, []).append(value)
+        try:
+            rows = list(csv.DictReader(file))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is no CSV: {error}") from error
+    for number, row in enumerate(rows, 2):
+        try:
+            block, value = row["block"], float(row["eigenvalue"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}, line {number}: give columns block and eigenvalue (a number)") from error
+        if not 0 < value < float("inf"):
+            raise ValueError(
+                f"{path}, line {number}: eigenvalue {value}; Adam's bound needs positive ones, so drop others"
+            )
+        blocks.setdefault(block, []).append(value)
     if not blocks:
         raise ValueError(f"{path}: no line with an eigenvalue")
+    every = [value for values in blocks.values() for value in values]
+    check_condition(path, max(every) / min(every))
     return list(blocks.values())
 
 
@@ -109,8 +116,8 @@ def _cases(settings: Settings) -> list[tuple[int, str, str, Spectra]]:
         cases.append((3, ALIKE, Path(settings.alike_spectra).name, read_spectra(settings.alike_spectra)))
     for top in settings.top_eigenvalues:
         unlike = [[1.0, 2.0, 3.0], [99.0, 100.0, 101.0], [top - 2, top - 1, top]]
-        cases.append((2, UNLIKE, f"1 to {top:g}", unlike))
-        cases.append((4, ALIKE, f"1 to {top:g}", [list(column) for column in zip(*unlike, strict=True)]))
+        cases.append((2, UNLIKE, f"1 to {top:.12g}", unlike))
+        cases.append((4, ALIKE, f"1 to {top:.12g}", [list(column) for column in zip(*unlike, strict=True)]))
     return cases
 
 
@@ -133,11 +140,13 @@ def _claim(rows: list[Row], line: Row) -> Claim:
     """Adam is 20 times as fast as gradient descent on unlike blocks, and about as fast on alike ones."""
     own = [row for row in rows if (row["case"], row["spectrum"]) == (line["case"], line["spectrum"])]
     faster = sum(row["adam"] < row["gd"] for row in own)
-    ratios = statistics.quantiles([row["gd"] / row["adam"] for row in own], n=4) if len(own) > 1 else [0, 0, 0]
+    ratios = [row["gd"] / row["adam"] for row in own]
+    # Quantiles are of two numbers or more.
+    low, _, high = statistics.quantiles(ratios * 2 if len(ratios) == 1 else ratios, n=4, method="inclusive")
     ratio = line["gd"] / line["adam"]
     measured = (
         f"median iterations GD {line['gd']:.0f}, Adam {line['adam']:.0f}; Adam faster on {faster} of {len(own)} seeds; "
-        f"quartiles of GD / Adam {ratios[0]:.2g} and {ratios[2]:.2g}"
+        f"quartiles of GD / Adam {low:.2g} and {high:.2g}"
     )
     if line["blocks"] == UNLIKE:
         text, holds = "the median of Adam is at least 20 times as fast as GD", ratio >= 20

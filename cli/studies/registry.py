@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
@@ -30,7 +31,8 @@ STUDIES = (
     "transformer_hessian",
     "mlp_hessian",
 )
-"""Modules of this package. Each has a frozen dataclass `Settings` without defaults, and `run(settings) -> Outcome`."""
+"""Modules of this package. Each has `run(settings) -> Outcome` and a frozen dataclass `Settings`, with `seeds` among
+its fields and no defaults."""
 
 
 @dataclass(frozen=True)
@@ -127,13 +129,35 @@ def _build(settings_class: type, values: dict[str, Any]) -> Any:
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(settings_class, "settings")
-    for key, value in values.items():
-        if isinstance(value, list) and not value:
-            raise ValueError(f"{key} is empty: give at least one value")
-        if isinstance(value, list) and any(value.count(one) > 1 for one in value):
-            raise ValueError(f"{key} = {value}: give each value once")
     try:
-        return settings_class(**parser.parse_object({"settings": values}).settings.as_dict())
+        typed = parser.parse_object({"settings": values}).settings.as_dict()
     except ArgumentError as error:
         told = re.sub(r"^.*?(?=Parser key)", "", " ".join(str(error).split())).replace("settings.", "")
         raise ValueError(f"wrong setting: {told}") from error
+    for key, value in typed.items():
+        _check_value(key, value)
+    if wrong := [seed for seed in typed["seeds"] if not 0 <= seed < 2**63]:
+        raise ValueError(f"seeds lie between 0 and 2^63, not {wrong[0]}")
+    return settings_class(**typed)
+
+
+def _check_value(key: str, value: Any) -> None:
+    """What no setting may be: not a number, infinite, empty, or a list of cases that has one twice."""
+    for number in _numbers(key, value):
+        if not math.isfinite(number):
+            raise ValueError(f"{key} is {number}: give a finite number")
+    # A tuple, such as betas, has a place for each value, and lists of lists may be alike.
+    is_cases = isinstance(value, list) and not isinstance(value[0], list)
+    if is_cases and len(set(value)) < len(value):
+        raise ValueError(f"{key} = {value}: give each value once")
+
+
+def _numbers(key: str, value: Any) -> Iterator[float]:
+    """All floats in a value, whatever lists they are in."""
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, list | tuple):
+        if not value:
+            raise ValueError(f"{key} is empty: give at least one value")
+        for one in value:
+            yield from _numbers(key, one)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
-import math
 import statistics
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING
 
-from lightning_adam_mini.factory import AdamMini, AdamW
+from torch import nn
+from torch.optim import Optimizer
 
+from lightning_adam_mini.factory import AdamMini, AdamW, OptimizerFactory
+
+from .checks import check_above, check_least
 from .drawing import heat_map
 from .outcome import Claim, Outcome, Row, medians
 from .text_settings import TextSettings, final_loss
+from .text_task import TextTask
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,30 +47,30 @@ class Settings(TextSettings):
     epss: list[float]
     tolerance: float
 
+    def __post_init__(self) -> None:
+        """Check the grid."""
+        super().__post_init__()
+        check_above(self, 0, "rates", "tolerance")
+        check_least(self, 0, "beta2s", "epss")
+        if max(self.beta2s) >= 1:
+            raise ValueError(f"beta2s must be below 1, not {max(self.beta2s):g}")
+
 
 def run(settings: Settings) -> Outcome:
     """The validation loss of every cell, for every seed."""
-    task = settings.task()
+    task = TextTask(settings)
     rows: list[Row] = []
-    for name, factory in OPTIMIZERS.items():
-        for rate in settings.rates:
-            for beta2 in settings.beta2s:
-                for eps in settings.epss:
-                    options = factory(lr=rate, betas=(0.9, beta2), eps=eps, weight_decay=0.0)
-                    for seed in settings.seeds:
-                        loss = final_loss(task, settings, seed, lambda model, made=options: [made.build(model)])  # type: ignore[misc]
-                        rows.append(
-                            {"optimizer": name, "rate": rate, "beta2": beta2, "eps": eps, "seed": seed, "loss": loss}
-                        )
-            log.info("%s at rate %g done", name, rate)
+    for name, rate in product(OPTIMIZERS, settings.rates):
+        for beta2, eps, seed in product(settings.beta2s, settings.epss, settings.seeds):
+            factory = OPTIMIZERS[name](lr=rate, betas=(0.9, beta2), eps=eps, weight_decay=0.0)
+            loss = final_loss(task, settings, seed, partial(_build, factory))
+            rows.append({"optimizer": name, "rate": rate, "beta2": beta2, "eps": eps, "seed": seed, "loss": loss})
+        log.info("%s at rate %g done", name, rate)
     summary = medians(rows, ("optimizer", "rate", "beta2", "eps"), ("loss",))
-    share, span = (
-        {name: f(_losses(summary, name), settings.tolerance) for name in OPTIMIZERS} for f in (_share, _span)
-    )
-    told = ", ".join(
-        f"{name} {100 * share[name]:.0f} % of cells, best {min(_losses(summary, name)):.3f}" for name in OPTIMIZERS
-    )
-    spans = ", ".join(f"{name} {span[name]:.3f}" for name in OPTIMIZERS)
+    losses = {name: [line["loss"] for line in summary if line["optimizer"] == name] for name in OPTIMIZERS}
+    share = {name: _share(own, settings.tolerance) for name, own in losses.items()}
+    told = ", ".join(f"{name} {100 * share[name]:.0f} % of cells, best {min(losses[name]):.3f}" for name in OPTIMIZERS)
+    spans = ", ".join(f"{name} {statistics.median(own) - min(own):.3f}" for name, own in losses.items())
     at_best = {name: _at_best_rate(summary, name) for name in OPTIMIZERS}
     inner = ", ".join(f"{name} {max(at_best[name]) - min(at_best[name]):.3f}" for name in OPTIMIZERS)
     claims = [
@@ -85,17 +90,13 @@ def run(settings: Settings) -> Outcome:
     return Outcome(rows, claims, partial(_draw, summary, settings), summary=summary, size=(11, 6))
 
 
-def _losses(summary: list[Row], name: str) -> list[float]:
-    return [line["loss"] for line in summary if line["optimizer"] == name]
+def _build(factory: OptimizerFactory, model: nn.Module) -> list[Optimizer]:
+    return [factory.build(model)]
 
 
 def _share(losses: list[float], tolerance: float) -> float:
     """Share of cells that are about as good as the best."""
     return sum(loss <= min(losses) + tolerance for loss in losses) / len(losses)
-
-
-def _span(losses: list[float], _: float) -> float:
-    return statistics.median(losses) - min(losses)
 
 
 def _at_best_rate(summary: list[Row], name: str) -> list[float]:
@@ -106,8 +107,8 @@ def _at_best_rate(summary: list[Row], name: str) -> list[float]:
 
 
 def _draw(summary: list[Row], settings: Settings, figure: Figure) -> None:
-    finite = [line["loss"] for line in summary if math.isfinite(line["loss"])]
-    low, high = min(finite), statistics.quantiles(finite, n=10)[-1] if len(finite) > 1 else max(finite)
+    losses = [line["loss"] for line in summary]
+    low, high = min(losses), statistics.quantiles(losses, n=10)[-1]
     panels = figure.subplots(len(OPTIMIZERS), len(settings.epss), squeeze=False)
     for line, name in zip(panels, OPTIMIZERS, strict=True):
         for axes, eps in zip(line, settings.epss, strict=True):

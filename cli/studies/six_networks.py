@@ -1,7 +1,7 @@
 """Six small networks of the papers' six architectures, with a loss on data that is on the machine.
 
 ResNet18, VGG16, ViT and MLP-Mixer classify 5,000 digits; BERT predicts masked bytes and GPT-2 next bytes of Python's
-standard library. Depth and width are reduced, kinds of layers and their initialisation are kept.
+standard library.
 """
 
 from __future__ import annotations
@@ -16,41 +16,22 @@ from torch.nn import functional as F
 
 from lightning_adam_mini.hessian import ParameterBlock
 
-from ...tasks.packages import require
 from ...tasks.seeds import seed_of
-from .image_task import CLASSES, ImageTask
-from .text_task import NUM_BYTES, TextTask
+from .architectures import ARCHITECTURES, MASK, SIDE, NetworkSizes
+from .image_task import ImageTask
+from .text_task import TextSizes, TextTask
 
-__all__ = ["NETWORKS", "RESNET18_TRAIN", "Network", "NetworkSizes", "blocks_to_compare", "build_network"]
+__all__ = ["NETWORKS", "RESNET18_TRAIN", "Network", "blocks_to_compare", "build_network"]
 
-SIDE, PIXELS, PATCH = 32, 28, 8
-MASK, MASKED_SHARE = NUM_BYTES, 0.15
+RESNET18_TRAIN = "ResNet18, batch statistics"
+NETWORKS = ("ResNet18", RESNET18_TRAIN, "VGG16", "MLP-Mixer", "BERT", "GPT-2", "ViT")
+"""In the papers' order. ResNet18 normalises by its running statistics, which are 0 and 1 at the start, as the papers'
+code has it (`model.eval()`); and once by those of the batch, as in training."""
+TEXT = ("BERT", "GPT-2")
+PIXELS, MASKED_SHARE = 28, 0.15
 # What the papers' code leaves out of its sample of blocks: positions and tokens that are no layer.
 LEFT_OUT = ("pos", "wpe", "cls_token", "token_type")
 Loss = Callable[[nn.Module, Any], Tensor]
-
-
-@dataclass(frozen=True)
-class NetworkSizes:
-    """How small the networks are.
-
-    Args:
-        layers: Blocks of ViT, MLP-Mixer, BERT and GPT-2.
-        width: Of the same.
-        heads: Of attention.
-        channels: Of the first convolutions of ResNet18 and VGG16, which have 64; later ones have 2, 4 and 8 times that.
-        images: In the batch.
-        windows: Of text in the batch.
-        context: Bytes in a window.
-    """
-
-    layers: int
-    width: int
-    heads: int
-    channels: int
-    images: int
-    windows: int
-    context: int
 
 
 @dataclass(frozen=True)
@@ -72,18 +53,18 @@ def build_network(name: str, sizes: NetworkSizes, seed: int) -> Network:
     """One of `NETWORKS`; weights and batch depend on the seed alone.
 
     Args:
-        name: A key of `NETWORKS`.
+        name: One of `NETWORKS`.
         sizes: How small.
         seed: Of weights and batch.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "weights"))
-        model = NETWORKS[name](sizes).eval()
-    if name == RESNET18_TRAIN:
-        model.train()
+        model = ARCHITECTURES["ResNet18" if name == RESNET18_TRAIN else name](sizes)
+    model.train(name == RESNET18_TRAIN)
     if name not in TEXT:
         return Network(model, _image_batch(sizes, seed), _classify)
-    text = TextTask(sizes.width, sizes.layers, sizes.heads, sizes.context, sizes.windows, 1).batch(seed, 0)
+    windows = TextSizes(sizes.width, sizes.layers, sizes.heads, sizes.context, sizes.windows, validation_windows=1)
+    text = TextTask(windows).batch(seed, 0)
     if name == "GPT-2":
         return Network(model, (text[:, :-1], text[:, 1:]), _predict)
     is_masked = torch.rand(text.shape, generator=Generator().manual_seed(seed_of(seed, "mask"))) < MASKED_SHARE
@@ -112,72 +93,6 @@ def blocks_to_compare(model: nn.Module, least: int) -> list[ParameterBlock]:
     return [block for block in found if block.size(model.get_parameter(block.parameter)) >= least]
 
 
-def _resnet18(sizes: NetworkSizes) -> nn.Module:
-    require("timm", "this study", extra="vision")
-    from timm.models.resnet import BasicBlock, ResNet
-
-    channels = tuple(sizes.channels * factor for factor in (1, 2, 4, 8))
-    # As in torchvision, no residual branch starts at zero.
-    return ResNet(BasicBlock, (2, 2, 2, 2), CLASSES, in_chans=1, channels=channels, zero_init_last=False)
-
-
-def _vgg16(sizes: NetworkSizes) -> nn.Module:
-    layers: list[nn.Module] = []
-    before = 1
-    for factor, count in ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3)):
-        for _ in range(count):
-            layers += [nn.Conv2d(before, factor * sizes.channels, 3, padding=1), nn.ReLU()]
-            before = factor * sizes.channels
-        layers.append(nn.MaxPool2d(2))
-    layers += [nn.Flatten(), nn.Linear(before, before), nn.ReLU(), nn.Linear(before, before), nn.ReLU()]
-    model = nn.Sequential(*layers, nn.Linear(before, CLASSES))
-    for module in model.modules():  # torchvision's; its 0.01 is of layers with 4096 inputs
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        elif isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, 0, 0.01 * (4096 / before) ** 0.5)
-        if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-    return model
-
-
-def _vit(sizes: NetworkSizes) -> nn.Module:
-    require("timm", "this study", extra="vision")
-    from timm.models.vision_transformer import VisionTransformer
-
-    return VisionTransformer(SIDE, PATCH, 1, CLASSES, embed_dim=sizes.width, depth=sizes.layers, num_heads=sizes.heads)
-
-
-def _mixer(sizes: NetworkSizes) -> nn.Module:
-    require("timm", "this study", extra="vision")
-    from timm.models.mlp_mixer import MlpMixer
-
-    model = MlpMixer(CLASSES, SIDE, 1, PATCH, num_blocks=sizes.layers, embed_dim=sizes.width)
-    model.head.reset_parameters()  # timm's is zero, and so would be the Hessians of all other blocks
-    return model
-
-
-def _bert(sizes: NetworkSizes) -> nn.Module:
-    from transformers import BertConfig, BertForMaskedLM
-
-    config = BertConfig(
-        vocab_size=NUM_BYTES + 1, hidden_size=sizes.width, num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.heads, intermediate_size=4 * sizes.width, attn_implementation="eager",
-        max_position_embeddings=sizes.context + 1,
-    )  # fmt: skip
-    return BertForMaskedLM(config)
-
-
-def _gpt2(sizes: NetworkSizes) -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        vocab_size=NUM_BYTES, n_embd=sizes.width, n_layer=sizes.layers, n_head=sizes.heads, n_positions=sizes.context,
-        bos_token_id=None, eos_token_id=None, use_cache=False, attn_implementation="eager",
-    )  # fmt: skip
-    return GPT2LMHeadModel(config)
-
-
 def _image_batch(sizes: NetworkSizes, seed: int) -> tuple[Tensor, Tensor]:
     images, labels = ImageTask(sizes.images).batch(seed, 0)
     margin = (SIDE - PIXELS) // 2
@@ -192,18 +107,3 @@ def _classify(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 def _predict(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     tokens, labels = batch
     return F.cross_entropy(model(input_ids=tokens).logits.flatten(0, 1), labels.flatten())
-
-
-RESNET18_TRAIN = "ResNet18, batch statistics"
-NETWORKS: dict[str, Callable[[NetworkSizes], nn.Module]] = {
-    "ResNet18": _resnet18,
-    RESNET18_TRAIN: _resnet18,
-    "VGG16": _vgg16,
-    "MLP-Mixer": _mixer,
-    "BERT": _bert,
-    "GPT-2": _gpt2,
-    "ViT": _vit,
-}
-"""How each is built, in the papers' order. ResNet18 normalises by its running statistics, which are 0 and 1 at the
-start, as the papers' code has it (`model.eval()`); and once by those of the batch, as in training."""
-TEXT = ("BERT", "GPT-2")

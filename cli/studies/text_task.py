@@ -18,15 +18,15 @@ from torch.nn import functional as F
 from ...tasks.data.standard_library import library_files
 from ...tasks.seeds import seed_of
 
-__all__ = ["NUM_BYTES", "TextTask"]
+__all__ = ["NUM_BYTES", "TextSizes", "TextTask"]
 
 NUM_BYTES = 256
 VALIDATION_SEED = "validation"
 
 
 @dataclass(frozen=True)
-class TextTask:
-    """The model, its training batches by number, and its validation loss.
+class TextSizes:
+    """Sizes of model and data.
 
     Args:
         width: Of the model; the MLP has about 8/3 of it.
@@ -44,17 +44,28 @@ class TextTask:
     batch_size: int
     validation_windows: int
 
+
+class TextTask:
+    """The model, its training batches by number, and its validation loss.
+
+    Args:
+        sizes: Of model and data.
+    """
+
+    def __init__(self, sizes: TextSizes) -> None:
+        self.sizes = sizes
+
     def build(self, seed: int) -> nn.Module:
         """A model with random weights that depend on the seed alone."""
         from ...tasks.llm.model import build_config, build_model
 
         options = {
             "vocab_size": NUM_BYTES,
-            "hidden_size": self.width,
-            "intermediate_size": -(-8 * self.width // 3 // 8) * 8,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "max_position_embeddings": self.context,
+            "hidden_size": self.sizes.width,
+            "intermediate_size": -(-8 * self.sizes.width // 3 // 8) * 8,
+            "num_hidden_layers": self.sizes.layers,
+            "num_attention_heads": self.sizes.heads,
+            "max_position_embeddings": self.sizes.context,
             "tie_word_embeddings": False,
             "use_cache": False,
         }
@@ -65,23 +76,24 @@ class TextTask:
 
     def batch(self, seed: int, step: int) -> Tensor:
         """Windows of the training text, `(batch_size, context + 1)`; they depend on seed and step alone."""
-        return self._windows("train", self.batch_size, seed_of(seed, "batch", step))
+        return self._windows("train", self.sizes.batch_size, seed_of(seed, "batch", step))
 
-    def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
-        """Mean cross entropy in nats a byte."""
-        logits = model(input_ids=batch[:, :-1]).logits
-        return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+    def loss(self, model: nn.Module, seed: int, step: int) -> Tensor:
+        """Mean cross entropy of the batch of a step, in nats a byte."""
+        return _cross_entropy(model, self.batch(seed, step))
 
     @torch.no_grad()
     def validation_loss(self, model: nn.Module) -> float:
         """Mean cross entropy of the validation windows in nats a byte."""
-        batch = self._windows("val", self.validation_windows, seed_of(VALIDATION_SEED))
-        return float(self.loss(model, batch))
+        batch = self._windows("val", self.sizes.validation_windows, seed_of(VALIDATION_SEED))
+        return float(_cross_entropy(model, batch))
 
     def _windows(self, part: str, count: int, seed: int) -> Tensor:
         text = self._text[part]
-        starts = torch.randint(len(text) - self.context, (count, 1), generator=Generator().manual_seed(seed))
-        return text[starts + torch.arange(self.context + 1)].long()
+        if len(text) <= self.sizes.context:
+            raise ValueError(f"context {self.sizes.context} is longer than the text: give up to {len(text) - 1}")
+        starts = torch.randint(len(text) - self.sizes.context, (count, 1), generator=Generator().manual_seed(seed))
+        return text[starts + torch.arange(self.sizes.context + 1)].long()
 
     @cached_property
     def _text(self) -> dict[str, Tensor]:
@@ -93,6 +105,11 @@ class TextTask:
         return {
             part: torch.from_numpy(np.frombuffer(b"".join(texts), np.uint8).copy()) for part, texts in parts.items()
         }
+
+
+def _cross_entropy(model: nn.Module, batch: Tensor) -> Tensor:
+    logits = model(input_ids=batch[:, :-1]).logits
+    return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
 
 
 def _is_validation(path: Path) -> bool:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Generator, Tensor, nn
-from torch.optim import Optimizer
+from torch import Generator, Tensor
 
-from lightning_adam_mini import AdamMini
-from lightning_adam_mini.schedule import Schedule
-
+from .checks import check_above, check_least
 from .descent import ScaledDescent, adam_mini_scale, adam_scale, blockwise_scale
 from .drawing import lines_with_range
 from .outcome import Claim, Outcome, Row, medians
-from .quadratics import BlockQuadratic, random_quadratic
+from .quadratics import BlockQuadratic, check_condition, random_quadratic
+from .training_on_quadratics import ADAM_MINI, ADAMW, train_at_best_rate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["Settings", "run"]
 
 GD, BLOCKWISE, ADAM, MINI = "GD, one rate", "GD, a rate a block", "Adam, frozen v", "Adam-mini, frozen v"
-ADAMW, ADAM_MINI = "torch AdamW", "AdamMini"
 WORST_CASE, BEST = "2/(L+mu)", "best tried"
 PAPER = "Adam-mini paper, Figure 3"
 
@@ -53,10 +49,14 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        if min(self.block_size, self.iterations) < 1:
-            raise ValueError("block_size and iterations must be at least 1")
-        if any(min(values, default=0) <= 0 for values in self.eigenvalues):
-            raise ValueError("eigenvalues must be positive, and every block have some: the loss has no minimum else")
+        check_least(self, 1, "block_size", "iterations")
+        check_above(self, 0, "rates")
+        every = [value for values in self.eigenvalues for value in values]
+        if min(every) <= 0:
+            raise ValueError("eigenvalues must be positive: the loss has no minimum else")
+        check_condition("eigenvalues", max(every) / min(every))
+        if not 0 <= min(self.betas) <= max(self.betas) < 1:
+            raise ValueError(f"betas must lie from 0 to below 1, not {self.betas}")
 
 
 def run(settings: Settings) -> Outcome:
@@ -65,7 +65,9 @@ def run(settings: Settings) -> Outcome:
     curves: dict[tuple[str, str], list[Tensor]] = {}
     for seed in settings.seeds:
         problem = _draw_problem(settings, seed)
-        for method, rule, rate, losses in [*_closed(problem, settings), *_trained(problem, settings)]:
+        trained = train_at_best_rate(problem, settings.rates, settings.betas, settings.iterations)
+        real = [(method, BEST, *found) for method, found in trained.items()]
+        for method, rule, rate, losses in [*_closed(problem, settings), *real]:
             rows.append(_row(seed, "whole", method, rule, rate, losses))
             if rule == WORST_CASE or method in (GD, ADAM_MINI, ADAMW):  # the others' best rates are the same
                 curves.setdefault(("whole", f"{method}, {rule}"), []).append(losses)
@@ -90,7 +92,7 @@ def run(settings: Settings) -> Outcome:
 
 def _draw_problem(settings: Settings, seed: int) -> BlockQuadratic:
     generator = Generator().manual_seed(seed)
-    choices = [torch.tensor(values) for values in settings.eigenvalues]
+    choices = [torch.tensor(values, dtype=torch.float64) for values in settings.eigenvalues]
     picks = [torch.randint(len(c), (settings.block_size,), generator=generator) for c in choices]
     return random_quadratic([c[pick].tolist() for c, pick in zip(choices, picks, strict=True)], generator)
 
@@ -105,44 +107,6 @@ def _closed(problem: BlockQuadratic, settings: Settings) -> list[tuple[str, str,
         for rule, rate in ((WORST_CASE, worst_case), (BEST, descent.best_rate(settings.iterations))):
             found.append((method, rule, rate, descent.losses(rate, settings.iterations)))
     return found
-
-
-def _trained(problem: BlockQuadratic, settings: Settings) -> list[tuple[str, str, float, Tensor]]:
-    """The same of real optimizers, whose second moments follow the gradients; one parameter a block."""
-    makers: dict[str, Callable[[nn.Module, float], Optimizer]] = {
-        ADAM_MINI: lambda module, rate: AdamMini(
-            module, lr=rate, betas=settings.betas, weight_decay=0.0, partition="default"
-        ),
-        ADAMW: lambda module, rate: torch.optim.AdamW(
-            module.parameters(), lr=rate, betas=settings.betas, weight_decay=0.0
-        ),
-    }
-    found = []
-    for method, make in makers.items():
-        tried = [(rate, _train(problem, make, rate, settings.iterations)) for rate in settings.rates]
-        rate, losses = min(tried, key=lambda pair: float(pair[1][-1].nan_to_num(torch.inf)))
-        found.append((method, BEST, rate, losses))
-    return found
-
-
-def _train(
-    problem: BlockQuadratic, make: Callable[[nn.Module, float], Optimizer], rate: float, iterations: int
-) -> Tensor:
-    """The loss before the first iteration and after each."""
-    module = nn.ParameterList(problem.start.clone().split(problem.sizes))
-    optimizer = make(module, rate)
-    scheduler = Schedule(shape="cosine", warmup=0, floor=0.0).build(optimizer, iterations)
-    parts = [block.hessian for block in problem.blocks()]
-    losses = []
-    for step in range(iterations + 1):
-        with torch.no_grad():
-            for parameter, hessian in zip(module, parts, strict=True):
-                parameter.grad = hessian @ parameter
-            losses.append(sum((p @ p.grad for p in module), torch.zeros(())) / 2)
-        if step < iterations:
-            optimizer.step()
-            scheduler.step()
-    return torch.stack(losses)
 
 
 def _row(seed: int, problem: str, method: str, rule: str, rate: float, losses: Tensor) -> Row:

@@ -1,4 +1,4 @@
-"""One short training: fixed batches, a cosine schedule, and an end where the loss is no longer finite."""
+"""One short training: fixed batches, a cosine schedule, and an error where the loss is no longer finite."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_adam_mini.schedule import Schedule
 
-__all__ = ["Training", "best_rate", "train"]
+__all__ = ["DivergedError", "Training", "best_rate", "train"]
 
 SCHEDULE = Schedule(shape="cosine", warmup=0.05, floor=0.0)
+
+
+class DivergedError(ValueError):
+    """Training that ended since the loss or a weight is not finite."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ def train(
     loss_of: Callable[[int], Tensor],
     training: Training,
     observe: Callable[[int], None] | None = None,
-) -> bool:
+) -> None:
     """Train in place.
 
     Args:
@@ -46,8 +49,8 @@ def train(
         training: Length and clipping.
         observe: Called with the number of steps taken, at first 0.
 
-    Returns:
-        Whether all losses were finite; training ends at the first that is not.
+    Raises:
+        DivergedError: The loss of a step, or a weight after the last one, is not finite.
     """
     schedulers = [SCHEDULE.build(optimizer, training.steps) for optimizer in optimizers]
     for step in range(training.steps):
@@ -55,31 +58,28 @@ def train(
             observe(step)
         model.zero_grad(set_to_none=True)
         loss = loss_of(step)
-        if not math.isfinite(float(loss.detach())):
-            return False
+        if not math.isfinite(value := float(loss.detach())):
+            raise DivergedError(f"training diverges: the loss after {step} steps is {value}; set a smaller rate")
         loss.backward()
         if training.clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), training.clip)
         for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
             optimizer.step()
             scheduler.step()
+    if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+        raise DivergedError(
+            f"training diverges: a weight after {training.steps} steps is not finite; set a smaller rate"
+        )
     if observe is not None:
         observe(training.steps)
-    return all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
 
 
 def best_rate(figures: dict[float, float], *, larger_is_better: bool = False) -> tuple[float, bool]:
     """The learning rate of the best figure, and whether it lies within the rates tried and not at their end.
 
     Args:
-        figures: A figure for each rate; what is not finite counts as the worst.
+        figures: A finite figure for each rate, that of chance where training diverged.
         larger_is_better: As of an accuracy.
-
-    Raises:
-        ValueError: No figure is finite.
     """
-    finite = {rate: figure for rate, figure in figures.items() if math.isfinite(figure)}
-    if not finite:
-        raise ValueError(f"training diverges at every learning rate tried, from {min(figures):g} on: try smaller ones")
-    best = (max if larger_is_better else min)(finite, key=finite.__getitem__)
+    best = (max if larger_is_better else min)(figures, key=figures.__getitem__)
     return best, min(figures) < best < max(figures)

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from lightning_adam_mini.factory import CAME, LAMB, SM3, Adafactor, AdamMini, AdamW, Lion, OptimizerFactory
 
+from .checks import check_above
 from .drawing import lines_with_range
 from .outcome import Claim, Outcome, Row, medians
 from .text_settings import TextSettings
 from .text_task import TextTask
-from .training import Training, train
+from .training import DivergedError, Training, train
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +33,7 @@ class Settings(TextSettings):
 
     Args:
         rate: Peak learning rate of every optimizer, as in the paper.
-        every: Steps between two measurements.
+        every: Steps between two measurements; the last step is measured too.
     """
 
     rate: float
@@ -41,13 +42,14 @@ class Settings(TextSettings):
     def __post_init__(self) -> None:
         """Check the interval."""
         super().__post_init__()
+        check_above(self, 0, "rate")
         if not 1 <= self.every <= self.steps:
             raise ValueError(f"every must lie between 1 and steps ({self.steps}), not {self.every}")
 
 
 def run(settings: Settings) -> Outcome:
     """Euclidean distance of all weights to AdamW's after the same number of steps on the same batches."""
-    task = settings.task()
+    task = TextTask(settings)
     rows: list[Row] = []
     for seed in settings.seeds:
         reference, adamw_loss = _trajectory(task, settings, seed, AdamW(lr=settings.rate, weight_decay=0.0))
@@ -84,18 +86,20 @@ def _trajectory(task: TextTask, settings: Settings, seed: int, factory: Optimize
     seen: list[Tensor] = []
 
     def keep(steps: int) -> None:
-        if steps % settings.every == 0:
+        if steps % settings.every == 0 or steps == settings.steps:
             seen.append(nn.utils.parameters_to_vector(model.parameters()).detach().clone())
 
-    loss_of = lambda step: task.loss(model, task.batch(seed, step))  # noqa: E731
-    if not train(model, [factory.build(model)], loss_of, Training(settings.steps, clip=1.0), keep):
-        raise ValueError(f"{type(factory).__name__} diverges at rate {settings.rate:g}: set a smaller rate")
+    loss_of = partial(task.loss, model, seed)
+    try:
+        train(model, [factory.build(model)], loss_of, Training(settings.steps, clip=1.0), keep)
+    except DivergedError as error:
+        raise ValueError(f"{type(factory).__name__} at rate {settings.rate:g}: {error}") from error
     return seen, task.validation_loss(model)
 
 
 def _row(name: str, seed: int, n: int, settings: Settings, distance: float, moved: list[float], loss: float) -> Row:
     return {
-        "optimizer": name, "seed": seed, "step": n * settings.every, "distance": distance,
+        "optimizer": name, "seed": seed, "step": min(n * settings.every, settings.steps), "distance": distance,
         "relative": distance / moved[n] if n else 0.0, "final_loss": loss,
     }  # fmt: skip
 

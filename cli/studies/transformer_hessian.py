@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_adam_mini.blocks import Blocks
 from lightning_adam_mini.hessian import HessianOperator
@@ -23,6 +23,7 @@ from lightning_adam_mini.hessian.block_diagonality import exact_scores
 from lightning_adam_mini.hessian.exact import check_dense, dense_block
 
 from .bit_task import KINDS, BitSizes, Matrix, build, loss_of, matrices, windows
+from .checks import check_above
 from .matrix_pictures import show_matrix, shrunk
 from .outcome import Claim, Outcome, Row, medians
 from .training import Training, train
@@ -57,6 +58,7 @@ class Settings(BitSizes):
     def __post_init__(self) -> None:
         """Check what can be before the work."""
         super().__post_init__()
+        check_above(self, 0, "rate")
         if min(self.moments) < 0 or self.moments != sorted(self.moments):
             raise ValueError(f"moments must be ascending numbers of steps from 0 on, not {self.moments}")
         check_dense([("the MLP's matrix", 4 * self.width**2)], BUDGET)
@@ -67,33 +69,38 @@ def run(settings: Settings) -> Outcome:
     rows: list[Row] = []
     pictures: dict[tuple[int, str], Tensor] = {}
     for seed in settings.seeds:
-        model, batch = build(settings, seed), windows(settings, seed)
-
-        def measure(steps: int, model: nn.Module = model, batch: Tensor = batch, seed: int = seed) -> None:
-            if steps not in settings.moments:
-                return
-            model.eval()
-            with torch.no_grad():
-                log.info("seed %d, %d steps: loss %.3f nats a bit", seed, steps, float(loss_of(model, batch)))
-            operator = HessianOperator(model, loss_of, [batch], dtype=torch.float64)
-            for matrix in matrices(model, settings):
-                dense = dense_block(operator, matrix.block, budget_bytes=BUDGET).matrix
-                rows.extend(_rows(matrix, dense, settings, seed, steps))
-                if seed == settings.seeds[0] and matrix.layer == (settings.layers + 1) // 2:
-                    pictures[steps, matrix.kind] = shrunk(dense)
-
-        def loss(_: int, model: nn.Module = model, batch: Tensor = batch) -> Tensor:
-            return loss_of(model, batch)
-
-        optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate, betas=(0.9, 0.95), weight_decay=0.1)
-        if steps := max(settings.moments):
-            train(model, [optimizer], loss, Training(steps, clip=None), measure)
-        else:
-            measure(0)
+        rows += _measured(settings, seed, pictures if seed == settings.seeds[0] else {})
     summary = medians(rows, ("steps", "kind", "cut"), ("share", "expected", "contrast", "information"))
     claims = [claim for steps in settings.moments for kind in KINDS for claim in _claims(rows, steps, kind)]
-    draw = partial(_draw, pictures, (settings.layers + 1) // 2)
+    draw = partial(_draw, pictures, _middle(settings))
     return Outcome(rows, claims, draw, size=(13, 2.6 * len(settings.moments)), summary=summary)
+
+
+def _measured(settings: Settings, seed: int, pictures: dict[tuple[int, str], Tensor]) -> list[Row]:
+    """Scores at each moment of one training; pictures are of the middle layer."""
+    model, batch = build(settings, seed), windows(settings, seed)
+    rows: list[Row] = []
+
+    def measure(steps: int) -> None:
+        if steps not in settings.moments:
+            return
+        with torch.no_grad():
+            log.info("seed %d, %d steps: loss %.3f nats a bit", seed, steps, float(loss_of(model, batch)))
+        operator = HessianOperator(model, loss_of, [batch], dtype=torch.float64)
+        for matrix in matrices(model, settings):
+            dense = dense_block(operator, matrix.block, budget_bytes=BUDGET).matrix
+            rows.extend(_rows(matrix, dense, settings, seed, steps))
+            if matrix.layer == _middle(settings):
+                pictures[steps, matrix.kind] = shrunk(dense)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate, betas=(0.9, 0.95), weight_decay=0.1)
+    training = Training(max(settings.moments), clip=None)
+    train(model, [optimizer], lambda _: loss_of(model, batch), training, measure)
+    return rows
+
+
+def _middle(settings: Settings) -> int:
+    return (settings.layers + 1) // 2
 
 
 def _cuts(shape: tuple[int, int], settings: Settings) -> dict[str, Blocks]:
@@ -139,8 +146,8 @@ def _claims(rows: Sequence[Row], steps: int, kind: str) -> list[Claim]:
         least = min(shares["head"])
         claims.append(
             Claim(
-                f"{steps} steps, {kind}: heads hold twice what chance would give, in every layer",
-                least >= 2 * expected["head"],
+                f"{steps} steps, {kind}: heads hold over half of what chance would leave out, in every layer",
+                least > (1 + expected["head"]) / 2,
                 f"least share {least:.2f}, by chance {expected['head']:.2f}",
                 PAPER,
             )

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
-
-import torch
 
 from lightning_adam_mini.hessian.lanczos import Tridiagonal
 from lightning_adam_mini.hessian.quadrature import (
@@ -28,10 +27,12 @@ _MARGIN_IN_SIGMAS = 8.0
 
 
 class Scale(StrEnum):
-    """Unit of a block's eigenvalues."""
+    """Unit of the eigenvalues."""
 
     RAW = "raw"
     """As they are: what the public code of the papers computes its densities of, and the default."""
+    MODEL = "model"
+    """In units of the largest absolute eigenvalue over all blocks: blocks differ by size, and models compare."""
     TOP = "top"
     """In units of the block's largest absolute eigenvalue: shapes of spectra alone."""
     TENTH = "tenth"
@@ -49,20 +50,28 @@ def common_densities(
 
     Args:
         tridiagonals: By the name of the block.
-        scale: Unit of each block's eigenvalues.
+        scale: Unit of the eigenvalues.
         sigma: Width of the Gaussian, in that unit. Spectra that lie within it of each other look alike.
         num_points: Of the grid; by default 50,000, and up to 400,000 where half of sigma asks for a finer one.
 
     Raises:
-        ValueError: An unknown scale, a block without a spectrum, or one whose unit is zero or not known.
+        ValueError: An unknown scale, a sigma that is no width, no block, a block without a spectrum, or one whose unit
+            is zero or not known.
     """
     scale = as_scale(scale)
+    if not 0 < sigma < math.inf:
+        raise ValueError(f"sigma must be positive and finite, not {sigma}")
+    if not tridiagonals:
+        raise ValueError("densities need the spectrum of one block at least")
     if empty := [name for name, found in tridiagonals.items() if not found]:
         raise ValueError(f"{empty[0]} has no spectrum: Lanczos needs a start at least")
-    scaled = {name: _scaled(name, [quadrature(t) for t in found], scale) for name, found in tridiagonals.items()}
+    plain = {name: [quadrature(t) for t in found] for name, found in tridiagonals.items()}
+    units = _units(plain, scale)
+    scaled = {name: [Quadrature(q.nodes / units[name], q.weights) for q in some] for name, some in plain.items()}
     every = [q for some in scaled.values() for q in some]
-    # A margin of 1 as in the public code where it is wide enough, and narrow where the eigenvalues are in [-1, 1].
-    margin = DEFAULT_MARGIN if scale is Scale.RAW else 0.0
+    # As in the public code a margin of 1, if that is enough, where blocks share a unit; where each has its own, the
+    # shapes of the spectra get all the points.
+    margin = DEFAULT_MARGIN if scale in (Scale.RAW, Scale.MODEL) else 0.0
     margin = max(margin, _MARGIN_IN_SIGMAS * sigma)
     if num_points is None:
         width = max(q.nodes[-1].item() for q in every) - min(q.nodes[0].item() for q in every) + 2 * margin
@@ -82,22 +91,37 @@ def as_scale(scale: Scale | str) -> Scale:
     return Scale(scale)
 
 
-def _scaled(name: str, quadratures: list[Quadrature], scale: Scale) -> list[Quadrature]:
-    """Quadratures in another unit: the median over starts of what each start finds."""
+def _units(quadratures: Mapping[str, Sequence[Quadrature]], scale: Scale) -> dict[str, float]:
+    """What the eigenvalues of each block are divided by."""
     if scale is Scale.RAW:
-        return quadratures
-    if scale is Scale.TOP:
-        found = [q.nodes.abs().max().item() for q in quadratures]
-    else:
-        if (fewest := min(q.nodes.numel() for q in quadratures)) < 10:
-            raise ValueError(
-                f"{name} has {fewest} eigenvalues, so no 10th: take 10 Lanczos steps or more, or scale 'top'"
-            )
-        found = [q.nodes[-10].item() for q in quadratures]
-    unit = torch.tensor(found, dtype=torch.float64).median().item()
+        return dict.fromkeys(quadratures, 1.0)
+    if scale is Scale.MODEL:
+        largest = max(_largest(q) for some in quadratures.values() for q in some)
+        _check_unit("all blocks", "largest absolute", largest)
+        return dict.fromkeys(quadratures, largest)
+    found = {}
+    for name, some in quadratures.items():
+        if scale is Scale.TOP:
+            what, sizes = "largest absolute", [_largest(q) for q in some]
+        else:
+            what, sizes = "10th largest", [_tenth(name, q) for q in some]
+        found[name] = statistics.median_low(sizes)  # over starts
+        _check_unit(name, what, found[name])
+    return found
+
+
+def _largest(found: Quadrature) -> float:
+    return found.nodes.abs().max().item()
+
+
+def _tenth(name: str, found: Quadrature) -> float:
+    if (count := found.nodes.numel()) < 10:
+        raise ValueError(f"{name} has {count} eigenvalues, so no 10th: take 10 Lanczos steps or more, or scale 'top'")
+    return found.nodes[-10].item()
+
+
+def _check_unit(whose: str, what: str, unit: float) -> None:
     if not unit > 0:
-        what = "largest absolute" if scale is Scale.TOP else "10th largest"
         raise ValueError(
-            f"the {what} eigenvalue of {name} is {unit:.3g}, which is no unit: leave it out, or scale 'raw'"
+            f"the {what} eigenvalue of {whose} is {unit:.3g}, which is no unit: leave it out, or scale 'raw'"
         )
-    return [Quadrature(q.nodes / unit, q.weights) for q in quadratures]

@@ -200,6 +200,8 @@ def _memory(tensor: Tensor) -> tuple[int, int]:
 def _edges(loss: Tensor, inputs: dict[str, Tensor]) -> dict[str, GradientEdge]:
     if not loss.requires_grad:
         return {}
-    grads = torch.autograd.grad(loss, list(inputs.values()), create_graph=True, allow_unused=True)
+    grads: tuple[Tensor | None, ...] = torch.autograd.grad(
+        loss, list(inputs.values()), create_graph=True, allow_unused=True
+    )
     found = zip(inputs, grads, strict=True)
     return {name: get_gradient_edge(grad) for name, grad in found if grad is not None and grad.requires_grad}

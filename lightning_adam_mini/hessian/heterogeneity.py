@@ -2,7 +2,7 @@
 
 The papers state the "average JS distance of spectrum among blocks" (JS0 at step 0) and print values from 0.09 to 286. A
 Jensen-Shannon divergence is at most ln 2, and its root, the distance, at most 0.833: those values leave out the spacing
-of the grid. Both are here, and so are both scales of the eigenvalues.
+of the grid. Both are here. Each depends on the unit of the eigenvalues, so there are several (`Scale`).
 
 Shapes: `k` blocks, `g` points of the grid.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_adam_mini.hessian.blocks_of import ParameterBlock, parameter_blocks
+from lightning_adam_mini.hessian.blocks_of import ParameterBlock
 from lightning_adam_mini.hessian.common_grid import Scale, as_scale, common_densities
 from lightning_adam_mini.hessian.lanczos import DEFAULT_BUDGET, Tridiagonal
 from lightning_adam_mini.hessian.operators import HessianOperator
@@ -120,15 +120,14 @@ def compare_spectra(
 
     Args:
         tridiagonals: By the name of the block, from `block_tridiagonals`.
-        scale: Unit of each block's eigenvalues.
+        scale: Unit of the eigenvalues.
         sigma: Width of the Gaussian, in that unit.
         num_points: Of the grid; by default 50,000, and more where sigma asks for them.
 
     Raises:
         ValueError: Less than two blocks, or as in `common_densities`.
     """
-    if len(tridiagonals) < 2:
-        raise ValueError(f"heterogeneity compares blocks, and there is {len(tridiagonals)}: give two or more")
+    _check_count(len(tridiagonals))
     scale = as_scale(scale)
     densities = common_densities(tridiagonals, scale=scale, sigma=sigma, num_points=num_points)
     masses = torch.stack([found.masses for found in densities.values()])
@@ -153,28 +152,34 @@ def heterogeneity_of(
     """From a model to the divergences between its blocks' spectra.
 
     Args:
-        model: In eval mode.
+        model: In eval mode; with batch norm in train mode, the Hessian has terms between samples.
         loss_fn: Takes the model and a batch, returns a scalar.
-        batches: Gives the same batches on each pass.
+        batches: The same ones on each pass.
         blocks: By default the parameters of two dimensions or more that have `steps` elements at least.
         steps: Lanczos steps.
         probes: Random starts of each block.
         seed: Of the starts.
         dtype: Of the computation.
         budget_bytes: For kept vectors of Lanczos.
-        scale: Unit of each block's eigenvalues.
+        scale: Unit of the eigenvalues.
         sigma: Width of the Gaussian, in that unit.
 
     Raises:
         ValueError: Bad input; see `checks`.
     """
+    scale = as_scale(scale)
     operator = HessianOperator(model, loss_fn, batches, dtype=dtype)
     if blocks is None:
-        shapes = operator.layout.shapes
-        known = [block for block in parameter_blocks(model) if block.parameter in shapes]
-        blocks = [b for b in known if len(shapes[b.parameter]) > 1 and shapes[b.parameter].numel() >= steps]
+        shapes = operator.layout.shapes  # of the model under wrappers such as DDP
+        blocks = [ParameterBlock(name, name) for name, s in shapes.items() if len(s) > 1 and s.numel() >= steps]
+    _check_count(len(blocks))
     found = block_tridiagonals(operator, blocks, steps=steps, probes=probes, seed=seed, budget_bytes=budget_bytes)
     return compare_spectra(found, scale=scale, sigma=sigma)
+
+
+def _check_count(blocks: int) -> None:
+    if blocks < 2:
+        raise ValueError(f"heterogeneity compares blocks, and there are {blocks}: give two or more, or fewer steps")
 
 
 def _divergences(masses: Tensor) -> Tensor:

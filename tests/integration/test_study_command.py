@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("jsonargparse")
 pytest.importorskip("matplotlib")
 
+from lightning_adam_mini.cli.studies import files, quadratic_cases
 from lightning_adam_mini.cli.studies.command import main
 
 CHANGES = ("seeds=[0,1]", "top_eigenvalues=[2000]", "unlike_spectra=null", "alike_spectra=null")
@@ -52,6 +53,66 @@ def test_the_same_seeds_give_the_same_table():
     assert Path("one/table.csv").read_bytes() == Path("two/table.csv").read_bytes()
 
 
+def test_an_earlier_outcome_is_replaced_by_one_of_the_same_study():
+    main([*QUICK, "--out", "found"])
+    main([*QUICK, "--set", "seeds=[7]", "--out", "found"])
+    assert json.loads(Path("found/result.json").read_text("utf-8"))["settings"]["seeds"] == [7]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_what_ends_a_study_leaves_the_earlier_outcome(monkeypatch, error):
+    main([*QUICK, "--out", "found"])
+    before = contents("found")
+
+    def stop(*_):
+        raise error
+
+    for place in ("_row", "_draw"):
+        with monkeypatch.context() as patch:
+            patch.setattr(quadratic_cases, place, stop)
+            with pytest.raises(error):
+                main([*QUICK, "--set", "seeds=[7]", "--out", "found"])
+        assert contents("found") == before
+
+
+def test_a_result_belongs_to_the_table_beside_it(monkeypatch):
+    """Where writing ends between the files, no earlier result stands beside the new table."""
+    main([*QUICK, "--out", "found"])
+    monkeypatch.setattr(files, "save_figure", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        main([*QUICK, "--set", "seeds=[7]", "--out", "found"])
+    assert sorted(contents("found")) == ["figure.png", "table.csv"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("result.json", '{"study": "trajectories"}', "found/result.json is of the study trajectories: give another"),
+        ("result.json", '{"mine": 1}', "found/result.json is of no finished study"),
+        ("result.json", "[", "found/result.json is of no finished study"),
+        ("table.csv", "mine", "found/table.csv is of no finished study: give another folder with --out, or remove it"),
+    ],
+)
+def test_files_of_something_else_are_left_alone(monkeypatch, name, text, message):
+    monkeypatch.setattr(quadratic_cases, "_row", lambda *_: pytest.fail("the work began"))
+    Path("found").mkdir()
+    Path("found", name).write_text(text, "utf-8")
+    with pytest.raises(ValueError, match=message):
+        main([*QUICK, "--out", "found"])
+    assert contents("found") == {name: text.encode()}
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder that nobody can write to")
+def test_a_folder_that_takes_no_files_is_told_before_the_work(monkeypatch):
+    monkeypatch.setattr(quadratic_cases, "_row", lambda *_: pytest.fail("the work began"))
+    with pytest.raises(OSError, match="/proc/self"):
+        main([*QUICK, "--out", "/proc/self"])
+
+
 def test_the_folder_is_named_after_the_recipe():
     Path("mine.yaml").write_text(
         "# My cases.\nstudy: quadratic_cases\nsettings: {seeds: [3], top_eigenvalues: [300], tolerance: 0.01,"
@@ -83,7 +144,7 @@ def test_every_study_on_text_draws(name):
         "leave_x_out": ["factors=[1.0]", "more_out=[2]", "draws=1"],
         "trajectories": ["every=1"],
         "sensitivity": ["rates=[0.001,0.01]", "beta2s=[0.9]", "epss=[1e-8]"],
-        "blockwise_gd": ["seeds=[0,1,2]", "rates=[0.01]", "sgd_rates=[0.1]"],
+        "blockwise_gd": ["seeds=[0,1,2,3]", "rates=[0.01]", "sgd_rates=[0.1]"],
     }[name]
     assert main([name, *(part for size in sizes for part in ("--set", size)), "--out", "found"]) == 0
     assert sorted(path.name for path in Path("found").iterdir()) == FILES

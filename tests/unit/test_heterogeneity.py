@@ -18,7 +18,7 @@ from lightning_adam_mini.hessian.heterogeneity import (
     js_divergence,
     js_unnormalized,
 )
-from lightning_adam_mini.hessian.lanczos import lanczos
+from lightning_adam_mini.hessian.lanczos import Tridiagonal, lanczos
 from lightning_adam_mini.hessian.quadrature import density_of_eigenvalues
 
 GRID = torch.linspace(-30, 30, 6001, dtype=torch.float64)
@@ -88,6 +88,24 @@ def test_scales_tell_size_from_shape():
     assert raw.js0_distance == pytest.approx(math.sqrt(raw.js0))
 
 
+def divided(found, unit):
+    return [Tridiagonal(t.alphas / unit, t.betas / unit, t.residual / unit, t.orthogonality) for t in found]
+
+
+def test_the_largest_of_all_blocks_is_the_unit_of_a_model():
+    """Blocks differ by size as in the raw unit, and as much in a model that is sharper throughout."""
+    spectra = {"a": tridiagonals([1.0, 2.0, 3.0]), "b": tridiagonals([-40.0, 20.0, 30.0])}
+    found = compare_spectra(spectra, scale="model", sigma=0.01)
+    by_hand = compare_spectra({name: divided(some, 40.0) for name, some in spectra.items()}, sigma=0.01)
+    torch.testing.assert_close(found.divergences, by_hand.divergences)
+    assert found.spacing == pytest.approx(by_hand.spacing)
+    for factor in (1e-6, 1e3):
+        scaled = {name: divided(some, 1 / factor) for name, some in spectra.items()}
+        again = compare_spectra(scaled, scale=Scale.MODEL, sigma=0.01)
+        torch.testing.assert_close(again.divergences, found.divergences)
+    assert found.scale is Scale.MODEL
+
+
 def test_tenth_largest_is_the_unit():
     values = [float(v) for v in range(1, 15)]  # the 10th largest is 5
     found = common_densities({"a": tridiagonals(values), "b": tridiagonals(values)}, scale=Scale.TENTH, sigma=0.02)
@@ -100,7 +118,11 @@ def test_tenth_largest_is_the_unit():
     ("spectra", "options", "message"),
     [
         ({"a": [1.0, 2.0]}, {}, "give two or more"),
-        ({"a": [1.0, 2.0], "b": [1.0, 3.0]}, {"scale": "median"}, "unknown scale"),
+        ({"a": [1.0, 2.0], "b": [1.0, 3.0]}, {"scale": "median"}, "unknown scale 'median'; choose from raw, model"),
+        ({"a": [1.0, 2.0], "b": [1.0, 3.0]}, {"sigma": 0.0}, "sigma must be positive and finite, not 0"),
+        ({"a": [1.0, 2.0], "b": [1.0, 3.0]}, {"sigma": math.nan}, "sigma must be positive and finite, not nan"),
+        ({"a": [0.0, 0.0], "b": [0.0, 0.0]}, {"scale": "model"}, "largest absolute eigenvalue of all blocks is 0"),
+        ({"a": [0.0, 0.0], "b": [1.0, 2.0]}, {"scale": "top"}, "largest absolute eigenvalue of a is 0"),
         ({"a": [1.0, 2.0], "b": [1.0, 3.0]}, {"scale": "tenth"}, "no 10th"),
         ({"a": [-2.0] * 1 + list(range(-20, -1)), "b": [1.0, 3.0]}, {"scale": "tenth"}, "no unit|no 10th"),
     ],
@@ -141,3 +163,22 @@ def test_from_a_model_to_js0():
     assert all(a < b for a, b in pairwise(found))
     chosen = of_quadratic(1.0, blocks=[ParameterBlock(name, name) for name in ("first", "bias")])
     assert chosen.names == ("first", "bias")
+
+
+def test_blocks_of_a_model_under_wrappers_are_found():
+    model = Quadratic(3.0)
+    wrapped = torch.compile(model)
+    options = {"steps": 4, "probes": 4, "sigma": 0.1}
+    plain, found = (heterogeneity_of(m, lambda m, _: m.loss(0), [0], **options) for m in (model, wrapped))
+    assert found.names == plain.names == ("first", "second")
+    assert found.js0 == plain.js0
+
+
+def test_less_than_two_blocks_are_told_before_the_work(monkeypatch):
+    from lightning_adam_mini.hessian import heterogeneity
+
+    monkeypatch.setattr(heterogeneity, "block_tridiagonals", lambda *_, **__: pytest.fail("the work began"))
+    with pytest.raises(ValueError, match="there are 0: give two or more, or fewer steps"):
+        heterogeneity_of(Quadratic(1.0), Quadratic.loss, [0], steps=5)
+    with pytest.raises(ValueError, match="unknown scale"):
+        heterogeneity_of(Quadratic(1.0), Quadratic.loss, [0], steps=4, scale="median")

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 
 import pytest
 import torch
@@ -15,26 +16,18 @@ pytest.importorskip("timm")
 pytest.importorskip("transformers")
 
 from lightning_adam_mini.cli.studies import bit_task, heterogeneity, mlp_hessian
-from lightning_adam_mini.cli.studies.eigenvalue_samples import as_csv, sample_eigenvalues
+from lightning_adam_mini.cli.studies.architectures import NetworkSizes
+from lightning_adam_mini.cli.studies.eigenvalue_samples import sample_eigenvalues, sampled_blocks, write_samples
 from lightning_adam_mini.cli.studies.matrix_pictures import shrunk
 from lightning_adam_mini.cli.studies.quadratic_cases import read_spectra
 from lightning_adam_mini.cli.studies.registry import load_study
-from lightning_adam_mini.cli.studies.six_networks import NETWORKS, NetworkSizes, blocks_to_compare, build_network
-from lightning_adam_mini.hessian import HessianOperator, Tridiagonal
+from lightning_adam_mini.cli.studies.six_networks import NETWORKS, blocks_to_compare, build_network
+from lightning_adam_mini.cli.studies.training import DivergedError
+from lightning_adam_mini.hessian import HessianOperator, Tridiagonal, compare_spectra
+from study_outcomes import claims_of, outcome_of
 
 SIZES = NetworkSizes(layers=3, width=16, heads=2, channels=4, images=8, windows=2, context=12)
 SMALL = ("layers=3", "width=16", "heads=2", "channels=4", "images=8", "windows=4", "context=16", "steps=8")
-
-
-def outcome_of(name, *changes):
-    study = load_study(name, changes)
-    return study.run(study.settings)
-
-
-def claims_of(outcome, words):
-    found = [claim for claim in outcome.claims if words in claim.text]
-    assert found, f"no claim says {words!r}"
-    return found
 
 
 def diagonal(*eigenvalues):
@@ -77,8 +70,42 @@ def test_samples_are_quantiles_of_the_positive_part_and_the_largest():
 
 
 def test_samples_are_written_as_quadratics_read_them(tmp_path):
-    (tmp_path / "own.csv").write_text(as_csv({"a": [1.0, 2.5], "b[q]": [3.0]}), "utf-8")
-    assert read_spectra(str(tmp_path / "own.csv")) == [[1.0, 2.5], [3.0]]
+    write_samples(tmp_path, "GPT-2", {"a": [1.0, 2.5], "b[q]": [3.0]})
+    assert read_spectra(str(tmp_path / "gpt2.csv")) == [[1.0, 2.5], [3.0]]
+
+
+def test_a_block_that_is_to_be_sampled_and_is_not_there_is_told():
+    names = [f"layer{stage}.0.conv1.weight" for stage in (4, 2, 1)]
+    with pytest.raises(ValueError, match=r"ResNet18: layer3.0.conv1.weight is not among the blocks: give fewer steps"):
+        sampled_blocks("ResNet18", names)
+    assert sampled_blocks("ResNet18", ["conv1.weight", "layer3.0.conv1.weight", *names]) == [
+        f"layer{stage}.0.conv1.weight" for stage in (1, 2, 3, 4)
+    ]
+
+
+def test_spectra_of_networks_that_are_not_there_are_refused():
+    with pytest.raises(ValueError, match="spectra are of GPT-2 and ResNet18: give networks one of them"):
+        load_study("heterogeneity", ["networks=[ViT]", "spectra=found"])
+
+
+def test_a_training_that_diverges_has_no_hessians():
+    sizes = ("layers=1", "width=8", "heads=2", "bits=24", "context=6", "moments=[5]", "seeds=[0]")
+    with pytest.raises(DivergedError, match="set a smaller rate"):
+        outcome_of("transformer_hessian", *sizes, "rate=1e200")
+
+
+def test_networks_that_are_too_small_are_told_before_the_work(monkeypatch):
+    def work(*_):
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr(heterogeneity, "block_tridiagonals", work)
+    for networks, steps, message in (
+        ("[GPT-2, ViT]", 2000, "GPT-2 has 1 blocks of 2000 elements or more: give fewer steps"),
+        ("[ViT, GPT-2]", 900, "GPT-2: h.2.attn.c_attn.weight"),
+    ):
+        changes = (*SMALL, "seeds=[0]", f"networks={networks}", f"steps={steps}", "spectra=found")
+        with pytest.raises(ValueError, match=re.escape(message)):
+            outcome_of("heterogeneity", *changes)
 
 
 def test_units_tell_scales_of_blocks_of_the_network_or_none():
@@ -87,7 +114,7 @@ def test_units_tell_scales_of_blocks_of_the_network_or_none():
     for scale in (1.0, 1e-5):
         spectra = {"sharp": diagonal(scale), "flat": diagonal(scale / 2)}
         for unit in heterogeneity.UNITS:
-            found[unit, scale] = heterogeneity.compare_in(unit, spectra).js0
+            found[unit, scale] = compare_spectra(spectra, scale=heterogeneity.SCALES[unit]).js0
     apart = pytest.approx(math.log(2), abs=1e-6)
     assert (found["none", 1.0], found["network", 1.0]) == (apart, apart)
     assert found["network", 1e-5] == apart
@@ -166,16 +193,24 @@ def test_a_large_matrix_is_shrunk_by_the_largest_of_a_square():
         ("heterogeneity", "networks=[LeNet]", "there is no network 'LeNet'; networks are ResNet18"),
         ("heterogeneity", "width=30", "width 30 must be a multiple of heads, 4"),
         ("heterogeneity", "images=0", "images must be at least 1, not 0"),
-        ("heterogeneity", "steps=1", "steps and samples must be at least 2"),
-        ("transformer_hessian", "heads=1", "heads must be at least 2 and divide width, 16"),
-        ("transformer_hessian", "heads=16", "heads of one row are rows"),
+        ("heterogeneity", "steps=1", "steps must be at least 2, not 1"),
+        ("transformer_hessian", "heads=1", "heads must be at least 2, not 1"),
+        ("transformer_hessian", "heads=16", "width must be twice the heads, 16, or a larger multiple, not 16"),
         ("transformer_hessian", "bits=8", "bits must be more than context, 8, not 8"),
         ("transformer_hessian", "moments=[50,0]", "moments must be ascending"),
+        ("transformer_hessian", "heads=3", "width must be twice the heads, 3"),
+        ("transformer_hessian", "rate=-1", "rate must be above 0, not -1"),
         ("transformer_hessian", "width=1024", "takes .* GB .* and the budget is"),
         ("mlp_hessian", "hidden=1", "hidden must be at least 2"),
         ("mlp_hessian", "parts=[0,2]", "parts must ascend from 0"),
         ("mlp_hessian", "classes=[1]", "classes must be at least 2, not 1"),
-        ("mlp_hessian", "steps=0", "images, steps, inputs and samples"),
+        ("mlp_hessian", "steps=0", "steps must be at least 1, not 0"),
+        ("mlp_hessian", "parts=[0,0.0001,1]", "two of parts .* are the same of 1000 steps"),
+        ("mlp_hessian", "classes=[10,2]", "classes must ascend"),
+        ("mlp_hessian", "hidden=1000", "the perceptron, which has 59,000 parameters, takes"),
+        ("mlp_hessian", "rate=0", "rate must be above 0, not 0"),
+        ("heterogeneity", "condition_number=1", "condition_number must be above 1"),
+        ("heterogeneity", "spectra=/dev/null", "spectra /dev/null: this is a file; give a folder"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line(name, change, message):

@@ -1,6 +1,8 @@
 """Studies that train: their tasks, BAGM's rule, and what they claim, at sizes of seconds."""
 
+import itertools
 import math
+import random
 
 import pytest
 import torch
@@ -11,25 +13,14 @@ pytest.importorskip("jsonargparse")
 pytest.importorskip("lightning")
 pytest.importorskip("matplotlib")
 
-from lightning_adam_mini.cli.studies import sensitivity, trajectories
+from lightning_adam_mini.cli.studies import leave_x_out, sensitivity, trajectories
 from lightning_adam_mini.cli.studies.bagm import BAGM
 from lightning_adam_mini.cli.studies.image_task import ScaledPerceptron
-from lightning_adam_mini.cli.studies.registry import load_study
-from lightning_adam_mini.cli.studies.text_task import TextTask
-from lightning_adam_mini.cli.studies.training import Training, best_rate, train
+from lightning_adam_mini.cli.studies.text_task import TextSizes, TextTask
+from lightning_adam_mini.cli.studies.training import DivergedError, Training, best_rate, train
+from study_outcomes import claims_of, outcome_of
 
 SMALL = ("width=16", "layers=1", "heads=2", "context=16", "batch_size=8", "validation_windows=64")
-
-
-def outcome_of(name, *changes):
-    study = load_study(name, changes)
-    return study.run(study.settings)
-
-
-def claims_of(outcome, words):
-    found = [claim for claim in outcome.claims if words in claim.text]
-    assert found, f"no claim says {words!r}"
-    return found
 
 
 def naive_bagm(weights, gradients, *, lr, beta1, beta2, eps):
@@ -81,7 +72,8 @@ def test_factors_of_layers_leave_the_function_and_scale_its_gradients():
 
 
 def test_a_text_batch_depends_on_seed_and_step_alone():
-    task, again = (TextTask(8, 1, 2, context=12, batch_size=3, validation_windows=4) for _ in range(2))
+    sizes = TextSizes(width=8, layers=1, heads=2, context=12, batch_size=3, validation_windows=4)
+    task, again = TextTask(sizes), TextTask(sizes)
     assert task.batch(0, 5).shape == (3, 13)
     assert torch.equal(task.batch(0, 5), again.batch(0, 5))
     assert not torch.equal(task.batch(0, 5), task.batch(0, 6))
@@ -94,13 +86,27 @@ def test_a_text_batch_depends_on_seed_and_step_alone():
     assert task.validation_loss(models[0]) == pytest.approx(math.log(256), abs=0.3)
 
 
+def test_a_window_longer_than_the_text_is_refused():
+    sizes = TextSizes(width=8, layers=1, heads=2, context=10**9, batch_size=3, validation_windows=4)
+    with pytest.raises(ValueError, match="context 1000000000 is longer than the text: give up to"):
+        TextTask(sizes).batch(0, 0)
+
+
 def test_training_ends_where_the_loss_is_not_finite():
     model = nn.Linear(2, 1)
     seen = []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = lambda step: model(torch.ones(2)).sum() * (math.nan if step == 3 else 1)  # noqa: E731
-    assert not train(model, [optimizer], losses, Training(5, clip=None), seen.append)
+    with pytest.raises(DivergedError, match="loss after 3 steps is nan; set a smaller rate"):
+        train(model, [optimizer], losses, Training(5, clip=None), seen.append)
     assert seen == [0, 1, 2, 3]
+
+
+def test_a_weight_that_the_last_step_loses_is_no_end_of_training():
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e38)
+    with pytest.raises(DivergedError, match="a weight after 1 steps is not finite"):
+        train(model, [optimizer], lambda _: model(torch.ones(2)).sum() * 1e20, Training(1, clip=None))
 
 
 def test_training_trains_with_every_optimizer_to_the_end_of_the_schedule():
@@ -108,18 +114,16 @@ def test_training_trains_with_every_optimizer_to_the_end_of_the_schedule():
     before = [parameter.detach().clone() for parameter in model.parameters()]
     optimizers = [torch.optim.SGD([parameter], lr=0.1) for parameter in model.parameters()]
     seen = []
-    assert train(model, optimizers, lambda _: model(torch.ones(2)).square().sum(), Training(4, clip=1.0), seen.append)
+    train(model, optimizers, lambda _: model(torch.ones(2)).square().sum(), Training(4, clip=1.0), seen.append)
     assert seen == [0, 1, 2, 3, 4]
     assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(optimizer.param_groups[0]["lr"] == 0 for optimizer in optimizers)
 
 
 def test_the_best_rate_and_whether_it_is_at_the_end_of_the_grid():
-    assert best_rate({0.1: 2.0, 0.2: 1.0, 0.3: math.inf}) == (0.2, True)
+    assert best_rate({0.1: 2.0, 0.2: 1.0, 0.3: 5.5}) == (0.2, True)
     assert best_rate({0.1: 2.0, 0.2: 1.0}) == (0.2, False)
     assert best_rate({0.1: 2.0, 0.2: 1.0}, larger_is_better=True) == (0.1, False)
-    with pytest.raises(ValueError, match=r"diverges at every learning rate tried, from 0\.1 on"):
-        best_rate({0.2: math.nan, 0.1: math.inf})
 
 
 def test_sgd_falls_where_layers_are_unlike_and_adam_does_not():
@@ -146,6 +150,25 @@ def test_one_rate_a_block_is_left_out_of_adam():
     assert all(row["gain"] == adam - row["loss"] for row in trained.rows)
 
 
+def test_choices_are_drawn_once_each_and_only_if_there_are_so_many():
+    names = ["a", "b", "c", "d"]
+    pairs = leave_x_out._choices(names, 2, 6, random.Random(0))
+    assert sorted(pairs) == list(itertools.combinations(names, 2))
+    with pytest.raises(ValueError, match="more_out 2: there are fewer than 7 choices among 4 blocks"):
+        leave_x_out._choices(names, 2, 7, random.Random(0))
+
+
+def test_more_blocks_than_there_are_is_told_before_the_work(monkeypatch):
+    monkeypatch.setattr(leave_x_out, "final_loss", lambda *_: pytest.fail("the work began"))
+    with pytest.raises(ValueError, match="more_out 50: there are fewer than 4 choices among 9 blocks"):
+        outcome_of("leave_x_out", *SMALL, "more_out=[50]")
+
+
+def test_a_probe_that_diverges_is_no_probe():
+    with pytest.raises(DivergedError, match="set a smaller rate"):
+        outcome_of("blockwise_gd", *SMALL, "steps=20", "probe_rate=1e30")
+
+
 def test_adam_mini_stays_nearer_to_adamw_than_most():
     pytest.importorskip("pytorch_optimizer")
     outcome = outcome_of("trajectories", *SMALL, "seeds=[0]", "steps=30", "every=10", "rate=0.003")
@@ -170,6 +193,15 @@ def test_distances_are_those_of_the_weights(monkeypatch):
     assert [distance[trajectories.MINI, step] for step in (0, 2, 4, 6)] == [0, 0, 0, 0]
     assert 0 <= distance["elements", 6] < 1e-3 < distance["SM3", 6]
     assert [claim.holds for claim in outcome.claims] == [True, True]
+
+
+def test_the_last_step_is_measured_whatever_the_interval():
+    pytest.importorskip("pytorch_optimizer")
+    outcome = outcome_of("trajectories", *SMALL, "seeds=[0]", "steps=5", "every=2")
+    assert [row["step"] for row in outcome.rows if row["optimizer"] == "AdamW"] == [0, 2, 4, 5]
+    distance = {row["step"]: row["distance"] for row in outcome.rows if row["optimizer"] == trajectories.MINI}
+    (line,) = [line for line in outcome.summary if line["optimizer"] == trajectories.MINI]
+    assert line["distance"] == distance[5] != distance[4]
 
 
 def test_sensitivity_is_told_cell_by_cell():

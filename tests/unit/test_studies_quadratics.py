@@ -12,7 +12,7 @@ from lightning_adam_mini import AdamMini
 from lightning_adam_mini.cli.studies.descent import ScaledDescent, adam_mini_scale, adam_scale, blockwise_scale
 from lightning_adam_mini.cli.studies.quadratic_cases import read_spectra
 from lightning_adam_mini.cli.studies.quadratics import random_quadratic
-from lightning_adam_mini.cli.studies.registry import load_study
+from study_outcomes import claims_of, outcome_of
 
 SPECTRA = [[1.0, 2.0, 3.0, 4.0], [90.0, 100.0]]
 
@@ -22,16 +22,9 @@ def problem():
     return random_quadratic(SPECTRA, Generator().manual_seed(0))
 
 
-def outcome_of(name, *changes):
-    study = load_study(name, changes)
-    return study.run(study.settings)
-
-
 def holding(outcome, words):
     """Whether each claim whose text has these words holds."""
-    found = [claim.holds for claim in outcome.claims if words in claim.text]
-    assert found, f"no claim says {words!r}"
-    return found
+    return [claim.holds for claim in claims_of(outcome, words)]
 
 
 def test_a_random_quadratic_has_the_eigenvalues_given_and_dense_blocks(problem):
@@ -41,7 +34,7 @@ def test_a_random_quadratic_has_the_eigenvalues_given_and_dense_blocks(problem):
         assert_close(torch.linalg.eigvalsh(block.hessian), torch.tensor(eigenvalues, dtype=torch.float64))
         assert (block.hessian.abs() > 1e-3).all()
     assert not problem.hessian[:4, 4:].any()
-    assert problem.condition_number == pytest.approx(100)
+    assert ScaledDescent(problem).condition_number == pytest.approx(100)
 
 
 def test_it_depends_on_the_generator_alone(problem):
@@ -123,6 +116,35 @@ def test_adam_is_fast_on_unlike_blocks_alone():
         assert alike["adam"] > 20 * unlike["adam"]
 
 
+def test_one_seed_has_no_quartiles_but_its_own_ratio():
+    outcome = outcome_of("quadratic_cases", "seeds=[4]", "top_eigenvalues=[2000]", "unlike_spectra=null")
+    for row, claim in zip(outcome.rows, outcome.claims, strict=True):
+        ratio = f"{row['gd'] / row['adam']:.2g}"
+        assert claim.measured.endswith(f"quartiles of GD / Adam {ratio} and {ratio}")
+
+
+def test_the_correlation_of_two_angles_is_measured():
+    """Two draws, of which the denser matrix has the smaller r: the correlation is 1."""
+    changes = ("dimensions=[6]", "condition_numbers=[2]", "angles=[0, 0.05]")
+    found = {}
+    for seed in range(30):
+        outcome = outcome_of("diagonal_preconditioner", f"seeds=[{seed}]", *changes)
+        (claim,) = claims_of(outcome, "r falls as H gets more diagonal")
+        first, second = outcome.rows
+        rises = (second["r"] > first["r"]) == (second["tau"] < first["tau"])
+        assert claim.measured.endswith(f"rank correlation of tau and r {-1 if rises else 1:.2f}")
+        found[rises] = seed
+    assert len(found) == 2
+
+
+def test_eigenvalues_are_drawn_in_float64():
+    outcome = outcome_of(
+        "three_block_quadratic", "seeds=[0]", "block_size=1", "iterations=1", "rates=[0.1]", "eigenvalues=[[0.1],[7]]"
+    )
+    rates = {row["problem"]: row["rate"] for row in outcome.rows if row["method"] == "GD, one rate"}
+    assert rates["block 1"] == pytest.approx(10, rel=1e-12)
+
+
 def test_packaged_spectra_of_networks():
     """The direction of the claim: Adam is the faster one on the unlike blocks of a GPT-2, and not on a ResNet's."""
     lines = {line["case"]: line for line in outcome_of("quadratic_cases", "seeds=[0,1,2,3,4,5,6,7,8]").summary}
@@ -149,6 +171,8 @@ def test_spectra_of_networks_are_cases_1_and_3(tmp_path):
         ("block,eigenvalue\na,1\na,nan\n", "line 3: eigenvalue nan"),
         ("name,value\na,1\n", "line 2: give columns block and eigenvalue"),
         ("block,eigenvalue\n", "no line with an eigenvalue"),
+        ("block,eigenvalue\na,1\na,1e11\n", "condition number of 1e.11 is too large"),
+        ("block,eigenvalue\n" + "a" * 200_000 + ",1\n", "is no CSV: field larger"),
     ],
 )
 def test_spectra_that_are_none_are_refused(tmp_path, text, message):
@@ -172,12 +196,12 @@ def test_a_small_condition_number_is_worsened_anyway():
 def test_on_a_diagonal_matrix_the_weights_alone_are_left():
     """r = (max |w| / min |w|) / kappa at tau = 1."""
     outcome = outcome_of(
-        "diagonal_preconditioner", "seeds=[3]", "dimensions=[6]", "condition_numbers=[50]", "angles=[0.0]"
+        "diagonal_preconditioner", "seeds=[3]", "dimensions=[6]", "condition_numbers=[50]", "angles=[0, 1]"
     )
     generator = Generator().manual_seed(3)
     torch.randperm(6, generator=generator)
     torch.randn(6, 6, generator=generator, dtype=torch.float64)
     weights = torch.randn(6, generator=generator, dtype=torch.float64).abs()
-    (row,) = outcome.rows
+    row, _ = outcome.rows
     assert row["tau"] == pytest.approx(1)
     assert row["r"] == pytest.approx(float(weights.max() / weights.min()) / 50)
