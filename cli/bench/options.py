@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ STEP = """Time one step of several optimizers on the same parameters and random 
 model has random weights; no data are read and nothing is downloaded."""
 THROUGHPUT = """The largest micro-batch of a language model that fits into the memory of one device, for each optimizer.
 It is predicted from shapes, without the memory; --measure runs it on this machine and times it."""
-UNITS = {"": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
 def parse_step(arguments: Sequence[str]) -> Namespace:
@@ -88,7 +86,7 @@ def parse_throughput(arguments: Sequence[str]) -> Namespace:
     options = parser.parse_args(arguments)
     _check_model(parser, options, ("recipe", "hf"))
     options.memory_text = options.memory
-    options.memory = _bytes(parser, options.memory)
+    options.memory = parser.memory(options.memory, least=1)
     for name in ("ranks", "context", "sequences"):
         if (number := getattr(options, name)) is not None and number < 1:
             parser.error(f"--{name} {number}: at least 1")
@@ -185,13 +183,3 @@ def _check_model(parser: Parser, options: Namespace, sources: Sequence[str]) -> 
         parser.error(f"--threads {options.threads}: at least 1")
     if options.out is not None:
         options.out = parser.folder(options.out)
-
-
-def _bytes(parser: Parser, text: str) -> int:
-    found = re.fullmatch(r"\s*([0-9.]+)\s*([a-z]*)\s*", text.lower())
-    if found is None or found[2] not in UNITS or found[1].count(".") > 1 or not found[1].strip("."):
-        parser.error(f"--memory {text}: give a number with a unit, such as 80GB, 80GiB or 500MB")
-    size = int(float(found[1]) * UNITS[found[2]])
-    if size < 1:
-        parser.error(f"--memory {text}: more than nothing")
-    return size

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 from argparse import Namespace
 from dataclasses import asdict
 from typing import Any
 
 import yaml
 
-from lightning_adam_mini.hessian.advice import Advice, CutAdvice, advise
+from lightning_adam_mini.hessian.advice import Advice, advise
+from lightning_adam_mini.hessian.cut_advice import CutAdvice
 from lightning_adam_mini.hessian.gradient_spread import mean_square_gradients
 
+from .cuts import expressible_cuts, with_own_overrides
+from .memory import check_each
 from .problem import load_problem
+from .progress import tell_each
 from .results import Report, Table, head
-from .selection import choose_blocks, expressible_cuts, matrices
+from .selection import choose_blocks
 
 __all__ = ["run"]
-
-log = logging.getLogger(__name__)
 
 
 def run(options: Namespace) -> None:
@@ -29,35 +30,44 @@ def run(options: Namespace) -> None:
     """
     problem = load_problem(options)
     model = problem.task
-    blocks = choose_blocks(model, options.blocks, problem.factory) if options.blocks else matrices(model)[0]
+    blocks, _ = choose_blocks(model, options.blocks, problem.factory)
     if part := next((block.name for block in blocks if block.index is not None), None):
         raise ValueError(f"--blocks {part}: advice is about whole parameters; leave [...] out")
     vectors = [block.name for block in blocks if model.get_parameter(block.parameter).dim() < 2]
     blocks = [block for block in blocks if block.name not in vectors]
     if not blocks:
         raise ValueError(f"--blocks: {', '.join(vectors[:3])}: vectors have no rows or heads to cut by; name matrices")
+    operator = problem.operator()
+    if options.method == "exact":
+        check_each({block.name: operator.block_size(block) for block in blocks}, options)
     squares = mean_square_gradients(model, problem.loss, problem.batches)
     found = advise(
-        problem.operator(),
+        operator,
         expressible_cuts(model, problem.factory),
         parameters=[block.parameter for block in blocks],
         squares=squares,
         method=options.method,
-        probes=options.probes,
+        columns=options.columns,
         seed=options.seed,
         budget_bytes=options.memory,
-        on_parameter=lambda name, number, total: log.info("%d of %d: %s", number, total, name),
+        on_parameter=tell_each("advice"),
     )
-    report = Report(options, head(options, problem) | {"method": options.method, "probes": options.probes})
+    settings = {"method": options.method, "columns": options.columns, "memory": options.memory_text}
+    report = Report(options, head(options, problem) | settings, notes=list(problem.notes))
     report.tables += _tables(found)
     if vectors:
         report.notes.append(f"vectors keep their cuts, for they have no rows or heads: {', '.join(vectors)}")
     report.notes.append(
         f"second moments of these matrices: {found.state_bytes:,} bytes under the advice, {found.full_bytes:,} in full"
     )
-    overrides = found.overrides
-    text = yaml.safe_dump({"optimizer": {"init_args": {"partition_overrides": overrides}}}, width=200)
-    report.notes.append(f"for the recipe:\n{text}" if overrides else "no override is needed: the cuts stay as they are")
+    overrides = with_own_overrides(model, problem.factory, found.overrides)
+    asked: dict[str, Any] = {"init_args": {"partition_overrides": overrides}}
+    if problem.has_other_optimizer:
+        asked = {"class_path": "lightning_adam_mini.factory.AdamMini", **asked}
+    text = yaml.safe_dump({"optimizer": asked}, sort_keys=False, width=200)
+    report.notes.append(
+        f"for the recipe:\n{text}" if found.overrides else "no override is needed: the cuts stay as they are"
+    )
     figures = {
         "partition_overrides": overrides,
         "state_bytes": found.state_bytes,

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..arguments import cpu_threads, make_folder
 from ..recipes import find_recipe
 from .options import parse
 
@@ -34,13 +35,16 @@ def main(arguments: Sequence[str]) -> int:
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"hessian needs {package}; install it with pip install 'lightning-adam-mini[app]'")
     if options.out is None:
-        options.out = Path("runs") / "hessian" / recipe.stem / options.command
-    options.out.mkdir(parents=True, exist_ok=True)  # what cannot be written is told before the work
+        # The configuration of a run is named after its folder.
+        name = recipe.absolute().parent.name if recipe.name == "config.yaml" else recipe.stem
+        options.out = Path("runs") / "hessian" / name / options.command
+    make_folder(options.out)
     if options.command in ("spectrum", "js"):
         from .spectra import run
     elif options.command == "exact":
         from .exact import run
     else:
         from .advise import run
-    run(options)
+    with cpu_threads(options.threads):
+        run(options)
     return 0

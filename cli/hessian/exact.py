@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from lightning_adam_mini.hessian.block_diagonality import candidate_cuts, exact_scores, tau
-from lightning_adam_mini.hessian.exact import check_dense, dense_block, dense_bytes
+from lightning_adam_mini.hessian.exact import dense_block
 
 from ...tasks.run_files import replacing
-from .pictures import draw_hessians
+from .memory import check_all, dense_bytes_of
+from .pictures import draw_hessians, drawn
 from .problem import load_problem
+from .progress import tell_duration, tell_each
 from .results import Report, Table, head
-from .selection import choose_blocks, matrices
+from .selection import choose_blocks
 
 __all__ = ["run"]
 
@@ -30,24 +32,22 @@ def run(options: Namespace) -> None:
         ValueError: See `command.main`.
     """
     problem = load_problem(options)
-    model = problem.task
-    blocks = choose_blocks(model, options.blocks, problem.factory) if options.blocks else matrices(model)[0]
+    blocks, _ = choose_blocks(problem.task, options.blocks, problem.factory)
     operator = problem.operator()
-    sizes = [(block.name, operator.block_size(block)) for block in blocks]
-    check_dense(sizes, options.memory)
-    log.info(
-        "%d blocks, the largest of %d parameters: %.2f GB at a time",
-        len(blocks),
-        max(size for _, size in sizes),
-        max(dense_bytes(size) for _, size in sizes) / 1e9,
-    )
-    report = Report(options, head(options, problem))
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    sizes = {block.name: operator.block_size(block) for block in blocks}
+    check_all(sizes, options)
+    gigabytes = dense_bytes_of(sizes) / 1e9
+    log.info("%d blocks, the largest of %d parameters: %.2g GB", len(blocks), max(sizes.values()), gigabytes)
+    report = Report(options, head(options, problem) | {"memory": options.memory_text}, notes=list(problem.notes))
+    shapes = {name: tuple(parameter.shape) for name, parameter in problem.task.named_parameters()}
+    tell = tell_each("dense Hessians", list(sizes.values()))
     dense: dict[str, Tensor] = {}
     figures: dict[str, Any] = {}
     rows, scores_of = [], {}
-    for block in blocks:
-        found = dense_block(operator, block, budget_bytes=options.memory)
+    for number, block in enumerate(blocks, 1):
+        tell(block.name, number, len(blocks))
+        alone = tell_duration("its rows") if len(blocks) == 1 else None
+        found = dense_block(operator, block, budget_bytes=options.memory, on_step=alone)
         dense[block.name] = found.matrix
         eigenvalues = torch.linalg.eigvalsh(found.matrix)
         figures[block.name] = {
@@ -93,8 +93,9 @@ def run(options: Namespace) -> None:
         ]
         columns = ["parameter", "cut", "share inside", "share of entries", "contrast", "information, nats"]
         report.tables.append(Table("The three cuts with the most information", columns, best))
-    caption = "Absolute entries of the dense Hessians, each up to its 99th percentile"
-    report.pictures["hessians"] = (caption, draw_hessians(dense))
+    shown, part = drawn(dense)
+    caption = f"Absolute entries of the dense Hessians, each up to its 99th percentile{part}"
+    report.pictures["hessians"] = (caption, draw_hessians(shown))
     with replacing(path := options.out / "hessians.pt") as beside:
         torch.save(dense, beside)
     report.tell([path, *report.write("exact.json", {"blocks": figures})])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from argparse import Namespace
 from collections.abc import Sequence
@@ -21,8 +22,9 @@ COMMANDS = {
 DESCRIPTION = """{title} The loss is that of the recipe's task in eval mode, over the first batches of the
 training data; the weights are fresh ones as `fit` would start with, or those of a checkpoint. Options of `adam-mini
 fit`, such as --data.batch_size 8, change the recipe."""
-UNITS = {"": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-PASSED_ON = ("--model.", "--data.", "--trainer.", "--optimizer.", "--schedule.", "--seed_everything")
+PASSED_ON = re.compile(r"--(model|data|optimizer)(\.|=|$)|--seed_everything(=|$)")
+"""Options of `fit` that change the model, its data or how it is cut."""
+WITHOUT_EFFECT = re.compile(r"--(trainer|schedule|checkpoint|performance)\b")
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
@@ -43,10 +45,12 @@ def parse(arguments: Sequence[str]) -> Namespace:
         parser.parse_args(["--help"])
     if arguments[0] not in COMMANDS:
         parser.error(f"hessian {arguments[0]}: there is no such command; choose from {', '.join(COMMANDS)}")
+    if PASSED_ON.match(first := "".join(arguments[1:2])) and "=" not in first:
+        parser.error(f"{first} stands before RECIPE, and its value would be read as one: give RECIPE first")
     options, rest = _parser(command := arguments[0]).parse_known_args(arguments[1:])
     options.command = command
     options.recipe_options = _recipe_options(parser, rest)
-    options.memory = _bytes(parser, options.memory)
+    options.memory_text, options.memory = options.memory, parser.memory(options.memory, least=0)
     _check(parser, options)
     return options
 
@@ -71,7 +75,7 @@ def _parser(command: str) -> Parser:
     parser.add_argument(
         "--precision",
         choices=("float32", "float64"),
-        default="float64" if command in ("exact", "advise") else "float32",
+        default="float64" if command == "exact" else "float32",
         help="Of the computation; %(default)s by default.",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="CUDA where there is a GPU by default.")
@@ -79,8 +83,9 @@ def _parser(command: str) -> Parser:
         "--memory",
         default="2GiB",
         metavar="SIZE",
-        help="For vectors of Lanczos, or for a dense Hessian; 2GiB by default.",
+        help="For vectors of Lanczos (0 keeps none), or for a dense Hessian; 2GiB by default.",
     )
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; as many as torch takes by default.")
     parser.add_argument("--out", type=Path, metavar="DIR", help="runs/hessian/RECIPE/COMMAND by default.")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="Of random vectors and of noise in the loss.")
     if command in ("spectrum", "js"):
@@ -90,9 +95,10 @@ def _parser(command: str) -> Parser:
     if command == "js":
         parser.add_argument(
             "--scale",
-            choices=("raw", "top", "tenth"),
+            choices=("raw", "model", "top", "tenth"),
             default="raw",
-            help="Eigenvalues as they are, or over the block's largest absolute or 10th largest; raw by default.",
+            help="Eigenvalues as they are, in units of the largest absolute one of all blocks (model), or of the "
+            "block's own largest absolute one (top) or 10th largest (tenth); raw by default.",
         )
         parser.add_argument(
             "--sigma", type=float, default=1e-5**0.5, help="Width of the blur, in the unit of --scale; 0.00316."
@@ -102,17 +108,21 @@ def _parser(command: str) -> Parser:
             "--method",
             choices=("auto", "exact", "sketch"),
             default="auto",
-            help="Dense Hessians, random signs, or dense ones up to 1,024 elements (auto).",
+            help="Dense Hessians, some of their columns, or dense ones up to 1,024 elements (auto, the default).",
         )
-        parser.add_argument("--probes", type=int, default=8, metavar="N", help="Of the sketch; 8 by default.")
+        parser.add_argument("--columns", type=int, default=64, metavar="N", help="Of the sketch; 64 by default.")
     return parser
 
 
 def _recipe_options(parser: Parser, rest: Sequence[str]) -> list[str]:
     """What goes to the recipe; any other option is an error here."""
-    options = [text for text in rest if text.startswith("-")]
-    if (rest and not rest[0].startswith("-")) or any(not text.startswith(PASSED_ON) for text in options):
-        wrong = next((text for text in options if not text.startswith(PASSED_ON)), rest[0])
+    options = [text for text in rest if re.match(r"-+[^\d.]", text)]  # and not the negative number that one is set to
+    if idle := next((text for text in options if WITHOUT_EFFECT.match(text)), None):
+        parser.error(f"{idle} changes nothing here, where nothing is trained: leave it out")
+    wrong = next((text for text in options if not PASSED_ON.match(text)), None)
+    if wrong is None and rest and rest[0] not in options:
+        wrong = rest[0]
+    if wrong is not None:
         parser.error(f"there is no option {wrong}; `adam-mini hessian COMMAND --help` lists them")
     return list(rest)
 
@@ -120,20 +130,18 @@ def _recipe_options(parser: Parser, rest: Sequence[str]) -> list[str]:
 def _check(parser: Parser, options: Namespace) -> None:
     if not options.recipe:
         parser.error("RECIPE is empty: give a name; `adam-mini recipes` lists them")
-    least = {"batches": 1, "steps": 1, "probes": 2 if options.command == "advise" else 1}
+    least = {"batches": 1, "steps": 1, "probes": 1, "columns": 2, "threads": 1}
     for name, number in least.items():
-        if getattr(options, name, number) < number:
-            parser.error(f"--{name} {getattr(options, name)}: at least {number}")
-    if getattr(options, "sigma", 1.0) <= 0:
+        if (given := getattr(options, name, None)) is not None and given < number:
+            parser.error(f"--{name} {given}: at least {number}")
+    if not 0 < getattr(options, "sigma", 1.0) < math.inf:
         parser.error(f"--sigma {options.sigma}: a width is positive")
+    if getattr(options, "scale", None) == "tenth" and options.steps < 10:
+        parser.error(f"--scale tenth needs --steps 10 or more, not {options.steps}: fewer find no 10th eigenvalue")
     if options.out is not None:
         options.out = parser.folder(options.out)
-    if options.run_dir is not None and options.ckpt_path is None:
+    for name in ("ckpt_path", "run_dir"):
+        if getattr(options, name) == "":
+            parser.error(f"--{name} is empty: give a path, or leave it out")
+    if options.run_dir is not None and options.ckpt_path not in ("last", "best"):
         parser.error("--run_dir names the run of a checkpoint: give --ckpt_path last or best with it")
-
-
-def _bytes(parser: Parser, text: str) -> int:
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-z]*)\s*", text.lower())
-    if found is None or found[2] not in UNITS:
-        parser.error(f"--memory {text}: give a number with a unit, such as 2GB, 2GiB or 500MB")
-    return int(float(found[1]) * UNITS[found[2]])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
@@ -13,11 +15,32 @@ from torch import Tensor
 from lightning_adam_mini.hessian import SpectralDensity
 from lightning_adam_mini.hessian.heterogeneity import Heterogeneity
 
-__all__ = ["draw_densities", "draw_divergences", "draw_hessians"]
+__all__ = ["draw_densities", "draw_divergences", "draw_hessians", "drawn"]
+
+T = TypeVar("T")
 
 COLUMNS = 4
+MOST_PANELS = 64
+"""A longer picture is not looked at, and some thousand rows of panels are more than an image can hold."""
+MOST_LABELS, MOST_LETTERS = 96, 46
 FLOOR = 1e-10
 """Below it a logarithmic axis shows rounding alone."""
+
+
+def drawn(blocks: Mapping[str, T]) -> tuple[dict[str, T], str]:
+    """What a picture shows of many blocks: 64 at even distances, the first and the last among them.
+
+    Args:
+        blocks: By name.
+
+    Returns:
+        The blocks, and for the caption how many they are where some are missing.
+    """
+    count, names = len(blocks), list(blocks)
+    if count <= MOST_PANELS:
+        return dict(blocks), ""
+    chosen = [names[round(number * (count - 1) / (MOST_PANELS - 1))] for number in range(MOST_PANELS)]
+    return {name: blocks[name] for name in chosen}, f"; {MOST_PANELS} of {count:,} blocks"
 
 
 def draw_densities(densities: Mapping[str, SpectralDensity], *, logarithmic: bool) -> Figure:
@@ -43,23 +66,30 @@ def draw_densities(densities: Mapping[str, SpectralDensity], *, logarithmic: boo
 
 
 def draw_divergences(found: Heterogeneity) -> Figure:
-    """A heat map of the divergences between all pairs of blocks, on the fixed scale 0 to ln 2."""
+    """A heat map of the divergences between all pairs of blocks.
+
+    Colours go with the root of the divergence, from 0 to that of ln 2: models compare, and small ones are told apart.
+    """
     count = len(found.names)
-    size = max(4.0, 0.32 * count + 2.5)
+    size = min(max(4.0, (0.32 if count <= 24 else 0.16) * count + 2.5), 18.0)
     figure = Figure(figsize=(size + 1, size), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(found.divergences.numpy(), vmin=0, vmax=math.log(2), cmap="viridis")
+    scale = PowerNorm(0.5, vmin=0, vmax=math.log(2))
+    image = axes.imshow(found.divergences.numpy(), norm=scale, cmap="viridis", interpolation="nearest")
     if count <= 12:
         for row in range(count):
             for column in range(count):
                 value = found.divergences[row, column].item()
-                colour = "black" if value > 0.5 else "white"
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6, color=colour)
-    names = [_short(name) for name in found.names]
-    axes.set_xticks(range(count), names, rotation=90, fontsize=6)
-    axes.set_yticks(range(count), names, fontsize=6)
-    axes.set_title(f"Jensen-Shannon divergence, nats; mean over pairs {found.js0:.3f}", fontsize=9)
-    figure.colorbar(image, ax=axes, shrink=0.8)
+                colour = "black" if scale(value) > 0.7 else "white"
+                axes.text(column, row, f"{value:.3f}", ha="center", va="center", fontsize=6, color=colour)
+    every = math.ceil(count / MOST_LABELS)
+    names = [_short(name) for name in found.names[::every]]
+    axes.set_xticks(range(0, count, every), names, rotation=90, fontsize=6)
+    axes.set_yticks(range(0, count, every), names, fontsize=6)
+    axes.set_title(f"mean over pairs {found.js0:.3g}", fontsize=9)
+    bar = figure.colorbar(image, ax=axes, shrink=0.8)
+    bar.set_label("Jensen-Shannon divergence, nats", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
     return figure
 
 
@@ -91,4 +121,6 @@ def _panels(count: int, height: float) -> tuple[Figure, Sequence[Axes]]:
 
 
 def _short(name: str) -> str:
-    return name.removeprefix("model.")[-38:]
+    """Both ends of a name: blocks may differ in either."""
+    name = name.removeprefix("model.")
+    return name if len(name) <= MOST_LETTERS else f"{name[: MOST_LETTERS // 2 - 4]}...{name[-MOST_LETTERS // 2 - 1 :]}"

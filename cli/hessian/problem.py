@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -20,12 +19,9 @@ from lightning_adam_mini.hessian.batches import place
 
 from ...tasks.base import Task
 from ...tasks.seeds import seed_of
-from ..application import Application
 from ..bench.models import choose_device
-from ..export import ONE_CPU
-from ..model_building import quiet
 from ..recipes import find_recipe
-from ..run_folder import holds_run, resolve_checkpoint
+from .recipe import build_application, find_checkpoint
 
 __all__ = ["Problem", "load_problem"]
 
@@ -40,6 +36,7 @@ class Problem:
         seed: Of what the loss draws.
         weights: Which ones, in words.
         dtype: Of the computation.
+        notes: What the user should know beside the figures.
     """
 
     task: Task
@@ -47,6 +44,7 @@ class Problem:
     seed: int
     weights: str
     dtype: torch.dtype
+    notes: tuple[str, ...] = ()
 
     def loss(self, task: nn.Module, numbered: tuple[int, Any]) -> Tensor:
         """The training loss of a batch; noise that it draws is the same on each pass."""
@@ -67,6 +65,11 @@ class Problem:
         own: OptimizerFactory = self.task.optimizer_factory
         return own if isinstance(own, AdamMini) else AdamMini()
 
+    @property
+    def has_other_optimizer(self) -> bool:
+        """Whether the recipe has an optimizer that does not cut."""
+        return not isinstance(self.task.optimizer_factory, AdamMini)
+
 
 def load_problem(options: Namespace) -> Problem:
     """Build the model of the options' recipe, load its weights and read its batches.
@@ -77,72 +80,59 @@ def load_problem(options: Namespace) -> Problem:
     """
     device = choose_device(options.device)
     recipe = find_recipe(options.recipe, given_as="RECIPE")
-    application = _application(recipe, options)
+    application = build_application(recipe, options)
     task, data = cast("Task", application.model), application.datamodule
     if not task.automatic_optimization:
         raise ValueError(
             f"{type(task).__name__} steps its optimizers by itself: its loss is no function of one batch, and has no "
             "Hessian here; take a task with one training loss, such as llm/gpt2_tiny.yaml"
         )
-    checkpoint = _checkpoint(recipe, application, options)
+    checkpoint = find_checkpoint(recipe, application, options)
     with _named(options.recipe):
         data.prepare_data()
         data.setup("fit")
     cast("Any", application.trainer).datamodule = data  # as fit does
     task.trainer = application.trainer
-    _plain(task)
+    notes = _plain(task)
     task.configure_model()
+    weights = f"fresh weights, seed {application.config.seed_everything}"
     if checkpoint is not None:
-        _load(task, checkpoint)
+        weights = _load(task, checkpoint)
     task.to(device).eval()
-    batches = _batches(task, data, options.batches, device)
-    weights = f"checkpoint {checkpoint}" if checkpoint else f"fresh weights, seed {application.config.seed_everything}"
+    batches = list(enumerate(_batches(task, data, options.batches, device)))
+    if len(batches) < options.batches:
+        notes.append(f"the training data have {len(batches)} batches, fewer than --batches {options.batches}")
     dtype = getattr(torch, options.precision)
-    return _checked(Problem(task, list(enumerate(batches)), options.seed, weights, dtype), options)
+    return _checked(Problem(task, batches, options.seed, weights, dtype, tuple(notes)), options)
 
 
-def _application(recipe: Path, options: Namespace) -> Application:
-    # What belongs to training alone may ask for devices and packages that are not here.
-    trainer = {**ONE_CPU, "logger": False, "callbacks": None, "plugins": None, "profiler": None}
-    given = [f"--trainer.{key}={'null' if value is None else value}" for key, value in trainer.items()]
-    of_run = [] if options.run_dir is None else [f"--run_dir={options.run_dir}"]
-    with quiet():
-        return Application(
-            ["--config", str(recipe), *options.recipe_options, *given, *of_run], recipe=recipe.stem, run=False
-        )
-
-
-def _checkpoint(recipe: Path, application: Application, options: Namespace) -> str | None:
-    if options.ckpt_path is None:
-        return None
-    # A run's own config.yaml names its run.
-    own = options.run_dir is None and holds_run(recipe.parent)
-    run_dir = recipe.parent if own else Path(application.config.run_dir)
-    checkpoint = resolve_checkpoint(options.ckpt_path, run_dir, may_start=False)
-    if checkpoint is None or checkpoint in ("hpc", "registry"):
-        raise ValueError(f"--ckpt_path {options.ckpt_path}: give a path, last or best")
-    return checkpoint
-
-
-def _plain(task: Any) -> None:
-    """Without what has no second derivative or no use here."""
+def _plain(task: Any) -> list[str]:
+    """Leave out what has no second derivative or no use here; what the user should know of it."""
     for name in ("compile_model", "activation_checkpointing"):
         if getattr(task, name, False):
             setattr(task, name, False)
     for name in ("log", "log_dict"):  # there is no trainer that would take them
         object.__setattr__(task, name, _nothing)
+    attention = getattr(task, "attention", None)
+    if attention in (None, "sdpa", "eager"):
+        return []
+    task.attention = "sdpa"
+    return [f"{attention} has no second derivatives: attention is computed by sdpa's math kernel in its place"]
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     """Log nothing."""
 
 
-def _load(task: Task, checkpoint: str) -> None:
+def _load(task: Task, checkpoint: str) -> str:
+    """Load a checkpoint's weights, those that evaluations take; what they are, in words."""
     from ...tasks.checkpoint_io import AtomicCheckpointIO
 
     saved = AtomicCheckpointIO().load_checkpoint(checkpoint, weights_only=True)
     task.on_load_checkpoint(saved)
     task.load_state_dict(saved["state_dict"])
+    kind = "averaged weights" if "current_model_state" in saved else "weights"
+    return f"{kind} of step {saved.get('global_step', 0):,}, {checkpoint}"
 
 
 def _batches(task: Task, data: LightningDataModule, count: int, device: torch.device) -> list[Any]:

@@ -45,6 +45,16 @@ class Table:
     rows: Sequence[Sequence[str]]
     note: str = ""
 
+    @property
+    def widths(self) -> list[int]:
+        """Characters of the widest cell of each column."""
+        return [max(map(len, cells)) for cells in zip(self.columns, *self.rows, strict=True)]
+
+    @property
+    def are_texts(self) -> list[bool]:
+        """Which columns beside the first hold sentences, not figures."""
+        return [number > 0 and width > _WIDE for number, width in enumerate(self.widths)]
+
 
 @dataclass
 class Report:
@@ -53,6 +63,9 @@ class Report:
     Args:
         options: Of the command line.
         settings: What was computed, by name.
+        tables: In the order of the page.
+        pictures: Captions and figures by the stems of their files.
+        notes: Sentences, above the tables of the page.
     """
 
     options: Namespace
@@ -97,11 +110,15 @@ class Report:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
         environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
-        plain = {key: value for key, value in self.settings.items() if not isinstance(value, dict | list)}
+        machine = self.settings["hardware"]
+        told = {
+            **{name: _words(value) for name, value in self.settings.items() if not isinstance(value, dict)},
+            "machine": f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, threads: {machine['threads']}",
+            "versions": ", ".join(f"{name} {version}" for name, version in self.settings["versions"].items()),
+        }
         return environment.get_template("page.html.j2").render(
             title=f"Hessian of {self.options.recipe}",
-            settings=plain,
-            versions=self.settings["versions"],
+            settings=told,
             tables=self.tables,
             notes=self.notes,
             images=images,
@@ -127,16 +144,24 @@ def head(options: Namespace, problem: Problem) -> dict[str, Any]:
 
 def text_table(table: Table) -> str:
     """A table in columns: the first and texts to the left, the others to the right."""
-    rows = [list(table.columns), *(list(row) for row in table.rows)]
-    widths = [max(len(row[number]) for row in rows) for number in range(len(table.columns))]
+    widths, are_texts = table.widths, table.are_texts
     lines = [
         "  ".join(
-            text.ljust(width) if number == 0 or width > _WIDE else text.rjust(width)
-            for number, (text, width) in enumerate(zip(row, widths, strict=True))
+            text.ljust(width) if number == 0 or is_text else text.rjust(width)
+            for number, (text, width, is_text) in enumerate(zip(row, widths, are_texts, strict=True))
         ).rstrip()
-        for row in rows
+        for row in [table.columns, *table.rows]
     ]
     return "\n".join([table.title, *lines])
+
+
+def _words(value: Any) -> str:
+    match value:
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:.4g}"
+    return str(value)
 
 
 def _finite(value: Any) -> Any:

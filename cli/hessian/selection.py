@@ -1,9 +1,9 @@
-"""Blocks by the patterns of `--blocks`, and the cuts that overrides can ask for."""
+"""Blocks by the patterns of `--blocks`."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
@@ -12,49 +12,51 @@ from torch import nn
 from lightning_adam_mini.blocks import Blocks
 from lightning_adam_mini.factory import AdamMini
 from lightning_adam_mini.hessian import ParameterBlock, block_of, blocks_of
-from lightning_adam_mini.hessian.advice import KEEP
-from lightning_adam_mini.partition import Cut, partition_module
-from lightning_adam_mini.partition.inference import infer_roles
-from lightning_adam_mini.partition.strategies import cut_parameter
 
-__all__ = ["choose_blocks", "expressible_cuts", "matrices"]
+from .cuts import own_cuts
 
-ASKED = (Cut.HEAD, Cut.ROW, Cut.WHOLE, Cut.ELEMENT)
+__all__ = ["choose_blocks"]
 
 
-def matrices(model: nn.Module, least: int = 1) -> tuple[list[ParameterBlock], list[str]]:
-    """A block for each trainable parameter of two dimensions or more, and the names of those that are smaller.
-
-    Args:
-        model: The model.
-        least: Elements that a block must have.
-    """
-    every = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.dim() > 1]
-    chosen = [ParameterBlock(name, name) for name, p in every if p.numel() >= least]
-    return chosen, [name for name, p in every if p.numel() < least]
-
-
-def choose_blocks(model: nn.Module, patterns: Sequence[str], factory: AdamMini) -> list[ParameterBlock]:
-    """Blocks that patterns name, each once, in the order of the patterns.
+def choose_blocks(
+    model: nn.Module, patterns: Sequence[str] | None, factory: AdamMini, *, least: int = 1
+) -> tuple[list[ParameterBlock], list[str]]:
+    """Blocks that patterns name, each once, in the order of the patterns; without any, all trainable matrices.
 
     Args:
         model: The model.
         patterns: Names of parameters, patterns of the shell or `re:` patterns, with or without the `model.` in front;
             with `[K]` or `[*]` behind, blocks of the partition.
         factory: Says how the model is cut.
+        least: Elements of a matrix that no pattern names, below which it is left out.
+
+    Returns:
+        The blocks, and the names of the matrices that were left out.
 
     Raises:
-        ValueError: A pattern matches nothing, or a parameter has no such block.
+        ValueError: A pattern matches nothing, a parameter has no such block, or there is no matrix.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if patterns is not None:
+        return _named(model, patterns, list(parameters), factory), []
+    matrices = {name: p.numel() for name, p in parameters.items() if p.dim() > 1}
+    if not matrices:
+        raise ValueError("the model has no trainable parameter of two dimensions: name others by --blocks")
+    chosen = [ParameterBlock(name, name) for name, size in matrices.items() if size >= least]
+    if not chosen:
+        raise ValueError(f"no matrix has {least} elements: lower --steps, or name --blocks")
+    return chosen, [name for name, size in matrices.items() if size < least]
+
+
+def _named(model: nn.Module, patterns: Sequence[str], names: Sequence[str], factory: AdamMini) -> list[ParameterBlock]:
+    others = _others(model, names)
     cuts: dict[str, Blocks] = {}
     found: dict[str, ParameterBlock] = {}
     for pattern in patterns:
         numbered = re.fullmatch(r"(.*)\[(\d+|\*)\]", pattern)
-        names = _matching(numbered[1] if numbered else pattern, list(parameters))
         if numbered and not cuts:
-            cuts = partition(model, factory)
-        for name in names:
+            cuts = own_cuts(model, factory)
+        for name in _matching(numbered[1] if numbered else pattern, names, others):
             if numbered is None:
                 some = [ParameterBlock(name, name)]
             elif numbered[2] == "*":
@@ -65,47 +67,40 @@ def choose_blocks(model: nn.Module, patterns: Sequence[str], factory: AdamMini) 
     return list(found.values())
 
 
-def partition(model: nn.Module, factory: AdamMini) -> dict[str, Blocks]:
-    """The recipe's cut of each parameter."""
-    cuts = partition_module(model, factory.partition, factory.partition_overrides, factory.partition_layouts)
-    return {name: cut.blocks for name, cut in cuts.items()}
-
-
-def expressible_cuts(model: nn.Module, factory: AdamMini) -> dict[str, dict[str, Blocks]]:
-    """By parameter, the cut that it has, `keep`, and those that `partition_overrides` can ask for, by their names.
-
-    A cut by head is among them where a layout tells the size of a head.
-
-    Args:
-        model: The model.
-        factory: Says how the model is cut.
-    """
-    own = partition(model, factory)
-    roles = infer_roles(model, factory.partition_layouts)
-    found: dict[str, dict[str, Blocks]] = {}
-    for name, parameter in model.named_parameters():
-        found[name] = {KEEP: own[name]} if name in own else {}
-        for cut in ASKED:
-            try:
-                blocks = cut_parameter(name, tuple(parameter.shape), roles[name], dict.fromkeys(roles[name].roles, cut))
-            except ValueError:  # no head that a layout knows
-                continue
-            found[name][str(cut)] = blocks
+def _others(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
+    """Why parameters have no Hessian of their own: tied ones by their other names, and frozen ones."""
+    first = {id(p): name for name, p in model.named_parameters()}
+    found = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if first[id(p)] != name:
+            found[name] = f"is the same tensor as {first[id(p)]}, which goes by that name"
+        elif name not in names:
+            found[name] = "is frozen, and the Hessian is that of trainable parameters"
     return found
 
 
-def _matching(pattern: str, names: Sequence[str]) -> list[str]:
-    known = {name: (name, name.removeprefix("model.")) for name in names}
-    if pattern.startswith("re:"):
-        try:
-            expression = re.compile(pattern.removeprefix("re:"))
-        except re.error as error:
-            raise ValueError(f"--blocks {pattern}: this is no regular expression: {error}") from error
-        found = [name for name, forms in known.items() if any(expression.fullmatch(form) for form in forms)]
-    else:
-        found = [name for name, forms in known.items() if any(fnmatchcase(form, pattern) for form in forms)]
+def _matching(pattern: str, names: Sequence[str], others: Mapping[str, str]) -> list[str]:
+    """Names of trainable parameters that a pattern matches."""
+    found = _matches(pattern, names)
     if not found:
-        close = get_close_matches(pattern, [form for forms in known.values() for form in forms], n=3, cutoff=0.4)
+        if other := next(iter(_matches(pattern, list(others))), None):
+            raise ValueError(f"--blocks {pattern!r}: {other} {others[other]}")
+        forms = [form for name in names for form in _forms(name)]
+        close = get_close_matches(pattern, forms, n=3, cutoff=0.4)
         hint = f"close ones: {', '.join(close)}" if close else f"the first ones: {', '.join(names[:3])}"
-        raise ValueError(f"--blocks {pattern}: no trainable parameter of that name; {hint}")
+        raise ValueError(f"--blocks {pattern!r}: no trainable parameter of that name; {hint}")
     return found
+
+
+def _matches(pattern: str, names: Sequence[str]) -> list[str]:
+    if not pattern.startswith("re:"):
+        return [name for name in names if any(fnmatchcase(form, pattern) for form in _forms(name))]
+    try:
+        expression = re.compile(pattern.removeprefix("re:"))
+    except re.error as error:
+        raise ValueError(f"--blocks {pattern!r}: this is no regular expression: {error}") from error
+    return [name for name in names if any(expression.fullmatch(form) for form in _forms(name))]
+
+
+def _forms(name: str) -> tuple[str, ...]:
+    return (name, name.removeprefix("model."))

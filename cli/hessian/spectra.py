@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import time
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lightning_adam_mini.hessian import (
@@ -21,10 +20,11 @@ from lightning_adam_mini.hessian import (
 from lightning_adam_mini.hessian.checks import check_steps
 from lightning_adam_mini.hessian.heterogeneity import Heterogeneity, compare_spectra
 
-from .pictures import draw_densities, draw_divergences
+from .pictures import draw_densities, draw_divergences, drawn
 from .problem import load_problem
+from .progress import tell_duration
 from .results import Report, Table, head
-from .selection import choose_blocks, matrices
+from .selection import choose_blocks
 
 __all__ = ["run"]
 
@@ -42,38 +42,38 @@ def run(options: Namespace) -> None:
         ValueError: See `command.main`.
     """
     problem = load_problem(options)
-    model = problem.task
-    if options.blocks:
-        blocks = choose_blocks(model, options.blocks, problem.factory)
-        left: list[str] = []
-    else:
-        blocks, left = matrices(model, options.steps)
+    blocks, left = choose_blocks(problem.task, options.blocks, problem.factory, least=options.steps)
     operator = problem.operator()
     sizes = {block.name: operator.block_size(block) for block in blocks}
     check_steps(options.steps, {**sizes, **({WHOLE: operator.size} if options.whole else {})})
-    if not blocks:
-        raise ValueError(f"no matrix has {options.steps} elements: lower --steps, or name --blocks")
     if options.command == "js" and len(blocks) < 2:
         raise ValueError("js compares blocks, and there is one: name more --blocks, or use `hessian spectrum`")
     log.info("%d blocks, %d steps, %d starts, %s", len(blocks), options.steps, options.probes, problem.weights)
     settings = {"steps": options.steps, "probes": options.probes, "seed": options.seed, "budget_bytes": options.memory}
-    found = block_tridiagonals(operator, blocks, **settings, on_step=_progress("blocks"))
+    found = block_tridiagonals(operator, blocks, **settings, on_step=tell_duration("spectra of the blocks"))
     if options.whole:
-        found[WHOLE] = model_tridiagonals(operator, **settings, on_step=_progress("the whole model"))
+        found[WHOLE] = model_tridiagonals(operator, **settings, on_step=tell_duration("the whole spectrum"))
         sizes[WHOLE] = operator.size
-    report = Report(options, head(options, problem) | {"steps": options.steps, "probes": options.probes})
+    shown = {"steps": options.steps, "probes": options.probes, "memory": options.memory_text}
+    if options.command == "js":
+        shown |= {"scale": options.scale, "sigma": options.sigma}
+    report = Report(options, head(options, problem) | shown, notes=list(problem.notes))
     if left:
-        report.notes.append(f"{len(left)} matrices have less than {options.steps} elements: {', '.join(left[:3])} ...")
+        names = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
+        report.notes.append(f"matrices of less than {options.steps} elements, which are left out: {names}")
     report.tables.append(_table(found, sizes))
-    own = {name: _own_density(some) for name, some in found.items()}
+    chosen, part = drawn(found)
+    own = {name: _own_density(some) for name, some in chosen.items()}
     for kind, logarithmic in (("linear", False), ("log", True)):
-        caption = f"Densities of eigenvalues ({kind} axis), each blurred by {_BLUR:.2%} of its own range"
+        caption = f"Densities of eigenvalues ({kind} axis), each blurred by {_BLUR:.2%} of its own range{part}"
         report.pictures[f"spectra_{kind}"] = (caption, draw_densities(own, logarithmic=logarithmic))
     figures: dict[str, Any] = {"blocks": {name: _figures(some, sizes[name]) for name, some in found.items()}}
     if options.command == "js":
-        compared = compare_spectra(
-            {name: some for name, some in found.items() if name != WHOLE}, scale=options.scale, sigma=options.sigma
-        )
+        try:
+            of_blocks = {name: some for name, some in found.items() if name != WHOLE}
+            compared = compare_spectra(of_blocks, scale=options.scale, sigma=options.sigma)
+        except ValueError as error:  # the spectra took long, and are right
+            raise ValueError(f"{error}; the spectra are in {report.write('spectra.json', figures)[-1]}") from error
         figures["js"] = _divergences(compared)
         _add_divergences(report, compared, found)
     report.tell(report.write("spectra.json", figures))
@@ -161,15 +161,3 @@ def _add_divergences(report: Report, found: Heterogeneity, spectra: Mapping[str,
                 f"all eigenvalues lie within {largest:.2g}, and the blur is {found.sigma:.2g}: the divergences tell "
                 f"about the blur too; give --sigma {largest / 1000:.1g}, or --scale top"
             )
-
-
-def _progress(what: str) -> Callable[[int, int], None]:
-    """Tells after the first step how long it will take, where that is long."""
-    start = time.perf_counter()
-
-    def tell(done: int, total: int) -> None:
-        seconds = (time.perf_counter() - start) / done * total
-        if done == 2 and seconds > 20:
-            log.info("%s: about %.0f s", what, seconds)
-
-    return tell

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..arguments import Parser
+from ..arguments import Parser, cpu_threads
 from .registry import list_studies, load_study
 
 __all__ = ["main"]
@@ -61,22 +61,16 @@ def main(arguments: Sequence[str]) -> int:
     study = load_study(options.name, options.changes)
     folder = parser.folder(options.out or Path("runs/studies") / study.name)
 
-    import torch
-
     from .files import prepare_folder, write_outcome
     from .outcome import as_text
 
     prepare_folder(folder, study.name)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
     start = time.perf_counter()
-    try:
+    with cpu_threads(options.threads):
         outcome = study.run(study.settings)
         seconds = time.perf_counter() - start
         command = shlex.join(["adam-mini", "study", *arguments])
         paths = write_outcome(folder, study, outcome, command=command, seconds=seconds)
-    finally:
-        torch.set_num_threads(threads)
     log.info("%s\n", as_text(outcome.summary or outcome.rows))
     for claim in outcome.claims:
         source = f" ({claim.source})" if claim.source else ""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
 from lightning_adam_mini.measure import describe_machine, package_versions
 
 from ...tasks.run_files import save_figure, write_text
+from ..arguments import make_folder
 from .outcome import Outcome, as_csv
 from .registry import Study
 
@@ -29,9 +29,7 @@ def prepare_folder(folder: Path, name: str) -> None:
         ValueError: A file of the same name is there that no run of this study wrote.
         OSError: The folder cannot be made, or nothing can be written to it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+    make_folder(folder)
     if taken := [file for file in (RESULT, TABLE, FIGURE) if (folder / file).exists()]:
         found = _study_of(folder / RESULT)
         if found != name:

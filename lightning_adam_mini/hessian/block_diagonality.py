@@ -25,7 +25,11 @@ from torch import Tensor
 
 from lightning_adam_mini.blocks import Blocks, Kind
 
-__all__ = ["Score", "candidate_cuts", "exact_scores", "tau"]
+__all__ = ["Score", "ZeroHessianError", "candidate_cuts", "exact_scores", "tau"]
+
+
+class ZeroHessianError(ValueError):
+    """A parameter whose Hessian is zero, so that no cut holds more of it than another."""
 
 
 @dataclass(frozen=True)
@@ -104,13 +108,12 @@ def exact_scores(matrix: Tensor, cuts: Mapping[str, Blocks]) -> dict[str, Score]
         cuts: By name; those without blocks (`row_column`) are left out by the caller.
 
     Raises:
-        ValueError: The matrix is not of the parameter that is cut, or is zero.
+        ValueError: The matrix is not of the parameter that is cut, or is zero (`ZeroHessianError`).
     """
     size = len(matrix)
     total = matrix.square().sum().item()
     absolute = matrix.abs().sum().item()
-    if not total > 0:
-        raise ValueError("the Hessian of this parameter is zero: the loss does not depend on it, or is linear in it")
+    check_not_zero(total)
     found = {}
     for name, blocks in cuts.items():
         check_cut(blocks, size)
@@ -123,6 +126,18 @@ def exact_scores(matrix: Tensor, cuts: Mapping[str, Blocks]) -> dict[str, Score]
 def tau(matrix: Tensor) -> float:
     """Share of the diagonal in the sum of absolute entries; 1 for a diagonal matrix (Zhang et al. 2024)."""
     return (matrix.diagonal().abs().sum() / matrix.abs().sum()).item()
+
+
+def check_not_zero(total: float) -> None:
+    """Refuse a Hessian without any energy.
+
+    Raises:
+        ZeroHessianError: `total`, a sum of squares, is zero.
+    """
+    if not total > 0:
+        raise ZeroHessianError(
+            "the Hessian of this parameter is zero: the loss does not depend on it, or is linear in it"
+        )
 
 
 def check_cut(blocks: Blocks, size: int) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_adam_mini.blocks import Blocks, Kind
-from lightning_adam_mini.hessian.block_diagonality import Score, check_cut, expected_share
+from lightning_adam_mini.hessian.block_diagonality import Score, check_cut, check_not_zero, expected_share
 from lightning_adam_mini.hessian.blocks_of import ParameterBlock
 from lightning_adam_mini.hessian.lanczos import DEFAULT_BUDGET
 from lightning_adam_mini.hessian.operators import HessianOperator
@@ -25,7 +25,7 @@ from lightning_adam_mini.hessian.probes import probe, seed_of
 
 __all__ = ["DEFAULT_COLUMNS", "sketched_scores"]
 
-DEFAULT_COLUMNS = 128
+DEFAULT_COLUMNS = 64
 _PROBES = 8
 """Random vectors that the squared norms of columns are estimated with."""
 _EVEN = 0.1
@@ -57,7 +57,8 @@ def sketched_scores(
         Scores without `absolute_share`.
 
     Raises:
-        ValueError: Less than two columns, an unknown parameter, a cut of another shape, or a Hessian that is zero.
+        ValueError: Less than two columns, an unknown parameter, a cut of another shape, or a Hessian that is zero
+            (`ZeroHessianError`).
     """
     if columns < 2:
         raise ValueError(f"a sketch needs two columns at least, not {columns}")
@@ -80,7 +81,7 @@ def sketched_scores(
             totals[number] = squares.total
             for name, blocks in cuts.items():
                 inside[name][number] = squares.inside(blocks, int(drawn[number]))
-    _check_not_zero(totals)
+    check_not_zero(totals.sum().item())
     is_sample = len(drawn) < size
     return {name: _score(inside[name], totals, weights, cuts[name], is_sample=is_sample) for name in cuts}
 
@@ -115,7 +116,7 @@ def _chances(operator: HessianOperator, block: ParameterBlock, size: int, seed: 
     for number in range(_PROBES):
         signs = probe(size, seed, block.name, number, dtype=operator.dtype, device=operator.device, rademacher=True)
         norms += operator.block_products({block.name: signs}, [block])[block.name].to("cpu", torch.float64).square_()
-    _check_not_zero(norms)
+    check_not_zero(norms.sum().item())
     return norms.mul_((1 - _EVEN) / norms.sum()).add_(_EVEN / size)
 
 
@@ -134,11 +135,6 @@ def _columns(operator: HessianOperator, block: ParameterBlock, drawn: Tensor, si
         units = torch.zeros(len(some), size, dtype=operator.dtype, device=operator.device)
         units[torch.arange(len(some)), some] = 1
         yield from operator.block_products({block.name: units}, [block])[block.name]
-
-
-def _check_not_zero(norms: Tensor) -> None:
-    if not norms.sum() > 0:
-        raise ValueError("the Hessian of this parameter is zero: the loss does not depend on it, or is linear in it")
 
 
 def _score(inside: Tensor, totals: Tensor, weights: Tensor, blocks: Blocks, *, is_sample: bool) -> Score:

@@ -47,7 +47,13 @@ class GradientSpread(Callback):
             rank_zero_warn("GradientSpread logs nothing: ranks hold parts of the gradients, and blocks cross them")
             return
         optimizer = next(iter(trainer.optimizers), None)
-        cuts = optimizer.partition if isinstance(optimizer, AdamMini) else partition_module(pl_module)
+        cuts = _named_as_in(pl_module, optimizer) if isinstance(optimizer, AdamMini) else partition_module(pl_module)
+        if not cuts:
+            rank_zero_warn(
+                "GradientSpread logs nothing: the parameters of the optimizer have other names than any module; pass "
+                "AdamMini a module"
+            )
+            return
         self._cuts = {name: cut for name, cut in cuts.items() if _has_blocks(cut)}
         if not self._cuts:
             rank_zero_warn("GradientSpread logs nothing: no parameter is cut into blocks of several elements")
@@ -74,6 +80,17 @@ class GradientSpread(Callback):
             metrics[f"gradient_spread_explained/{role}"] = spread.explained
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)  # the number of this step, from 0
+
+
+def _named_as_in(module: LightningModule, optimizer: AdamMini) -> dict[str, CutParameter]:
+    """The optimizer's cuts by the names that parameters have in `module`; it may have been given a part of it."""
+    cuts = optimizer.partition
+    trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    for prefix, part in module.named_modules():
+        named = {name: p for name, p in part.named_parameters() if p in trained}
+        if len(named) == len(trained) and named.keys() <= cuts.keys():
+            return {f"{prefix}.{name}" if prefix else name: cuts[name] for name in named}
+    return {}
 
 
 def _has_blocks(cut: CutParameter) -> bool:

@@ -20,6 +20,13 @@ NEEDS_MORE = re.compile(
     r"num_nodes|gpu|cuda|fsdp|ModelParallel|ckpt_path|devices[ =](?:[2-9]|auto)|init_from|export runs|convert runs|"
     r"imagenet|celeba|arxiv|cora|fashion|cifar|DIR\b|FOLDER"
 )
+# The last of two equal options counts.
+SMALLER = {
+    "spectrum": ["--steps", "3", "--probes", "1", "--batches", "1"],
+    "js": ["--steps", "3", "--probes", "1", "--batches", "1"],
+    "exact": [],
+    "advise": ["--columns", "2", "--batches", "1"],
+}
 
 
 def call(words: list[str], monkeypatch) -> int:
@@ -101,6 +108,10 @@ def test_documented_commands_run(command: Command, tmp_path):
         words += ["--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu"]
     if words[0] == "compare":
         words.append("--dry-run")
+    if words[0] == "hessian":
+        words += SMALLER[words[1]]
+    if words[0] == "study" and "--set" not in words and "--help" not in words:
+        pytest.skip("minutes at its full size; tests of the studies run all of them at small ones")
     start = f"import sys; from {PACKAGE}.cli.main import main; sys.exit(main())"
     finished = subprocess.run(
         [sys.executable, "-c", start, *words], cwd=tmp_path, capture_output=True, text=True, check=False

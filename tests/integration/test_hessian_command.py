@@ -5,13 +5,16 @@ import json
 import logging
 import math
 import re
+import shutil
 
 import pytest
 import torch
 import yaml
 
 from lightning_adam_mini.cli.hessian.command import main as hessian
+from lightning_adam_mini.cli.hessian.options import parse
 from lightning_adam_mini.cli.main import main as command
+from lightning_adam_mini.hessian.advice import Advice
 from tiny_runs import RECIPE, write_recipe
 
 CUT = "transformer.h.0.attn.c_attn.weight"
@@ -92,7 +95,7 @@ def test_exact_scores_matrices(small):
 
 
 def test_advice_is_a_recipe_that_fit_takes(small):
-    run("advise", "--blocks", "*attn*weight", "*c_fc.weight", "--method", "sketch", "--probes", 2, "--out", "advice")
+    run("advise", "--blocks", "*attn*weight", "*c_fc.weight", "--method", "sketch", "--columns", 16, "--out", "advice")
     found = result(small / "advice", "advice.json")
     assert [row["parameter"] for row in found["parameters_advised"]] == [
         f"model.{CUT}",
@@ -114,10 +117,124 @@ def test_a_checkpoint_has_another_spectrum(small):
     run("spectrum", *options, "path", "--ckpt_path", small / "runs/tiny/checkpoints/last.ckpt", "--seed", 1)
     fresh, last, path = (result(small / name, "spectra.json") for name in ("fresh", "last", "path"))
     assert fresh["weights"].startswith("fresh weights, seed 0")
-    assert last["weights"].endswith("last.ckpt")
+    assert last["weights"] == "weights of step 5, runs/tiny/checkpoints/last.ckpt"
     (block,) = last["blocks"]
     traces = [found["blocks"][block]["trace"] for found in (fresh, last, path)]
     assert len(set(traces)) == 3
+
+
+def test_the_configuration_of_a_run_names_its_run(small):
+    assert command(["fit", "--config", "tiny.yaml", "--trainer.max_steps", "5", "--run_dir", "mine"]) == 0
+    shutil.copy("mine/config.yaml", "copy.yaml")
+    options = ("--batches", "1", "--blocks", "*c_fc.weight", "--steps", "4", "--probes", "1")
+    assert hessian(["spectrum", "mine/config.yaml", "--ckpt_path", "last", *options]) == 0
+    assert hessian(["spectrum", "copy.yaml", "--ckpt_path", "last", "--run_dir", "mine", *options]) == 0
+    own, copied = (result(small / f"runs/hessian/{name}/spectrum", "spectra.json") for name in ("mine", "copy"))
+    assert own["weights"] == copied["weights"] == "weights of step 5, mine/checkpoints/last.ckpt"
+    assert own["blocks"] == copied["blocks"]
+
+
+def test_averaged_weights_are_named(small, monkeypatch):
+    from lightning_adam_mini.tasks.checkpoint_io import AtomicCheckpointIO
+
+    assert command(["fit", "--config", "tiny.yaml", "--trainer.max_steps", "5"]) == 0
+    load = AtomicCheckpointIO.load_checkpoint
+    averaged = {"current_model_state": {}}
+    monkeypatch.setattr(AtomicCheckpointIO, "load_checkpoint", lambda *a, **k: load(*a, **k) | averaged)
+    run("spectrum", "--blocks", "*c_fc.weight", "--steps", 4, "--probes", 1, "--ckpt_path", "last", "--out", "found")
+    weights = result(small / "found", "spectra.json")["weights"]
+    assert weights == "averaged weights of step 5, runs/tiny/checkpoints/last.ckpt"
+
+
+def test_flash_attention_is_told_and_replaced(small, caplog):
+    options = ("--blocks", "*c_fc.weight", "--steps", 4, "--probes", 1, "--out")
+    run("spectrum", *options, "plain")
+    assert "flash_attention_2" not in caplog.text
+    run("spectrum", *options, "flash", "--model.attention", "flash_attention_2")
+    assert "note: flash_attention_2 has no second derivatives" in caplog.text
+    plain, flash = (result(small / name, "spectra.json")["blocks"] for name in ("plain", "flash"))
+    assert plain == flash
+
+
+def test_threads_are_those_asked_for_and_saved(small):
+    run("spectrum", "--blocks", "*c_fc.weight", "--steps", 4, "--probes", 1, "--threads", 2, "--out", "two")
+    run("spectrum", "--blocks", "*c_fc.weight", "--steps", 4, "--probes", 1, "--out", "own")
+    threads = [result(small / name, "spectra.json")["hardware"]["threads"] for name in ("two", "own")]
+    assert threads == [2, torch.get_num_threads()]
+
+
+def test_without_memory_the_recurrence_runs(small, caplog):
+    run("spectrum", "--blocks", "*c_fc.weight", "--steps", 4, "--probes", 1, "--memory", "0", "--out", "found")
+    assert "three-term recurrence" in caplog.text
+    assert result(small / "found", "spectra.json")["memory"] == "0"
+
+
+def test_less_data_than_asked_for_is_told(small, caplog):
+    options = ("--blocks", "*c_fc.weight", "--steps", "2", "--probes", "1", "--data.batch_size", "200")
+    assert hessian(["spectrum", "tiny.yaml", "--batches", "1000", "--out", "found", *options]) == 0
+    found = result(small / "found", "spectra.json")
+    assert found["batches"] < 1000
+    assert f"the training data have {found['batches']} batches, fewer than --batches 1000" in caplog.text
+
+
+def test_another_optimizer_gets_a_recipe_for_adam_mini(small, caplog, monkeypatch):
+    monkeypatch.setattr(Advice, "overrides", property(lambda advice: {"mlp": "element"}))
+    run("advise", "--blocks", "*c_fc.weight", "--optimizer", "AdamW", "--out", "found")
+    told = caplog.text.partition("for the recipe:\n")[2].partition("\n\n")[0]
+    advised = yaml.safe_load(told)["optimizer"]
+    assert advised["class_path"] == "lightning_adam_mini.factory.AdamMini"
+    assert advised["init_args"]["partition_overrides"] == result(small / "found", "advice.json")["partition_overrides"]
+
+
+def test_advice_keeps_the_overrides_of_the_recipe(small):
+    overrides = {"mlp": "element", "position_embedding": "whole"}
+    recipe = yaml.safe_load((small / "tiny.yaml").read_text())
+    recipe["optimizer"]["init_args"]["partition_overrides"] = overrides
+    (small / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    run("advise", "--blocks", "*c_fc.weight", "--out", "found")
+    found = result(small / "found", "advice.json")
+    (row,) = found["parameters_advised"]
+    assert row["cut"] == "row"
+    assert found["partition_overrides"].items() > overrides.items()
+    recipe["optimizer"]["init_args"]["partition_overrides"] = found["partition_overrides"]
+    (small / "advised.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    assert command(["explain", "advised.yaml"]) == 0
+
+
+def test_spectra_outlive_divergences_that_fail(small):
+    linear = "the loss is linear in it"
+
+    def loss(task, *_):
+        weights = dict(task.named_parameters())
+        return weights[f"model.{CUT}"].sum() + weights["model.transformer.wpe.weight"].square().sum()
+
+    with pytest.MonkeyPatch.context() as patch:
+        from lightning_adam_mini.tasks.llm import LanguageModel
+
+        patch.setattr(LanguageModel, "training_step", loss)
+        options = ("--blocks", CUT, "*wpe.weight", "--steps", 4, "--probes", 1, "--scale", "top", "--out", "found")
+        with pytest.raises(ValueError, match=r"which is no unit.*; the spectra are in found/spectra\.json"):
+            run("js", *options)
+    found = result(small / "found", "spectra.json")
+    assert found["blocks"][f"model.{CUT}"]["trace"] == 0, linear
+    assert "js" not in found
+
+
+def test_ctrl_c_leaves_no_half_of_a_file(small, monkeypatch):
+    from lightning_adam_mini.hessian.operators import HessianOperator
+
+    multiply, calls = HessianOperator.block_products, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return multiply(*args)
+
+    monkeypatch.setattr(HessianOperator, "block_products", interrupted)
+    assert command(["hessian", "spectrum", "tiny.yaml", "--steps", "8", "--probes", "1", "--out", "found"]) == 130
+    assert len(calls) == 3
+    assert list((small / "found").iterdir()) == []
 
 
 def test_the_same_command_finds_the_same(small):
@@ -150,8 +267,21 @@ def test_options_of_the_recipe_change_it(small):
         (["js", "tiny.yaml", "--step", "5"], "no option --step"),
         (["js", "tiny.yaml", "extra"], "no option extra"),
         (["js", "tiny.yaml", "--probes", "0"], "--probes 0: at least 1"),
+        (["advise", "tiny.yaml", "--columns", "1"], "--columns 1: at least 2"),
+        (["advise", "tiny.yaml", "--steps", "1"], "no option --steps"),
         (["js", "tiny.yaml", "--memory", "much"], "give a number with a unit"),
         (["js", "tiny.yaml", "--sigma", "0"], "a width is positive"),
+        (["js", "tiny.yaml", "--sigma", "nan"], "a width is positive"),
+        (["js", "tiny.yaml", "--sigma", "inf"], "a width is positive"),
+        (["js", "tiny.yaml", "--scale", "tenth", "--steps", "9"], "--steps 10 or more, not 9"),
+        (["js", "tiny.yaml", "--threads", "0"], "--threads 0: at least 1"),
+        (["js", "--data.batch_size", "8", "tiny.yaml"], "--data.batch_size stands before RECIPE"),
+        (["js", "tiny.yaml", "--trainer.max_steps", "3"], "--trainer.max_steps changes nothing here"),
+        (["js", "tiny.yaml", "--schedule.warmup=3"], "--schedule.warmup=3 changes nothing here"),
+        (["js", "tiny.yaml", "--optimizers.lr", "3"], "no option --optimizers.lr"),
+        (["js", "tiny.yaml", "--out", "text.txt"], "this is a file; give a folder"),
+        (["js", "tiny.yaml", "--ckpt_path", ""], "--ckpt_path is empty"),
+        (["js", "tiny.yaml", "--ckpt_path", "some.ckpt", "--run_dir", "runs/tiny"], "give --ckpt_path last or best"),
         (["js", "tiny.yaml", "--run_dir", "runs/tiny"], "give --ckpt_path"),
         (["js", "tiny.yaml", "--blocks", "*c_fc.weight"], "js compares blocks"),
         (["js", "tiny.yaml", "--ckpt_path", "last"], "no checkpoint in runs/tiny/checkpoints"),
@@ -161,7 +291,9 @@ def test_options_of_the_recipe_change_it(small):
         (["spectrum", "tiny.yaml", "--blocks", f"{CUT}[999]"], "there is no block 999"),
         (["spectrum", "tiny.yaml", "--blocks", f"{CUT}[0]", "--steps", "33"], r"use at most 32"),
         (["spectrum", "tiny.yaml", "--steps", "100000"], "no matrix has 100000 elements"),
-        (["exact", "tiny.yaml", "--memory", "1MB"], "a dense Hessian of model.transformer.wte.weight"),
+        (["exact", "tiny.yaml", "--memory", "1MB"], "--memory 1MB: a dense Hessian of model.transformer.wte.weight"),
+        (["exact", "tiny.yaml", "--memory", "2.3MB", "--blocks", "*mlp.*weight"], "2 blocks take 0.00 GB together"),
+        (["advise", "tiny.yaml", "--method", "exact", "--memory", "1MB"], "--memory 1MB: a dense Hessian of"),
         (["advise", "tiny.yaml", "--blocks", "*ln_1.weight"], "no rows or heads"),
         (["advise", "tiny.yaml", "--blocks", f"{CUT}[0]"], "whole parameters"),
     ],
@@ -172,6 +304,13 @@ def test_bad_input_is_one_line(small, arguments, message):
     assert type(raised.value).__name__ in ("ValueError", "ArgumentError")
     assert "\n" not in str(raised.value).strip()
     assert not list(small.rglob("*.json*"))
+
+
+def test_options_of_the_recipe_may_be_negative():
+    arguments = ["--data.seed", "-1", "--optimizer", "AdamW", "--model.config={}", "--seed_everything", "3"]
+    options = parse(["js", "tiny.yaml", "--steps", "5", *arguments])
+    assert options.recipe_options == arguments
+    assert (options.recipe, options.steps, options.memory, options.threads) == ("tiny.yaml", 5, 2**31, None)
 
 
 def test_a_task_that_steps_by_itself_has_no_hessian(small, monkeypatch):

@@ -8,10 +8,10 @@ from torch import nn
 import tiny_models
 from lightning_adam_mini import AdamMini
 from lightning_adam_mini.blocks import Blocks
-from lightning_adam_mini.factory import AdamMini as AdamMiniFactory
 from lightning_adam_mini.hessian import HessianOperator
-from lightning_adam_mini.hessian.advice import KEEP, advise, advise_from_scores
+from lightning_adam_mini.hessian.advice import advise
 from lightning_adam_mini.hessian.block_diagonality import Score, candidate_cuts, exact_scores
+from lightning_adam_mini.hessian.cut_advice import KEEP, advise_from_scores
 from lightning_adam_mini.hessian.gradient_spread import mean_square_gradients
 
 DIM, HEADS, VOCAB = 32, 4, 8
@@ -105,7 +105,7 @@ def test_overrides_are_what_adam_mini_takes():
     }
     squares = mean_square_gradients(model, loss, [tokens])
     operator, chosen = HessianOperator(model, loss, [tokens]), [names[1], names[2], names[-1]]
-    found = advise(operator, expressible, parameters=chosen, squares=squares, method="sketch", probes=2)
+    found = advise(operator, expressible, parameters=chosen, squares=squares, method="sketch", columns=2)
     assert [row.parameter for row in found.rows] == chosen
     optimizer = AdamMini(model, partition_overrides=found.overrides)
     for row in found.rows:
@@ -113,18 +113,6 @@ def test_overrides_are_what_adam_mini_takes():
         assert row.state_bytes == 4 * optimizer.partition[row.parameter].blocks.num_values
         assert set(row.spreads) == set(row.scores)
     assert found.state_bytes < found.full_bytes
-
-
-def test_cuts_that_overrides_can_ask_for():
-    from lightning_adam_mini.cli.hessian.selection import expressible_cuts
-
-    model = tiny_models.llama()
-    found = expressible_cuts(model, AdamMiniFactory())
-    assert set(found["model.layers.0.self_attn.q_proj.weight"]) == {KEEP, "head", "row", "whole", "element"}
-    assert set(found["lm_head.weight"]) == {KEEP, "row", "whole", "element"}
-    for name, cuts in found.items():
-        for cut in cuts.keys() - {KEEP}:
-            assert AdamMini(model, partition_overrides={f"re:^{name}$": cut}).partition[name].blocks == cuts[cut]
 
 
 def score(information_at, size=64, error=0.0):
@@ -178,3 +166,25 @@ def test_bad_input(options, message):
     operator = HessianOperator(Attention(), loss_of, [chains()])
     with pytest.raises(ValueError, match=message):
         advise(operator, {}, **options)
+
+
+class Adapter(nn.Module):
+    """A low-rank adapter whose second factor is zero, as at its start: the loss is linear in the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 2, bias=False), nn.Linear(2, 6, bias=False)
+        nn.init.zeros_(self.second.weight)
+
+
+@pytest.mark.parametrize("method", ["exact", "sketch"])
+def test_a_matrix_without_a_hessian_stays_as_it_is(method):
+    model = Adapter()
+    operator = HessianOperator(
+        model, lambda model, x: model.second(model.first(x)).square().sum() + x.sum(), [torch.randn(5, 6)]
+    )
+    own = {"first.weight": {KEEP: Blocks.rows((2, 6)), "whole": Blocks.whole((2, 6))}}
+    first, second = advise(operator, own, method=method, columns=4).rows
+    assert (first.parameter, first.cut, first.blocks) == ("first.weight", KEEP, Blocks.rows((2, 6)))
+    assert "Hessian is zero" in first.reason
+    assert second.scores["rows x 1"].information > 0

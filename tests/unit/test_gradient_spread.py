@@ -177,6 +177,21 @@ def test_the_callback_logs_the_spread_of_a_step_by_role():
         assert {name: value for name, value in metrics.items() if "explained" not in name} == pytest.approx(expected)
 
 
+def test_an_optimizer_of_a_part_of_the_module_logs_that_part():
+    rows = []
+    for part in (lambda module: module, lambda module: module.net):
+        torch.manual_seed(0)
+        rows.append(fit(Net(lambda module, part=part: AdamMini(part(module), lr=1e-2, partition="default"))))
+    whole, part = rows
+    assert sorted(part) == [1, 3, 5]
+    assert part == whole
+
+
+def test_an_optimizer_whose_names_are_not_the_modules_is_told():
+    with pytest.warns(UserWarning, match="logs nothing: the parameters of the optimizer have other names"):
+        assert fit(Net(lambda module: AdamMini(list(module.parameters()), lr=0.1, partition="default"))) == {}
+
+
 def test_another_optimizer_gets_the_blocks_that_adam_mini_would_have():
     torch.manual_seed(0)
     rows = fit(Net(lambda module: torch.optim.SGD(module.parameters(), 0.1)))
