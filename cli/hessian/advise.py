@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import yaml
 
 from lightning_adam_mini.hessian.advice import Advice, advise
+from lightning_adam_mini.hessian.block_diagonality import Score
 from lightning_adam_mini.hessian.cut_advice import CutAdvice
 from lightning_adam_mini.hessian.gradient_spread import mean_square_gradients
 
@@ -85,7 +87,7 @@ def _tables(found: Advice) -> list[Table]:
             [
                 row.parameter,
                 "x".join(map(str, row.shape)),
-                row.best + ("" if row.is_clear else " ?"),
+                row.best + ("" if row.is_clear else " ?") + (" in parts" if row.parts else ""),
                 f"{score.information:.2f}",
                 row.runner_up,
                 f"{row.scores[row.runner_up].information:.2f}",
@@ -114,6 +116,11 @@ def _figures(row: CutAdvice) -> dict[str, Any]:
         "cut": row.cut,
         "state_bytes": row.state_bytes,
         "reason": row.reason,
-        "scores": {cut: {**asdict(s), "information": s.information, "noise": s.noise} for cut, s in row.scores.items()},
+        "scores": _scores(row.scores),
+        "parts": [{"best": part.best, "scores": _scores(part.scores)} for part in row.parts],
         "spreads": {cut: {**asdict(s), "explained": s.explained} for cut, s in row.spreads.items()},
     }
+
+
+def _scores(scores: Mapping[str, Score]) -> dict[str, Any]:
+    return {cut: {**asdict(s), "information": s.information, "noise": s.noise} for cut, s in scores.items()}

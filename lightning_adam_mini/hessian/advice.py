@@ -12,14 +12,22 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from lightning_adam_mini.blocks import Blocks, Kind
-from lightning_adam_mini.hessian.block_diagonality import ZeroHessianError, candidate_cuts, exact_scores
+from lightning_adam_mini.hessian.block_diagonality import Score, ZeroHessianError, candidate_cuts, exact_scores
 from lightning_adam_mini.hessian.blocks_of import ParameterBlock
-from lightning_adam_mini.hessian.cut_advice import KEEP, CutAdvice, advise_from_scores, without_hessian
+from lightning_adam_mini.hessian.cut_advice import (
+    KEEP,
+    CutAdvice,
+    advise_from_scores,
+    advise_in_parts,
+    without_hessian,
+)
 from lightning_adam_mini.hessian.exact import DEFAULT_DENSE_BUDGET, check_dense, dense_block
+from lightning_adam_mini.hessian.fused_parts import ScoreFunction, score_parts
 from lightning_adam_mini.hessian.gradient_spread import spread_from, spread_sums
 from lightning_adam_mini.hessian.operators import HessianOperator
 from lightning_adam_mini.hessian.sketched_diagonality import DEFAULT_COLUMNS, sketched_scores
@@ -28,6 +36,8 @@ __all__ = ["Advice", "advise"]
 
 EXACT_UP_TO = 1024
 """Elements up to which the dense Hessian is computed where the method is left open."""
+_LEAST_COLUMNS = 8
+"""Of a part."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +79,7 @@ def advise(
     budget_bytes: int = DEFAULT_DENSE_BUDGET,
     on_parameter: Callable[[str, int, int], None] | None = None,
 ) -> Advice:
-    """Compare candidate cuts of every matrix.
+    """Compare candidate cuts of every matrix, and of the parts of fused ones.
 
     Args:
         operator: The Hessian.
@@ -104,18 +114,43 @@ def advise(
         spreads = {}
         if squares is not None:
             spreads = {cut: spread_from(spread_sums(blocks, squares[name])) for cut, blocks in cuts.items()}
-        try:
-            if name in dense:
-                block = dense_block(operator, ParameterBlock(name, name), budget_bytes=budget_bytes)
-                scores = exact_scores(block.matrix, cuts)
-                del block
-            else:
-                scores = sketched_scores(operator, name, cuts, columns=columns, seed=seed, budget_bytes=budget_bytes)
-        except ZeroHessianError:
-            rows.append(without_hessian(name, cuts, own, spreads))
+        if name in dense:
+            score = _dense_scores(operator, name, budget_bytes)
         else:
-            rows.append(advise_from_scores(name, cuts, scores, own, spreads))
+            score = partial(_sketched_scores, operator, columns=columns, seed=seed, budget_bytes=budget_bytes)
+        try:
+            row = advise_from_scores(name, cuts, score(ParameterBlock(name, name), cuts), own, spreads)
+        except ZeroHessianError:
+            row = without_hessian(name, cuts, own, spreads)
+        else:
+            row = advise_in_parts(row, score_parts(name, cuts[row.best], score), own)
+        rows.append(row)
     return Advice(tuple(rows))
+
+
+def _dense_scores(operator: HessianOperator, parameter: str, budget_bytes: int) -> ScoreFunction:
+    """Scores of a parameter and of its parts by its dense Hessian."""
+    matrix = dense_block(operator, ParameterBlock(parameter, parameter), budget_bytes=budget_bytes).matrix
+
+    def score(block: ParameterBlock, cuts: Mapping[str, Blocks], num_parts: int = 1) -> dict[str, Score]:
+        return exact_scores(matrix if block.index is None else matrix[block.index][:, block.index], cuts)
+
+    return score
+
+
+def _sketched_scores(
+    operator: HessianOperator,
+    block: ParameterBlock,
+    cuts: Mapping[str, Blocks],
+    num_parts: int = 1,
+    *,
+    columns: int,
+    seed: int,
+    budget_bytes: int,
+) -> dict[str, Score]:
+    """The same by a sketch, in which all parts take about as many columns as the whole."""
+    columns = max(columns // num_parts, min(columns, _LEAST_COLUMNS))
+    return sketched_scores(operator, block, cuts, columns=columns, seed=seed, budget_bytes=budget_bytes)
 
 
 def _all_cuts(shape: tuple[int, ...], expressible: Mapping[str, Blocks]) -> dict[str, Blocks]:

@@ -41,6 +41,8 @@ class Score:
         expected: Part of the entries inside the blocks.
         num_blocks: Number of blocks.
         size: Rows of the Hessian.
+        by_norms: The share that would lie inside if columns had the norms that they have, and blocks meant nothing: the
+            sum of the squares of the blocks' parts of the squared norm.
         absolute_share: Part of the sum of absolute entries inside the blocks; for the cut into elements it is the tau
             of the papers. None where the Hessian was sketched.
         standard_error: Of `share`; 0 for an exact one.
@@ -50,6 +52,7 @@ class Score:
     expected: float
     num_blocks: int
     size: int
+    by_norms: float
     absolute_share: float | None = None
     standard_error: float = 0.0
 
@@ -61,10 +64,12 @@ class Score:
     @property
     def information(self) -> float:
         """What the cut tells about where the energy lies, in nats; 0 for one block. Negative where less lies inside."""
-        if self.expected >= 1:
-            return 0.0
-        found = _relative_entropy(self.share, self.expected)
-        return found if self.share >= self.expected else -found
+        return _signed_entropy(self.share, self.expected)
+
+    @property
+    def information_beyond_norms(self) -> float:
+        """The same beyond that some blocks have larger entries than others, as the parts of a fused matrix do."""
+        return _signed_entropy(self.share, self.by_norms)
 
     @property
     def noise(self) -> float:
@@ -111,7 +116,8 @@ def exact_scores(matrix: Tensor, cuts: Mapping[str, Blocks]) -> dict[str, Score]
         ValueError: The matrix is not of the parameter that is cut, or is zero (`ZeroHessianError`).
     """
     size = len(matrix)
-    total = matrix.square().sum().item()
+    norms = matrix.square().sum(0)
+    total = norms.sum().item()
     absolute = matrix.abs().sum().item()
     check_not_zero(total)
     found = {}
@@ -119,7 +125,14 @@ def exact_scores(matrix: Tensor, cuts: Mapping[str, Blocks]) -> dict[str, Score]
         check_cut(blocks, size)
         energy, sums = (_inside(part, blocks) for part in (matrix.square(), matrix.abs()))
         share = min(energy / total, 1.0)
-        found[name] = Score(share, expected_share(blocks), blocks.num_values, size, min(sums / absolute, 1.0))
+        found[name] = Score(
+            share,
+            expected_share(blocks),
+            blocks.num_values,
+            size,
+            share_by_norms(blocks, norms),
+            min(sums / absolute, 1.0),
+        )
     return found
 
 
@@ -160,6 +173,20 @@ def expected_share(blocks: Blocks) -> float:
     return sizes.square().sum().item() / size**2
 
 
+def share_by_norms(blocks: Blocks, norms: Tensor) -> float:
+    """The sum of the squares of the blocks' parts of the squared norm.
+
+    Args:
+        blocks: The cut.
+        norms: Squared norms of the Hessian's columns, `(n,)`, float64.
+    """
+    parts = norms.view(blocks.shape) / norms.sum()
+    if blocks.kind is not Kind.ELEMENT:
+        reduced = tuple(axis for axis, size in enumerate(blocks.row_shape) if size == 1)
+        parts = blocks.block_sums(parts.sum(reduced, keepdim=True) if reduced else parts)
+    return parts.square().sum().item()
+
+
 def _inside(values: Tensor, blocks: Blocks) -> float:
     """Sum of the entries inside the blocks."""
     if blocks.kind is Kind.ELEMENT:
@@ -167,6 +194,14 @@ def _inside(values: Tensor, blocks: Blocks) -> float:
     index = blocks.block_index().flatten()
     rows = values.new_zeros(blocks.num_values, len(values)).index_add_(0, index, values)
     return rows.gather(0, index.unsqueeze(0)).sum().item()
+
+
+def _signed_entropy(share: float, expected: float) -> float:
+    """The relative entropy, negative where less lies inside than expected; 0 where all is expected there."""
+    if expected >= 1:
+        return 0.0
+    found = _relative_entropy(share, expected)
+    return found if share >= expected else -found
 
 
 def _relative_entropy(share: float, expected: float) -> float:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lightning_adam_mini.blocks import Blocks
 from lightning_adam_mini.hessian.block_diagonality import Score, expected_share
+from lightning_adam_mini.hessian.fused_parts import Part, Rated, rate_in_parts
 from lightning_adam_mini.hessian.gradient_spread import Spread
 
-__all__ = ["KEEP", "CutAdvice", "advise_from_scores", "without_hessian"]
+__all__ = ["KEEP", "CutAdvice", "advise_from_scores", "advise_in_parts", "without_hessian"]
 
 KEEP = "keep"
 """Name of the cut that a parameter has without an override."""
@@ -31,8 +32,9 @@ class CutAdvice:
         cut: What to ask AdamMini for: `keep` where no other is better by more than two standard errors; None where
             nothing can be asked for.
         blocks: The cut that this is.
-        spreads: By the name of the cut, of squared gradients; empty without gradients.
         reason: Why, in a sentence.
+        spreads: By the name of the cut, of squared gradients; empty without gradients.
+        parts: Of a fused matrix, which `cut` was chosen by; see `fused_parts`.
     """
 
     parameter: str
@@ -45,6 +47,7 @@ class CutAdvice:
     blocks: Blocks | None
     reason: str
     spreads: Mapping[str, Spread] = field(default_factory=dict)
+    parts: tuple[Part, ...] = ()
 
     @property
     def state_bytes(self) -> int:
@@ -75,7 +78,7 @@ def advise_from_scores(
     lead = scores[best].information - scores[runner_up].information
     error = math.hypot(scores[best].information_error, scores[runner_up].information_error)
     named = {asked: next(name for name in cuts if cuts[name] == blocks) for asked, blocks in expressible.items()}
-    cut = _asked(named, scores) if told else None
+    cut = _asked({asked: scores[name] for asked, name in named.items()}) if told else None
     if not told and "whole" in named:
         cut = KEEP if named.get(KEEP) == named["whole"] else "whole"
     shape = next(iter(cuts.values())).shape
@@ -95,12 +98,38 @@ def advise_from_scores(
     )
 
 
-def _asked(named: Mapping[str, str], scores: Mapping[str, Score]) -> str | None:
+def advise_in_parts(row: CutAdvice, parts: tuple[Part, ...], expressible: Mapping[str, Blocks]) -> CutAdvice:
+    """The advice for a fused matrix by its parts; that of the whole where these tell less than the cut into them.
+
+    Args:
+        row: The advice for the whole matrix, whose best cut is into the parts.
+        parts: From `score_parts`.
+        expressible: Cuts that can be asked for, by what they are called there.
+    """
+    within = rate_in_parts(parts) if parts else None
+    if within is None or within.information <= (of_whole := row.scores[row.best].information_beyond_norms):
+        return row
+    rated = {asked: found for asked, blocks in expressible.items() if (found := rate_in_parts(parts, blocks))}
+    cut = _asked(rated)
+    reason = (
+        f"{row.best}: a fused matrix, for its {len(parts)} parts tell more by themselves ({within.information:.2f} "
+        f"nats in the mean) than the cut into them, but for their unlike norms ({of_whole:.2f}): "
+        f"{', '.join(part.best for part in parts)}"
+    )
+    if cut is None:
+        reason += "; the partition can express no cut of this parameter"
+    else:
+        kept = "the cut that it has" if cut == KEEP else cut
+        reason += f"; {kept} tells the most of what can be asked for ({rated[cut].information:.2f})"
+    return replace(row, cut=cut, blocks=None if cut is None else expressible[cut], reason=reason, parts=parts)
+
+
+def _asked(rated: Mapping[str, Score] | Mapping[str, Rated]) -> str | None:
     """What to ask for: the cut with the most information, unless what is there is not clearly worse."""
-    found = max(named, key=lambda asked: scores[named[asked]].information, default=None)
-    if found is None or KEEP not in named:
+    found = max(rated, key=lambda asked: rated[asked].information, default=None)
+    if found is None or KEEP not in rated:
         return found
-    best, kept = scores[named[found]], scores[named[KEEP]]
+    best, kept = rated[found], rated[KEEP]
     error = math.hypot(best.information_error, kept.information_error)
     return found if best.information - kept.information > 2 * error else KEEP
 
@@ -142,7 +171,7 @@ def without_hessian(
     """
     shares = {name: expected_share(blocks) for name, blocks in cuts.items()}
     shape = next(iter(cuts.values())).shape
-    scores = {name: Score(s, s, cuts[name].num_values, math.prod(shape)) for name, s in shares.items()}
+    scores = {name: Score(s, s, cuts[name].num_values, math.prod(shape), s) for name, s in shares.items()}
     cut = KEEP if KEEP in expressible else None
     reason = "its Hessian is zero here: the loss is linear in it, or does not depend on it; ask again after some steps"
     return CutAdvice(

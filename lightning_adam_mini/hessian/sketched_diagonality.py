@@ -17,13 +17,19 @@ import torch
 from torch import Tensor
 
 from lightning_adam_mini.blocks import Blocks, Kind
-from lightning_adam_mini.hessian.block_diagonality import Score, check_cut, check_not_zero, expected_share
+from lightning_adam_mini.hessian.block_diagonality import (
+    Score,
+    check_cut,
+    check_not_zero,
+    expected_share,
+    share_by_norms,
+)
 from lightning_adam_mini.hessian.blocks_of import ParameterBlock
 from lightning_adam_mini.hessian.lanczos import DEFAULT_BUDGET
 from lightning_adam_mini.hessian.operators import HessianOperator
 from lightning_adam_mini.hessian.probes import probe, seed_of
 
-__all__ = ["DEFAULT_COLUMNS", "sketched_scores"]
+__all__ = ["DEFAULT_COLUMNS", "sketched_scores", "squared_norms"]
 
 DEFAULT_COLUMNS = 64
 _PROBES = 8
@@ -36,19 +42,21 @@ _CHUNK_BYTES = 2**27
 
 def sketched_scores(
     operator: HessianOperator,
-    parameter: str,
+    block: ParameterBlock,
     cuts: Mapping[str, Blocks],
     *,
     columns: int = DEFAULT_COLUMNS,
     seed: int = 0,
     budget_bytes: int = DEFAULT_BUDGET,
 ) -> dict[str, Score]:
-    """Estimated scores of cuts of a parameter, by `columns` products and eight more; exact ones by all n columns.
+    """Estimated scores of cuts of a parameter or a part of it; exact ones where all its columns are taken.
+
+    They take a product for each column, and eight more.
 
     Args:
         operator: The Hessian.
-        parameter: Name of the parameter.
-        cuts: By name.
+        block: A parameter, or elements of one.
+        cuts: By name; all of one shape with as many elements as the block.
         columns: Columns of the Hessian that are drawn; their spread gives the standard errors.
         seed: Of the draws.
         budget_bytes: For kept graphs of gradients; see `HessianOperator.keep_graphs`.
@@ -57,20 +65,20 @@ def sketched_scores(
         Scores without `absolute_share`.
 
     Raises:
-        ValueError: Less than two columns, an unknown parameter, a cut of another shape, or a Hessian that is zero
+        ValueError: Less than two columns, an unknown block, a cut of another shape, or a Hessian that is zero
             (`ZeroHessianError`).
     """
     if columns < 2:
         raise ValueError(f"a sketch needs two columns at least, not {columns}")
-    block = ParameterBlock(parameter, parameter)
     size = operator.block_size(block)
     for blocks in cuts.values():
         check_cut(blocks, size)
-    shape = operator.layout.shapes[parameter]
+    shape = next(iter(cuts.values())).shape
     with operator.keep_graphs(budget_bytes):
         if columns < size:
-            chances = _chances(operator, block, size, seed)
-            drawn = _draw(chances, columns, seed_of(seed, parameter, _PROBES))
+            norms = squared_norms(operator, block, seed=seed)
+            chances = norms * ((1 - _EVEN) / norms.sum()) + _EVEN / size
+            drawn = _draw(chances, columns, seed_of(seed, block.name, _PROBES))
             weights = 1 / chances[drawn]
         else:
             drawn, weights = torch.arange(size), torch.ones(size, dtype=torch.float64)
@@ -83,7 +91,9 @@ def sketched_scores(
                 inside[name][number] = squares.inside(blocks, int(drawn[number]))
     check_not_zero(totals.sum().item())
     is_sample = len(drawn) < size
-    return {name: _score(inside[name], totals, weights, cuts[name], is_sample=is_sample) for name in cuts}
+    if not is_sample:
+        norms = totals
+    return {name: _score(inside[name], totals, weights, cuts[name], norms, is_sample=is_sample) for name in cuts}
 
 
 class _SquareSums:
@@ -110,14 +120,24 @@ class _SquareSums:
         return sums[blocks.block_index()[place]].item()
 
 
-def _chances(operator: HessianOperator, block: ParameterBlock, size: int, seed: int) -> Tensor:
-    """Probabilities `(n,)` to draw each column, in proportion to an estimate of its squared norm."""
+def squared_norms(operator: HessianOperator, block: ParameterBlock, *, seed: int = 0) -> Tensor:
+    """Estimates of the squared norms of a principal block's columns, `(n,)`, float64 on the CPU, by eight products.
+
+    Args:
+        operator: The Hessian.
+        block: A parameter, or elements of one.
+        seed: Of the random signs.
+
+    Raises:
+        ZeroHessianError: All are zero.
+    """
+    size = operator.block_size(block)
     norms = torch.zeros(size, dtype=torch.float64)
     for number in range(_PROBES):
         signs = probe(size, seed, block.name, number, dtype=operator.dtype, device=operator.device, rademacher=True)
         norms += operator.block_products({block.name: signs}, [block])[block.name].to("cpu", torch.float64).square_()
     check_not_zero(norms.sum().item())
-    return norms.mul_((1 - _EVEN) / norms.sum()).add_(_EVEN / size)
+    return norms.div_(_PROBES)
 
 
 def _draw(chances: Tensor, count: int, seed: int) -> Tensor:
@@ -137,9 +157,16 @@ def _columns(operator: HessianOperator, block: ParameterBlock, drawn: Tensor, si
         yield from operator.block_products({block.name: units}, [block])[block.name]
 
 
-def _score(inside: Tensor, totals: Tensor, weights: Tensor, blocks: Blocks, *, is_sample: bool) -> Score:
+def _score(inside: Tensor, totals: Tensor, weights: Tensor, blocks: Blocks, norms: Tensor, *, is_sample: bool) -> Score:
     """The ratio of two weighted means, and its standard error to first order."""
     mean = (weights * totals).mean()
     share = min(((weights * inside).mean() / mean).item(), 1.0)
     error = (weights * (inside - share * totals)).std() / len(totals) ** 0.5 / mean if is_sample else 0.0
-    return Score(share, expected_share(blocks), blocks.num_values, math.prod(blocks.shape), standard_error=float(error))
+    return Score(
+        share,
+        expected_share(blocks),
+        blocks.num_values,
+        math.prod(blocks.shape),
+        share_by_norms(blocks, norms),
+        standard_error=float(error),
+    )

@@ -7,11 +7,12 @@ from torch import nn
 
 import tiny_models
 from lightning_adam_mini import AdamMini
-from lightning_adam_mini.blocks import Blocks
+from lightning_adam_mini.blocks import Blocks, Segment
 from lightning_adam_mini.hessian import HessianOperator
 from lightning_adam_mini.hessian.advice import advise
 from lightning_adam_mini.hessian.block_diagonality import Score, candidate_cuts, exact_scores
 from lightning_adam_mini.hessian.cut_advice import KEEP, advise_from_scores
+from lightning_adam_mini.hessian.fused_parts import rate_in_parts, score_parts
 from lightning_adam_mini.hessian.gradient_spread import mean_square_gradients
 
 DIM, HEADS, VOCAB = 32, 4, 8
@@ -32,12 +33,24 @@ class Attention(nn.Module):
     def forward(self, tokens):
         x = self.table(tokens)
         normal = F.rms_norm(x, (DIM,))
-        q, k, v = (layer(normal).unflatten(-1, (HEADS, -1)).transpose(1, 2) for layer in self.inputs())
+        q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.inputs(normal))
         x = x + self.fourth(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
         return self.last(F.rms_norm(x + self.sixth(F.silu(self.fifth(F.rms_norm(x, (DIM,))))), (DIM,)))
 
-    def inputs(self):
-        return self.first, self.second, self.third
+    def inputs(self, x):
+        return self.first(x), self.second(x), self.third(x)
+
+
+class FusedAttention(Attention):
+    """The same with one matrix for the three."""
+
+    def __init__(self):
+        super().__init__()
+        self.fused = nn.Linear(DIM, 3 * DIM, bias=False)
+        nn.init.normal_(self.fused.weight, std=0.02)
+
+    def inputs(self, x):
+        return self.fused(x).chunk(3, -1)
 
 
 def loss_of(model, tokens):
@@ -73,6 +86,58 @@ def test_queries_and_keys_ask_for_heads(blind, name):
 @pytest.mark.parametrize("name", ["fifth", "sixth"])
 def test_the_perceptron_asks_for_output_neurons(blind, name):
     assert blind[f"{name}.weight"].best == "rows x 1"
+
+
+@pytest.mark.parametrize("method", ["sketch", pytest.param("exact", marks=pytest.mark.slow)])
+def test_a_fused_matrix_is_looked_at_in_parts(method):
+    """Of the whole, values hide the heads of queries and keys."""
+    torch.manual_seed(0)
+    operator = HessianOperator(FusedAttention().double(), loss_of, [chains()])
+    shape, head = (3 * DIM, DIM), DIM // HEADS
+    own = {KEEP: Blocks.segmented(shape, (Segment(2 * DIM, head), Segment(DIM, 1))), "row": Blocks.rows(shape)}
+    own |= {"head": Blocks.rows(shape, block_size=head), "whole": Blocks.whole(shape)}
+    (row,) = advise(operator, {"fused.weight": own}, parameters=["fused.weight"], method=method).rows
+    assert [part.best for part in row.parts] == [f"rows x {head}", f"rows x {head}", "rows x 1"]
+    assert (row.best, row.cut, row.blocks) == (f"rows x {DIM}", KEEP, own[KEEP])
+    assert "a fused matrix" in row.reason
+    assert "the cut that it has tells the most" in row.reason
+    (unknown,) = advise(operator, {}, parameters=["fused.weight"], method=method).rows
+    assert unknown.cut is None
+    assert "can express no cut" in unknown.reason
+
+
+def test_heads_are_no_parts(blind):
+    assert not blind["first.weight"].parts
+    assert not blind["second.weight"].parts
+
+
+def test_parts_are_cut_as_the_whole_is():
+    """A part's elements in their order, and what cuts of the whole are within it."""
+    shape, size = (3, 12), 12
+    cut = Blocks.rows(shape, axis=1, block_size=4)
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(3 * size, 3 * size, generator=generator, dtype=torch.float64)
+
+    def score(block, cuts, num_parts=1):
+        assert num_parts == 3
+        return exact_scores((matrix + matrix.T)[block.index][:, block.index], cuts)
+
+    parts = score_parts("weight", cut, score)
+    assert [part.shape for part in parts] == [(3, 4)] * 3
+    assert parts[1].block.index.tolist() == [4, 5, 6, 7, 16, 17, 18, 19, 28, 29, 30, 31]
+    for whole, name in (
+        (Blocks.rows(shape, axis=1, block_size=2), "columns x 2"),
+        (Blocks.rows(shape), "rows x 1"),
+        (Blocks.whole(shape), "whole"),
+        (cut, "whole"),
+        (Blocks.element(shape), "element"),
+        (Blocks.segmented(shape, (Segment(4, 2), Segment(8, 2)), axis=1), "columns x 2"),
+    ):
+        expected = sum(part.scores[name].information for part in parts) / 3
+        assert rate_in_parts(parts, whole).information == pytest.approx(expected)
+    assert rate_in_parts(parts, Blocks.rows(shape, axis=1, block_size=3)) is None, "no cut of a part"
+    for other in (Blocks.rows(shape), Blocks.whole(shape), Blocks.element(shape), Blocks.rows((18, 2), block_size=2)):
+        assert score_parts("weight", other, score) == ()
 
 
 def test_the_sketch_sees_the_head_that_the_dense_hessian_sees(blind):
@@ -116,7 +181,7 @@ def test_overrides_are_what_adam_mini_takes():
 
 
 def score(information_at, size=64, error=0.0):
-    return Score(information_at, 0.125, 8, size, standard_error=error)
+    return Score(information_at, 0.125, 8, size, 0.125, standard_error=error)
 
 
 def of_scores(shares, expressible, error=0.0):

@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from lightning_adam_mini.blocks import Blocks, Segment
-from lightning_adam_mini.hessian import HessianOperator
+from lightning_adam_mini.hessian import HessianOperator, ParameterBlock
 from lightning_adam_mini.hessian.block_diagonality import candidate_cuts, exact_scores, tau
 from lightning_adam_mini.hessian.sketched_diagonality import sketched_scores
 
 SHAPE = (8, 3)
+WEIGHT = ParameterBlock("weight", "weight")
 
 
 def symmetric(seed=0, size=24):
@@ -107,7 +108,7 @@ def test_the_sketch_agrees_with_the_dense_scores_in_expectation():
     matrix = scales.unsqueeze(1) * matrix * scales
     exact = exact_scores(matrix, cuts)
     operator, count = operator_of(matrix), 60
-    draws = [sketched_scores(operator, "weight", cuts, columns=12, seed=seed) for seed in range(count)]
+    draws = [sketched_scores(operator, WEIGHT, cuts, columns=12, seed=seed) for seed in range(count)]
     for name, score in exact.items():
         shares = torch.tensor([found[name].share for found in draws], dtype=torch.float64)
         assert draws[0][name].expected == pytest.approx(score.expected, rel=1e-12)
@@ -119,7 +120,7 @@ def test_the_sketch_agrees_with_the_dense_scores_in_expectation():
 def test_the_standard_error_is_that_of_repeated_sketches():
     cuts = {"rows": Blocks.rows((40, 3))}
     operator = operator_of(masked(cuts["rows"], outside=0.3), (40, 3))
-    found = [sketched_scores(operator, "weight", cuts, columns=20, seed=seed)["rows"] for seed in range(40)]
+    found = [sketched_scores(operator, WEIGHT, cuts, columns=20, seed=seed)["rows"] for seed in range(40)]
     spread = torch.tensor([score.share for score in found]).std().item()
     told = sum(score.standard_error for score in found) / len(found)
     assert 0.6 < told / spread < 1.6
@@ -131,7 +132,7 @@ def test_all_columns_give_the_exact_scores():
         "columns of rows": Blocks.rows(SHAPE, axis=1, batch_axes=(0,)),
     }
     matrix = symmetric()
-    found = sketched_scores(operator_of(matrix), "weight", cuts, columns=24)
+    found = sketched_scores(operator_of(matrix), WEIGHT, cuts, columns=24)
     for name, score in exact_scores(matrix, cuts).items():
         assert found[name].share == pytest.approx(score.share, rel=1e-12), name
         assert found[name].expected == pytest.approx(score.expected, rel=1e-12), name
@@ -144,16 +145,16 @@ def test_a_heavy_block_is_found_among_many():
     index = Blocks.rows(shape, block_size=4).block_index().flatten()
     scales = torch.where(index == 17, 1.0, 1e-3).double()
     matrix = masked(Blocks.rows(shape, block_size=4), outside=1e-3) * scales * scales.unsqueeze(1)
-    scores = sketched_scores(operator_of(matrix, shape), "weight", candidate_cuts(shape), columns=16)
+    scores = sketched_scores(operator_of(matrix, shape), WEIGHT, candidate_cuts(shape), columns=16)
     assert max(scores, key=lambda name: scores[name].information) == "rows x 4"
 
 
 def test_the_sketch_does_not_depend_on_chunks_and_other_cuts(monkeypatch):
     cuts = candidate_cuts(SHAPE)
     operator = operator_of(symmetric())
-    every = sketched_scores(operator, "weight", cuts, columns=10)
+    every = sketched_scores(operator, WEIGHT, cuts, columns=10)
     monkeypatch.setattr("lightning_adam_mini.hessian.sketched_diagonality._CHUNK_BYTES", 1)
-    some = sketched_scores(operator, "weight", {"rows x 2": cuts["rows x 2"]}, columns=10, budget_bytes=0)
+    some = sketched_scores(operator, WEIGHT, {"rows x 2": cuts["rows x 2"]}, columns=10, budget_bytes=0)
     assert 0 < every["rows x 2"].share < 1
     assert some["rows x 2"].share == pytest.approx(every["rows x 2"].share)
 
@@ -161,9 +162,22 @@ def test_the_sketch_does_not_depend_on_chunks_and_other_cuts(monkeypatch):
 def test_the_sketch_refuses_one_column_and_a_zero_hessian():
     operator = operator_of(torch.zeros(24, 24, dtype=torch.float64))
     with pytest.raises(ValueError, match="two columns"):
-        sketched_scores(operator, "weight", candidate_cuts(SHAPE), columns=1)
+        sketched_scores(operator, WEIGHT, candidate_cuts(SHAPE), columns=1)
     for columns in (2, 24):
         with pytest.raises(ValueError, match="is zero"):
-            sketched_scores(operator, "weight", candidate_cuts(SHAPE), columns=columns)
+            sketched_scores(operator, WEIGHT, candidate_cuts(SHAPE), columns=columns)
     with pytest.raises(ValueError, match="24 rows"):
-        sketched_scores(operator, "weight", {"rows": Blocks.rows((4, 3))})
+        sketched_scores(operator, WEIGHT, {"rows": Blocks.rows((4, 3))})
+
+
+def test_unlike_norms_alone_are_no_blocks():
+    """A matrix whose entries are products of sizes tells nothing beyond them, however large one block's are."""
+    sizes = torch.tensor([1.0, 1, 1, 1, 30, 30, 30, 30], dtype=torch.float64)
+    score = exact_scores(sizes * sizes.unsqueeze(1), {"halves": Blocks.rows((8, 1), block_size=4)})["halves"]
+    assert score.share > 0.99
+    assert score.information > 0.5
+    assert score.information_beyond_norms == pytest.approx(0, abs=1e-9)
+    blocks = torch.block_diag(torch.ones(4, 4), 30 * torch.ones(4, 4)).double()
+    score = exact_scores(blocks, {"halves": Blocks.rows((8, 1), block_size=4)})["halves"]
+    assert score.by_norms == pytest.approx((1 + 900**2) / 901**2)
+    assert score.information_beyond_norms > 0
