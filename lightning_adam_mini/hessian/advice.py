@@ -27,7 +27,7 @@ from lightning_adam_mini.hessian.cut_advice import (
     without_hessian,
 )
 from lightning_adam_mini.hessian.exact import DEFAULT_DENSE_BUDGET, check_dense, dense_block
-from lightning_adam_mini.hessian.fused_parts import ScoreFunction, score_parts
+from lightning_adam_mini.hessian.fused_parts import ScoreFunction, find_parts, score_parts
 from lightning_adam_mini.hessian.gradient_spread import spread_from, spread_sums
 from lightning_adam_mini.hessian.operators import HessianOperator
 from lightning_adam_mini.hessian.sketched_diagonality import DEFAULT_COLUMNS, sketched_scores
@@ -119,11 +119,13 @@ def advise(
         else:
             score = partial(_sketched_scores, operator, columns=columns, seed=seed, budget_bytes=budget_bytes)
         try:
-            row = advise_from_scores(name, cuts, score(ParameterBlock(name, name), cuts), own, spreads)
+            scores = score(ParameterBlock(name, name), cuts)
         except ZeroHessianError:
-            row = without_hessian(name, cuts, own, spreads)
-        else:
-            row = advise_in_parts(row, score_parts(name, cuts[row.best], score), own)
+            rows.append(without_hessian(name, cuts, own, spreads))
+            continue
+        row = advise_from_scores(name, cuts, scores, own, spreads)
+        if (into_parts := find_parts(cuts, scores)) and (parts := score_parts(name, cuts[into_parts], score)):
+            row = advise_in_parts(row, into_parts, parts, cuts, own)
         rows.append(row)
     return Advice(tuple(rows))
 

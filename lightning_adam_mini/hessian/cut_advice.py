@@ -98,30 +98,43 @@ def advise_from_scores(
     )
 
 
-def advise_in_parts(row: CutAdvice, parts: tuple[Part, ...], expressible: Mapping[str, Blocks]) -> CutAdvice:
-    """The advice for a fused matrix by its parts; that of the whole where these tell less than the cut into them.
+def advise_in_parts(
+    row: CutAdvice,
+    into_parts: str,
+    parts: tuple[Part, ...],
+    cuts: Mapping[str, Blocks],
+    expressible: Mapping[str, Blocks],
+) -> CutAdvice:
+    """The advice for a matrix by its parts; that for the whole where the parts have no better cuts of their own.
 
     Args:
-        row: The advice for the whole matrix, whose best cut is into the parts.
+        row: The advice for the whole matrix.
+        into_parts: Name of the cut into the parts.
         parts: From `score_parts`.
+        cuts: Of the whole, by name.
         expressible: Cuts that can be asked for, by what they are called there.
     """
-    within = rate_in_parts(parts) if parts else None
-    if within is None or within.information <= (of_whole := row.scores[row.best].information_beyond_norms):
+    within, of_whole = rate_in_parts(parts), rate_in_parts(parts, cuts[row.best])
+    told = row.scores[into_parts].information_beyond_norms
+    if within is None or within.information <= told:
+        return row
+    if of_whole and within.information - of_whole.information <= 2 * math.hypot(
+        within.information_error, of_whole.information_error
+    ):
         return row
     rated = {asked: found for asked, blocks in expressible.items() if (found := rate_in_parts(parts, blocks))}
     cut = _asked(rated)
     reason = (
-        f"{row.best}: a fused matrix, for its {len(parts)} parts tell more by themselves ({within.information:.2f} "
-        f"nats in the mean) than the cut into them, but for their unlike norms ({of_whole:.2f}): "
-        f"{', '.join(part.best for part in parts)}"
+        f"{into_parts}: its {len(parts)} parts have unlike norms, as those of a fused matrix do, and tell more by "
+        f"themselves ({within.information:.2f} nats in the mean): {', '.join(part.best for part in parts)}"
     )
     if cut is None:
         reason += "; the partition can express no cut of this parameter"
     else:
         kept = "the cut that it has" if cut == KEEP else cut
         reason += f"; {kept} tells the most of what can be asked for ({rated[cut].information:.2f})"
-    return replace(row, cut=cut, blocks=None if cut is None else expressible[cut], reason=reason, parts=parts)
+    blocks = None if cut is None else expressible[cut]
+    return replace(row, best=into_parts, cut=cut, blocks=blocks, reason=reason, parts=parts)
 
 
 def _asked(rated: Mapping[str, Score] | Mapping[str, Rated]) -> str | None:

@@ -1,13 +1,10 @@
-"""Parts of a fused matrix, each looked at by itself.
+"""Parts of a matrix whose norms are unlike, such as those of a fused one, each looked at by itself.
 
 Scores of a fused matrix are those of its largest part: in a GPT-2 at its first weights, values have ten times the
-squared norm of queries and keys, and hide that these have heads. So where the best cut of a matrix is into a few long
-runs, each of them is scored as a matrix of its own. Where they tell more by themselves than the cut into them does,
-beyond that some of them have larger entries, the matrix is fused, and what is asked of all of it is the mean over its
-parts. Heads are no such parts: they are as large as each other, and little is left to tell within them.
-
-A principal block of the Hessian does not change when the rest of the matrix does, so that parts are compared at one
-scale each.
+squared norm of queries and keys, and hide that these have heads. So where a cut into a few long runs tells mostly that
+their norms are unlike, each run is scored as a matrix of its own. Where they have better cuts of their own than that of
+the whole, and these tell more than the cut into the runs, the mean over them says what to ask of all. Heads are no such
+parts, for their norms are alike.
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ from lightning_adam_mini.blocks import Blocks
 from lightning_adam_mini.hessian.block_diagonality import Score, ZeroHessianError, candidate_cuts
 from lightning_adam_mini.hessian.blocks_of import ParameterBlock, blocks_of
 
-__all__ = ["MAX_PARTS", "Part", "Rated", "ScoreFunction", "rate_in_parts", "score_parts"]
+__all__ = ["MAX_PARTS", "Part", "Rated", "ScoreFunction", "find_parts", "rate_in_parts", "score_parts"]
 
 MAX_PARTS = 8
 """Runs of more than so many are no parts: fused matrices have two to four."""
@@ -65,17 +62,37 @@ class ScoreFunction(Protocol):
         """By the names of the cuts."""
 
 
+def find_parts(cuts: Mapping[str, Blocks], scores: Mapping[str, Score]) -> str | None:
+    """The cut into a few runs that tells the most, and more by the unlike norms of the runs than by anything else.
+
+    Args:
+        cuts: By name.
+        scores: Of each.
+    """
+    found = {
+        name: score.information
+        for name, score in scores.items()
+        if _is_into_parts(cuts[name])
+        and score.information > score.noise
+        and score.information_beyond_norms < score.information / 2
+    }
+    return max(found, key=found.__getitem__, default=None)
+
+
+def _is_into_parts(cut: Blocks) -> bool:
+    """Whether the blocks are long runs of rows or columns, and few."""
+    return len(cut.segments) == 1 and not cut.cuts_rows and 2 <= cut.num_values <= MAX_PARTS
+
+
 def score_parts(parameter: str, cut: Blocks, score: ScoreFunction) -> tuple[Part, ...]:
-    """Score the blocks of a cut as matrices of their own; none where they are single rows or columns, or too many.
+    """Score the blocks of a cut as matrices of their own; none where the Hessian of one is zero.
 
     Args:
         parameter: Its name.
-        cut: Into runs of rows or of columns; any other has no parts.
+        cut: From `find_parts`.
         score: Gives the scores of a part.
     """
     number = cut.num_values
-    if cut.axis is None or len(cut.segments) != 1 or cut.cuts_rows or not 2 <= number <= MAX_PARTS:
-        return ()
     shape = tuple(size // number if axis == cut.axis else size for axis, size in enumerate(cut.shape))
     cuts = candidate_cuts(shape)
     try:

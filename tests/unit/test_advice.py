@@ -11,8 +11,8 @@ from lightning_adam_mini.blocks import Blocks, Segment
 from lightning_adam_mini.hessian import HessianOperator
 from lightning_adam_mini.hessian.advice import advise
 from lightning_adam_mini.hessian.block_diagonality import Score, candidate_cuts, exact_scores
-from lightning_adam_mini.hessian.cut_advice import KEEP, advise_from_scores
-from lightning_adam_mini.hessian.fused_parts import rate_in_parts, score_parts
+from lightning_adam_mini.hessian.cut_advice import KEEP, advise_from_scores, advise_in_parts
+from lightning_adam_mini.hessian.fused_parts import find_parts, rate_in_parts, score_parts
 from lightning_adam_mini.hessian.gradient_spread import mean_square_gradients
 
 DIM, HEADS, VOCAB = 32, 4, 8
@@ -99,7 +99,7 @@ def test_a_fused_matrix_is_looked_at_in_parts(method):
     (row,) = advise(operator, {"fused.weight": own}, parameters=["fused.weight"], method=method).rows
     assert [part.best for part in row.parts] == [f"rows x {head}", f"rows x {head}", "rows x 1"]
     assert (row.best, row.cut, row.blocks) == (f"rows x {DIM}", KEEP, own[KEEP])
-    assert "a fused matrix" in row.reason
+    assert "unlike norms" in row.reason
     assert "the cut that it has tells the most" in row.reason
     (unknown,) = advise(operator, {}, parameters=["fused.weight"], method=method).rows
     assert unknown.cut is None
@@ -109,6 +109,23 @@ def test_a_fused_matrix_is_looked_at_in_parts(method):
 def test_heads_are_no_parts(blind):
     assert not blind["first.weight"].parts
     assert not blind["second.weight"].parts
+
+
+def test_only_a_few_long_runs_of_unlike_norms_are_parts():
+    cuts = candidate_cuts((8, 8))
+
+    def scores(by_norms):
+        return {name: Score(0.8, 0.125, 8, 64, by_norms) for name in cuts}
+
+    assert find_parts(cuts, scores(by_norms=0.125)) is None
+    found = find_parts(
+        {name: blocks for name, blocks in cuts.items() if "4" in name}, {"rows x 4": scores(0.8)["rows x 4"]}
+    )
+    assert found == "rows x 4"
+    some = ("whole", "element", "rows x 1", "columns x 1")
+    assert find_parts(cuts, {name: scores(0.8)[name] for name in some}) is None
+    many = Blocks.rows((18, 2), block_size=2)
+    assert find_parts({"many": many}, {"many": scores(0.8)["whole"]}) is None
 
 
 def test_parts_are_cut_as_the_whole_is():
@@ -136,8 +153,6 @@ def test_parts_are_cut_as_the_whole_is():
         expected = sum(part.scores[name].information for part in parts) / 3
         assert rate_in_parts(parts, whole).information == pytest.approx(expected)
     assert rate_in_parts(parts, Blocks.rows(shape, axis=1, block_size=3)) is None, "no cut of a part"
-    for other in (Blocks.rows(shape), Blocks.whole(shape), Blocks.element(shape), Blocks.rows((18, 2), block_size=2)):
-        assert score_parts("weight", other, score) == ()
 
 
 def test_the_sketch_sees_the_head_that_the_dense_hessian_sees(blind):
@@ -253,3 +268,23 @@ def test_a_matrix_without_a_hessian_stays_as_it_is(method):
     assert (first.parameter, first.cut, first.blocks) == ("first.weight", KEEP, Blocks.rows((2, 6)))
     assert "Hessian is zero" in first.reason
     assert second.scores["rows x 1"].information > 0
+
+
+def test_parts_without_cuts_of_their_own_change_nothing():
+    """Rows are the blocks of all, and those of the second half have larger entries."""
+    shape = (8, 3)
+    index = Blocks.rows(shape).block_index().flatten()
+    inside = torch.where(index.unsqueeze(0) == index.unsqueeze(1), 1.0, 0.1).double()
+    sizes = torch.where(index < 4, 1.0, 5.0)
+    matrix = inside * sizes * sizes.unsqueeze(1)
+    cuts = candidate_cuts(shape)
+    scores = exact_scores(matrix, cuts)
+    row = advise_from_scores("weight", cuts, scores, {KEEP: cuts["rows x 1"], "whole": cuts["whole"]})
+    assert (row.best, row.cut) == ("rows x 1", KEEP)
+    into_parts = find_parts(cuts, scores)
+    assert into_parts in ("rows x 2", "rows x 4")
+    parts = score_parts(
+        "weight", cuts[into_parts], lambda block, cuts, _: exact_scores(matrix[block.index][:, block.index], cuts)
+    )
+    assert {part.best for part in parts} == {"rows x 1"}
+    assert advise_in_parts(row, into_parts, parts, cuts, {KEEP: cuts["rows x 1"]}) is row
