@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/hessian_products.py --out benchmarks/results/hessian_products.json
 
-Times: a product of `HessianOperator` on one batch, as one of many that share kept graphs and as the only one, against
-two forward and backward passes, and against the double backward written down with nothing around it, each once a round
-in random order; medians of ratios within a round.
+Times: a product of `HessianOperator` on one batch, as one of many that share graphs and memory, and as the only one,
+against two forward and backward passes, and against the double backward written down with nothing around it, each once
+a round in random order; medians of ratios within a round.
 Memory: the most that torch allocates during three steps of Lanczos by the three-term recurrence with GPT-2 (124M,
 float32, one sequence of 16 tokens), in copies of the parameters; the activations are in it. Needs `transformers` and
 `torchvision`, 6 GB, and about five minutes on one core.
@@ -77,9 +77,9 @@ def times(name: str, rounds: int) -> None:
             grads = torch.autograd.grad(loss_of(model, batch), parameters, create_graph=True)
             torch.autograd.grad(grads, parameters, pieces)
 
-    alone = HessianOperator(model, loss_of, [batch])
+    alone, out = HessianOperator(model, loss_of, [batch]), torch.empty_like(vector)
     calls = {
-        "product": lambda: operator.product(vector),
+        "product": lambda: operator.product(vector, out=out),
         "product_alone": lambda: alone.product(vector),
         "two_passes": two_passes,
         "bare_product": bare_product,

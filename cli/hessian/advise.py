@@ -80,26 +80,25 @@ def run(options: Namespace) -> None:
 
 
 def _tables(found: Advice) -> list[Table]:
-    rows = []
-    for row in found.rows:
-        score, spread = row.scores[row.best], row.spreads[row.best]
-        rows.append(
-            [
-                row.parameter,
-                "x".join(map(str, row.shape)),
-                row.best + ("" if row.is_clear else " ?") + (" in parts" if row.parts else ""),
-                f"{score.information:.2f}",
-                row.runner_up,
-                f"{row.scores[row.runner_up].information:.2f}",
-                f"{spread.explained:.2f}",
-                row.cut or "-",
-                f"{row.state_bytes:,}",
-            ]
-        )
+    rows = [
+        [
+            row.parameter,
+            "x".join(map(str, row.shape)),
+            row.best + ("" if row.is_clear else " ?") + (" in parts" if row.parts else ""),
+            f"{row.information:.2f}",
+            row.runner_up,
+            "-" if row.parts else f"{row.scores[row.runner_up].information:.2f}",
+            f"{row.spreads[row.best].explained:.2f}",
+            row.cut or "-",
+            f"{row.state_bytes:,}",
+        ]
+        for row in found.rows
+    ]
     columns = ["parameter", "shape", "best", "nats", "next", "nats", "gradients", "advice", "bytes"]
     note = (
         "Best and next: cuts by what they tell about where the Hessian's energy lies; a question mark where the sketch "
-        "does not settle it. Gradients: part of the variance of ln g^2 that the best cut explains. Advice: what to ask "
+        "does not settle it. In parts: each of the runs has a best cut of its own, told in the reason, and nats are "
+        "the mean over them. Gradients: part of the variance of ln g^2 that the best cut explains. Advice: what to ask "
         "for; `keep` needs no override."
     )
     reasons = [[row.parameter, row.reason] for row in found.rows]

@@ -25,10 +25,11 @@ class CutAdvice:
         parameter: Its name.
         shape: Its shape.
         scores: By the name of the cut: of all candidates, and of those that can be asked for.
-        best: Name of the candidate with the most information; `whole` where no cut tells more than noise would, and
-            where the Hessian is zero.
-        runner_up: The next one.
-        is_clear: Whether the best is ahead of the next by more than two standard errors; always for exact scores.
+        best: Name of the candidate with the most information, or of the cut into `parts`; `whole` where no cut tells
+            more than noise would, and where the Hessian is zero.
+        runner_up: The next one, or that with the most information of the whole where there are `parts`.
+        is_clear: Whether the best is ahead of the next by more than two standard errors; always for exact scores and
+            for `parts`.
         cut: What to ask AdamMini for: `keep` where no other is better by more than two standard errors; None where
             nothing can be asked for.
         blocks: The cut that this is.
@@ -48,6 +49,12 @@ class CutAdvice:
     reason: str
     spreads: Mapping[str, Spread] = field(default_factory=dict)
     parts: tuple[Part, ...] = ()
+
+    @property
+    def information(self) -> float:
+        """What the best cut tells, in nats; with `parts`, the mean over the best of each."""
+        rated = rate_in_parts(self.parts) if self.parts else None
+        return rated.information if rated else self.scores[self.best].information
 
     @property
     def state_bytes(self) -> int:
@@ -134,7 +141,9 @@ def advise_in_parts(
         kept = "the cut that it has" if cut == KEEP else cut
         reason += f"; {kept} tells the most of what can be asked for ({rated[cut].information:.2f})"
     blocks = None if cut is None else expressible[cut]
-    return replace(row, best=into_parts, cut=cut, blocks=blocks, reason=reason, parts=parts)
+    return replace(
+        row, best=into_parts, runner_up=row.best, is_clear=True, cut=cut, blocks=blocks, reason=reason, parts=parts
+    )
 
 
 def _asked(rated: Mapping[str, Score] | Mapping[str, Rated]) -> str | None:

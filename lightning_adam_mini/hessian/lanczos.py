@@ -109,12 +109,21 @@ class Recurrence:
         self._orthogonality = 0.0
         self.is_done = False
 
-    def advance(self, product: Tensor) -> None:
+    @property
+    def steps(self) -> int:
+        """Number of steps that were taken."""
+        return len(self._alphas)
+
+    def advance(self, product: Tensor) -> Tensor | None:
         """Take a step.
 
         Args:
             product: The operator times `vector`; it is overwritten.
+
+        Returns:
+            A vector that is not needed any more, whose memory the next product may take; None where there is none.
         """
+        unused: Tensor | None = None
         if self._before is not None:
             product.sub_(self._before, alpha=self._betas[-1])
         alpha = self._dot(self.vector, product)
@@ -132,9 +141,11 @@ class Recurrence:
         elif self._kept is not None:
             self._before = self.vector
             self.vector = torch.div(product, beta, out=self._kept[len(self._alphas)])
+            unused = product
         else:
-            self._before, self.vector = self.vector, product.div_(beta)
+            unused, self._before, self.vector = self._before, self.vector, product.div_(beta)
             self._watch()
+        return unused
 
     def result(self) -> Tridiagonal:
         """What was found in the steps so far.

@@ -90,9 +90,16 @@ class VectorLayout:
         """A vector as whole tensors in the shape of the parameters: views, or gathered from all ranks."""
         return {name: self._whole(name, piece) for name, piece in self.pieces(vector)}
 
-    def allocate(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Zeros for all parameters in one flat tensor, and views of it in the shape of each, on every rank."""
-        flat = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+    def allocate(self, out: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Zeros for all parameters in one flat tensor, and views of it in the shape of each, on every rank.
+
+        Args:
+            out: A rank's vector whose memory is taken where it is one of all parameters.
+        """
+        if out is None or self.is_sharded:
+            flat = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        else:
+            flat = out.zero_()
         lengths = [math.prod(shape) for shape in self.shapes.values()]
         parts = zip(self.shapes.items(), flat.split(lengths), strict=True)
         return flat, {name: part.view(shape) for (name, shape), part in parts}

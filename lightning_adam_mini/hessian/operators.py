@@ -138,7 +138,7 @@ class HessianOperator:
         return self._graphs.keep(budget_bytes)
 
     @torch.inference_mode(False)
-    def product(self, vector: Tensor) -> Tensor:
+    def product(self, vector: Tensor, *, out: Tensor | None = None) -> Tensor:
         """The Hessian times a vector.
 
         Memory beyond the model, its activations and `vector`: the result, and what the second backward pass gathers
@@ -146,15 +146,20 @@ class HessianOperator:
 
         Args:
             vector: `(local_size,)`, parameters flattened one after another in the order of `named_parameters()`.
+            out: Another vector, which is overwritten with the product: that spares new memory, but under FSDP2.
 
         Returns:
-            A new vector of the same shape.
+            A vector of the same shape, which is new or `out`.
 
         Raises:
             ValueError: A wrong vector, or a loss or product that is not finite; see `checks`.
         """
         check_vector("the Hessian", vector, self.local_size, self.dtype)
-        (flat, products), total = self.layout.allocate(), 0.0
+        if out is not None:
+            check_vector("out", out, self.local_size, self.dtype)
+            if out.data_ptr() == vector.data_ptr():
+                raise ValueError("out is the vector itself, which the product needs to the end: give another one")
+        (flat, products), total = self.layout.allocate(out), 0.0
         with self._graphs.open(products) as (leaves, gradients):
             vectors = self.layout.gather(vector)
             for name, product in products.items():

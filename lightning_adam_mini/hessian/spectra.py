@@ -9,7 +9,7 @@ import torch
 
 from lightning_adam_mini.hessian.blocks_of import ParameterBlock
 from lightning_adam_mini.hessian.checks import check_steps
-from lightning_adam_mini.hessian.lanczos import DEFAULT_BUDGET, Recurrence, Tridiagonal, lanczos, vector_bytes
+from lightning_adam_mini.hessian.lanczos import DEFAULT_BUDGET, Recurrence, Tridiagonal, vector_bytes
 from lightning_adam_mini.hessian.operators import HessianOperator
 from lightning_adam_mini.hessian.probes import probe, seed_of
 from lightning_adam_mini.hessian.quadrature import DEFAULT_PROBES, DEFAULT_STEPS
@@ -63,10 +63,15 @@ def model_tridiagonals(
     found = []
     with operator.keep_graphs(budget_bytes - (needed if keeps else 0)):
         for number in range(probes):
-            counted = _Counted(operator, on_step, number * steps, probes * steps)
             start = _Start(operator, seed_of(seed, "", number))
-            result = lanczos(counted, start, steps, reorthogonalize=keeps, dots=operator.layout.dots)
-            found.append(_without_vectors(result))
+            recurrence = Recurrence(start, steps, reorthogonalize=keeps, dots=operator.layout.dots)
+            unused = None
+            while not recurrence.is_done:
+                unused = recurrence.advance(operator.product(recurrence.vector, out=unused))
+                if on_step:
+                    on_step(number * steps + recurrence.steps, probes * steps)
+            found.append(_without_vectors(recurrence.result()))
+            del recurrence, unused
     return found
 
 
@@ -158,22 +163,6 @@ class _BlockStart:
 
     def __call__(self) -> torch.Tensor:
         return probe(*self._arguments, dtype=self._operator.dtype, device=self._operator.device)
-
-
-class _Counted:
-    """Products that are counted for `on_step`."""
-
-    def __init__(
-        self, operator: HessianOperator, on_step: Callable[[int, int], None] | None, done: int, total: int
-    ) -> None:
-        self._operator, self._on_step, self._done, self._total = operator, on_step, done, total
-
-    def __call__(self, vector: torch.Tensor) -> torch.Tensor:
-        product = self._operator.product(vector)
-        self._done += 1
-        if self._on_step:
-            self._on_step(self._done, self._total)
-        return product
 
 
 def _kept(sizes: dict[str, int], vectors: int, dtype: torch.dtype, budget_bytes: int) -> tuple[dict[str, bool], int]:

@@ -100,6 +100,8 @@ def test_a_fused_matrix_is_looked_at_in_parts(method):
     assert [part.best for part in row.parts] == [f"rows x {head}", f"rows x {head}", "rows x 1"]
     assert (row.best, row.cut, row.blocks) == (f"rows x {DIM}", KEEP, own[KEEP])
     assert "unlike norms" in row.reason
+    assert row.is_clear
+    assert row.information == pytest.approx(sum(part.scores[part.best].information for part in row.parts) / 3)
     assert "the cut that it has tells the most" in row.reason
     (unknown,) = advise(operator, {}, parameters=["fused.weight"], method=method).rows
     assert unknown.cut is None

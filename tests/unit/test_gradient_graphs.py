@@ -232,3 +232,19 @@ def test_activation_checkpointing_computes_the_same():
     with checkpointed.keep_graphs(PLENTY):
         for _ in range(2):
             torch.testing.assert_close(checkpointed.product(vector), plain.product(vector))
+
+
+@pytest.mark.parametrize("budget", [0, PLENTY])
+def test_a_product_takes_the_memory_that_is_given(budget):
+    model, batches = build("tied")
+    operator = HessianOperator(model, classify, batches, dtype=torch.float64)
+    vector = torch.ones(operator.size, dtype=torch.float64)
+    out = torch.full_like(vector, torch.nan)
+    with operator.keep_graphs(budget):
+        for _ in range(2):
+            assert operator.product(vector, out=out).data_ptr() == out.data_ptr()
+            assert relative_error(out, known_hessian("tied") @ vector) < EXACT
+        with pytest.raises(ValueError, match="out is the vector itself"):
+            operator.product(vector, out=vector)
+        with pytest.raises(ValueError, match="out takes a vector"):
+            operator.product(vector, out=torch.ones(3, dtype=torch.float64))
