@@ -57,6 +57,7 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 MODELS: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, Tensor]]]] = {
     "GPT-2, 4 layers of 256, 4 x 128 tokens": lambda: gpt2(4, 128, **SMALL_GPT2),
     "ResNet18, 8 images of 64 x 64": lambda: resnet18(8, 64),
+    "ResNet18, 64 images of 64 x 64": lambda: resnet18(64, 64),
 }
 
 

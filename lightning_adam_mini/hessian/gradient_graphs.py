@@ -87,11 +87,7 @@ class GradientGraphs:
             if kept is None and self._budget > 0:
                 kept = self._kept = _Kept(leaves, wanted, self._loss.versions())
             inputs = {name: leaf for name, leaf in leaves.tensors.items() if name in wanted}
-            try:
-                yield inputs, self._gradients(leaves, inputs, kept)
-            finally:
-                for leaf in inputs.values():
-                    leaf.grad = None
+            yield inputs, self._gradients(leaves, inputs, kept)
 
     def _reusable(self, wanted: frozenset[str]) -> _Kept | None:
         kept = self._kept

@@ -162,18 +162,23 @@ class HessianOperator:
         (flat, products), total = self.layout.allocate(out), 0.0
         with self._graphs.open(products) as (leaves, gradients):
             vectors = self.layout.gather(vector)
-            for name, product in products.items():
-                leaves[name].grad = product  # the second backward pass adds to it in place
-            inputs = list(leaves.values())
             for gradient in gradients:
                 if edges := gradient.edges:
-                    cotangents = [vectors[name] for name in edges]
-                    torch.autograd.backward(
-                        list(edges.values()), cotangents, inputs=inputs, retain_graph=gradient.is_kept
+                    # Not accumulated in leaves, which takes a tenth longer for the same memory.
+                    seconds: tuple[Tensor | None, ...] = torch.autograd.grad(
+                        list(edges.values()),
+                        [leaves[name] for name in products],
+                        [vectors[name] for name in edges],
+                        retain_graph=gradient.is_kept,
+                        allow_unused=True,
                     )
+                    for product, second in zip(products.values(), seconds, strict=True):
+                        if second is not None:
+                            product.add_(second)
+                    del seconds, second
                 total += gradient.weight
                 del gradient, edges
-            del leaves, inputs, vectors
+            del leaves, vectors
         result = self.layout.reduce(flat, products)
         self._divide_(result, total)
         check_finite(result, "the product with the Hessian")
