@@ -10,10 +10,9 @@ from typing import Any, cast
 import yaml
 
 from .arguments import Parser
+from .without_training import ON_ONE_CPU, load_weights, without_start
 
 __all__ = ["main"]
-
-ONE_CPU = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +37,6 @@ def main(arguments: Sequence[str]) -> None:
     if not config.is_file():
         raise ValueError(f"{options.run_dir} holds no run: there is no config.yaml in it")
 
-    from ..tasks.checkpoint_io import AtomicCheckpointIO
     from .application import Application
     from .run_folder import resolve_checkpoint
 
@@ -53,17 +51,13 @@ def main(arguments: Sequence[str]) -> None:
     cast("Any", trainer).datamodule = data  # as fit does
     task.trainer = trainer
     task.configure_model()
-    task.on_load_checkpoint(saved := AtomicCheckpointIO().load_checkpoint(checkpoint, weights_only=True))
-    task.load_state_dict(saved["state_dict"])
+    load_weights(task, checkpoint)
     folder = options.out or options.run_dir / getattr(task, "export_folder", "hf")
     log.info("%s", f"exported to {task.export(folder)}")
 
 
 def _on_one_cpu(config: Path, run_dir: Path) -> dict[str, Any]:
     """The options of a run without what belongs to its training alone, whatever it was trained on."""
-    options = yaml.safe_load(config.read_text("utf-8"))
-    for name in ("ckpt_path", "weights_only"):
-        options.pop(name, None)
-    alone = {"logger": False, "callbacks": None, "plugins": None, "profiler": None}
-    options["trainer"] = {**options["trainer"], **ONE_CPU, **alone}
+    options = without_start(yaml.safe_load(config.read_text("utf-8")))
+    options["trainer"] = {**options["trainer"], **ON_ONE_CPU}
     return {**options, "run_dir": str(run_dir)}

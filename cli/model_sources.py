@@ -13,6 +13,7 @@ import yaml
 from .model_building import Source, building, config_file, is_subclass, near, package, quiet, read_json
 from .recipes import find_recipe
 from .transformers_models import of_transformers
+from .without_training import trainer_options
 
 __all__ = ["SOURCES"]
 
@@ -29,13 +30,10 @@ def of_recipe(name: str) -> Source:
 
     package("lightning", f"recipe {name}", "llm")
     from .application import Application
-    from .export import ONE_CPU
 
-    # What belongs to the run alone may ask for devices and packages that are not here.
-    trainer = {**ONE_CPU, "logger": False, "callbacks": None, "plugins": None, "profiler": None}
-    options = [f"--trainer.{key}={'null' if value is None else value}" for key, value in trainer.items()]
     with quiet():
-        application = Application(["--config", str(recipe), *options, "--seed_everything=false"], run=False)
+        options = ["--config", str(recipe), *trainer_options(), "--seed_everything=false"]
+        application = Application(options, run=False)
         task: Any = application.model
         told = task.outline(application.datamodule)
     factory = task.optimizer_factory

@@ -11,8 +11,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from .export import ONE_CPU
 from .model_building import quiet
+from .without_training import ON_ONE_CPU, without_start
 
 if TYPE_CHECKING:
     from ..tasks.base import Task
@@ -37,10 +37,8 @@ def outline_task(config: Path, weights: Mapping[str, Tensor], optimizer: str | N
     content = _read(config)
     own = content.get("optimizer")
     own = own.get("class_path", "") if isinstance(own, dict) else str(own or "AdamMini")
-    for of_a_start in ("ckpt_path", "weights_only"):
-        content.pop(of_a_start, None)
-    alone = {**ONE_CPU, "logger": False, "callbacks": None, "plugins": None, "profiler": None}
-    content["trainer"] = {**(content.get("trainer") or {}), **alone}
+    content = without_start(content)
+    content["trainer"] = {**(content.get("trainer") or {}), **ON_ONE_CPU}
     content["seed_everything"] = False
     replaced = [f"--optimizer={optimizer}"] if optimizer and own.rpartition(".")[2] != optimizer else []
     with TemporaryDirectory() as folder, quiet():

@@ -21,6 +21,7 @@ from ...tasks.base import Task
 from ...tasks.seeds import seed_of
 from ..bench.models import choose_device
 from ..recipes import find_recipe
+from ..without_training import load_weights
 from .recipe import build_application, find_checkpoint
 
 __all__ = ["Problem", "load_problem"]
@@ -125,12 +126,8 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 def _load(task: Task, checkpoint: str) -> str:
-    """Load a checkpoint's weights, those that evaluations take; what they are, in words."""
-    from ...tasks.checkpoint_io import AtomicCheckpointIO
-
-    saved = AtomicCheckpointIO().load_checkpoint(checkpoint, weights_only=True)
-    task.on_load_checkpoint(saved)
-    task.load_state_dict(saved["state_dict"])
+    """Load a checkpoint's weights; what they are, in words."""
+    saved = load_weights(task, checkpoint)
     kind = "averaged weights" if "current_model_state" in saved else "weights"
     return f"{kind} of step {saved.get('global_step', 0):,}, {checkpoint}"
 

@@ -9,9 +9,9 @@ from tempfile import TemporaryDirectory
 import yaml
 
 from ..application import Application
-from ..export import ONE_CPU
 from ..model_building import quiet
 from ..run_folder import holds_run, resolve_checkpoint
+from ..without_training import trainer_options, without_start
 
 __all__ = ["build_application", "find_checkpoint"]
 
@@ -23,14 +23,13 @@ def build_application(recipe: Path, options: Namespace) -> Application:
         recipe: The recipe, or a run's `config.yaml`.
         options: Of the command line.
     """
-    # What belongs to training alone may ask for devices and packages that are not here.
-    trainer = {**ONE_CPU, "logger": False, "callbacks": None, "plugins": None, "profiler": None}
-    given = [f"--trainer.{key}={'null' if value is None else value}" for key, value in trainer.items()]
     of_run = [] if options.run_dir is None else [f"--run_dir={options.run_dir}"]
     with TemporaryDirectory() as folder, quiet():
         plain = _without_start(recipe, Path(folder))
         return Application(
-            ["--config", str(plain), *options.recipe_options, *given, *of_run], recipe=recipe.stem, run=False
+            ["--config", str(plain), *options.recipe_options, *trainer_options(), *of_run],
+            recipe=recipe.stem,
+            run=False,
         )
 
 
@@ -40,13 +39,10 @@ def _without_start(recipe: Path, folder: Path) -> Path:
         content = yaml.safe_load(recipe.read_text("utf-8"))
     except (UnicodeDecodeError, yaml.YAMLError):
         return recipe  # whose error the command's own parser words
-    of_start = [name for name in ("ckpt_path", "weights_only") if isinstance(content, dict) and name in content]
-    if not of_start:
+    if not isinstance(content, dict) or (alone := without_start(content)) == content:
         return recipe
-    for name in of_start:
-        del content[name]
     plain = folder / recipe.name
-    plain.write_text(yaml.safe_dump(content), "utf-8")
+    plain.write_text(yaml.safe_dump(alone), "utf-8")
     return plain
 
 
