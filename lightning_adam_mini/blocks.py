@@ -240,6 +240,11 @@ class Blocks:
         """Sums of the squares over the reduced axes, which stay with size 1; `tensor` may be any part of the whole."""
         return sum_square(tensor, self._reduced_axes(), dtype, exact=exact)
 
+    def row_sums(self, tensor: Tensor, *, dtype: torch.dtype) -> Tensor:
+        """Sums over the reduced axes, which stay with size 1, in `dtype`; of a cut into blocks."""
+        axes = self._reduced_axes()
+        return tensor.sum(axes, keepdim=True, dtype=dtype) if axes else tensor.to(dtype)
+
     def block_sums(self, row_sums: Tensor) -> Tensor:
         """Sums a block from sums a row: `(..., R, ...)` to `(..., B, ...)`, segment after segment."""
         if self.axis is None or self.cuts_rows:

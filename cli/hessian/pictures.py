@@ -15,6 +15,8 @@ from torch import Tensor
 from lightning_adam_mini.hessian import SpectralDensity
 from lightning_adam_mini.hessian.heterogeneity import Heterogeneity
 
+from ..matrix_pictures import shrunk
+
 __all__ = ["draw_densities", "draw_divergences", "draw_hessians", "drawn"]
 
 T = TypeVar("T")
@@ -23,6 +25,7 @@ COLUMNS = 4
 MOST_PANELS = 64
 """A longer picture is not looked at, and some thousand rows of panels are more than an image can hold."""
 MOST_LABELS, MOST_LETTERS = 96, 46
+MOST_PIXELS = 512
 FLOOR = 1e-10
 """Below it a logarithmic axis shows rounding alone."""
 
@@ -97,10 +100,7 @@ def draw_hessians(matrices: Mapping[str, Tensor]) -> Figure:
     """Absolute entries of dense Hessians, each up to a scale of its own: the 99th percentile of the entries."""
     figure, panels = _panels(len(matrices), 3.0)
     for axes, (name, matrix) in zip(panels, matrices.items(), strict=True):
-        values = matrix.abs()
-        if (step := math.ceil(len(values) / 512)) > 1:  # the largest of a few entries: lines stay to be seen
-            size = len(values) // step * step
-            values = values[:size, :size].unflatten(1, (-1, step)).amax(2).unflatten(0, (-1, step)).amax(1)
+        values = shrunk(matrix, most=MOST_PIXELS)
         ordered = values.flatten().sort().values
         top = ordered[int(0.99 * (ordered.numel() - 1))].item() or 1.0
         axes.imshow(values.numpy(), vmin=0, vmax=top, cmap="magma", interpolation="nearest")

@@ -22,9 +22,9 @@ from lightning_adam_mini.hessian import HessianOperator
 from lightning_adam_mini.hessian.block_diagonality import exact_scores
 from lightning_adam_mini.hessian.exact import check_dense, dense_block
 
+from ..matrix_pictures import show_matrix, shrunk
 from .bit_task import KINDS, BitSizes, Matrix, build, loss_of, matrices, windows
 from .checks import check_above
-from .matrix_pictures import show_matrix, shrunk
 from .outcome import Claim, Outcome, Row, medians
 from .training import Training, train
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lightning_adam_mini.blocks import Blocks, Kind
 
-__all__ = ["Score", "ZeroHessianError", "candidate_cuts", "exact_scores", "tau"]
+__all__ = ["Score", "ZeroHessianError", "best_cut", "candidate_cuts", "exact_scores", "tau"]
 
 
 class ZeroHessianError(ValueError):
@@ -136,6 +136,12 @@ def exact_scores(matrix: Tensor, cuts: Mapping[str, Blocks]) -> dict[str, Score]
     return found
 
 
+def best_cut(scores: Mapping[str, Score]) -> str | None:
+    """Name of the cut with the most information; None where no cut tells more than it would about noise."""
+    told = {name: score.information for name, score in scores.items() if score.information > score.noise}
+    return max(told, key=told.__getitem__, default=None)
+
+
 def tau(matrix: Tensor) -> float:
     """Share of the diagonal in the sum of absolute entries; 1 for a diagonal matrix (Zhang et al. 2024)."""
     return (matrix.diagonal().abs().sum() / matrix.abs().sum()).item()
@@ -182,8 +188,7 @@ def share_by_norms(blocks: Blocks, norms: Tensor) -> float:
     """
     parts = norms.view(blocks.shape) / norms.sum()
     if blocks.kind is not Kind.ELEMENT:
-        reduced = tuple(axis for axis, size in enumerate(blocks.row_shape) if size == 1)
-        parts = blocks.block_sums(parts.sum(reduced, keepdim=True) if reduced else parts)
+        parts = blocks.block_sums(blocks.row_sums(parts, dtype=torch.float64))
     return parts.square().sum().item()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from lightning_adam_mini.blocks import Blocks
-from lightning_adam_mini.hessian.block_diagonality import Score, expected_share
+from lightning_adam_mini.hessian.block_diagonality import Score, best_cut, expected_share
 from lightning_adam_mini.hessian.fused_parts import Part, Rated, rate_in_parts
 from lightning_adam_mini.hessian.gradient_spread import Spread
 
@@ -79,8 +79,8 @@ def advise_from_scores(
         spreads: Of squared gradients, for each of `cuts`.
     """
     order = sorted(scores, key=lambda name: scores[name].information, reverse=True)
-    told = [name for name in order if scores[name].information > scores[name].noise]
-    best = told[0] if told else "whole"
+    told = best_cut(scores)
+    best = told or "whole"
     runner_up = next(name for name in order if name != best) if len(order) > 1 else best
     lead = scores[best].information - scores[runner_up].information
     error = math.hypot(scores[best].information_error, scores[runner_up].information_error)
@@ -138,8 +138,7 @@ def advise_in_parts(
     if cut is None:
         reason += "; the partition can express no cut of this parameter"
     else:
-        kept = "the cut that it has" if cut == KEEP else cut
-        reason += f"; {kept} tells the most of what can be asked for ({rated[cut].information:.2f})"
+        reason += f"; {_in_words(cut)} tells the most of what can be asked for ({rated[cut].information:.2f})"
     blocks = None if cut is None else expressible[cut]
     return replace(
         row, best=into_parts, runner_up=row.best, is_clear=True, cut=cut, blocks=blocks, reason=reason, parts=parts
@@ -171,13 +170,15 @@ def _reason(
     if cut is None or name is None:
         return f"{text}; the partition can express no cut of this parameter"
     if name != best:
-        kept = "the cut that it has" if cut == KEEP else f"{cut}"
-        text += (
-            f"; no override expresses it, and {kept} is the best that one does ({scores[name].information:.2f} nats)"
-        )
+        nats = f"{scores[name].information:.2f} nats"
+        text += f"; no override expresses it, and {_in_words(cut)} is the best that one does ({nats})"
         if not best.endswith(" x 1") and best not in ("whole", "element"):
             text += "; where such runs are heads, tell their size by register_layout and cut by head"
     return text
+
+
+def _in_words(cut: str) -> str:
+    return "the cut that it has" if cut == KEEP else cut
 
 
 def without_hessian(

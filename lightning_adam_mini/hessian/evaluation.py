@@ -89,13 +89,13 @@ class LossOfParameters:
             stack.enter_context(torch.enable_grad())
             yield
 
-    def leaves(self, trainable: Iterable[str] | None = None) -> Leaves:
-        """The leaves of all parameters; those named, or else those that take a gradient, require one.
+    def leaves(self, trainable: Iterable[str]) -> Leaves:
+        """The leaves of all parameters; those named require a gradient.
 
         On the first pass all do that take a gradient, so that a loss which depends on none of them is found. Under
         FSDP2 each rank gathers the whole parameters.
         """
-        names = None if trainable is None or not self._first_losses else set(trainable)
+        names = set(trainable) if self._first_losses else None
         model = plain_twin(self._model) if self._is_sharded else self._model
         found = {}
         for name, parameter in model.named_parameters():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +11,20 @@ from torch import Tensor
 from lightning_adam_mini.hessian.blocks_of import ParameterBlock
 from lightning_adam_mini.hessian.operators import HessianOperator
 
-__all__ = ["DEFAULT_DENSE_BUDGET", "DenseHessian", "check_dense", "dense_block", "dense_bytes", "dense_hessian"]
+__all__ = [
+    "DEFAULT_DENSE_BUDGET",
+    "DenseHessian",
+    "block_columns",
+    "check_dense",
+    "dense_block",
+    "dense_bytes",
+    "dense_hessian",
+]
 
 DEFAULT_DENSE_BUDGET = 2**31
 """Bytes that a dense matrix with what computes it may take: 2 GiB, which is 8,000 parameters in float64."""
 _CHUNK_BYTES = 2**25
+"""Of vectors that are multiplied at a time."""
 _COPIES = 4
 """The matrix, its transpose, and what scores it, each in float64."""
 
@@ -62,10 +71,7 @@ def dense_block(
     size = operator.block_size(block)
     _check_budget(block.name, size, budget_bytes, "give a block of it (a head, a row), or use the sketched scores")
 
-    def multiply(vectors: Tensor) -> Tensor:
-        return operator.block_products({block.name: vectors}, [block])[block.name]
-
-    return _dense(block.name, multiply, operator, size, on_step)
+    return _dense(block.name, block_columns(operator, block, torch.arange(size)), size, on_step)
 
 
 def dense_hessian(
@@ -90,29 +96,39 @@ def dense_hessian(
         raise ValueError("a dense Hessian of a sharded model is not supported: take blocks, or an unsharded model")
     _check_budget("the model", operator.size, budget_bytes, "take blocks one by one, or a smaller model")
 
-    def multiply(vectors: Tensor) -> Tensor:
-        return torch.stack([operator.product(vector) for vector in vectors])
-
+    units = _units(operator, torch.arange(operator.size), operator.size)
+    columns = (torch.stack([operator.product(vector) for vector in some]) for some in units)
     with operator.keep_graphs(budget_bytes - dense_bytes(operator.size)):
-        return _dense("", multiply, operator, operator.size, on_step)
+        return _dense("", columns, operator.size, on_step)
 
 
-def _dense(
-    name: str,
-    multiply: Callable[[Tensor], Tensor],
-    operator: HessianOperator,
-    size: int,
-    on_step: Callable[[int, int], None] | None,
-) -> DenseHessian:
-    matrix = torch.empty(size, size, dtype=torch.float64)
-    length = max(1, min(size, _CHUNK_BYTES // (size * operator.dtype.itemsize)))
-    for start in range(0, size, length):
-        count = min(length, size - start)
-        units = torch.zeros(count, size, dtype=operator.dtype, device=operator.device)
-        units[torch.arange(count), torch.arange(start, start + count)] = 1
-        matrix[start : start + count] = multiply(units).to("cpu", torch.float64)
+def block_columns(operator: HessianOperator, block: ParameterBlock, positions: Tensor) -> Iterator[Tensor]:
+    """Columns of a principal block, `(k, n)` for as many as are computed at a time.
+
+    Args:
+        operator: The Hessian.
+        block: A parameter, or elements of one.
+        positions: Of the columns, int64 on the CPU, below the n rows of the block.
+    """
+    for units in _units(operator, positions, operator.block_size(block)):
+        yield operator.block_products({block.name: units}, [block])[block.name]
+
+
+def _units(operator: HessianOperator, positions: Tensor, size: int) -> Iterator[Tensor]:
+    """Unit vectors of a size, `(k, size)` at a time."""
+    for some in positions.split(max(1, _CHUNK_BYTES // (size * operator.dtype.itemsize))):
+        units = torch.zeros(len(some), size, dtype=operator.dtype, device=operator.device)
+        units[torch.arange(len(some)), some] = 1
+        yield units
+
+
+def _dense(name: str, columns: Iterable[Tensor], size: int, on_step: Callable[[int, int], None] | None) -> DenseHessian:
+    matrix, start = torch.empty(size, size, dtype=torch.float64), 0
+    for some in columns:
+        matrix[start : start + len(some)] = some.to("cpu", torch.float64)
+        start += len(some)
         if on_step:
-            on_step(start + count, size)
+            on_step(start, size)
     norm = matrix.norm().item()
     transposed = matrix.T.clone()
     asymmetry = (matrix - transposed).norm().item() / 2 / norm if norm else 0.0

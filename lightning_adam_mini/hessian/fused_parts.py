@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 
 from lightning_adam_mini.blocks import Blocks
-from lightning_adam_mini.hessian.block_diagonality import Score, ZeroHessianError, candidate_cuts
+from lightning_adam_mini.hessian.block_diagonality import Score, ZeroHessianError, best_cut, candidate_cuts
 from lightning_adam_mini.hessian.blocks_of import ParameterBlock, blocks_of
 
 __all__ = ["MAX_PARTS", "Part", "Rated", "ScoreFunction", "find_parts", "rate_in_parts", "score_parts"]
@@ -32,19 +32,18 @@ class Part:
 
     Args:
         block: Its elements.
-        shape: Its shape.
-        scores: Of its candidate cuts, by name.
+        cuts: Its candidates, by name.
+        scores: Of each.
     """
 
     block: ParameterBlock
-    shape: tuple[int, ...]
+    cuts: Mapping[str, Blocks]
     scores: Mapping[str, Score]
 
     @property
     def best(self) -> str:
         """Name of the candidate with the most information; `whole` where none tells more than noise would."""
-        told = {name: score.information for name, score in self.scores.items() if score.information > score.noise}
-        return max(told, key=told.__getitem__, default="whole")
+        return best_cut(self.scores) or "whole"
 
 
 @dataclass(frozen=True)
@@ -70,13 +69,11 @@ def find_parts(cuts: Mapping[str, Blocks], scores: Mapping[str, Score]) -> str |
         scores: Of each.
     """
     found = {
-        name: score.information
+        name: score
         for name, score in scores.items()
-        if _is_into_parts(cuts[name])
-        and score.information > score.noise
-        and score.information_beyond_norms < score.information / 2
+        if _is_into_parts(cuts[name]) and score.information_beyond_norms < score.information / 2
     }
-    return max(found, key=found.__getitem__, default=None)
+    return best_cut(found)
 
 
 def _is_into_parts(cut: Blocks) -> bool:
@@ -96,7 +93,7 @@ def score_parts(parameter: str, cut: Blocks, score: ScoreFunction) -> tuple[Part
     shape = tuple(size // number if axis == cut.axis else size for axis, size in enumerate(cut.shape))
     cuts = candidate_cuts(shape)
     try:
-        return tuple(Part(block, shape, score(block, cuts, number)) for block in blocks_of(parameter, cut))
+        return tuple(Part(block, cuts, score(block, cuts, number)) for block in blocks_of(parameter, cut))
     except ZeroHessianError:
         return ()
 
@@ -122,5 +119,6 @@ def _within(part: Part, cut: Blocks) -> str | None:
     """The candidate of a part that a cut of the whole matrix is within it."""
     assert part.block.index is not None
     numbers = cut.block_index().flatten()[part.block.index].unique(return_inverse=True)[1]
-    candidates = candidate_cuts(part.shape).items()
-    return next((name for name, blocks in candidates if torch.equal(blocks.block_index().flatten(), numbers)), None)
+    count = int(numbers.max()) + 1  # few candidates have as many, and only these are compared
+    candidates = (name for name, blocks in part.cuts.items() if blocks.num_values == count)
+    return next((name for name in candidates if torch.equal(part.cuts[name].block_index().flatten(), numbers)), None)

@@ -67,11 +67,7 @@ def spread_sums(blocks: Blocks, squares: Tensor) -> Tensor:
     if blocks.kind is Kind.ELEMENT:
         used, within = num, torch.zeros_like(num)
     else:
-        axes = tuple(axis for axis, size in enumerate(blocks.row_shape) if size == 1)
-        sums, counts = (
-            blocks.block_sums(part.sum(axes, keepdim=True, dtype=torch.float64) if axes else part.double())
-            for part in (centred, counted)
-        )
+        sums, counts = (blocks.block_sums(blocks.row_sums(part, dtype=torch.float64)) for part in (centred, counted))
         used = (counts > 0).sum(dtype=torch.float64)
         within = over_all - (sums.square() / counts.clamp(min=1)).sum()
     elements = torch.full_like(num, values.numel())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -48,6 +49,12 @@ class Tridiagonal:
     def matrix(self) -> Tensor:
         """T as a dense matrix `(m, m)`."""
         return torch.diag(self.alphas) + torch.diag(self.betas, 1) + torch.diag(self.betas, -1)
+
+    @cached_property
+    def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Eigenvalues of T, ascending, and the first and last components of its eigenvectors, `(m,)` each."""
+        values, vectors = torch.linalg.eigh(self.matrix())
+        return values, vectors[0].clone(), vectors[-1].clone()
 
 
 def vector_bytes(steps: int, size: int, dtype: torch.dtype) -> int:

@@ -78,8 +78,8 @@ class SpectralDensity:
 
 def quadrature(tridiagonal: Tridiagonal) -> Quadrature:
     """Nodes and weights: eigenvalues of T, and the squares of the first components of its eigenvectors."""
-    nodes, vectors = torch.linalg.eigh(tridiagonal.matrix())
-    return Quadrature(nodes, vectors[0].square())
+    nodes, firsts, _ = tridiagonal.ritz
+    return Quadrature(nodes, firsts.square())
 
 
 def make_grid(

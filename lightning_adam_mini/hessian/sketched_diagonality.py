@@ -11,7 +11,8 @@ Shapes: `n` elements, `c` columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from lightning_adam_mini.hessian.block_diagonality import (
     share_by_norms,
 )
 from lightning_adam_mini.hessian.blocks_of import ParameterBlock
+from lightning_adam_mini.hessian.exact import block_columns
 from lightning_adam_mini.hessian.lanczos import DEFAULT_BUDGET
 from lightning_adam_mini.hessian.operators import HessianOperator
 from lightning_adam_mini.hessian.probes import probe, seed_of
@@ -36,8 +38,6 @@ _PROBES = 8
 """Random vectors that the squared norms of columns are estimated with."""
 _EVEN = 0.1
 """Part of the columns that is drawn evenly, for those whose estimate is too small."""
-_CHUNK_BYTES = 2**27
-"""Of vectors that are multiplied at a time."""
 
 
 def sketched_scores(
@@ -84,7 +84,7 @@ def sketched_scores(
             drawn, weights = torch.arange(size), torch.ones(size, dtype=torch.float64)
         totals = torch.empty(len(drawn), dtype=torch.float64)
         inside = {name: torch.empty_like(totals) for name in cuts}
-        for number, column in enumerate(_columns(operator, block, drawn, size)):
+        for number, column in enumerate(chain.from_iterable(block_columns(operator, block, drawn))):
             squares = _SquareSums(column.view(shape))
             totals[number] = squares.total
             for name, blocks in cuts.items():
@@ -146,15 +146,6 @@ def _draw(chances: Tensor, count: int, seed: int) -> Tensor:
     ends = chances.cumsum(0)
     places = (torch.arange(count) + uniform) / count * ends[-1]
     return torch.searchsorted(ends, places, right=True).clamp_(max=len(chances) - 1)
-
-
-def _columns(operator: HessianOperator, block: ParameterBlock, drawn: Tensor, size: int) -> Iterator[Tensor]:
-    """Columns of the Hessian, `(n,)` each, some computed at a time."""
-    length = max(1, _CHUNK_BYTES // (size * operator.dtype.itemsize))
-    for some in drawn.split(length):
-        units = torch.zeros(len(some), size, dtype=operator.dtype, device=operator.device)
-        units[torch.arange(len(some)), some] = 1
-        yield from operator.block_products({block.name: units}, [block])[block.name]
 
 
 def _score(inside: Tensor, totals: Tensor, weights: Tensor, blocks: Blocks, norms: Tensor, *, is_sample: bool) -> Score:

@@ -125,9 +125,9 @@ def top_eigenvalues(tridiagonal: Tridiagonal, k: int, *, by_magnitude: bool = Fa
     """
     if not 1 <= k <= tridiagonal.steps:
         raise ValueError(f"{k} eigenvalues from {tridiagonal.steps} Lanczos steps: ask for 1 to {tridiagonal.steps}")
-    nodes, vectors = torch.linalg.eigh(tridiagonal.matrix())
+    nodes, _, lasts = tridiagonal.ritz
     order = (nodes.abs() if by_magnitude else nodes).argsort(descending=True)[:k]
-    return RitzValues(nodes[order], (tridiagonal.residual * vectors[-1]).abs()[order])
+    return RitzValues(nodes[order], (tridiagonal.residual * lasts).abs()[order])
 
 
 def _check_probes(probes: int) -> None:

@@ -142,7 +142,7 @@ def test_parts_are_cut_as_the_whole_is():
         return exact_scores((matrix + matrix.T)[block.index][:, block.index], cuts)
 
     parts = score_parts("weight", cut, score)
-    assert [part.shape for part in parts] == [(3, 4)] * 3
+    assert [part.cuts["whole"].shape for part in parts] == [(3, 4)] * 3
     assert parts[1].block.index.tolist() == [4, 5, 6, 7, 16, 17, 18, 19, 28, 29, 30, 31]
     for whole, name in (
         (Blocks.rows(shape, axis=1, block_size=2), "columns x 2"),

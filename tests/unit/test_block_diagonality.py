@@ -153,7 +153,7 @@ def test_the_sketch_does_not_depend_on_chunks_and_other_cuts(monkeypatch):
     cuts = candidate_cuts(SHAPE)
     operator = operator_of(symmetric())
     every = sketched_scores(operator, WEIGHT, cuts, columns=10)
-    monkeypatch.setattr("lightning_adam_mini.hessian.sketched_diagonality._CHUNK_BYTES", 1)
+    monkeypatch.setattr("lightning_adam_mini.hessian.exact._CHUNK_BYTES", 1)
     some = sketched_scores(operator, WEIGHT, {"rows x 2": cuts["rows x 2"]}, columns=10, budget_bytes=0)
     assert 0 < every["rows x 2"].share < 1
     assert some["rows x 2"].share == pytest.approx(every["rows x 2"].share)

@@ -16,9 +16,9 @@ MOST = 256
 DECADES = 4
 
 
-def shrunk(matrix: Tensor) -> Tensor:
-    """Absolute values, of large matrices the largest of each square, at most 256 to a side."""
-    step = -(-len(matrix) // MOST)
+def shrunk(matrix: Tensor, most: int = MOST) -> Tensor:
+    """Absolute values, of large matrices the largest of each square, at most `most` to a side: lines stay seen."""
+    step = -(-len(matrix) // most)
     return F.max_pool2d(matrix.abs()[None, None], step, ceil_mode=True)[0, 0].float()
 
 
