@@ -21,7 +21,7 @@ USAGE = f"""adam-mini {__version__}: train with Adam-mini and its peers
   adam-mini validate --config RECIPE --ckpt_path last
   adam-mini test     --config RECIPE --ckpt_path last
   adam-mini predict  --config RECIPE --ckpt_path last
-  adam-mini export   RUN_DIR [--out FOLDER]        a language model for from_pretrained
+  adam-mini export   RUN_DIR [--out FOLDER]        a language or diffusion model for from_pretrained
   adam-mini convert  SOURCE --out TARGET           a checkpoint for another optimizer, partition or layout
   adam-mini explain  RECIPE | --hf CONFIG.json     blocks and memory of a model, before any training
   adam-mini compare  RECIPE... --optimizers ...    several optimizers, learning rates and seeds, with a report

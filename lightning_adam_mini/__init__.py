@@ -1,4 +1,4 @@
-"""Adam-mini for PyTorch: AdamW's training curve with half of its optimizer memory."""
+"""Adam-mini for PyTorch: Adam with one second moment a block, at half of AdamW's memory."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
