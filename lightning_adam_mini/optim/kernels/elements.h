@@ -2,6 +2,7 @@
 #ifndef ADAM_MINI_ELEMENTS_H
 #define ADAM_MINI_ELEMENTS_H
 
+#include <float.h>
 #include <math.h>
 #include <string.h>
 
@@ -50,6 +51,18 @@ INLINE float moved(float m, float g, float from_m, float weight) {
     return fused(weight, g - m, from_m != 0 ? m : g);
 }
 
+/* The same sums in double, where those in float32 are infinite: squares may overflow whose mean does not. */
+static double wide_sum(const void *g, int64_t n, int64_t stride, int p16) {
+    double total = 0;
+    for (int64_t i = 0; i < n; i++) {
+        double x = load(g, i * stride, p16);
+        total += x * x;
+    }
+    return total;
+}
+
+INLINE int overflows(double sum) { return sum > DBL_MAX; } /* as its parts did; a NaN stays one */
+
 INLINE double sum_run_of(const void *restrict g, int64_t n, int p16) {
     double total = 0;
     for (int64_t start = 0; start < n; start += SUM_LENGTH) {
@@ -60,7 +73,7 @@ INLINE double sum_run_of(const void *restrict g, int64_t n, int p16) {
             float x = load(g, i, p16);
             sum += x * x;
         }
-        total += sum;
+        total += overflows(sum) ? wide_sum(at(g, start, p16), end - start, 1, p16) : (double)sum;
     }
     return total;
 }
@@ -77,7 +90,7 @@ INLINE double sum_line_of(const void *restrict g, int64_t n, float *restrict sum
             sums[j] += x * x;
             sum += x * x;
         }
-        total += sum;
+        total += overflows(sum) ? wide_sum(at(g, start, p16), end - start, 1, p16) : (double)sum;
     }
     return total;
 }

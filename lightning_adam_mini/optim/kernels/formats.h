@@ -165,6 +165,11 @@ static double sum_line(const Tensor *t, int64_t offset, int64_t n, float *sums) 
     return t->param_bf16 ? sum_line_of(g, n, sums, 1) : sum_line_of(g, n, sums, 0);
 }
 
+/* A sum of `n` squares that was taken in float32. */
+static double checked_sum(const Tensor *t, int64_t offset, int64_t n, int64_t stride, double sum) {
+    return overflows(sum) ? wide_sum(at(t->grad, offset, t->param_bf16), n, stride, (int)t->param_bf16) : sum;
+}
+
 static void sum_rows(const Tensor *t, int64_t offset, int64_t stride, int64_t height, int64_t width, float *sums) {
     const void *g = at(t->grad, offset, t->param_bf16);
     if (t->param_bf16) sum_rows_of(g, stride, height, width, sums, 1);

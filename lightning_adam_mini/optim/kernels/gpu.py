@@ -132,15 +132,15 @@ class _Prepared:
             # The graph copies its own addresses in each replay: later steps may change those that are kept here.
             if self.spare is None:
                 raise RuntimeError("take one step outside the graph before each capture, which sets memory aside")
-            locked, self.spare = self.spare.copy_(torch.tensor(pointers)), None
+            locked, self.spare = self.spare.copy_(torch.tensor(pointers, device="cpu")), None
             _CAPTURED.append((self, locked))
             return torch.empty_like(self.addresses).copy_(locked, non_blocking=True)
         if pointers != self.pointers:
             # A new page-locked tensor each time: an earlier copy may still be under way.
-            self.addresses.copy_(torch.tensor(pointers, pin_memory=is_cuda), non_blocking=True)
+            self.addresses.copy_(torch.tensor(pointers, device="cpu", pin_memory=is_cuda), non_blocking=True)
             self.pointers = pointers
         if is_cuda and self.spare is None:
-            self.spare = torch.empty(self.addresses.shape, dtype=torch.int64, pin_memory=True)
+            self.spare = torch.empty(self.addresses.shape, dtype=torch.int64, device="cpu", pin_memory=True)
         return self.addresses
 
 
@@ -179,7 +179,9 @@ def _scalars(tensors: Sequence[CutTensor], options: StepOptions, device: torch.d
     options = replace(options, lr=float(lr))
     counts = [tensor.step.item() for tensor in tensors]
     rows = {step: (options.shrink, options.step_size(step), options.root(step)) for step in set(counts)}
-    values = torch.tensor([rows[step] for step in counts], pin_memory=device.type == "cuda")
+    values = torch.tensor(
+        [rows[step] for step in counts], dtype=torch.float32, device="cpu", pin_memory=device.type == "cuda"
+    )
     return values.to(device, non_blocking=True)
 
 

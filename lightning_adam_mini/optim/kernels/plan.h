@@ -87,6 +87,7 @@ static void plan_chunks(Plan *plan, const Tensor *t) {
 static void plan_lines(Plan *plan, const Tensor *t) {
     int64_t width = columns_of(t), batch = t->outer * width;
     int64_t height = (MAX(TASK_LENGTH / width, (t->outer + COLUMN_SUMS - 1) / COLUMN_SUMS) + 7) / 8 * 8;
+    height = MIN(height, MAX_HEIGHT);
     const Span *span = t->spans;
     for (int64_t a = 0; a < t->batches; a++) {
         Work *w = add_work(plan, t);

@@ -2,8 +2,6 @@
 #ifndef ADAM_MINI_RANK_ONE_H
 #define ADAM_MINI_RANK_ONE_H
 
-#include <float.h>
-
 #include "blocks.h"
 
 /* A batch is a matrix in memory; its lines are the rows if C1 = 1, and the columns otherwise. */
@@ -32,6 +30,19 @@ static void do_rank_one_sum(Work *w, const Task *task, int64_t number) {
     }
 }
 
+/* What is summed down the lines of a batch at `c`, in double; lines that are rows have a sum for each segment. */
+static double wide_sum_down(const Work *w, const Task *tasks, int64_t batch, int64_t c) {
+    const Tensor *t = w->t;
+    int64_t n = line_length(t);
+    double total = 0;
+    for (const Task *task = tasks; task < tasks + w->num_sums; task++) {
+        if (task->block != batch || (lines_are_rows(t) && task->length != c / n)) continue;
+        int64_t offset = (batch * num_lines(t) + task->offset) * n + c % n;
+        total += wide_sum(at(t->grad, offset, t->param_bf16), task->count, n, (int)t->param_bf16);
+    }
+    return total;
+}
+
 static void combine_rank_one(Work *w, const Task *tasks) {
     const Tensor *t = w->t;
     int64_t n = line_length(t), segments = t->num_blocks, others = t->outer * t->inner;
@@ -51,6 +62,8 @@ static void combine_rank_one(Work *w, const Task *tasks) {
             double *target = down + (by_rows ? tasks[i].length * n : 0);
             for (int64_t c = 0; c < n; c++) target[c] += w->columns[i * n + c];
         }
+        for (int64_t c = 0; c < num_down; c++)
+            if (overflows(down[c])) down[c] = wide_sum_down(w, tasks, a, c);
         const double *along = w->totals + a * num_lines(t) * (by_rows ? 1 : segments);
         const double *row_sums = by_rows ? along : down;
         const double *column_sums = by_rows ? down : along; /* (segments, C2), or (C1, segments) */
