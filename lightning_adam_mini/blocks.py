@@ -386,7 +386,7 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 def sum_square(tensor: Tensor, axes: tuple[int, ...], *, exact: bool = False) -> Tensor:
     """Sums of squares over `axes`, which stay with size 1, without a temporary of the tensor's size.
 
-    Squares are in float32, a few thousand of them are added there, and these sums in float64. On the CPU what overflows
+    Squares are in float32, a few of them are added there, and these sums in float64. On the CPU what overflows
     is summed anew in float64; elsewhere, where to look at it would wait for the device, a mean above about 1e35 may
     become infinite.
 
@@ -412,10 +412,16 @@ def sum_square(tensor: Tensor, axes: tuple[int, ...], *, exact: bool = False) ->
     return sums
 
 
-RUN_LENGTH = 4096
-"""Squares that are added in float32 one after the other."""
+RUN_LENGTH = 256
+"""Squares that are added in float32 by one norm, which has eight or more partial sums: few enough for 1e-6."""
 FEW_SLICES = 16
 """Squares that are added in float32 elementwise."""
+
+
+def _run_length(width: int) -> int:
+    """The length of runs, at most `RUN_LENGTH`, that a row is cut into; one that leaves no rest, if there is one."""
+    count = -(-width // RUN_LENGTH)
+    return next((width // n for n in range(count, 2 * count) if width % n == 0), RUN_LENGTH)
 
 
 def _sum_runs(tensor: Tensor, axes: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
@@ -427,8 +433,9 @@ def _sum_runs(tensor: Tensor, axes: tuple[int, ...], dtype: torch.dtype) -> Tens
     if width == 1 or not tensor[(0,) * start].is_contiguous():
         return None
     runs = tensor.flatten(start) if start < tensor.dim() - 1 else tensor
-    whole = width // RUN_LENGTH * RUN_LENGTH if width > RUN_LENGTH else 0
-    parts = [runs[..., :whole].unflatten(-1, (-1, RUN_LENGTH))] if whole else []
+    length = _run_length(width)
+    whole = width // length * length
+    parts = [runs[..., :whole].unflatten(-1, (-1, length))]
     parts += [runs[..., None, whole:]] if whole < width else []
     wide = wide_dtype(tensor.device)
     norms = [torch.linalg.vector_norm(part, dim=-1, dtype=dtype).to(wide) for part in parts]

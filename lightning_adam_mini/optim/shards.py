@@ -98,9 +98,9 @@ class Shard:
         frame = self.frame
         if self.boxes is not None:
             return all(box.lies_in(shape) for box in self.boxes)
-        if not self.groups or frame.kind is Kind.ELEMENT:
+        if frame.kind is Kind.ELEMENT:
             return tuple(shape) == frame.shape
-        kept = (frame.axis, *frame.batch_axes)  # along the others, a rank has a part of each row
+        kept = (frame.axis, *frame.batch_axes)  # along the others, a rank may have a part of each row
         return len(shape) == len(frame.shape) and all(
             size == whole if axis in kept else size <= whole
             for axis, (size, whole) in enumerate(zip(shape, frame.shape, strict=True))

@@ -12,8 +12,8 @@
  *   chunks   blocks that are large, or lie in several places: the same two passes over runs, with a sum a chunk.
  *
  * Every sum is taken over the same chunks in the same order whatever the number of threads, so results do not depend on
- * it. Squares are added in float32 over a few thousand elements, and these sums in double; a sum that overflows float32
- * is taken again in double, so that a second moment is finite wherever it can be.
+ * it. No more than 32 squares are added in float32 one after the other, and these sums in double; a sum that overflows
+ * float32 is taken again in double, so that a second moment is finite wherever it can be.
  *
  * Threads draw tasks from one list. An update that needs the sums of other tasks waits for them; those stand before it
  * in the list, so another thread already works on them.

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lightning_adam_mini.optim import update
 from lightning_adam_mini.optim.cut_tensor import CutTensor
+from lightning_adam_mini.optim.kernels.memory import address
 from lightning_adam_mini.optim.kernels.triton_plan import Plan, make_plan, plan_key, refusal
 from lightning_adam_mini.optim.step_options import StepOptions
 
@@ -126,7 +127,14 @@ class _Prepared:
     def addresses_of(self, tensors: Sequence[CutTensor]) -> Tensor:
         """The addresses of parameters, gradients, first and second moments on the device."""
         memory = [(t.param, t.param if t.grad is None else t.grad, t.exp_avg, t.moments[0]) for t in tensors]
-        pointers = [[tensor.data_ptr() for tensor in four] for four in memory]
+        names = ("the parameter", "the gradient", "the first moment", "the second moment")
+        pointers = [
+            [
+                address(f"{t.name}: {what}", tensor, dtypes=(tensor.dtype,), numel=tensor.numel(), device=t.param.device)
+                for what, tensor in zip(names, four, strict=True)
+            ]
+            for t, four in zip(tensors, memory, strict=True)
+        ]
         is_cuda = self.addresses.is_cuda
         if is_cuda and torch.cuda.is_current_stream_capturing():
             # The graph copies its own addresses in each replay: later steps may change those that are kept here.

@@ -9,9 +9,10 @@
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 
 enum {
-    SUM_LENGTH = 4096,     /* elements whose squares are added in float32 */
-    SUM_HEIGHT = 128,      /* the same down a column */
-    MAX_HEIGHT = 1024,     /* the same down a column, eight at a time */
+    LANES = 64,            /* partial sums of a run */
+    SUM_LENGTH = 2048,     /* elements whose squares are added in float32: 32 a lane */
+    SUM_HEIGHT = 256,      /* the same down a column, eight at a time */
+    FEW_LINES = 16,        /* the same one at a time, and then as many of these sums */
     TASK_LENGTH = 1 << 16, /* elements of a task */
     LARGE_BLOCK = 1 << 18, /* elements of a block that several threads share */
     SHORT_RUN = 48,        /* shorter runs go through vectors that hold several of them */
