@@ -18,11 +18,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-__all__ = ["Blocks", "Kind", "Segment", "sum_square"]
+__all__ = ["Blocks", "Kind", "Segment", "sum_square", "wide_dtype"]
 
 
 class Kind(StrEnum):
@@ -136,7 +137,7 @@ class Blocks:
         segments = tuple(Segment(length, length * repeats) for length in lengths)
         return cls(tuple(shape), Kind.ROW_COLUMN, axis, batch_axes, segments, repeats)
 
-    @property
+    @cached_property
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each second-moment tensor by its state key; each broadcasts once `second_moment` expands it."""
         if self.kind is Kind.ELEMENT:
@@ -194,51 +195,49 @@ class Blocks:
         if self.kind is Kind.ROW_COLUMN:
             raise ValueError("a row_column cut shares a row mean and a column mean: it has no blocks to number")
         (state_shape,) = self.state_shapes.values()
-        numbers = torch.arange(math.prod(state_shape)).view(state_shape)
+        numbers = torch.arange(math.prod(state_shape), device="cpu").view(state_shape)
         return self.expand_rows(numbers).expand(self.shape)
 
     def mean_square(self, tensor: Tensor, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
         """Means of the squares: one a block, or one a row and one a column.
 
-        No temporary of the tensor's size is made for `Kind.MEAN` and `Kind.ROW_COLUMN`: norms are squared.
+        They are right to 1e-6 whatever the size of a block, and finite where the means are: sums are in float64. No
+        temporary of the tensor's size is made for `Kind.MEAN` and `Kind.ROW_COLUMN`.
 
         Args:
             tensor: A tensor of `shape`, of any floating dtype.
-            dtype: Dtype in which squares are summed, and of the result.
+            dtype: Dtype of the result; float64 has squares in float64 too.
 
         Returns:
             One tensor for each of `state_shapes`.
         """
-        return self.means(*self.square_sums(tensor, dtype=dtype))
+        sums = self.square_sums(tensor, exact=dtype is torch.float64)
+        return tuple(mean.to(dtype) for mean in self.means(*sums))
 
-    def square_sums(
-        self, tensor: Tensor, *, dtype: torch.dtype = torch.float32, exact: bool = False
-    ) -> tuple[Tensor, ...]:
+    def square_sums(self, tensor: Tensor, *, exact: bool = False) -> tuple[Tensor, ...]:
         """Sums of the squares, where `mean_square` has means: sums of parts of a tensor add up to those of the whole.
 
         Args:
             tensor: A tensor of `shape`, of any floating dtype.
-            dtype: Dtype in which squares are summed, and of the result.
-            exact: Sum the squares themselves, not squared norms, which is slower and spares the rounding of a root.
+            exact: Square in float64 too, which is slower.
 
         Returns:
-            One tensor for each of `state_shapes`.
+            One tensor for each of `state_shapes`, in `wide_dtype`.
         """
         if self.kind is Kind.ELEMENT:
-            return (tensor.to(dtype).square(),)
-        row_sums = self.row_square_sums(tensor, dtype=dtype, exact=exact)
+            return (tensor.to(wide_dtype(tensor.device)).square(),)
+        row_sums = self.row_square_sums(tensor, exact=exact)
         if self.kind is Kind.MEAN:
             return (self.block_sums(row_sums),)
         assert self.axis is not None
         columns = [
-            sum_square(part, axes, dtype, exact=exact).reshape(self._column_shape())
-            for _, part, axes in self._parts(tensor)
+            sum_square(part, axes, exact=exact).reshape(self._column_shape()) for _, part, axes in self._parts(tensor)
         ]
         return row_sums, torch.cat(columns, self.axis)
 
-    def row_square_sums(self, tensor: Tensor, *, dtype: torch.dtype = torch.float32, exact: bool = False) -> Tensor:
+    def row_square_sums(self, tensor: Tensor, *, exact: bool = False) -> Tensor:
         """Sums of the squares over the reduced axes, which stay with size 1; `tensor` may be any part of the whole."""
-        return sum_square(tensor, self._reduced_axes(), dtype, exact=exact)
+        return sum_square(tensor, self._reduced_axes(), exact=exact)
 
     def row_sums(self, tensor: Tensor, *, dtype: torch.dtype) -> Tensor:
         """Sums over the reduced axes, which stay with size 1, in `dtype`; of a cut into blocks."""
@@ -295,8 +294,9 @@ class Blocks:
             return moments
         rows, columns = moments
         assert self.axis is not None
+        wide, tiny = wide_dtype(rows.device), torch.finfo(rows.dtype).tiny
         normalised = [
-            part / part.mean(axes, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+            (part / part.mean(axes, keepdim=True, dtype=wide).clamp_min(tiny)).to(rows.dtype)
             for _, part, axes in self._parts(rows)
         ]
         return torch.cat(normalised, self.axis + 1).flatten(self.axis, self.axis + 1), columns
@@ -378,18 +378,87 @@ def _divide(tensor: Tensor, axis: int, sizes: Sequence[int], divisors: Sequence[
     return torch.cat(parts, axis)
 
 
-def sum_square(tensor: Tensor, axes: tuple[int, ...], dtype: torch.dtype, *, exact: bool = False) -> Tensor:
-    """Sums of squares over `axes`, which stay with size 1, without a temporary of the tensor's size."""
-    if not axes:
-        return tensor.to(dtype).square()
-    if exact or (tensor.is_cpu and tensor.dim() - 1 not in axes):
-        # On the CPU torch's norm over leading dimensions takes twenty times as long as sums of squared slices.
-        axis = max(axes, key=lambda reduced: tensor.shape[reduced])
-        length = max(1, SLICE_ELEMENTS * tensor.shape[axis] // max(tensor.numel(), 1))
-        first, *others = tensor.split(length, axis)
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of sums on a device: float64, so that they are finite wherever float32 means are."""
+    return torch.float32 if device.type == "mps" else torch.float64  # which has no float64
+
+
+def sum_square(tensor: Tensor, axes: tuple[int, ...], *, exact: bool = False) -> Tensor:
+    """Sums of squares over `axes`, which stay with size 1, without a temporary of the tensor's size.
+
+    Squares are in float32, a few of them are added there, and these sums in float64. On the CPU what overflows
+    is summed anew in float64; elsewhere, where to look at it would wait for the device, a mean above about 1e35 may
+    become infinite.
+
+    Args:
+        tensor: A tensor of any floating dtype.
+        axes: What is summed over.
+        exact: Square in float64 too, which is slower.
+
+    Returns:
+        Sums in `wide_dtype`; they are infinite or not a number where the tensor is.
+    """
+    wide = wide_dtype(tensor.device)
+    if not axes or not tensor.numel():
+        return tensor.to(wide).square().sum(axes, keepdim=True) if axes else tensor.to(wide).square()
+    if exact:
+        return _sum_slices(tensor, axes, wide)
+    narrow = torch.promote_types(tensor.dtype, torch.float32)
+    sums = _sum_runs(tensor, axes, narrow)
+    if sums is None:
+        sums = _sum_slices(tensor, axes, narrow)
+    if tensor.is_cpu and not bool(sums.isfinite().all()):
+        return _sum_slices(tensor, axes, wide)
+    return sums
+
+
+RUN_LENGTH = 256
+"""Squares that are added in float32 by one norm, which has eight or more partial sums: few enough for 1e-6."""
+FEW_SLICES = 16
+"""Squares that are added in float32 elementwise."""
+
+
+def _run_length(width: int) -> int:
+    """The length of runs, at most `RUN_LENGTH`, that a row is cut into; one that leaves no rest, if there is one."""
+    count = -(-width // RUN_LENGTH)
+    return next((width // n for n in range(count, 2 * count) if width % n == 0), RUN_LENGTH)
+
+
+def _sum_runs(tensor: Tensor, axes: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    """`sum_square` by norms of runs of elements that lie next to each other; None where they do not."""
+    start = tensor.dim()
+    while start - 1 in axes:
+        start -= 1
+    kept, width = tensor.shape[:start], math.prod(tensor.shape[start:])
+    if width == 1 or not tensor[(0,) * start].is_contiguous():
+        return None
+    runs = tensor.flatten(start) if start < tensor.dim() - 1 else tensor
+    length = _run_length(width)
+    whole = width // length * length
+    parts = [runs[..., :whole].unflatten(-1, (-1, length))]
+    parts += [runs[..., None, whole:]] if whole < width else []
+    wide = wide_dtype(tensor.device)
+    norms = [torch.linalg.vector_norm(part, dim=-1, dtype=dtype).to(wide) for part in parts]
+    sums = sum(norm.square_().sum(-1) for norm in norms)
+    assert isinstance(sums, Tensor)
+    others = tuple(axis for axis in axes if axis < start)
+    sums = sums.sum(others, keepdim=True) if others else sums
+    return sums.view(*sums.shape, *[1] * (tensor.dim() - start))
+
+
+def _sum_slices(tensor: Tensor, axes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """`sum_square` by squares of slices in `dtype`; a few slices at a time are added elementwise."""
+    axis = max(axes, key=lambda reduced: tensor.shape[reduced])
+    length = max(1, SLICE_ELEMENTS * tensor.shape[axis] // tensor.numel())
+    slices = tensor.split(length, axis)
+    total: Tensor | None = None
+    for number in range(0, len(slices), FEW_SLICES):
+        first, *others = slices[number : number + FEW_SLICES]
         squares = first.to(dtype).square()
         for other in others:  # the last may be shorter
             part = other.to(dtype)
             squares.narrow(axis, 0, part.shape[axis]).addcmul_(part, part)
-        return squares.sum(axes, keepdim=True)
-    return torch.linalg.vector_norm(tensor, dim=axes, keepdim=True, dtype=dtype).square_()
+        sums = squares.sum(axes, keepdim=True).to(wide_dtype(tensor.device))
+        total = sums if total is None else total.add_(sums)
+    assert total is not None
+    return total

@@ -115,7 +115,7 @@ class _SquareSums:
             return self._column[place].double().square().item()
         shape = blocks.row_shape
         if shape not in self._rows:
-            self._rows[shape] = blocks.row_square_sums(self._column, dtype=torch.float64)
+            self._rows[shape] = blocks.row_square_sums(self._column, exact=True)
         sums = blocks.block_sums(self._rows[shape]).flatten()
         return sums[blocks.block_index()[place]].item()
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_adam_mini.blocks import Blocks
-from lightning_adam_mini.optim.cut_tensor import CutTensor
+from lightning_adam_mini.optim.cut_tensor import CutTensor, check_memory
 from lightning_adam_mini.optim.entries import listed, named_parameters, parameter_of
 from lightning_adam_mini.optim.flat_state import FlatState, compress_state, expand_state
 from lightning_adam_mini.optim.formats import check_exp_avg_dtype, check_format, check_rounds_something
 from lightning_adam_mini.optim.fsdp1 import FlatRange, flat_ranges, whole_shapes
 from lightning_adam_mini.optim.groups import WeightDecayPolicy, decay_groups
-from lightning_adam_mini.optim.implementation import Implementation, Stepper
+from lightning_adam_mini.optim.implementation import Implementation, Stepper, options_of
 from lightning_adam_mini.optim.sharding import is_dtensor, laid_out_as, local, shard_dtensor, share_square_sums
 from lightning_adam_mini.optim.shards import Shard
 from lightning_adam_mini.optim.state import check_state, fits_parameter, init_state, restore_state
@@ -239,15 +239,21 @@ class AdamMini(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # All is checked before anything moves.
+        options = [options_of(group) for group in self.param_groups]
+        ready = [self._stepper.ready(number, group, self.state) for number, group in enumerate(self.param_groups)]
         anew = {
             number: [self._cut_tensor(p, group) for p in group["params"] if p.grad is not None or self._shares(p)]
             for number, group in enumerate(self.param_groups)
-            if not self._stepper.repeat(number, group, self.state)
+            if ready[number] is None
         }
         everything = [tensor for tensors in anew.values() for tensor in tensors]
         share_square_sums(everything, self._stepper.square_sums)
-        for number, tensors in anew.items():
-            with_grad = [tensor for tensor in tensors if tensor.grad is not None]
+        for number, gradients in enumerate(ready):
+            if gradients is not None:
+                self._stepper.repeat(number, options[number], gradients)
+                continue
+            with_grad = [tensor for tensor in anew[number] if tensor.grad is not None]
             self._stepper.take(with_grad, self.param_groups[number], number=number, state=self.state)
         return loss
 
@@ -409,6 +415,7 @@ class AdamMini(Optimizer):
         if grad is not None:
             check_gradient(cut.name, grad)
             grad = local(laid_out_as(parameter, grad))
+        check_memory(cut.name, local(parameter), grad)
         state = self.state[parameter]
         if not state or not fits_parameter(state, parameter, shape=cut.blocks.shape, exp_avg_dtype=self.exp_avg_dtype):
             self._check_format(parameter)
@@ -430,6 +437,7 @@ class AdamMini(Optimizer):
             exact,
             exp_avg_scale=None if scale is None else local(scale),
             rounding=self._rounding(parameter),
+            name=cut.name,
         )
 
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from lightning_adam_mini.optim import foreach, update
-from lightning_adam_mini.optim.cut_tensor import CutTensor
+from lightning_adam_mini.optim.cut_tensor import CutTensor, extent
 from lightning_adam_mini.optim.step_options import StepOptions
 
 if TYPE_CHECKING:
     from lightning_adam_mini.optim.kernels.group import GroupPlan
 
-__all__ = ["Implementation", "Stepper"]
+__all__ = ["Implementation", "Stepper", "options_of"]
 
 Implementation = Literal["reference", "foreach", "fused"]
 
@@ -79,8 +79,12 @@ class Stepper:
             return cpu.square_sums(tensor) or tensor.local_square_sums()
         return tensor.local_square_sums()
 
-    def repeat(self, number: int, group: Mapping[str, Any], state: Mapping[Tensor, Mapping[str, Tensor]]) -> bool:
-        """Take a group's step as the last one was taken; False, and nothing is done, where it has to be looked at anew.
+    def ready(
+        self, number: int, group: Mapping[str, Any], state: Mapping[Tensor, Mapping[str, Tensor]]
+    ) -> tuple[list[Tensor], list[int]] | None:
+        """Gradients of a group that can be stepped as it was last; None where it has to be looked at anew.
+
+        Nothing is written: the steps of all groups are checked before the first is taken.
 
         Args:
             number: Of the group.
@@ -88,7 +92,14 @@ class Stepper:
             state: State of the optimizer.
         """
         plan = self._plans.get(number)
-        return plan is not None and not group["capturable"] and plan.step(group["params"], state, _options(group))
+        gradients = None if plan is None or group["capturable"] else plan.gradients(group["params"], state)
+        if gradients is None:
+            self._plans.pop(number, None)
+        return gradients
+
+    def repeat(self, number: int, options: StepOptions, gradients: tuple[list[Tensor], list[int]]) -> None:
+        """Take a group's step as the last one was taken, with what `ready` gave."""
+        self._plans[number].step(options, gradients)
 
     def take(
         self,
@@ -108,8 +119,9 @@ class Stepper:
         """
         capturable = group["capturable"]
         by_device: dict[tuple[str, Implementation], list[CutTensor]] = {}
-        for tensor in tensors:
-            how = self.on(tensor.param, capturable=capturable)
+        entangled = _entangled(tensors)
+        for place, tensor in enumerate(tensors):
+            how = "reference" if place in entangled else self.on(tensor.param, capturable=capturable)
             by_device.setdefault((tensor.param.device.type, how), []).append(tensor)
         for (device_type, how), here in by_device.items():
             _update(here, group, how, device_type)
@@ -149,14 +161,38 @@ def _refusal(device: torch.device, dtype: torch.dtype, *, capturable: bool) -> s
     return gpu.unavailable(device)
 
 
-def _options(group: Mapping[str, Any]) -> StepOptions:
+def options_of(group: Mapping[str, Any]) -> StepOptions:
+    """The scalars of a group's next step."""
     lr = group["lr"] if group["capturable"] else float(group["lr"])
     beta1, beta2 = group["betas"]
     return StepOptions(lr, beta1, beta2, group["eps"], group["weight_decay"], group["maximize"])
 
 
+def _entangled(tensors: Sequence[CutTensor]) -> set[int]:
+    """Places in the list of parameters that lie in memory where others do, or gradients: these take turns.
+
+    Whole ranges are compared, so that what lies between the elements of another counts too.
+    """
+    ranges = sorted(
+        (start, start + extent(memory) * memory.itemsize, memory is tensor.param, place)
+        for place, tensor in enumerate(tensors)
+        if not tensor.param.is_meta
+        for memory in (tensor.param, tensor.grad)
+        if memory is not None and (start := memory.data_ptr()) and memory.numel()
+    )
+    found: set[int] = set()
+    last, last_written = (0, -1), (0, -1)  # the farthest end so far, of any range and of a parameter's
+    for start, end, is_written, place in ranges:
+        for other_end, other in (last, last_written) if is_written else (last_written,):
+            if start < other_end:
+                found |= {place, other}
+        last = max(last, (end, place))
+        last_written = max(last_written, (end, place)) if is_written else last_written
+    return found
+
+
 def _update(tensors: Sequence[CutTensor], group: Mapping[str, Any], how: Implementation, device_type: str) -> None:
-    options, capturable = _options(group), group["capturable"]
+    options, capturable = options_of(group), group["capturable"]
     if how == "fused" and device_type == "cuda":
         from lightning_adam_mini.optim.kernels import gpu
 

@@ -79,7 +79,7 @@ def values(device: torch.device | None = None) -> Tensor:
         parts = 2 ** (6 - power)
         positive += [(0.1 + 0.9 * (part + 0.5) / parts) * 10.0**-power for part in range(parts)]
     negative = [-value for value in positive if value != 1.0]
-    return torch.tensor(sorted([*negative, 0.0, *positive]), device=device)
+    return torch.tensor(sorted([*negative, 0.0, *positive]), dtype=torch.float32, device=device or "cpu")
 
 
 def decode(codes: Tensor, scale: Tensor) -> Tensor:
@@ -156,10 +156,10 @@ def init_scale(param: Tensor) -> Tensor:
     """The scales of a fresh first moment, zeros; of a DTensor one whose global shape any number of ranks has."""
     shape = scale_shape(param.shape)
     if not is_dtensor(param):
-        return torch.zeros(shape, device=param.device)
+        return torch.zeros(shape, dtype=torch.float32, device=param.device)
     from torch.distributed.tensor import DTensor
 
-    part = torch.zeros(scale_shape(local(param).shape), device=param.device)
+    part = torch.zeros(scale_shape(local(param).shape), dtype=torch.float32, device=param.device)
     strides = (shape[1], 1)
     return DTensor.from_local(
         part, param.device_mesh, param.placements, run_check=False, shape=torch.Size(shape), stride=strides
@@ -207,7 +207,7 @@ def bins(device: torch.device) -> tuple[Tensor, Tensor]:
     """
     table = values()
     middles = (table[:-1].double() + table[1:].double()).div_(2).float()
-    upper = torch.arange(2**16, dtype=torch.int64)
+    upper = torch.arange(2**16, dtype=torch.int64, device="cpu")
     least = torch.where(upper < 2**15, upper << 16, (upper << 16) | 0xFFFF)  # of negative numbers, that of most bits
     first = torch.bucketize(_from_bits(least), middles).to(torch.int32)
     return first.to(device), torch.cat([middles, middles.new_full((1,), math.inf)]).to(device)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_adam_mini.blocks import Blocks, Kind, sum_square
+from lightning_adam_mini.blocks import Blocks, Kind, sum_square, wide_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -50,6 +50,14 @@ class Box:
         for dim, (start, size) in enumerate(zip(self.local, self.sizes, strict=True)):
             tensor = tensor.narrow(dim, start, size)
         return tensor
+
+    def lies_in(self, shape: Sequence[int]) -> bool:
+        """Whether a local tensor of `shape` has the rectangle."""
+        if self.flat is not None:
+            offset, ranged = self.flat
+            return len(shape) == 1 and offset + math.prod(ranged) <= shape[0]
+        ends = (start + size for start, size in zip(self.local, self.sizes, strict=True))
+        return len(shape) == len(self.sizes) and all(end <= size for end, size in zip(ends, shape, strict=True))
 
     def within(self, kept: Tensor) -> Tensor:
         """The part of a tensor on the frame, of size 1 on some axes, that broadcasts against the rectangle."""
@@ -85,21 +93,34 @@ class Shard:
         object.__setattr__(self, "boxes", tuple(box for box, _ in pieces))
         object.__setattr__(self, "_segments", tuple(segment for _, segment in pieces))
 
-    def square_sums(self, grad: Tensor, *, dtype: torch.dtype, exact: bool = False) -> tuple[Tensor, ...]:
-        """This rank's part of the sums of squares, in the shapes of `frame.state_shapes`."""
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether this can be the rank's part of a local tensor of `shape`."""
         frame = self.frame
+        if self.boxes is not None:
+            return all(box.lies_in(shape) for box in self.boxes)
+        if frame.kind is Kind.ELEMENT:
+            return tuple(shape) == frame.shape
+        kept = (frame.axis, *frame.batch_axes)  # along the others, a rank may have a part of each row
+        return len(shape) == len(frame.shape) and all(
+            size == whole if axis in kept else size <= whole
+            for axis, (size, whole) in enumerate(zip(shape, frame.shape, strict=True))
+        )
+
+    def square_sums(self, grad: Tensor, *, exact: bool = False) -> tuple[Tensor, ...]:
+        """This rank's part of the sums of squares, in the shapes of `frame.state_shapes` and in `wide_dtype`."""
+        frame, dtype = self.frame, wide_dtype(grad.device)
         if self.boxes is None:
-            return frame.square_sums(grad, dtype=dtype, exact=exact)
+            return frame.square_sums(grad, exact=exact)
         rows = torch.zeros(frame.row_shape, dtype=dtype, device=grad.device)
         for box in self.boxes:
-            box.within(rows).add_(frame.row_square_sums(box.view(grad), dtype=dtype, exact=exact))
+            box.within(rows).add_(frame.row_square_sums(box.view(grad), exact=exact))
         if frame.kind is Kind.MEAN:
             return (frame.block_sums(rows),)
         assert frame.axis is not None
         columns = torch.zeros(frame.state_shapes["exp_avg_sq_col"], dtype=dtype, device=grad.device)
         for box, segment in zip(self.boxes, self._segments, strict=True):
             part = box.within(columns.narrow(frame.axis, segment, 1))
-            part.add_(sum_square(box.view(grad), (frame.axis,), dtype, exact=exact))
+            part.add_(sum_square(box.view(grad), (frame.axis,), exact=exact))
         return rows, columns
 
     def expand(self, key: str, moment: Tensor, number: int) -> Tensor:

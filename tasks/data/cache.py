@@ -20,8 +20,8 @@ _SETTLED_AFTER = 2.0
 
 
 def default_cache_dir() -> Path:
-    """`$ADAM_MINI_CACHE`, else a folder in `$XDG_CACHE_HOME`, else one in `~/.cache`."""
-    if folder := os.environ.get("ADAM_MINI_CACHE"):
+    """`$LIGHTNING_ADAM_MINI_CACHE`, else a folder in `$XDG_CACHE_HOME`, else one in `~/.cache`."""
+    if folder := os.environ.get("LIGHTNING_ADAM_MINI_CACHE"):
         return Path(folder).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base).expanduser() if base else Path.home() / ".cache") / "lightning-adam-mini"
@@ -43,7 +43,7 @@ def only_one(folder: Path) -> Iterator[None]:
         logger.warning("%s is on a file system without locks: processes may prepare the same data twice.", folder)
     except OSError as error:
         raise PermissionError(
-            f"Cannot write prepared data to {folder} ({error.strerror}): set `cache_dir` or $ADAM_MINI_CACHE to a"
+            f"Cannot write prepared data to {folder} ({error.strerror}): set `cache_dir` or $LIGHTNING_ADAM_MINI_CACHE to a"
             " folder that you may write."
         ) from error
     try:

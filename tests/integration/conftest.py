@@ -19,7 +19,7 @@ def prepared_data(tmp_path_factory):
 def work_dir(tmp_path, monkeypatch, prepared_data):
     """The folder from which the command is called; it holds `tiny.yaml` and its text."""
     write_recipe(tmp_path)
-    monkeypatch.setenv("ADAM_MINI_CACHE", str(prepared_data))
+    monkeypatch.setenv("LIGHTNING_ADAM_MINI_CACHE", str(prepared_data))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

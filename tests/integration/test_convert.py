@@ -23,7 +23,7 @@ def trained(tmp_path_factory, prepared_data):
     folder = tmp_path_factory.mktemp("runs")
     tiny_runs.write_recipe(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ADAM_MINI_CACHE", str(prepared_data))
+        patch.setenv("LIGHTNING_ADAM_MINI_CACHE", str(prepared_data))
         patch.chdir(folder)
         assert run("fit", "--run_dir", "adamw", *ADAMW) == 0
         assert run("fit", "--run_dir", "mini") == 0

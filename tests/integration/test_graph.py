@@ -216,7 +216,7 @@ def test_a_checkpoint_of_another_size_is_refused(folder, capsys):
 def test_the_recipe_for_a_try_beats_label_propagation(sampling, tmp_path, monkeypatch):
     """The whole way on the standard library, in a quarter of the recipe's steps."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ADAM_MINI_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LIGHTNING_ADAM_MINI_CACHE", str(tmp_path / "cache"))
     parts = ["--data.sampling", "parts", "--data.num_parts", "2"] if sampling == "parts" else []
     options = ["--trainer.accelerator", "cpu", "--trainer.max_steps", "20", *parts]
     assert main(["fit", "--config", "graph/gcn.yaml", "--run_dir", "one", *options]) == 0

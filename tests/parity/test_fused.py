@@ -300,8 +300,8 @@ def test_rectangles_of_a_flattened_parameter(blocks, data):
     stop = data.draw(st.integers(start, size))
     shard = Shard(blocks, flat_boxes(blocks.shape, start, stop))
     torch.manual_seed(0)
-    tensor = replace(cut_tensor(blocks), shard=shard)
-    tensor = replace(tensor, param=torch.randn(stop - start), exp_avg=torch.zeros(stop - start))
+    part = {"param": torch.randn(stop - start), "exp_avg": torch.zeros(stop - start)}
+    tensor = replace(cut_tensor(blocks), shard=shard, **part)
     other = copy_of(tensor)
     for _ in range(3):
         grad = torch.randn(stop - start)

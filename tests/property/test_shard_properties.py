@@ -68,10 +68,10 @@ def test_sums_of_parts_add_up_to_those_of_the_whole(case, seed, exact):
     blocks, shards, divide = case
     whole = random(blocks.shape, seed)
     of_parts = [
-        shard.square_sums(part.clone(), dtype=torch.float64, exact=exact)
+        shard.square_sums(part.clone(), exact=exact)
         for shard, part in zip(shards, divide(whole), strict=True)
     ]
-    for number, expected in enumerate(blocks.square_sums(whole, dtype=torch.float64)):
+    for number, expected in enumerate(blocks.square_sums(whole)):
         torch.testing.assert_close(sum(sums[number] for sums in of_parts), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -83,7 +83,7 @@ def test_parts_are_updated_as_the_whole(case, seed):
     moments = tuple(state[key] for key in blocks.state_shapes)
     before = param.clone()
     update_(CutTensor(param, grad, Shard(blocks), state["step"], state["exp_avg"], moments), OPTIONS)
-    sums = blocks.square_sums(grad, dtype=torch.float64)
+    sums = blocks.square_sums(grad)
     for shard, part, part_grad, expected in zip(shards, divide(before), divide(grad), divide(param), strict=True):
         part = part.clone()
         tensor = CutTensor(

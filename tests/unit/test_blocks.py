@@ -90,7 +90,7 @@ def test_sums_of_squares_of_many_slices(axes, exact, dtype, monkeypatch):
     """The last of which is shorter."""
     monkeypatch.setattr(blocks_module, "SLICE_ELEMENTS", 60)
     tensor = torch.randn(11, 7, 3).to(dtype)
-    found = sum_square(tensor, axes, torch.float32, exact=exact)
+    found = sum_square(tensor, axes, exact=exact)
     torch.testing.assert_close(found.double(), tensor.double().square().sum(axes, keepdim=True), rtol=1e-6, atol=0)
 
 

@@ -20,7 +20,7 @@ OFFICIAL = [0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 2]
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("ADAM_MINI_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("LIGHTNING_ADAM_MINI_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 def ready(data, stage="fit"):

@@ -1,7 +1,11 @@
 """The C kernel is compiled once, survives what happens to its cache, and says why where it cannot be had."""
 
+import ctypes
 import multiprocessing as mp
+import os
+import signal
 import sys
+import time
 from warnings import catch_warnings
 
 import pytest
@@ -167,6 +171,136 @@ def test_a_compiler_that_is_not_there(monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler -m64")
     (message,) = warnings_of(build.library)
     assert "CC names 'no-such-compiler'" in message
+
+
+@pytest.mark.parametrize("command", ["gcc 'x", 'cc "', "cc \\"])
+def test_a_compiler_that_is_no_command(command, monkeypatch):
+    monkeypatch.setenv("CC", command)
+    (message,) = warnings_of(build.library)
+    assert f"CC is {command!r}, which is no command" in message
+    assert "implementation='foreach'" in message
+
+
+def planted(folder):
+    """Change a library in the cache, and its checksum with it, as whoever may write there can."""
+    (path,) = folder.glob("*/adam_mini.so")
+    content = path.read_bytes() + b"planted"
+    path.unlink()  # the one that is loaded keeps its file
+    path.write_bytes(content)
+    path.with_name("sha256").write_text(build._checksum(path))
+    return path
+
+
+def everybody(path):
+    path.chmod(path.stat().st_mode | 0o002)
+
+
+def the_group(path):
+    if os.getgid() != 0:
+        pytest.skip("a group that is this user's own")
+    path.chmod(path.stat().st_mode | 0o020)
+
+
+def another_user(path):
+    try:
+        os.chown(path, 12345, -1)
+    except PermissionError:
+        pytest.skip("only root gives files away")
+
+
+def a_link(path):
+    """To what another user has."""
+    elsewhere = path.with_name("elsewhere")
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+    another_user(elsewhere)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("part", "of_others"),
+    [
+        ("cache", everybody),
+        ("cache", another_user),
+        ("build", the_group),
+        ("build", a_link),
+        ("library", everybody),
+        ("library", a_link),
+        ("checksum", another_user),
+    ],
+)
+def test_a_library_that_others_may_have_written_is_not_loaded(part, of_others, cache, tmp_path, monkeypatch):
+    build.library()
+    library = planted(cache)
+    parts = {"cache": cache, "build": library.parent, "library": library, "checksum": library.with_name("sha256")}
+    of_others(parts[part])
+    build._library_or_reason.cache_clear()
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    loaded = []
+    monkeypatch.setattr(ctypes, "CDLL", lambda path, cdll=ctypes.CDLL: loaded.append(path) or cdll(path))
+    (message,) = warnings_of(build.library)
+    assert "does not use its kernel cache" in message
+    assert "LIGHTNING_ADAM_MINI_CACHE" in message
+    assert not warnings_of(build.library)
+    assert build.library() is not None
+    assert loaded
+    assert all(path.startswith(str(temporary)) for path in loaded)
+    assert not list(temporary.iterdir())
+
+
+@needs_compiler
+def test_a_cache_of_ones_own_is_used_without_a_word(cache, monkeypatch):
+    old = os.umask(0o002)  # as where each user has a group
+    try:
+        assert not warnings_of(build.library)
+        build._library_or_reason.cache_clear()
+        commands = counted(monkeypatch)
+        assert not warnings_of(build.library)
+    finally:
+        os.umask(old)
+    assert not compilations(commands)
+
+
+@needs_compiler
+@pytest.mark.parametrize("variable", ["LIGHTNING_ADAM_MINI_CACHE", "XDG_CACHE_HOME"])
+def test_a_home_in_the_name_of_the_cache(variable, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("LIGHTNING_ADAM_MINI_CACHE")
+    monkeypatch.setenv(variable, "~/own")
+    build.library()
+    assert list((tmp_path / "home" / "own").rglob("adam_mini.so"))
+    assert not (tmp_path / "~").exists()
+
+
+def build_for_ever(compiler):
+    os.environ["CC"] = compiler
+    build.library()
+
+
+@needs_compiler
+def test_what_a_killed_build_left_is_removed(cache, tmp_path, monkeypatch):
+    """At the next build, and not while the other is still at it."""
+    (compiler,) = build._compiler()
+    slow = script(tmp_path, f'[ "$1" = --version ] && exec {compiler} --version', "sleep 5")
+    process = mp.get_context("fork").Process(target=build_for_ever, args=(slow,))
+    process.start()
+    deadline = time.monotonic() + 30
+    while not list(cache.glob("*.unfinished")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    (unfinished,) = cache.glob("*.unfinished")
+    build.library()
+    assert unfinished.exists()
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(30)
+    build._library_or_reason.cache_clear()
+    monkeypatch.setattr(build, "_processor", lambda: "another one")
+    build.library()
+    assert not unfinished.exists()
+    assert all((folder / "sha256").exists() for folder in cache.iterdir())
 
 
 def test_a_compiler_that_makes_no_library(tmp_path, monkeypatch):

@@ -288,18 +288,18 @@ def test_ready_cache_is_only_read(tmp_path, cache_dir, monkeypatch):
 def test_cache_that_cannot_be_written(tmp_path):
     kind, settings = write_text(tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(PermissionError, match=r"Cannot write prepared data to .*set `cache_dir` or \$ADAM_MINI_CACHE"):
+    with pytest.raises(PermissionError, match=r"Cannot write prepared data to .*set `cache_dir` or \$LIGHTNING_ADAM_MINI_CACHE"):
         opened(kind, settings, tmp_path / "file")
 
 
 def test_default_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("ADAM_MINI_CACHE", "XDG_CACHE_HOME"):
+    for name in ("LIGHTNING_ADAM_MINI_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     assert TextFiles(path="x").cache_dir == tmp_path / ".cache" / "lightning-adam-mini"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert TextFiles(path="x").cache_dir == tmp_path / "xdg" / "lightning-adam-mini"
-    monkeypatch.setenv("ADAM_MINI_CACHE", str(tmp_path / "own"))
+    monkeypatch.setenv("LIGHTNING_ADAM_MINI_CACHE", str(tmp_path / "own"))
     assert TextFiles(path="x").cache_dir == tmp_path / "own"
     assert TextFiles(path="x", cache_dir="~/set").cache_dir == tmp_path / "set"
 

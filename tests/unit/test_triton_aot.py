@@ -21,7 +21,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
 FLOATS = ("beta2", "weight1", "weight2", "eps", "sign")
-TYPES = {torch.int64: "*i64", torch.int32: "*i32", torch.float32: "*fp32"}
+TYPES = {torch.int64: "*i64", torch.int32: "*i32", torch.float32: "*fp32", torch.float64: "*fp64"}
 ROW_LENGTHS = (64, 768, 1024, 3072, 4096, 8192, 11008)
 
 BLOCKS = {

@@ -12,7 +12,8 @@
  *   chunks   blocks that are large, or lie in several places: the same two passes over runs, with a sum a chunk.
  *
  * Every sum is taken over the same chunks in the same order whatever the number of threads, so results do not depend on
- * it. Squares are added in float32 over a few thousand elements, and these sums in double.
+ * it. No more than 32 squares are added in float32 one after the other, and these sums in double; a sum that overflows
+ * float32 is taken again in double, so that a second moment is finite wherever it can be.
  *
  * Threads draw tasks from one list. An update that needs the sums of other tasks waits for them; those stand before it
  * in the list, so another thread already works on them.
@@ -38,7 +39,7 @@ static void do_sum(Plan *plan, Work *w, const Task *task) {
     }
     if (__atomic_sub_fetch(&w->sums_left, 1, __ATOMIC_ACQ_REL)) return; /* the last one adds them up */
     if (task->kind == CHUNK_SUM) combine_chunks(w, tasks);
-    else if (task->kind == LINES_SUM) combine_lines(w);
+    else if (task->kind == LINES_SUM) combine_lines(w, tasks);
     else combine_rank_one(w, tasks);
     __atomic_store_n(&w->is_ready, 1, __ATOMIC_RELEASE);
 }

@@ -11,8 +11,8 @@ static float next_moment(const Work *w, float moment, double sum, double count) 
 /* What multiplies m in a block, once its sum is known. */
 static float factor_of(const Work *w, int64_t block, double sum, double count) {
     float *v = w->t->moment + block;
-    if (w->t->mode == SUM) {
-        *v = (float)sum;
+    if (w->t->mode == SUM) { /* which has doubles there */
+        ((double *)w->t->moment)[block] = sum;
         return 0;
     }
     if (w->t->mode == DENOMINATOR) return w->step_size / *v;
@@ -41,6 +41,7 @@ static void do_pack(const Work *w, const Task *task) {
     for (int64_t b = 0; b < task->count; b++) {
         double sum = 0;
         for (int64_t j = b * task->length; j < (b + 1) * task->length; j++) sum += squares[j];
+        sum = checked_sum(w->t, task->offset + b * task->length, task->length, 1, sum);
         float factor = factor_of(w, task->block + b, sum, (double)task->length);
         for (int64_t j = b * task->length; j < (b + 1) * task->length; j++) factors[j] = factor;
     }
@@ -75,7 +76,7 @@ static void combine_chunks(Work *w, const Task *tasks) {
 }
 
 /* The columns of one batch. */
-static void combine_lines(Work *w) {
+static void combine_lines(Work *w, const Task *tasks) {
     const Tensor *t = w->t;
     int64_t width = columns_of(t);
     double *column_totals = w->totals, *totals = column_totals + width, *rows = totals + t->num_blocks;
@@ -83,6 +84,8 @@ static void combine_lines(Work *w) {
     for (int64_t c = 0; c < width; c++) column_totals[c] = 0;
     for (int64_t i = 0; i < w->num_sums; i++)
         for (int64_t c = 0; c < width; c++) column_totals[c] += w->columns[i * width + c];
+    for (int64_t c = 0; c < width; c++)
+        column_totals[c] = checked_sum(t, tasks->offset + c, t->outer, width, column_totals[c]);
     for (int64_t b = 0; b < t->num_blocks; b++) totals[b] = 0;
     for (int has_factors = 0; has_factors < 2; has_factors++) {
         for (const Span *span = w->spans; span < w->spans + w->num_spans; span++) {

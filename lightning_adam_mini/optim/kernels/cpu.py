@@ -26,7 +26,7 @@ from lightning_adam_mini.optim.kernels.plan import Entry, Mode, Plan, Spans
 from lightning_adam_mini.optim.shards import Box
 from lightning_adam_mini.optim.step_options import StepOptions
 
-__all__ = ["laid_out_as", "square_sums", "supports", "unavailable", "update_", "whole_entry"]
+__all__ = ["is_laid_out_as", "laid_out_as", "square_sums", "supports", "unavailable", "update_", "whole_entry"]
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _NONE = StepOptions(lr=0.0, beta1=0.0, beta2=0.0, eps=0.0, weight_decay=0.0)
@@ -69,7 +69,7 @@ def supports(tensor: CutTensor) -> str | None:
         return "a step that is not float32 on the CPU"
     if not is_same_layout(param, tensor.exp_avg):
         return "a first moment that lies in memory in another order than the parameter"
-    if any(t.data_ptr() % t.element_size() for t in (param, tensor.exp_avg, *tensor.moments, tensor.step)):
+    if param.is_neg() or any(t.data_ptr() % t.element_size() for t in (param, tensor.exp_avg, *tensor.moments, tensor.step)):
         return "addresses between two elements"
     if tensor.is_whole and tensor.square_sums is None:
         piece = _whole_piece(*_memory(tensor))
@@ -105,7 +105,8 @@ def square_sums(tensor: CutTensor) -> tuple[Tensor, ...] | None:
         return None
     pieces = _pieces(tensor)
     assert pieces is not None
-    sums = torch.zeros(len(pieces), tensor.moments[0].numel())  # a line each: the kernel writes, it does not add
+    num_blocks = tensor.moments[0].numel()  # a line for each piece: the kernel writes, it does not add
+    sums = torch.zeros(len(pieces), num_blocks, dtype=torch.float64, device=tensor.param.device)
     entries = [_entry(tensor, Mode.SUM, piece, (line,), box) for (piece, box), line in zip(pieces, sums, strict=True)]
     if entries:
         Plan(entries).step(_NONE)
@@ -154,14 +155,20 @@ def _entry(tensor: CutTensor, mode: Mode, piece: _Piece, moments: tuple[Tensor, 
     param, grad, exp_avg = tensor.param, laid_out_as(tensor.param, tensor.grad), tensor.exp_avg
     if box is not None:
         param, grad, exp_avg = box.view(param), box.view(grad), box.view(exp_avg)
-    return Entry(mode, piece.sizes, piece.spans, param, grad, exp_avg, moments, tensor.step, Formats.of(tensor, param))
+    formats = Formats.of(tensor, param)
+    return Entry(mode, piece.sizes, piece.spans, param, grad, exp_avg, moments, tensor.step, formats, tensor.name)
 
 
 def laid_out_as(param: Tensor, grad: Tensor) -> Tensor:
     """A gradient that lies in memory as its parameter does: itself, or a copy."""
-    if is_same_layout(param, grad) and grad.data_ptr() % grad.element_size() == 0:
+    if is_laid_out_as(param, grad):
         return grad
-    return torch.empty_strided(param.shape, param.stride(), dtype=grad.dtype).copy_(grad)
+    return torch.empty_strided(param.shape, param.stride(), dtype=grad.dtype, device=param.device).copy_(grad)
+
+
+def is_laid_out_as(param: Tensor, grad: Tensor) -> bool:
+    """Whether the kernel can read a gradient as it lies in memory."""
+    return is_same_layout(param, grad) and not grad.is_neg() and grad.data_ptr() % grad.element_size() == 0
 
 
 def _memory(tensor: CutTensor) -> tuple[Blocks, _Shape, _Shape]:
@@ -180,7 +187,7 @@ def _pieces(tensor: CutTensor) -> list[tuple[_Piece, Box | None]] | None:
 
 @lru_cache(maxsize=4096)
 def _whole_piece(blocks: Blocks, shape: _Shape, stride: _Shape) -> _Piece | None:
-    found = layout(blocks, torch.empty_strided(shape, stride, device="meta"))
+    found = layout(blocks, torch.empty_strided(shape, stride, device="meta", dtype=torch.float32))
     if found is None:
         return None
     if blocks.kind is Kind.ELEMENT:
@@ -203,6 +210,6 @@ def _rank_one_sizes(blocks: Blocks, found: Layout) -> tuple[int, int, int, int] 
 
 @lru_cache(maxsize=4096)
 def _box_pieces(boxes: tuple[Box, ...], blocks: Blocks, shape: _Shape, stride: _Shape) -> list[_Piece] | None:
-    local = torch.empty_strided(shape, stride, device="meta")
+    local = torch.empty_strided(shape, stride, device="meta", dtype=torch.float32)
     found = [box_layout(blocks, box, local) for box in boxes]
     return [_Piece(f.sizes, Spans.of_layout(f, blocks.num_values)) for f in found if f] if all(found) else None

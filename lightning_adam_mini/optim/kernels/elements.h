@@ -2,6 +2,7 @@
 #ifndef ADAM_MINI_ELEMENTS_H
 #define ADAM_MINI_ELEMENTS_H
 
+#include <float.h>
 #include <math.h>
 #include <string.h>
 
@@ -50,36 +51,44 @@ INLINE float moved(float m, float g, float from_m, float weight) {
     return fused(weight, g - m, from_m != 0 ? m : g);
 }
 
-INLINE double sum_run_of(const void *restrict g, int64_t n, int p16) {
+/* The same sums in double, where those in float32 are infinite: squares may overflow whose mean does not. */
+static double wide_sum(const void *g, int64_t n, int64_t stride, int p16) {
     double total = 0;
-    for (int64_t start = 0; start < n; start += SUM_LENGTH) {
-        int64_t end = MIN(start + SUM_LENGTH, n);
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t i = start; i < end; i++) {
-            float x = load(g, i, p16);
-            sum += x * x;
-        }
-        total += sum;
+    for (int64_t i = 0; i < n; i++) {
+        double x = load(g, i * stride, p16);
+        total += x * x;
     }
     return total;
 }
 
-/* sums[j] += g[j]^2; returns the sum of all. */
-INLINE double sum_line_of(const void *restrict g, int64_t n, float *restrict sums, int p16) {
+INLINE int overflows(double sum) { return sum > DBL_MAX; } /* as its parts did; a NaN stays one */
+
+/* Sums of squares by lanes: so few adds in float32 one after the other that no rounding piles up. Where there are
+ * `sums`, sums[j] += g[j]^2 too. */
+INLINE double sum_lanes(const void *restrict g, int64_t n, float *restrict sums, int p16) {
     double total = 0;
     for (int64_t start = 0; start < n; start += SUM_LENGTH) {
-        int64_t end = MIN(start + SUM_LENGTH, n);
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t j = start; j < end; j++) {
-            float x = load(g, j, p16);
-            sums[j] += x * x;
-            sum += x * x;
+        int64_t i = start, end = MIN(start + SUM_LENGTH, n);
+        float lanes[LANES] = {0};
+        double sum = 0;
+        for (; i + LANES <= end; i += LANES) {
+#pragma omp simd
+            for (int64_t l = 0; l < LANES; l++) {
+                float x = load(g, i + l, p16), square = x * x;
+                lanes[l] += square;
+                if (sums) sums[i + l] += square;
+            }
         }
+        for (int64_t l = 0; i + l < end; l++) {
+            float x = load(g, i + l, p16), square = x * x;
+            lanes[l] += square;
+            if (sums) sums[i + l] += square;
+        }
+#pragma omp simd reduction(+ : sum)
+        for (int64_t l = 0; l < LANES; l++) sum += lanes[l];
         total += sum;
     }
-    return total;
+    return overflows(total) ? wide_sum(g, n, 1, p16) : total;
 }
 
 /* sums[j] += sum over i of g[i][j]^2, for a few thousand rows. Eight at a time: memory is quicker at many streams. */

@@ -157,12 +157,17 @@ static void update_rank_one(const Work *w, int64_t offset, int64_t n, float alon
 
 static double sum_run(const Tensor *t, int64_t offset, int64_t n) {
     const void *g = at(t->grad, offset, t->param_bf16);
-    return t->param_bf16 ? sum_run_of(g, n, 1) : sum_run_of(g, n, 0);
+    return t->param_bf16 ? sum_lanes(g, n, NULL, 1) : sum_lanes(g, n, NULL, 0);
 }
 
 static double sum_line(const Tensor *t, int64_t offset, int64_t n, float *sums) {
     const void *g = at(t->grad, offset, t->param_bf16);
-    return t->param_bf16 ? sum_line_of(g, n, sums, 1) : sum_line_of(g, n, sums, 0);
+    return t->param_bf16 ? sum_lanes(g, n, sums, 1) : sum_lanes(g, n, sums, 0);
+}
+
+/* A sum of `n` squares that was taken in float32. */
+static double checked_sum(const Tensor *t, int64_t offset, int64_t n, int64_t stride, double sum) {
+    return overflows(sum) ? wide_sum(at(t->grad, offset, t->param_bf16), n, stride, (int)t->param_bf16) : sum;
 }
 
 static void sum_rows(const Tensor *t, int64_t offset, int64_t stride, int64_t height, int64_t width, float *sums) {

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_adam_mini.optim import momentum_8bit
 from lightning_adam_mini.optim.cut_tensor import CutTensor
+from lightning_adam_mini.optim.kernels.memory import address
 from lightning_adam_mini.optim.momentum_8bit import GROUP_SIZE
 
 __all__ = ["PLAIN", "TASK_LENGTH", "Formats", "groups_fit", "refusal", "slice_length_of"]
@@ -57,9 +58,22 @@ class Formats:
             seed, first = tensor.rounding.seed, (tensor.rounding.first or 0) + offset
         return cls(scales, slice_length, seed, first)
 
-    def words(self) -> list[int]:
-        """The part of the kernel's struct that says this."""
-        scales, codebook = (0, 0) if self.scales is None else (self.scales.data_ptr(), _codebook().buffer_info()[0])
+    def words(self, name: str, numel: int) -> list[int]:
+        """The part of the kernel's struct that says this.
+
+        Args:
+            name: Name of the parameter, for messages.
+            numel: Elements of what is stored.
+
+        Raises:
+            ValueError: The scales are not those of so many elements.
+        """
+        scales, codebook = 0, 0
+        if self.scales is not None:
+            count = numel // self.slice_length * -(-self.slice_length // GROUP_SIZE)
+            kept = self.scales.flatten()[:count]  # those of the rectangles behind this one follow
+            scales = address(f"{name}: the scales", kept, dtypes=(torch.float32,), numel=count)
+            codebook = _codebook().buffer_info()[0]
         return [scales, codebook, self.slice_length, self.seed is not None, self.seed or 0, self.first]
 
 

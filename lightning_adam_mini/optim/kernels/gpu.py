@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lightning_adam_mini.optim import update
 from lightning_adam_mini.optim.cut_tensor import CutTensor
+from lightning_adam_mini.optim.kernels.memory import address
 from lightning_adam_mini.optim.kernels.triton_plan import Plan, make_plan, plan_key, refusal
 from lightning_adam_mini.optim.step_options import StepOptions
 
@@ -126,21 +127,28 @@ class _Prepared:
     def addresses_of(self, tensors: Sequence[CutTensor]) -> Tensor:
         """The addresses of parameters, gradients, first and second moments on the device."""
         memory = [(t.param, t.param if t.grad is None else t.grad, t.exp_avg, t.moments[0]) for t in tensors]
-        pointers = [[tensor.data_ptr() for tensor in four] for four in memory]
+        names = ("the parameter", "the gradient", "the first moment", "the second moment")
+        pointers = [
+            [
+                address(f"{t.name}: {what}", tensor, dtypes=(tensor.dtype,), numel=tensor.numel(), device=t.param.device)
+                for what, tensor in zip(names, four, strict=True)
+            ]
+            for t, four in zip(tensors, memory, strict=True)
+        ]
         is_cuda = self.addresses.is_cuda
         if is_cuda and torch.cuda.is_current_stream_capturing():
             # The graph copies its own addresses in each replay: later steps may change those that are kept here.
             if self.spare is None:
                 raise RuntimeError("take one step outside the graph before each capture, which sets memory aside")
-            locked, self.spare = self.spare.copy_(torch.tensor(pointers)), None
+            locked, self.spare = self.spare.copy_(torch.tensor(pointers, device="cpu")), None
             _CAPTURED.append((self, locked))
             return torch.empty_like(self.addresses).copy_(locked, non_blocking=True)
         if pointers != self.pointers:
             # A new page-locked tensor each time: an earlier copy may still be under way.
-            self.addresses.copy_(torch.tensor(pointers, pin_memory=is_cuda), non_blocking=True)
+            self.addresses.copy_(torch.tensor(pointers, device="cpu", pin_memory=is_cuda), non_blocking=True)
             self.pointers = pointers
         if is_cuda and self.spare is None:
-            self.spare = torch.empty(self.addresses.shape, dtype=torch.int64, pin_memory=True)
+            self.spare = torch.empty(self.addresses.shape, dtype=torch.int64, device="cpu", pin_memory=True)
         return self.addresses
 
 
@@ -179,7 +187,9 @@ def _scalars(tensors: Sequence[CutTensor], options: StepOptions, device: torch.d
     options = replace(options, lr=float(lr))
     counts = [tensor.step.item() for tensor in tensors]
     rows = {step: (options.shrink, options.step_size(step), options.root(step)) for step in set(counts)}
-    values = torch.tensor([rows[step] for step in counts], pin_memory=device.type == "cuda")
+    values = torch.tensor(
+        [rows[step] for step in counts], dtype=torch.float32, device="cpu", pin_memory=device.type == "cuda"
+    )
     return values.to(device, non_blocking=True)
 
 

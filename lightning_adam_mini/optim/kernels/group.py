@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from operator import is_
+from itertools import chain
+from operator import attrgetter, is_
 
 from torch import Tensor
 
 from lightning_adam_mini.optim.cut_tensor import CutTensor
-from lightning_adam_mini.optim.kernels.cpu import laid_out_as, supports, whole_entry
+from lightning_adam_mini.optim.kernels.cpu import is_laid_out_as, laid_out_as, supports, whole_entry
+from lightning_adam_mini.optim.kernels.memory import Memory
 from lightning_adam_mini.optim.kernels.plan import Plan
 from lightning_adam_mini.optim.step_options import StepOptions
 
 __all__ = ["GroupPlan"]
+
+_grad = attrgetter("grad")
 
 
 class GroupPlan:
@@ -23,7 +27,8 @@ class GroupPlan:
     Args:
         params: Parameters of the group.
         state: State of the optimizer.
-        tensors: The parameters that have a gradient, in the same order, all of which the kernel supports.
+        tensors: The parameters that have a gradient, in the same order, all of which the kernel supports, and none of
+            which shares memory with another or with its own gradient.
     """
 
     def __init__(
@@ -32,10 +37,12 @@ class GroupPlan:
         self._params = list(params)
         self._has_grad = [parameter.grad is not None for parameter in params]
         self._members = [tensor.param for tensor in tensors]
-        self._state = self._state_of_members(state)
-        self._strides = [parameter.stride() for parameter in self._members]
-        self._dtypes = [parameter.dtype for parameter in self._members]
+        self._states = [state[parameter] for parameter in self._members]
+        self._kept = [value for own in self._states for value in own.values()]
+        grads = [tensor.grad for tensor in tensors if tensor.grad is not None]
+        self._is_copied = [not is_laid_out_as(p, grad) for p, grad in zip(self._members, grads, strict=True)]
         self._plan = Plan([whole_entry(tensor) for tensor in tensors])
+        self._memory, self._memory_of_grads = Memory(self._members, self._kept), Memory(grads)
 
     @classmethod
     def of(
@@ -48,35 +55,48 @@ class GroupPlan:
         for parameter, tensor in zip(members, tensors, strict=True):
             if tensor.param is not parameter or tensor.shard.groups or not tensor.is_whole or supports(tensor):
                 return None
+            own = state[parameter]
+            if type(own) is not dict or not all(isinstance(value, Tensor) for value in own.values()):
+                return None
         return cls(params, state, tensors)
 
-    def step(
-        self, params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Tensor]], options: StepOptions
-    ) -> bool:
-        """One step; False, and nothing is done, where the plan does not hold.
+    def gradients(
+        self, params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Tensor]]
+    ) -> tuple[list[Tensor], list[int]] | None:
+        """Gradients of a step, laid out as the plan takes them, with their addresses; None where it does not hold.
+
+        Nothing is written.
 
         Args:
             params: Parameters of the group now.
             state: State of the optimizer now.
-            options: Scalars of this step.
         """
         if len(params) != len(self._params) or not all(map(is_, params, self._params)):
-            return False
-        grads = [parameter.grad for parameter in params]
+            return None
+        grads = list(map(_grad, params))
         if [grad is not None for grad in grads] != self._has_grad:
-            return False
+            return None
+        states = list(map(state.__getitem__, self._members))
+        kept = list(chain.from_iterable(map(dict.values, states)))
+        if not (all(map(is_, states, self._states)) and len(kept) == len(self._kept) and all(map(is_, kept, self._kept))):
+            return None
+        if not self._memory.is_in_place(self._members, kept):
+            return None
         members = [grad for grad in grads if grad is not None]
-        if any(grad.is_sparse for grad in members) or [grad.dtype for grad in members] != self._dtypes:
-            return False
-        now = self._state_of_members(state)
-        if len(now) != len(self._state) or not all(map(is_, now, self._state)):
-            return False
-        if [parameter.stride() for parameter in self._members] != self._strides or not self._plan.is_in_place():
-            return False
-        if [grad.stride() for grad in members] != self._strides:
-            members = [laid_out_as(parameter, grad) for parameter, grad in zip(self._members, members, strict=True)]
-        self._plan.step(options, members)
-        return True
+        addresses = self._memory_of_grads.addresses(members, apart_from=self._memory)
+        if addresses is None:
+            return None
+        if any(self._is_copied):
+            copied = zip(self._members, members, self._is_copied, strict=True)
+            members = [laid_out_as(parameter, grad) if is_copied else grad for parameter, grad, is_copied in copied]
+            addresses = [grad.data_ptr() for grad in members]
+        return members, addresses
 
-    def _state_of_members(self, state: Mapping[Tensor, Mapping[str, Tensor]]) -> list[Tensor]:
-        return [tensor for parameter in self._members for tensor in state[parameter].values()]
+    def step(self, options: StepOptions, gradients: tuple[list[Tensor], list[int]]) -> None:
+        """One step with what `gradients` gave.
+
+        Args:
+            options: Scalars of this step.
+            gradients: The gradients and their addresses.
+        """
+        self._plan.step(options, gradients[1])

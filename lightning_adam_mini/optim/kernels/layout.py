@@ -54,7 +54,7 @@ class Layout:
     def is_elementwise(self) -> bool:
         """Whether every element is a block of its own, in the order of memory."""
         numbers = self.block_of_row
-        return self.row_length == 1 and (numbers is None or torch.equal(numbers, torch.arange(len(numbers))))
+        return self.row_length == 1 and (numbers is None or torch.equal(numbers, torch.arange(len(numbers), device="cpu")))
 
     def runs(self) -> Tensor:
         """Runs of consecutive rows of one block, in the order of memory.
@@ -63,12 +63,12 @@ class Layout:
             An int64 tensor of shape (runs, 3): the first row, the number of rows, the number of the block. A block
             whose rows lie apart has several runs.
         """
-        rows = torch.arange(self.num_rows)
+        rows = torch.arange(self.num_rows, device="cpu")
         numbers = rows if self.block_of_row is None else self.block_of_row
         if not len(numbers):
-            return torch.empty(0, 3, dtype=torch.int64)
+            return torch.empty(0, 3, dtype=torch.int64, device="cpu")
         starts = torch.cat([rows[:1], torch.nonzero(numbers.diff()).flatten() + 1])
-        lengths = torch.cat([starts, torch.tensor([len(numbers)])]).diff()
+        lengths = torch.cat([starts, starts.new_full((1,), len(numbers))]).diff()
         return torch.stack([starts, lengths, numbers[starts]], 1)
 
     @property
@@ -76,7 +76,7 @@ class Layout:
         """The rows of each block, by its number: (blocks, 2), the first row and how many; None where rows lie apart."""
         runs = self.runs()
         runs = runs[runs[:, 2].argsort()]
-        if not torch.equal(runs[:, 2], torch.arange(len(runs))):
+        if not torch.equal(runs[:, 2], torch.arange(len(runs), device="cpu")):
             return None
         return runs[:, :2]
 
@@ -115,9 +115,9 @@ def is_same_layout(first: Tensor, second: Tensor) -> bool:
 def _numbers(blocks: Blocks) -> Tensor:
     """The number of each row's block, of size 1 on reduced axes."""
     if blocks.kind is Kind.ROW_COLUMN:
-        return torch.arange(math.prod(blocks.row_shape)).view(blocks.row_shape)
+        return torch.arange(math.prod(blocks.row_shape), device="cpu").view(blocks.row_shape)
     shape = blocks.state_shapes["exp_avg_sq"]
-    return blocks.expand_rows(torch.arange(math.prod(shape)).view(shape))
+    return blocks.expand_rows(torch.arange(math.prod(shape), device="cpu").view(shape))
 
 
 def _layout(numbers: Tensor, tensor: Tensor) -> Layout | None:

@@ -87,6 +87,7 @@ static void plan_chunks(Plan *plan, const Tensor *t) {
 static void plan_lines(Plan *plan, const Tensor *t) {
     int64_t width = columns_of(t), batch = t->outer * width;
     int64_t height = (MAX(TASK_LENGTH / width, (t->outer + COLUMN_SUMS - 1) / COLUMN_SUMS) + 7) / 8 * 8;
+    height = MIN(height, SUM_HEIGHT);
     const Span *span = t->spans;
     for (int64_t a = 0; a < t->batches; a++) {
         Work *w = add_work(plan, t);
@@ -105,7 +106,7 @@ static void plan_lines(Plan *plan, const Tensor *t) {
 static void plan_rank_one(Plan *plan, const Tensor *t) {
     Work *w = add_work(plan, t);
     int64_t n = line_length(t), lines = num_lines(t), segments = t->num_blocks, others = t->outer * t->inner;
-    int64_t most = MIN(SUM_HEIGHT, MAX(1, TASK_LENGTH / n));
+    int64_t most = MIN(FEW_LINES * FEW_LINES, MAX(1, TASK_LENGTH / n));
     for (int64_t a = 0; a < t->batches; a++) {
         if (!lines_are_rows(t)) {
             for (int64_t i = 0; i < lines; i += most) add_task(plan, RANK_ONE_SUM, i, 0, MIN(most, lines - i), a);
@@ -117,7 +118,7 @@ static void plan_rank_one(Plan *plan, const Tensor *t) {
     }
     add_updates(plan, w, RANK_ONE_UPDATE);
     w->totals = reserve(plan, (t->batches * lines + n + 2) * segments, sizeof(double));
-    w->columns = reserve(plan, w->num_sums * n, sizeof(float));
+    w->columns = reserve(plan, 2 * w->num_sums * n, sizeof(float));
     w->factors = reserve(plan, t->batches * (t->rows + segments * others), sizeof(float));
 }
 

@@ -2,8 +2,6 @@
 #ifndef ADAM_MINI_RANK_ONE_H
 #define ADAM_MINI_RANK_ONE_H
 
-#include <float.h>
-
 #include "blocks.h"
 
 /* A batch is a matrix in memory; its lines are the rows if C1 = 1, and the columns otherwise. */
@@ -13,23 +11,48 @@ static int64_t num_lines(const Tensor *t) { return lines_are_rows(t) ? t->rows :
 
 static int64_t line_length(const Tensor *t) { return lines_are_rows(t) ? t->inner : t->rows; }
 
+/* The sums of a few lines to those of all, so that no rounding piles up. */
+static void add_few(float *restrict few, float *restrict down, int64_t n) {
+#pragma omp simd
+    for (int64_t c = 0; c < n; c++) {
+        down[c] += few[c];
+        few[c] = 0;
+    }
+}
+
 /* `count` lines from `offset` on in batch `block`; they are of segment `length` if they are rows. */
 static void do_rank_one_sum(Work *w, const Task *task, int64_t number) {
     const Tensor *t = w->t;
     int64_t n = line_length(t);
-    float *down = w->columns + number * n;
+    float *down = w->columns + number * n, *few = w->columns + (w->num_sums + number) * n;
     memset(down, 0, n * sizeof(float));
+    memset(few, 0, n * sizeof(float));
     for (int64_t i = 0; i < task->count; i++) {
+        if (i && i % FEW_LINES == 0) add_few(few, down, n);
         int64_t line = task->block * num_lines(t) + task->offset + i, offset = line * n;
         if (lines_are_rows(t)) {
-            w->totals[line] = sum_line(t, offset, n, down);
+            w->totals[line] = sum_line(t, offset, n, few);
             continue;
         }
         for (int64_t s = 0; s < t->num_blocks; s++) w->totals[line * t->num_blocks + s] = 0;
         for (const Span *span = t->spans; span < t->spans + t->num_spans; span++)
             w->totals[line * t->num_blocks + span->block] +=
-                sum_line(t, offset + span->row, span->rows_of_block, down + span->row);
+                sum_line(t, offset + span->row, span->rows_of_block, few + span->row);
     }
+    add_few(few, down, n);
+}
+
+/* What is summed down the lines of a batch at `c`, in double; lines that are rows have a sum for each segment. */
+static double wide_sum_down(const Work *w, const Task *tasks, int64_t batch, int64_t c) {
+    const Tensor *t = w->t;
+    int64_t n = line_length(t);
+    double total = 0;
+    for (const Task *task = tasks; task < tasks + w->num_sums; task++) {
+        if (task->block != batch || (lines_are_rows(t) && task->length != c / n)) continue;
+        int64_t offset = (batch * num_lines(t) + task->offset) * n + c % n;
+        total += wide_sum(at(t->grad, offset, t->param_bf16), task->count, n, (int)t->param_bf16);
+    }
+    return total;
 }
 
 static void combine_rank_one(Work *w, const Task *tasks) {
@@ -51,6 +74,8 @@ static void combine_rank_one(Work *w, const Task *tasks) {
             double *target = down + (by_rows ? tasks[i].length * n : 0);
             for (int64_t c = 0; c < n; c++) target[c] += w->columns[i * n + c];
         }
+        for (int64_t c = 0; c < num_down; c++)
+            if (overflows(down[c])) down[c] = wide_sum_down(w, tasks, a, c);
         const double *along = w->totals + a * num_lines(t) * (by_rows ? 1 : segments);
         const double *row_sums = by_rows ? along : down;
         const double *column_sums = by_rows ? down : along; /* (segments, C2), or (C1, segments) */

@@ -34,7 +34,8 @@ def sum_chunks(
     columns = tl.arange(0, block_size)
     grads = pointer_to(addresses, tl.load(chunk), 1, tl.load(chunk + 1), grad_type, is_aligned)
     g = load_floats(grads + columns, columns < load_length(chunk + 2, is_aligned))
-    tl.store(sums + program, tl.sum(g * g, 0))
+    g *= block_size**-0.5  # the mean may be finite where the sum is not
+    tl.store(sums + program, tl.sum(g * g, 0).to(tl.float64) * block_size)
 
 
 @triton.jit(do_not_specialize=["num_blocks", "longest"])
@@ -59,12 +60,12 @@ def finish_moments(
     moments = tl.load(addresses + tensor * 4 + 3, mask=is_block, other=0).to(tl.pointer_type(tl.float32))
     moments += tl.load(block + 1, mask=is_block, other=0)
     moment = tl.load(moments, mask=is_block, other=0.0)
-    total = tl.zeros((group_size, num_slots), tl.float32)
+    total = tl.zeros((group_size, num_slots), tl.float64)
     for start in range(0, longest, num_slots):
         slots = start + tl.arange(0, num_slots)
         mask = slots[None, :] < count[:, None]
         total += tl.load(sums + first[:, None] + slots[None, :], mask=mask, other=0.0)
-    mean = tl.sum(total, 1) / tl.load(block + 4, mask=is_block, other=1).to(tl.float32)
+    mean = (tl.sum(total, 1) / tl.load(block + 4, mask=is_block, other=1).to(tl.float64)).to(tl.float32)
     tl.debug_barrier()  # every warp has read the old one
     tl.store(moments, moment * beta2 + mean * weight2, mask=is_block)
 

@@ -42,13 +42,14 @@ def sum_columns(
     down = tl.arange(0, num_rows)
     index = down[:, None] * pitch + across[None, :]  # 32 bits wide, which saves registers
     squares = tl.zeros((num_rows, block_size), tl.float32)
+    scale = 1 / tl.sqrt(height.to(tl.float32))  # the mean of a tile may be finite where its sum is not
     for start in range(0, height, num_rows):
         mask = (start + down < height)[:, None] & (across < width)[None, :]
         line = start * pitch
         g = load_floats(grads + line + index, mask)
-        squares += g * g
+        squares += (g * scale) * (g * scale)
     slots = tl.load(columns + (tl.load(tile + 5) + across) * 2 + 1, mask=across < width, other=0)
-    tl.store(sums + slots + tl.load(tile + 6), tl.sum(squares, 0), mask=across < width)
+    tl.store(sums + slots + tl.load(tile + 6), tl.sum(squares, 0).to(tl.float64) * height, mask=across < width)
 
 
 @triton.jit

@@ -107,7 +107,7 @@ def _add_bands(
     bands = _numbered(works, "bands")
     wide = ((bands[:, 1] | bands[:, 3]) % VECTOR == 0) & aligned
     bits = [max(int(length) - 1, 15).bit_length() for length in bands[:, 3].tolist()]
-    sizes = torch.tensor(bits, dtype=torch.int64)
+    sizes = torch.tensor(bits, dtype=torch.int64, device="cpu")
     sizes[bands[:, 3] > torch.where(wide, IN_REGISTERS, IN_REGISTERS // 2)] = 0  # narrow loads take more addresses
     for size, is_wide in sorted({*zip(sizes.tolist(), wide.tolist(), strict=True)}):
         chosen = bands[(sizes == size) & (wide == is_wide)]
@@ -169,7 +169,7 @@ def _add_tiles(phases: dict[str, list[Launch]], works: Numbered, names: dict[str
     table, columns, num_columns, num_sums = _numbered(works, "tiles"), [], 0, 0
     for part, (_, work) in zip(table.split([len(work.tiles) for _, work in works]), works, strict=True):
         part[:, 5] += num_columns
-        columns.append(work.columns + torch.tensor([0, num_sums]))
+        columns.append(work.columns + torch.tensor([0, num_sums], device="cpu"))
         num_columns += len(work.columns)
         num_sums += work.num_sums
     shared: dict[str, Any] = {"tiles": table.to(device), "columns": torch.cat(columns).to(device, torch.int32)}
@@ -188,7 +188,7 @@ def _add_sums(
     blocks = _blocks_of(works)
     if not len(blocks):
         return
-    sums = torch.empty(sum(work.num_sums for _, work in works), device=device)
+    sums = torch.empty(sum(work.num_sums for _, work in works), dtype=torch.float64, device=device)
     table = arguments["chunks"] if "chunks" in arguments else arguments["tiles"]
     phases["sums"].append(Launch(kernel, len(table), {**arguments, "sums": sums}, ()))
     is_short = blocks[:, 3] <= FEW_SUMS

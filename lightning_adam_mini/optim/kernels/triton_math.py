@@ -12,7 +12,8 @@ are built in `triton_plan`, and launches walk through their rows:
 - `columns`, int32 (columns, 2): second moment, first partial sum.
 - `blocks`, int64 (blocks, 5): tensor, second moment, first partial sum, number of partial sums, elements.
 
-Arithmetic is in float32, and partial sums are added in a fixed order, so that a step is the same each time.
+Arithmetic is in float32, and partial sums, which are float64, are added in a fixed order, so that a step is the same
+each time.
 `is_aligned` promises that runs start at multiples of 16 bytes and have multiples of 8 elements: then loads are 128 bits
 wide.
 

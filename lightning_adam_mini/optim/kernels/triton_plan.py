@@ -43,7 +43,7 @@ def plan_key(tensor: CutTensor) -> tuple[object, ...]:
     """What a plan depends on, but for the shard, which has to be the very same object."""
     assert tensor.grad is not None
     param, grad, exp_avg = tensor.param, tensor.grad, tensor.exp_avg
-    layouts = (param.stride(), grad.stride(), exp_avg.stride())
+    layouts = (param.stride(), grad.stride(), exp_avg.stride(), *(moment.stride() for moment in tensor.moments))
     dtypes = (param.dtype, grad.dtype, exp_avg.dtype, tensor.moments[0].dtype)
     return (
         id(tensor.shard),
@@ -51,6 +51,7 @@ def plan_key(tensor: CutTensor) -> tuple[object, ...]:
         layouts,
         dtypes,
         is_aligned(tensor),
+        param.is_neg() or grad.is_neg(),
         tensor.square_sums is None,
         tensor.is_plain,
     )
@@ -111,6 +112,8 @@ def refusal(tensor: CutTensor) -> str | None:
         return "second moments that are not contiguous float32"
     if any(t.device != param.device for t in (grad, exp_avg, *tensor.moments)):
         return "memory on several devices"
+    if param.is_neg() or grad.is_neg():
+        return "numbers that lie in memory with the other sign"
     if not (is_same_layout(param, grad) and is_same_layout(param, exp_avg)):
         return "a gradient or first moment that lies in memory in another order than the parameter"
     if _parts(tensor) is None:

@@ -54,7 +54,8 @@ def update_runs(
     g = load_floats(grads, mask)
     m = load_floats(exp_avgs, mask)
     p = load_floats(params, mask)
-    moment = moment * beta2 + tl.sum(g * g, 1) / length.to(tl.float32) * weight2
+    scaled = g * (1 / tl.sqrt(length.to(tl.float32)))  # squares add up to the mean, finite wherever that is
+    moment = moment * beta2 + tl.sum(scaled * scaled, 1) * weight2
     tl.debug_barrier()  # every warp has read the old one
     tl.store(moments, moment, mask=is_row)
     factor = step_factor(moment, step_size, root, eps)[:, None]
@@ -93,11 +94,12 @@ def update_long_runs(
     moment = tl.load(moments)
     decay, step_size, root = load_scalars(scalars, tensor)
     squares = tl.zeros((block_size,), tl.float32)
+    scale = 1 / tl.sqrt(length.to(tl.float32))  # squares add up to the mean, finite wherever that is
     for start in range(0, length, block_size):
         index = start + columns
         g = tl.load(grads + index, mask=index < length, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        squares += g * g
-    moment = moment * beta2 + tl.sum(squares, 0) / length.to(tl.float32) * weight2
+        squares += (g * scale) * (g * scale)
+    moment = moment * beta2 + tl.sum(squares, 0) * weight2
     tl.debug_barrier()  # every warp has read the old one
     tl.store(moments, moment)
     factor = step_factor(moment, step_size, root, eps)

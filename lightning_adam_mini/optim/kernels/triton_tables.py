@@ -53,11 +53,11 @@ class Work:
 
 
 def _empty(width: int) -> Tensor:
-    return torch.empty(0, width, dtype=torch.int64)
+    return torch.empty(0, width, dtype=torch.int64, device="cpu")
 
 
 def _is_even(*values: Tensor | int) -> bool:
-    return all(not (torch.as_tensor(value) % VECTOR).any() for value in values)
+    return all(not (torch.as_tensor(value, device="cpu") % VECTOR).any() for value in values)
 
 
 def _split(runs: Tensor) -> Tensor:
@@ -65,13 +65,13 @@ def _split(runs: Tensor) -> Tensor:
     start, length, number = runs.unbind(1)
     counts = (length + CHUNK - 1) // CHUNK
     run = torch.repeat_interleave(counts)
-    shift = (torch.arange(len(run)) - (counts.cumsum(0) - counts)[run]) * CHUNK
+    shift = (torch.arange(len(run), device="cpu") - (counts.cumsum(0) - counts)[run]) * CHUNK
     return torch.stack([start[run] + shift, (length[run] - shift).clamp_max(CHUNK), number[run]], 1)
 
 
 def elementwise_work(offset: int, numel: int) -> Work:
     """A tensor whose second moments are as many as its elements, in the same order."""
-    pieces = _split(torch.tensor([[offset, numel, 0]]))
+    pieces = _split(torch.tensor([[offset, numel, 0]], device="cpu"))
     pieces[:, 2] = pieces[:, 0] - offset
     return Work(_empty(4), _empty(3), pieces, _empty(6), _empty(2), _empty(4), is_even=_is_even(offset, numel))
 
@@ -86,7 +86,7 @@ def contiguous_work(layout: Layout, offset: int, *, is_summed: bool) -> Work:
     """
     runs = layout.runs()
     runs = torch.stack([offset + runs[:, 0] * layout.row_length, runs[:, 1] * layout.row_length, runs[:, 2]], 1)
-    is_one_pass = torch.zeros(len(runs), dtype=torch.bool)
+    is_one_pass = torch.zeros(len(runs), dtype=torch.bool, device="cpu")
     if not is_summed:
         is_one_pass = (runs[:, 1] <= IN_CACHE) & (torch.bincount(runs[:, 2])[runs[:, 2]] == 1)
     rest = runs[~is_one_pass]
@@ -108,8 +108,9 @@ def _bands(runs: Tensor) -> Tensor:
         return _empty(4)
     start, length, number = runs.unbind(1)
     follows = (length.diff() == 0) & (number.diff() == 1) & (start.diff() == length[:-1])
-    first = torch.cat([torch.zeros(1, dtype=torch.int64), torch.nonzero(~follows).flatten() + 1])
-    counts = torch.cat([first, torch.tensor([len(runs)])]).diff()
+    starts = torch.nonzero(~follows).flatten() + 1
+    first = torch.cat([starts.new_zeros(1), starts])
+    counts = torch.cat([first, first.new_full((1,), len(runs))]).diff()
     return torch.stack([start[first], counts, length[first], number[first]], 1)
 
 
@@ -121,13 +122,15 @@ def tiled_work(layout: Layout, offset: int, *, is_summed: bool) -> Work:
     """
     outer, height, num_rows, inner = layout.sizes
     width = num_rows * inner
-    numbers = torch.arange(layout.num_rows) if layout.block_of_row is None else layout.block_of_row
+    numbers = torch.arange(layout.num_rows, device="cpu") if layout.block_of_row is None else layout.block_of_row
     numbers = numbers.repeat_interleave(inner)
     num_down, num_across = -(-height // TILE_ROWS), -(-width // TILE_COLUMNS)
     order = numbers.argsort(stable=True)
     rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order))
-    batch, down, across = torch.meshgrid(*map(torch.arange, (outer, num_down, num_across)), indexing="ij")
+    rank[order] = torch.arange(len(order), device="cpu")
+    batch, down, across = torch.meshgrid(
+        *(torch.arange(count, device="cpu") for count in (outer, num_down, num_across)), indexing="ij"
+    )
     top, left = down * TILE_ROWS, across * TILE_COLUMNS
     fields = [
         offset + (batch * height + top) * width + left,

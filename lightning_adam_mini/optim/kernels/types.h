@@ -9,8 +9,10 @@
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 
 enum {
-    SUM_LENGTH = 4096,     /* elements whose squares are added in float32 */
-    SUM_HEIGHT = 256,      /* the same down a column */
+    LANES = 64,            /* partial sums of a run */
+    SUM_LENGTH = 2048,     /* elements whose squares are added in float32: 32 a lane */
+    SUM_HEIGHT = 256,      /* the same down a column, eight at a time */
+    FEW_LINES = 16,        /* the same one at a time, and then as many of these sums */
     TASK_LENGTH = 1 << 16, /* elements of a task */
     LARGE_BLOCK = 1 << 18, /* elements of a block that several threads share */
     SHORT_RUN = 48,        /* shorter runs go through vectors that hold several of them */
@@ -37,7 +39,7 @@ typedef struct {
     void *param;
     const void *grad;
     void *exp_avg;
-    float *moment;        /* a value a block, or an element, as the mode says */
+    float *moment;        /* a value a block, or an element, as the mode says; of sums, doubles */
     float *column_moment; /* RANK_ONE; else the same */
     float *step;
     int64_t mode, param_bf16, exp_avg_dtype;
@@ -60,7 +62,7 @@ enum {
     ELEMENT,             /* a second moment an element */
     RANK_ONE,            /* a row mean times a column mean over the mean of the rows */
     DENOMINATOR,         /* `moment` has a denominator a block, which is only read */
-    SUM,                 /* write sums of squares a block to `moment`, and change nothing else */
+    SUM,                 /* write sums of squares a block to `moment`, as doubles, and change nothing else */
 };
 
 /* A tensor during a step; or a batch of one, where its columns are summed. */

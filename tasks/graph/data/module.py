@@ -34,7 +34,7 @@ class GraphDataModule(SampledDataModule, ABC):
         seed_nodes: Training nodes in a batch of one rank, for `neighbors`; 1024 by default.
         num_workers: Processes that sample ahead; 0 with `full`, where there is nothing to do.
         seed: Picks parts and neighbours, and nothing else.
-        cache_dir: Folder for prepared graphs. By default `$ADAM_MINI_CACHE`, else
+        cache_dir: Folder for prepared graphs. By default `$LIGHTNING_ADAM_MINI_CACHE`, else
             `$XDG_CACHE_HOME/lightning-adam-mini`, else `~/.cache/lightning-adam-mini`.
 
     Raises:

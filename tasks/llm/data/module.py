@@ -61,7 +61,7 @@ class TokenDataModule(SampledDataModule, ABC):
             side by side.
         seed: Picks the training windows, and nothing else.
         prompts: Texts that `predict` continues, one batch each. On several ranks each rank continues all of them.
-        cache_dir: Folder for prepared tokens and tokenizers. By default `$ADAM_MINI_CACHE`, else
+        cache_dir: Folder for prepared tokens and tokenizers. By default `$LIGHTNING_ADAM_MINI_CACHE`, else
             `$XDG_CACHE_HOME/lightning-adam-mini`, else `~/.cache/lightning-adam-mini`.
 
     Raises:
