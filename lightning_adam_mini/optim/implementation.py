@@ -15,7 +15,7 @@ from lightning_adam_mini.optim.step_options import StepOptions
 if TYPE_CHECKING:
     from lightning_adam_mini.optim.kernels.group import GroupPlan
 
-__all__ = ["Implementation", "Stepper"]
+__all__ = ["Implementation", "Stepper", "options_of"]
 
 Implementation = Literal["reference", "foreach", "fused"]
 
@@ -79,8 +79,10 @@ class Stepper:
             return cpu.square_sums(tensor) or tensor.local_square_sums()
         return tensor.local_square_sums()
 
-    def repeat(self, number: int, group: Mapping[str, Any], state: Mapping[Tensor, Mapping[str, Tensor]]) -> bool:
-        """Take a group's step as the last one was taken; False, and nothing is done, where it has to be looked at anew.
+    def ready(
+        self, number: int, group: Mapping[str, Any], state: Mapping[Tensor, Mapping[str, Tensor]]
+    ) -> Sequence[Tensor] | None:
+        """Gradients of a group that can be stepped as it was last; None where it has to be looked at anew.
 
         Args:
             number: Of the group.
@@ -88,7 +90,11 @@ class Stepper:
             state: State of the optimizer.
         """
         plan = self._plans.get(number)
-        return plan is not None and not group["capturable"] and plan.step(group["params"], state, _options(group))
+        return None if plan is None or group["capturable"] else plan.gradients(group["params"], state)
+
+    def repeat(self, number: int, options: StepOptions, grads: Sequence[Tensor]) -> None:
+        """Take a group's step as the last one was taken, with what `ready` gave."""
+        self._plans[number].step(options, grads)
 
     def take(
         self,
@@ -149,14 +155,15 @@ def _refusal(device: torch.device, dtype: torch.dtype, *, capturable: bool) -> s
     return gpu.unavailable(device)
 
 
-def _options(group: Mapping[str, Any]) -> StepOptions:
+def options_of(group: Mapping[str, Any]) -> StepOptions:
+    """The scalars of a group's next step."""
     lr = group["lr"] if group["capturable"] else float(group["lr"])
     beta1, beta2 = group["betas"]
     return StepOptions(lr, beta1, beta2, group["eps"], group["weight_decay"], group["maximize"])
 
 
 def _update(tensors: Sequence[CutTensor], group: Mapping[str, Any], how: Implementation, device_type: str) -> None:
-    options, capturable = _options(group), group["capturable"]
+    options, capturable = options_of(group), group["capturable"]
     if how == "fused" and device_type == "cuda":
         from lightning_adam_mini.optim.kernels import gpu
 

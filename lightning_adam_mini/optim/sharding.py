@@ -165,10 +165,10 @@ def share_square_sums(
     for tensor in shared:
         tensor.square_sums = local_square_sums(tensor)
     # Offloaded parameters lie on the CPU, and their group may know GPUs alone.
-    present = torch.ones(len(shared), device=shared[0].shard.device_type)
+    present = torch.ones(len(shared), dtype=torch.float32, device=shared[0].shard.device_type)
     is_one_missing = any(tensor.grad is None for tensor in shared)
     if is_one_missing:
-        present.copy_(torch.tensor([float(tensor.grad is not None) for tensor in shared]))
+        present.copy_(torch.tensor([float(t.grad is not None) for t in shared], device="cpu"))
     for group in dict.fromkeys(group for tensor in shared for group in tensor.shard.groups):
         members = [tensor for tensor in shared if group in tensor.shard.groups]
         parts = [part for tensor in members for part in tensor.square_sums or ()]

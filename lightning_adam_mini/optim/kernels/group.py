@@ -50,33 +50,35 @@ class GroupPlan:
                 return None
         return cls(params, state, tensors)
 
-    def step(
-        self, params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Tensor]], options: StepOptions
-    ) -> bool:
-        """One step; False, and nothing is done, where the plan does not hold.
+    def gradients(
+        self, params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Tensor]]
+    ) -> Sequence[Tensor] | None:
+        """Gradients as the plan takes them; None where it does not hold. Nothing is written.
 
         Args:
             params: Parameters of the group now.
             state: State of the optimizer now.
-            options: Scalars of this step.
         """
         if len(params) != len(self._params) or not all(map(is_, params, self._params)):
-            return False
+            return None
         grads = [parameter.grad for parameter in params]
         if [grad is not None for grad in grads] != self._has_grad:
-            return False
+            return None
         members = [grad for grad in grads if grad is not None]
         if any(grad.is_sparse for grad in members) or [grad.dtype for grad in members] != self._dtypes:
-            return False
+            return None
         now = self._state_of_members(state)
         if len(now) != len(self._state) or not all(map(is_, now, self._state)):
-            return False
+            return None
         if [parameter.stride() for parameter in self._members] != self._strides or not self._plan.is_in_place():
-            return False
+            return None
         if [grad.stride() for grad in members] != self._strides:
             members = [laid_out_as(parameter, grad) for parameter, grad in zip(self._members, members, strict=True)]
-        self._plan.step(options, members)
-        return True
+        return members
+
+    def step(self, options: StepOptions, grads: Sequence[Tensor]) -> None:
+        """One step with what `gradients` gave."""
+        self._plan.step(options, grads)
 
     def _state_of_members(self, state: Mapping[Tensor, Mapping[str, Tensor]]) -> list[Tensor]:
         return [tensor for parameter in self._members for tensor in state[parameter].values()]
