@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -62,24 +60,6 @@ Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[
 _UNCOUNTED = "steps_uncounted"
 """Key of a group: its steps since float32, which `step` is, could no longer count them."""
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
-
-def _uncompiled(method: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Run a method as it is written, whatever is compiled around it.
-
-    It looks at addresses and identities, calls C, and takes another way in the next step. A decorator
-    `torch.compiler.disable` would import the compiler with the library; whoever compiles has it loaded.
-    """
-    disabled = _disable_dynamo(method)
-
-    @wraps(method)
-    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        return disabled(*args, **kwargs) if "torch._dynamo" in sys.modules else method(*args, **kwargs)
-
-    return call
-
 
 @dataclass(frozen=True)
 class _Change:
@@ -100,6 +80,8 @@ class _Change:
     group: int
 
 
+# What looks at addresses and identities, calls C, and takes another way in the next step is not compiled, whatever is
+# compiled around it. The decorator is the one of torch's optimizers: it loads the compiler with the first of them.
 class AdamMini(Optimizer):
     r"""AdamW with one second moment for each block of parameters: half of AdamW's memory.
 
@@ -153,7 +135,7 @@ class AdamMini(Optimizer):
         torch.Size([1, 1])
     """
 
-    @_uncompiled
+    @_disable_dynamo
     def __init__(
         self,
         params: Params,
@@ -251,7 +233,7 @@ class AdamMini(Optimizer):
         cuts = (self._cut(parameter) for group in self.param_groups for parameter in group["params"])
         return {cut.name: cut for cut in cuts}
 
-    @_uncompiled
+    @_disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; the state of parameters that require a gradient is made at once.
 
@@ -295,7 +277,7 @@ class AdamMini(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @_uncompiled
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step, of all parameters with a gradient or, where one of them is refused, of none.
@@ -342,7 +324,7 @@ class AdamMini(Optimizer):
                 group[_UNCOUNTED] = group.get(_UNCOUNTED, 0) + 1
         return loss
 
-    @_uncompiled
+    @_disable_dynamo
     @torch.no_grad()
     def step_parameter(self, parameter: Tensor) -> None:
         """Take one step on one parameter alone, as soon as its gradient is there.
@@ -367,7 +349,7 @@ class AdamMini(Optimizer):
         if self._is_past_counting({**group, "params": [parameter]}):
             group[_UNCOUNTED] = group.get(_UNCOUNTED, 0) + 1
 
-    @_uncompiled
+    @_disable_dynamo
     def state_dict(self) -> dict[str, Any]:
         """The state as torch's optimizers save it.
 
@@ -380,7 +362,7 @@ class AdamMini(Optimizer):
             saved["partition"] = self._signatures(group["params"], with_state_alone=True)
         return expand_state(state_dict, self._flat_states()) if self._ranges else state_dict
 
-    @_uncompiled
+    @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state that this class saved with the same partition.
 
