@@ -34,6 +34,7 @@ class GroupPlan:
         self._members = [tensor.param for tensor in tensors]
         self._state = self._state_of_members(state)
         self._strides = [parameter.stride() for parameter in self._members]
+        self._shapes = [parameter.shape for parameter in self._members]
         self._dtypes = [parameter.dtype for parameter in self._members]
         self._plan = Plan([whole_entry(tensor) for tensor in tensors])
 
@@ -65,7 +66,12 @@ class GroupPlan:
         if [grad is not None for grad in grads] != self._has_grad:
             return None
         members = [grad for grad in grads if grad is not None]
-        if any(grad.is_sparse for grad in members) or [grad.dtype for grad in members] != self._dtypes:
+        if [p.shape for p in self._members] != self._shapes or [grad.shape for grad in members] != self._shapes:
+            return None
+        if (
+            not all(grad.is_cpu and not grad.is_sparse for grad in members)
+            or [grad.dtype for grad in members] != self._dtypes
+        ):
             return None
         now = self._state_of_members(state)
         if len(now) != len(self._state) or not all(map(is_, now, self._state)):
