@@ -1,4 +1,4 @@
-"""Parameters that change under the optimizer: resized, replaced, swapped, frozen. AdamW's behaviour, or one clear error."""
+"""Parameters that change under the optimizer: resized, replaced, swapped. AdamW's behaviour, or one clear error."""
 
 import copy
 import gc
@@ -157,25 +157,23 @@ def wrong_shape(module):
 
 
 def sparse(module):
-    module[2].weight.grad = torch.ones(3).to_sparse()
+    module[0].sparse = True
+    module[0].weight.grad = None
+    module[0](torch.tensor([1])).sum().backward()
 
 
 def csr(module):
     module[1].weight.grad = torch.ones(3, 4).to_sparse_csr()
 
 
-def other_device(module):
-    module[2].weight.grad.data = torch.ones(3, device="meta")
-
-
 BAD_GRADIENTS = {
     "shape": (wrong_shape, r"2.weight: the gradient has the shape \(2,\), the parameter \(3,\)"),
-    "sparse": (sparse, "2.weight: sparse gradients are not supported"),
+    "sparse": (sparse, "0.weight: sparse gradients are not supported"),
     "sparse rows": (csr, "1.weight: gradients of layout torch.sparse_csr are not supported; use grad.to_dense"),
-    "device": (other_device, "2.weight: the gradient is on meta, the parameter on cpu"),
 }
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("bad", BAD_GRADIENTS)
 @pytest.mark.parametrize("num_steps", [0, 2])
@@ -186,10 +184,7 @@ def test_a_gradient_that_is_refused_moves_no_parameter(bad, num_steps, implement
     for _ in range(num_steps):
         step((module, optimizer))
     tiny_models.set_gradients(module)
-    try:
-        spoil(module)
-    except (RuntimeError, TypeError) as error:
-        pytest.skip(f"torch refuses it: {error}")
+    spoil(module)
     assert_refused(optimizer, module, message)
     assert_refused(optimizer, module, message, lambda: optimizer.step(lambda: 0.0))
     step((module, optimizer))
