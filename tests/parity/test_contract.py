@@ -784,7 +784,12 @@ class Still(torch.optim.AdamW):
     """AdamW that moves nothing."""
 
     def step(self, closure=None):
-        return None if closure is None else torch.enable_grad()(closure)()
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        before = [p.detach().clone() for p in parameters]
+        result = super().step(closure)
+        for parameter, values in zip(parameters, before, strict=True):
+            parameter.detach().copy_(values)
+        return result
 
 
 def still(params, **options):
@@ -849,7 +854,7 @@ def test_a_scenario_ends_as_with_adamw(name, partition, implementation, outcomes
             torch.testing.assert_close(a, b, equal_nan=True, **tolerance)
         else:
             assert torch.equal(a.isfinite(), b.isfinite())
-            assert torch.equal((a != start).any(), (b != start).any())
+            assert a.shape != start.shape or torch.equal((a != start).any(), (b != start).any())
 
 
 @pytest.mark.parametrize("name", [name for name in DIFFERS if name not in ("replaced_after_steps",)])
