@@ -772,7 +772,12 @@ DIFFERS = {
     "capturable": ("goes on", "AdamW captures on an accelerator alone; the reference takes the step on the CPU too"),
 }
 
-IMPLEMENTATIONS = [None, "reference", "foreach", "fused"]
+FAST = [("element", None), ("default", None), ("element", "reference")]
+CASES = [
+    pytest.param(partition, how, marks=() if (partition, how) in FAST else pytest.mark.slow)
+    for partition in ("element", "default")
+    for how in (None, "reference", "foreach", "fused")
+]
 
 
 def adamw(params, **options):
@@ -828,8 +833,7 @@ def outcomes_of_adamw():
     return {}
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("partition", ["element", "default"])
+@pytest.mark.parametrize(("partition", "implementation"), CASES)
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_a_scenario_ends_as_with_adamw(name, partition, implementation, outcomes_of_adamw):
     scenario = SCENARIOS[name]

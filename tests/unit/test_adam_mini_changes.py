@@ -12,7 +12,7 @@ from torch import nn
 import tiny_models
 from lightning_adam_mini import AdamMini
 
-IMPLEMENTATIONS = [None, "reference", "foreach", "fused"]
+IMPLEMENTATIONS = [None, "reference", *(pytest.param(name, marks=pytest.mark.slow) for name in ("foreach", "fused"))]
 
 
 def model():
