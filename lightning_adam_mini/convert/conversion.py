@@ -66,13 +66,13 @@ def convert(
     states: dict[int, dict[str, Tensor]] = {}
     for number, (name, (parameter, own)) in enumerate(parameters.items()):
         blocks = Blocks.element(wanted.shapes[name]) if by_elements else own
-        if found[name].state:
+        if name in found and found[name].state:
             kept = first_moment_dtype(blocks.shape, parameter.dtype, None if by_elements else exp_avg_dtype)
             dtypes = (kept, None if by_elements else second_moment_dtype(parameter))
             states[number] = _converted(source, found[name], name, blocks, dtypes)
         elif not by_elements and parameter.requires_grad:  # an AdamMini has its state before the first step
             states[number] = _fresh(parameter, blocks, exp_avg_dtype)
-    sources = tuple(tuple(sorted({found[name].group for name in group})) for group in wanted.groups)
+    sources = tuple(tuple(sorted({found[name].group for name in group if name in found})) for group in wanted.groups)
     groups = optimizer.state_dict()["param_groups"]
     if by_elements and isinstance(optimizer, AdamMini):
         groups = [_as_adamw(group) for group in groups]
@@ -102,7 +102,8 @@ def _wanted(optimizer: Optimizer) -> tuple[Wanted, dict[str, tuple[Tensor, Block
     shapes = {name: tuple(parameter.shape) for name, (parameter, _) in parameters.items()}
     remaining = iter(parameters)
     groups = [[next(remaining) for _ in group["params"]] for group in optimizer.param_groups]
-    return Wanted(groups, shapes, order, named), parameters
+    frozen = frozenset(name for name, (parameter, _) in parameters.items() if not parameter.requires_grad)
+    return Wanted(groups, shapes, order, named, frozen), parameters
 
 
 def _converted(

@@ -24,16 +24,18 @@ class Wanted:
         shapes: Their shapes by name.
         model_order: Names and shapes in the order of `model.named_parameters()`, with those that are not trained.
         named: Whether the names are those of a model; else they are numbers.
+        frozen: Names in `groups` that are not trained, which the state need not have.
     """
 
     groups: Sequence[Sequence[str]]
     shapes: dict[str, tuple[int, ...]]
     model_order: Sequence[tuple[str, tuple[int, ...]]]
     named: bool = True
+    frozen: frozenset[str] = frozenset()
 
 
 def match(saved: Sequence[SavedParameter], wanted: Wanted) -> dict[str, SavedParameter]:
-    """The saved parameter of each wanted one.
+    """The saved parameter of each wanted one that the state has: frozen ones may be missing.
 
     Names decide where the state has them. Otherwise the order does, with every shape checked: that of the groups, that
     of the model, or the only way to deal the model's parameters to the saved groups in the model's order.
@@ -70,7 +72,7 @@ def _by_name(saved: Sequence[SavedParameter], wanted: Wanted) -> dict[str, Saved
                 "model; build the optimizer over the model that was trained"
             )
     for name in wanted.shapes:
-        if name not in found:
+        if name not in found and name not in wanted.frozen:
             raise ValueError(
                 f"the optimizer state has no parameter {name!r} of shape {wanted.shapes[name]}: it belongs to another "
                 "model, or this one trains more parameters; build the optimizer over those that were trained"
@@ -95,10 +97,12 @@ def _with_prefix(names: list[str], own: set[str]) -> list[str]:
 
 def _by_order(saved: Sequence[SavedParameter], wanted: Wanted) -> dict[str, SavedParameter]:
     sizes = [sum(parameter.group == number for parameter in saved) for number in range(_num_groups(saved))]
-    trained = [name for name, _ in wanted.model_order if name in wanted.shapes]
+    trained = [name for name, _ in wanted.model_order if name in wanted.shapes and name not in wanted.frozen]
     shapes = dict(wanted.model_order) | wanted.shapes
     orders = [trained, [name for name, _ in wanted.model_order]]
-    for groups in (wanted.groups, wanted.groups[::-1]):
+    of_trained = [[name for name in group if name not in wanted.frozen] for group in wanted.groups]
+    of_trained = [group for group in of_trained if group]
+    for groups in (wanted.groups, wanted.groups[::-1], of_trained, of_trained[::-1]):
         if [len(group) for group in groups] == sizes:
             orders.insert(0 if groups is wanted.groups else 1, [name for group in groups for name in group])
     for order in orders:

@@ -56,6 +56,7 @@ class AdamMini(OptimizerFactory):
 
     def build(self, module: nn.Module) -> optim.AdamMini:
         """See `OptimizerFactory.build`."""
+        self.refuse_frozen(module)
         self.refuse_sparse_gradients(module)
         return optim.AdamMini(
             module,

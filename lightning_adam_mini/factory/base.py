@@ -57,7 +57,10 @@ class OptimizerFactory(ABC):
 
     @abstractmethod
     def build(self, module: nn.Module) -> Optimizer:
-        """Build the optimizer over the trainable parameters of `module`, in a group that decays and one that does not.
+        """Build the optimizer over the parameters of `module`, in a group that decays and one that does not.
+
+        Frozen parameters are in the groups too, so that they train once they are unfrozen; they have no state until
+        then.
 
         Raises:
             ValueError: The options do not fit the module, or the optimizer cannot train one of its parameters.
@@ -76,24 +79,25 @@ class OptimizerFactory(ABC):
         Raises:
             ValueError: Nothing to train, or a parameter that the optimizer cannot train.
         """
-        return self.grouped(self.trainable(module))
+        return self.grouped(self.members(module))
 
-    def grouped(self, trainable: list[tuple[nn.Parameter, CutParameter]]) -> list[dict[str, Any]]:
+    def grouped(self, members: list[tuple[nn.Parameter, CutParameter]]) -> list[dict[str, Any]]:
         """Parameters in a group that decays and one that does not; an empty one is left out."""
-        return decay_groups(trainable, weight_decay=self.weight_decay, policy=self.weight_decay_policy)
+        return decay_groups(members, weight_decay=self.weight_decay, policy=self.weight_decay_policy)
 
-    def trainable(self, module: nn.Module) -> list[tuple[nn.Parameter, CutParameter]]:
-        """The parameters that the optimizer trains, each with what it does in the module.
+    def members(self, module: nn.Module) -> list[tuple[nn.Parameter, CutParameter]]:
+        """The parameters of the optimizer, frozen ones too, each with what it does in the module.
 
         Raises:
             ValueError: Nothing to train, or a parameter that the optimizer cannot train.
         """
         optimizer = type(self).__name__
         cuts = partition_module(module, "element")
-        trainable = [(p, cuts[name]) for name, p in module.named_parameters() if p.requires_grad]
-        if not trainable:
-            raise ValueError("no parameter requires a gradient: all are frozen")
-        for parameter, cut in trainable if not self.elementwise else ():
+        members = [(parameter, cuts[name]) for name, parameter in module.named_parameters()]
+        self.refuse_frozen(module)
+        for parameter, cut in members if not self.elementwise else ():
+            if not parameter.requires_grad:
+                continue
             if parameter.is_complex():
                 raise ValueError(
                     f"{cut.name}: {optimizer} does not train complex parameters; train torch.view_as_real of it "
@@ -105,7 +109,16 @@ class OptimizerFactory(ABC):
                     "train with strategy 'ddp' or on one device, or take AdamW, Adam, SGD or Lion"
                 )
         self.refuse_sparse_gradients(module)
-        return trainable
+        return members
+
+    def refuse_frozen(self, module: nn.Module) -> None:
+        """Tell before training that there is nothing to train.
+
+        Raises:
+            ValueError: All parameters are frozen.
+        """
+        if not self.parameters(module):
+            raise ValueError("no parameter requires a gradient: all are frozen")
 
     def refuse_sparse_gradients(self, module: nn.Module) -> None:
         """Tell before training what the first step would.

@@ -16,7 +16,7 @@ from lightning_adam_mini.partition import CutParameter, Role
 
 __all__ = ["Muon"]
 
-_Trainable = tuple[nn.Parameter, CutParameter]
+_Member = tuple[nn.Parameter, CutParameter]
 
 HIDDEN = frozenset(
     {
@@ -86,26 +86,28 @@ class Muon(OptimizerFactory):
     def predict_state_bytes(self, module: nn.Module) -> int:
         """See `OptimizerFactory.predict_state_bytes`: a momentum of hidden matrices; of the rest, AdamW's moments."""
         hidden, rest = self._shared_out(module)
-        return sum(p.numel() * p.element_size() for p, _ in hidden) + sum(adam_state_bytes(p) for p, _ in rest)
+        momentum = sum(p.numel() * p.element_size() for p, _ in hidden if p.requires_grad)
+        return momentum + sum(adam_state_bytes(p) for p, _ in rest if p.requires_grad)
 
-    def _shared_out(self, module: nn.Module) -> tuple[list[_Trainable], list[_Trainable]]:
-        """The trainable parameters of Muon and those of AdamW.
+    def _shared_out(self, module: nn.Module) -> tuple[list[_Member], list[_Member]]:
+        """The parameters of Muon and those of AdamW.
 
         Raises:
             ValueError: No parameter is Muon's, or an entry of `adamw_for` matches none.
         """
-        trainable = self.trainable(module)
+        members = self.members(module)
+        trainable = [cut for parameter, cut in members if parameter.requires_grad]
         for entry in self.adamw_for:
-            if not any(_matches(entry, cut) for _, cut in trainable):
-                present = ", ".join(sorted({role for _, cut in trainable for role in cut.role.roles}))
+            if not any(_matches(entry, cut) for cut in trainable):
+                present = ", ".join(sorted({role for cut in trainable for role in cut.role.roles}))
                 raise ValueError(f"adamw_for: {entry!r} matches no trainable parameter; this model has roles {present}")
-        hidden: list[_Trainable] = []
-        rest: list[_Trainable] = []
-        for parameter, cut in trainable:
+        hidden: list[_Member] = []
+        rest: list[_Member] = []
+        for parameter, cut in members:
             is_hidden = HIDDEN.issuperset(cut.role.roles) and len(cut.blocks.shape) >= 2
             own = is_hidden and not any(_matches(entry, cut) for entry in self.adamw_for)
             (hidden if own else rest).append((parameter, cut))
-        if not hidden:
+        if not any(parameter.requires_grad for parameter, _ in hidden):
             raise ValueError(
                 "Muon needs hidden matrices, and this model has none that it may train: its parameters are embeddings, "
                 "output heads, vectors or unknown; take AdamW"

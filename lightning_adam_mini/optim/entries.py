@@ -7,7 +7,19 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["listed", "named_parameters", "parameter_of"]
+from lightning_adam_mini.optim.sharding import is_dtensor
+
+__all__ = ["Form", "form_of", "listed", "named_parameters", "parameter_of"]
+
+
+Form = tuple[object, ...]
+"""What the cut, the state and the shard of a parameter were made for."""
+
+
+def form_of(parameter: Tensor) -> Form:
+    """The form of a parameter as it is now."""
+    form = (type(parameter), parameter.shape, parameter.dtype, parameter.device)
+    return (*form, parameter.device_mesh, parameter.placements) if is_dtensor(parameter) else form
 
 
 def parameter_of(entry: Tensor | tuple[str, Tensor]) -> Tensor:

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["check_partition", "partition_changes"]
+__all__ = ["NO_STATE", "check_partition", "partition_changes", "saved_signatures"]
+
+NO_STATE = "none"
+"""In the place of the signature of a parameter that had no state when its group was saved, as frozen ones have none."""
 
 _NAMED = 3
 """Parameters that a message names."""
@@ -28,21 +31,32 @@ def partition_changes(
     Raises:
         ValueError: Groups of other numbers of parameters.
     """
-    changes: dict[str, tuple[str, str]] = {}
-    start = 0
-    for number, (saved, own) in enumerate(zip(saved_groups, own_groups, strict=True)):
-        members = names[start : start + len(own["params"])]
-        start += len(members)
-        if not isinstance(saved.get("partition"), str) or not members:
+    signatures = saved_signatures(saved_groups)
+    now = [signature for group in own_groups for signature in group["partition"].split("; ") if group["params"]]
+    before = zip(names, signatures, now, strict=True)
+    return {name: (old, new) for name, old, new in before if old is not None and old not in (new, NO_STATE)}
+
+
+def saved_signatures(saved_groups: Sequence[Mapping[str, Any]]) -> list[str | None]:
+    """The signature of each parameter of a saved state, `NO_STATE` or, where the groups have none, None.
+
+    Raises:
+        ValueError: A group has another number of signatures than of parameters.
+    """
+    signatures: list[str | None] = []
+    for number, group in enumerate(saved_groups):
+        size, saved = len(group["params"]), group.get("partition")
+        if saved is None or not size:
+            signatures += [None] * size
             continue
-        before, now = saved["partition"].split("; "), own["partition"].split("; ")
-        if len(before) != len(now):
+        found = saved.split("; ") if isinstance(saved, str) else []
+        if len(found) != size:
             raise ValueError(
-                f"group {number} of the optimizer state has the cuts of {len(before)} parameters, here it has "
-                f"{len(now)}: it belongs to another model, or to other parameter groups"
+                f"group {number} of the optimizer state has the cuts of {len(found)} parameters, here it has "
+                f"{size}: it belongs to another model, or to other parameter groups"
             )
-        changes |= {name: (old, new) for name, old, new in zip(members, before, now, strict=True) if old != new}
-    return changes
+        signatures += found
+    return signatures
 
 
 def check_partition(

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_adam_mini.optim.shards import Shard
-from lightning_adam_mini.optim.state import check_keys
+from lightning_adam_mini.optim.state import check_keys, second_moment_dtype
 from lightning_adam_mini.partition import CutParameter
 
 __all__ = ["FlatState", "compress_moments", "compress_state", "expand_moments", "expand_state"]
@@ -30,14 +30,14 @@ class FlatState:
         part: This rank's part of the parameter, of one dimension.
         cut: Its name and blocks.
         shard: How this rank's part is cut.
-        state: The state that the optimizer keeps.
+        state: The state that the optimizer keeps; None of a parameter that is frozen.
     """
 
     number: int
     part: Tensor
     cut: CutParameter
     shard: Shard
-    state: Mapping[str, Tensor]
+    state: Mapping[str, Tensor] | None
 
     @property
     def keys(self) -> list[str]:
@@ -64,19 +64,38 @@ def compress_state(state_dict: dict[str, Any], flat: Sequence[FlatState]) -> dic
     for one in flat:
         if one.number in state:
             check_keys(state[one.number], one.cut.name, one.cut.blocks)
-    expanded = [
-        {
-            key: torch.as_tensor(state[one.number][key]).reshape(-1).to(one.state[key])
-            if one.number in state  # not where this rank's part is empty
-            else one.state[key].new_zeros(one.part.shape)
-            for key in one.keys
-        }
-        for one in flat
-    ]
+    expanded = []
+    for one in flat:
+        like: dict[str, Any] = {"dtype": second_moment_dtype(one.part), "device": one.part.device}
+        saved = state.get(one.number)  # none where this rank's part is empty
+        expanded.append(
+            {
+                key: one.part.new_zeros(one.part.shape, dtype=like["dtype"])
+                if saved is None
+                else torch.as_tensor(saved[key]).reshape(-1).to(**like)
+                for key in one.keys
+            }
+        )
     moments = compress_moments([one.shard for one in flat], expanded)
-    for one, own in zip(flat, moments, strict=True):
-        state[one.number] = {**one.state, **state.get(one.number, {}), **own}
+    for one, own, is_saved in zip(flat, moments, _saved_somewhere(flat, state), strict=True):
+        if is_saved:
+            begun = one.state or {"step": torch.zeros((), device="cpu"), "exp_avg": torch.zeros_like(one.part)}
+            state[one.number] = {**begun, **state.get(one.number, {}), **own}
     return {**state_dict, "state": state}
+
+
+def _saved_somewhere(flat: Sequence[FlatState], state: Mapping[Any, Any]) -> list[bool]:
+    """Whether any rank has a saved state of each parameter; frozen ones have none."""
+    saved = [one.number in state for one in flat]
+    for group in dict.fromkeys(group for one in flat for group in one.shard.groups):
+        members = [index for index, one in enumerate(flat) if group in one.shard.groups]
+        flags = torch.tensor(
+            [float(saved[index]) for index in members], dtype=torch.float32, device=flat[members[0]].shard.device_type
+        )
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
+        for index, flag in zip(members, flags.tolist(), strict=True):
+            saved[index] = flag > 0
+    return saved
 
 
 def expand_moments(shard: Shard, moments: Mapping[str, Tensor], part: Tensor) -> dict[str, Tensor]:

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from lightning_adam_mini.blocks import Blocks
 from lightning_adam_mini.optim import momentum_8bit
-from lightning_adam_mini.optim.fingerprint import check_partition
+from lightning_adam_mini.optim.fingerprint import NO_STATE, check_partition, saved_signatures
 from lightning_adam_mini.optim.sharding import copy_global_, is_dtensor, local, place_moment
 from lightning_adam_mini.optim.shards import Shard
+from lightning_adam_mini.optim.validation import check_group
 from lightning_adam_mini.partition import CutParameter
 
 __all__ = [
+    "check_is_state",
     "check_keys",
     "check_state",
     "first_moment",
@@ -28,11 +30,15 @@ __all__ = [
     "first_moment_dtype",
     "fits_parameter",
     "init_state",
+    "is_laid_out_as",
     "restore_state",
     "second_moment_dtype",
+    "steps_taken",
 ]
 
 _FIRST_MOMENT = ("exp_avg", "exp_avg_scale")
+_INTEGERS = (torch.int64, torch.int32, torch.int16)
+_DAMAGED = "Load another checkpoint, or start the optimizer afresh from the weights alone"
 
 
 def second_moment_dtype(parameter: Tensor) -> torch.dtype:
@@ -143,6 +149,43 @@ def fits_parameter(
     )
 
 
+def is_laid_out_as(state: Mapping[str, Tensor], parameter: Tensor) -> bool:
+    """Whether a state is spread over ranks as its parameter is."""
+    exp_avg = state["exp_avg"]
+    if is_dtensor(exp_avg) and is_dtensor(parameter):
+        return exp_avg.device_mesh == parameter.device_mesh and exp_avg.placements == parameter.placements
+    return is_dtensor(exp_avg) is is_dtensor(parameter)
+
+
+def steps_taken(state: Mapping[str, Tensor]) -> int:
+    """Steps that a parameter has taken; none without a state."""
+    step = state.get("step")
+    return 0 if step is None or step.is_meta else int(step)
+
+
+def check_is_state(state_dict: object, *, is_wrapped: bool = False) -> None:
+    """Check that what is loaded is a state of an optimizer at all.
+
+    Args:
+        state_dict: What is loaded.
+        is_wrapped: Whether hooks of the user may still make a state of it.
+
+    Raises:
+        ValueError: It is not.
+    """
+    remedy = "give what the state_dict() of an optimizer returned"
+    if not isinstance(state_dict, dict):
+        raise ValueError(f"an optimizer state is a dict, not a {type(state_dict).__name__}; {remedy}")
+    if is_wrapped:
+        return
+    state, groups = state_dict.get("state"), state_dict.get("param_groups")
+    if not isinstance(state, Mapping) or not isinstance(groups, list | tuple):
+        keys = ", ".join(map(repr, state_dict)) or "nothing"
+        raise ValueError(f"an optimizer state has 'state', a dict, and 'param_groups', a list, not {keys}; {remedy}")
+    if not all(isinstance(group, Mapping) and isinstance(group.get("params"), list | tuple) for group in groups):
+        raise ValueError(f"each of the groups in an optimizer state has a list of 'params'; {remedy}")
+
+
 def check_state(
     state_dict: Mapping[str, Any],
     param_groups: Sequence[Mapping[str, Any]],
@@ -163,30 +206,46 @@ def check_state(
     Raises:
         ValueError: With the first parameter that differs and what the state may come from.
     """
-    saved_sizes = [len(group["params"]) for group in state_dict["param_groups"]]
+    check_is_state(state_dict)
+    saved_groups = state_dict["param_groups"]
+    saved_sizes = [len(group["params"]) for group in saved_groups]
     sizes = [len(group["params"]) for group in param_groups]
     if saved_sizes != sizes:
         raise ValueError(
             f"the optimizer state has groups of {saved_sizes} parameters, this optimizer has {sizes}: it belongs to "
             "another model, or to other parameter groups"
         )
-    for group, saved_group in zip(param_groups, state_dict["param_groups"], strict=True):
+    for number, (group, saved_group) in enumerate(zip(param_groups, saved_groups, strict=True)):
         if missing := [option for option in options if option in group and option not in saved_group]:
             raise ValueError(
                 f"the optimizer state has groups without {', '.join(missing)}: it comes from another optimizer. "
                 "Continue with the optimizer that saved it, or start the optimizer afresh from the weights alone"
             )
+        try:
+            check_group(saved_group)
+        except ValueError as error:
+            raise ValueError(f"group {number} of the optimizer state: {error}. {_DAMAGED}") from error
     names = [cuts[parameter].name for group in param_groups for parameter in group["params"]]
     parameters = [parameter for group in param_groups for parameter in group["params"]]
-    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+    numbers = [number for group in saved_groups for number in group["params"]]
+    if extra := [number for number in state_dict["state"] if number not in set(numbers)]:
+        raise ValueError(
+            f"the optimizer state has a state of {extra[0]!r}, which is in none of its groups: it is not complete. "
+            f"{_DAMAGED}"
+        )
     states = [state_dict["state"].get(number) for number in numbers]
     for name, parameter, saved in zip(names, parameters, states, strict=True):
-        if saved is not None and "exp_avg" in saved:
+        if saved is not None and not isinstance(saved, Mapping):
+            raise ValueError(f"the saved state of {name!r} is a {type(saved).__name__}, not a dict. {_DAMAGED}")
+        if saved and isinstance(saved.get("exp_avg"), Tensor):
             _check_shape(name, "exp_avg", saved["exp_avg"], tuple(parameter.shape), "another model")
-    check_partition(state_dict["param_groups"], param_groups, names)
-    for name, parameter, saved in zip(names, parameters, states, strict=True):
+    check_partition(saved_groups, param_groups, names)
+    signatures = saved_signatures(saved_groups)
+    for name, parameter, saved, signature in zip(names, parameters, states, signatures, strict=True):
         if saved is not None:
             _check_parameter_state(saved, parameter, name, saved_blocks(parameter))
+        elif signature not in (None, NO_STATE) and parameter.requires_grad and parameter.numel():
+            raise ValueError(f"the optimizer state has none of {name!r}: it is not complete. {_DAMAGED}")
 
 
 def check_keys(saved: Mapping[str, Any], name: str, blocks: Blocks) -> None:
@@ -204,7 +263,7 @@ def check_keys(saved: Mapping[str, Any], name: str, blocks: Blocks) -> None:
             "afresh from the weights alone"
         )
 
-    is_codes = torch.as_tensor(saved["exp_avg"]).dtype is torch.uint8
+    is_codes = getattr(saved["exp_avg"], "dtype", None) is torch.uint8
     if is_codes is not ("exp_avg_scale" in saved):
         found, lost = ("8-bit codes", "no scales") if is_codes else ("scales", "no 8-bit codes")
         raise ValueError(
@@ -223,20 +282,45 @@ def _laid_out_as(tensor: Tensor, values: Tensor) -> Tensor:
     return DTensor.from_local(values, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
 
 
+def _check_values(name: str, key: str, value: object, *, is_codes: bool) -> None:
+    """Check that saved numbers are as training makes them: of a fitting dtype, finite, and no sums below zero."""
+    tensor = torch.as_tensor(value) if key == "step" and isinstance(value, int | float) else value
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"the saved {key} of {name!r} is a {type(value).__name__}, not a tensor. {_DAMAGED}")
+    if not (tensor.is_floating_point() or is_codes or (key == "step" and tensor.dtype in _INTEGERS)):
+        raise ValueError(f"the saved {key} of {name!r} is {tensor.dtype}, not a floating dtype. {_DAMAGED}")
+    here = local(tensor.detach())
+    if here.is_meta or is_codes or not here.numel():
+        return
+    if here.dtype.itemsize == 1:
+        here = here.to(torch.float32)
+    low, high = (float(bound) for bound in here.aminmax())
+    wrong = ""
+    if not (math.isfinite(low) and math.isfinite(high)):
+        wrong = "numbers that are not finite"
+    elif key != "exp_avg" and low < 0:
+        wrong = "negative numbers"
+    elif key == "step" and low != int(low):
+        wrong = f"{low}, which is no number of steps"
+    if wrong:
+        raise ValueError(f"the saved {key} of {name!r} has {wrong}: it is damaged, or its run has diverged. {_DAMAGED}")
+
+
 def _check_parameter_state(saved: Mapping[str, Any], parameter: Tensor, name: str, blocks: Blocks) -> None:
     check_keys(saved, name, blocks)
     expected: dict[str, tuple[int, ...]] = {"step": (), "exp_avg": tuple(parameter.shape), **blocks.state_shapes}
     if "exp_avg_scale" in saved:
         expected["exp_avg_scale"] = momentum_8bit.scale_shape(parameter.shape)
     for key, shape in expected.items():
-        is_elementwise = key == "exp_avg_sq" and torch.as_tensor(saved[key]).shape == parameter.shape
+        is_elementwise = key == "exp_avg_sq" and getattr(saved[key], "shape", None) == parameter.shape
         source = "AdamW, or from another partition" if is_elementwise else "another partition"
         _check_shape(name, key, saved[key], shape, source)
+        _check_values(name, key, saved[key], is_codes=key == "exp_avg" and "exp_avg_scale" in saved)
 
 
 def _check_shape(name: str, key: str, saved: object, shape: tuple[int, ...], source: str) -> None:
-    saved_shape = tuple(torch.as_tensor(saved).shape)
-    if saved_shape != shape:
+    saved_shape = tuple(getattr(saved, "shape", ()))
+    if isinstance(saved, Tensor) and saved_shape != shape:
         raise ValueError(
             f"the saved {key} of {name!r} has shape {saved_shape}, but here it has {shape}: it comes from {source}."
             " Continue with the optimizer, model and partition that saved it, convert the state "

@@ -11,7 +11,8 @@ on the device. All numbers are unsigned and of 32 bits, sums and products modulo
 
     mix(x):  x ^= x >> 16;  x *= 0x7feb352d;  x ^= x >> 15;  x *= 0x846ca68b;  x ^= x >> 16
 
-    seed  = crc32 of the parameter's name in UTF-8, without what wrappers add to it (`zlib.crc32`)
+    seed  = crc32 of the parameter's name in UTF-8, without what wrappers add to it (`zlib.crc32`); past step 2^24,
+            which float32 cannot count, of the name, a line feed and the number of steps since, in decimal digits
     a     = mix(mix(seed + 0x9e3779b9) ^ step)      the step that is being taken, 1 for the first
     b     = mix(a + (index >> 32))                  index of the element in the whole parameter in C order, 64 bits
     r     = mix(mix((index & 0xffffffff) ^ b) + a)
@@ -40,7 +41,10 @@ from lightning_adam_mini.optim.shards import Box
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["Rounding", "dtensor_positions", "name_seed", "random_bits", "round_to_bfloat16"]
+__all__ = ["MAX_STEP", "Rounding", "dtensor_positions", "name_seed", "random_bits", "round_to_bfloat16"]
+
+MAX_STEP = 2**24
+"""Float32, as which torch's optimizers keep the step, cannot add one to it."""
 
 _MASK = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9
@@ -103,9 +107,14 @@ class Rounding:
         return index
 
 
-def name_seed(name: str) -> int:
-    """The seed of a parameter."""
-    return zlib.crc32(name.encode())
+def name_seed(name: str, uncounted: int | None = None) -> int:
+    """The seed of a parameter.
+
+    Args:
+        name: Its name.
+        uncounted: Steps since `MAX_STEP`, if it is past that.
+    """
+    return zlib.crc32((name if uncounted is None else f"{name}\n{uncounted}").encode())
 
 
 def random_bits(seed: int, step: int | Tensor, index: Tensor, *, is_long: bool = True) -> Tensor:

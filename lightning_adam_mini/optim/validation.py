@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
+from warnings import warn
 
 import torch
 from torch import Tensor
 
-from lightning_adam_mini.optim.sharding import is_flattened
+from lightning_adam_mini.optim.sharding import is_dtensor, is_flattened
 
-__all__ = ["check_gradient", "check_group", "check_not_flat", "check_parameter"]
+_INTERNAL = ("lightning_adam_mini", "torch")
+
+__all__ = ["check_gradient", "check_group", "check_not_flat", "check_parameter", "warn_user"]
 
 
-def check_group(group: dict[str, Any]) -> None:
+def check_group(group: Mapping[str, Any]) -> None:
     """Check the hyperparameters of a parameter group.
 
     Raises:
-        ValueError: One of them is out of its range.
+        ValueError: One of them is out of its range, or no number.
     """
-    lr, eps, weight_decay, betas = group["lr"], group["eps"], group["weight_decay"], group["betas"]
+    lr, betas = group["lr"], group["betas"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr must be a number or a tensor of one element, not a tensor of shape {tuple(lr.shape)}")
-    if not 0.0 <= float(lr) < float("inf"):
-        raise ValueError(f"lr must be a finite number of at least 0, not {float(lr)}")
-    if not 0.0 <= eps < float("inf"):
-        raise ValueError(f"eps must be a finite number of at least 0, not {eps}")
-    if not 0.0 <= weight_decay < float("inf"):
-        raise ValueError(f"weight_decay must be a finite number of at least 0, not {weight_decay}")
-    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
-        raise ValueError(f"betas must be two numbers in [0, 1), not {tuple(betas)}")
+    for option in ("lr", "eps", "weight_decay"):
+        value = group[option]
+        if not (_is_number(value) and 0.0 <= value < float("inf")):
+            shown = float(value) if isinstance(value, Tensor) else value
+            raise ValueError(f"{option} must be a finite number of at least 0, not {shown}")
+    is_pair = isinstance(betas, Sequence | Tensor) and not isinstance(betas, str) and len(betas) == 2
+    if not (is_pair and all(_is_number(beta) and 0.0 <= beta < 1.0 for beta in betas)):
+        raise ValueError(f"betas must be two numbers in [0, 1), not {tuple(betas) if is_pair else betas}")
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_parameter(name: str, parameter: Tensor) -> None:
@@ -56,11 +67,39 @@ def check_not_flat(named: Mapping[str, Tensor]) -> None:
             )
 
 
-def check_gradient(name: str, grad: Tensor) -> None:
+def check_gradient(name: str, parameter: Tensor, grad: Tensor) -> None:
     """Check that the optimizer can use a gradient.
 
     Raises:
-        ValueError: It is sparse.
+        ValueError: It is sparse or complex, or has another shape or device than its parameter, or is a DTensor where
+            that is none.
     """
-    if grad.is_sparse:
-        raise ValueError(f"{name}: sparse gradients are not supported; use nn.Embedding(..., sparse=False)")
+    if grad.layout is not torch.strided:
+        if grad.layout is torch.sparse_coo:
+            raise ValueError(f"{name}: sparse gradients are not supported; use nn.Embedding(..., sparse=False)")
+        raise ValueError(f"{name}: gradients of layout {grad.layout} are not supported; use grad.to_dense()")
+    if not grad.is_floating_point():
+        raise ValueError(f"{name}: the gradient must be of a floating dtype, not {grad.dtype}")
+    if grad.shape != parameter.shape:
+        raise ValueError(
+            f"{name}: the gradient has the shape {tuple(grad.shape)}, the parameter {tuple(parameter.shape)}: it was "
+            "computed before the parameter changed; call zero_grad() and compute it again"
+        )
+    if grad.device != parameter.device:
+        raise ValueError(
+            f"{name}: the gradient is on {grad.device}, the parameter on {parameter.device}: it was computed before "
+            "the parameter moved; call zero_grad() and compute it again"
+        )
+    if is_dtensor(grad) is not is_dtensor(parameter):
+        which = "the gradient" if is_dtensor(grad) else "the parameter"
+        raise ValueError(
+            f"{name}: {which} alone is a DTensor; call zero_grad() and compute the gradient of the parameter as it is"
+        )
+
+
+def warn_user(message: str) -> None:
+    """Warn at the line that called the library, whatever of torch lies between."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INTERNAL:
+        frame, level = frame.f_back, level + 1
+    warn(message, stacklevel=level)

@@ -7,6 +7,7 @@ from lightning_adam_mini.partition.partition import (
     CutParameter,
     partition_module,
     partition_tensors,
+    recut,
     resolve_strategy,
 )
 from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
@@ -26,6 +27,7 @@ __all__ = [
     "Strategy",
     "partition_module",
     "partition_tensors",
+    "recut",
     "register_layout",
     "resolve_strategy",
 ]

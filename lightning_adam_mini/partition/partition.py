@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -14,7 +14,7 @@ from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
 from lightning_adam_mini.partition.strategies import STRATEGIES, Cut, Strategy, cut_parameter
 from lightning_adam_mini.partition.tree import plain_names
 
-__all__ = ["CutParameter", "partition_module", "partition_tensors", "resolve_strategy"]
+__all__ = ["CutParameter", "partition_module", "partition_tensors", "recut", "resolve_strategy"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class CutParameter:
         cuts: The cut of each of its parts.
         blocks: How it is cut.
         why: The rule or override that decided.
+        problem: Why a frozen parameter cannot be cut as asked; should it come to train, it is trained as by AdamW.
     """
 
     name: str
@@ -34,6 +35,7 @@ class CutParameter:
     cuts: tuple[Cut, ...]
     blocks: Blocks
     why: str
+    problem: str = ""
 
     @property
     def cut(self) -> str:
@@ -60,8 +62,8 @@ def partition_module(
             as `fused_per_head`, or a `ModuleLayout`. They come before the table.
 
     Returns:
-        Cut parameters by name, in the order of `module.named_parameters()`. A frozen one that cannot be cut as asked is
-        left out, since it has no second moment to be cut.
+        Cut parameters by name, in the order of `module.named_parameters()`. A frozen one that cannot be cut as asked
+        has element-wise blocks, and says so in `problem`.
 
     Raises:
         ValueError: An unknown strategy, cut or layout, an override that matches nothing or contradicts another, or a
@@ -106,16 +108,43 @@ def _cut_parameters(
     partition = {}
     for name, role in roles.items():
         by_role, why = overrides.cuts(name, role, strategy)
-        cuts = tuple(by_role[part_role] for part_role in role.roles)
+        cuts, problem = tuple(by_role[part_role] for part_role in role.roles), ""
         try:
             blocks = cut_parameter(name, shapes[name], role, by_role)
-        except ValueError:
-            if name in frozen:
-                continue
-            raise
-        partition[name] = CutParameter(name, role, cuts, blocks, why)
+        except ValueError as error:
+            if name not in frozen:
+                raise
+            cuts, blocks, problem = (Cut.ELEMENT,) * len(cuts), Blocks.element(shapes[name]), str(error)
+        partition[name] = CutParameter(name, role, cuts, blocks, why, problem)
     overrides.raise_if_unused(roles)
     return partition
+
+
+def recut(cut: CutParameter, shape: tuple[int, ...]) -> CutParameter:
+    """The same parameter, cut in the same way, after its shape has changed.
+
+    Args:
+        cut: How it was cut.
+        shape: Its new shape.
+
+    Raises:
+        ValueError: The parts of a fused parameter, or its heads, are not known in the new shape.
+    """
+    before, role = cut.blocks.shape, cut.role
+    message = f"{cut.name} had the shape {before} and has {shape}, of which its blocks are not known"
+    if len(shape) != len(before):
+        if cut.cut not in (Cut.WHOLE, Cut.ELEMENT) or role.batch_axes:
+            raise ValueError(f"{message}; build AdamMini after changing it")
+        role = replace(role, axis=0 if shape else None)
+    elif role.axis is not None and shape and shape[role.axis] != before[role.axis]:
+        if len(role.parts) > 1 or role.repeats > 1:
+            raise ValueError(f"{message}; build AdamMini after changing it")
+        role = replace(role, parts=(replace(role.parts[0], length=shape[role.axis]),))
+    try:
+        blocks = cut_parameter(cut.name, shape, role, dict(zip(role.roles, cut.cuts, strict=True)))
+    except ValueError as error:
+        raise ValueError(f"{message}: {error}") from error
+    return replace(cut, role=role, blocks=blocks)
 
 
 def resolve_strategy(strategy: str | Strategy, module: nn.Module | None, layouts: Layouts | None = None) -> Strategy:

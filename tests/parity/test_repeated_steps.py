@@ -67,8 +67,8 @@ EVENTS += (another_without_gradient, other_options, one_more_parameter)
 @pytest.mark.parametrize("event", EVENTS)
 def test_a_repeated_step_sees_what_has_changed(event, tolerances, monkeypatch):
     repeated = []
-    gradients = GroupPlan.gradients
-    monkeypatch.setattr(GroupPlan, "gradients", lambda *a: repeated.append(gradients(*a)) or repeated[-1])
+    step = GroupPlan.step
+    monkeypatch.setattr(GroupPlan, "step", lambda *a: repeated.append(True) or step(*a))
     module = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))
     module.late = nn.Parameter(torch.zeros(3))
     trained = list(module.named_parameters())[1:]

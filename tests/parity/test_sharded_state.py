@@ -105,3 +105,77 @@ def loads_states_of_the_first_fsdp(rank, world):
 
 def test_a_state_of_the_first_fsdp_comes_back_to_the_last_bit():
     assert all(run_ranks(3, loads_states_of_the_first_fsdp, 3))
+
+
+def swap_for_shards(model, optimizer, world):
+    """Shard a model whose optimizer is there already, as accelerate does it, and put the shards in its places."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    places = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["params"][:] = [torch.empty(1) for _ in group["params"]]
+    model, parts, part = lay_out(model, "fsdp2", world)
+    now = dict(model.named_parameters())
+    for group, members in zip(optimizer.param_groups, places, strict=True):
+        group["params"] = [now[name] for name in members]
+    return model, parts, part
+
+
+def train_with_shards_that_come_later(rank, world, partition, steps_before):
+    model = build("14 heads")
+    optimizer = optimizer_of(model, partition)
+    train(model, optimizer, steps_before)
+    model, parts, part = swap_for_shards(model, optimizer, world)
+    train(model, optimizer, 4 - steps_before, parts=parts, part=part, start=steps_before)
+    assert set(optimizer.state) == set(model.parameters())
+    assert optimizer.partition.keys() == dict(model.named_parameters()).keys()
+    return whole_parameters(model)
+
+
+@pytest.mark.parametrize(
+    ("partition", "steps_before"),
+    [("transformer", 0), ("transformer", 2), pytest.param("transformer_rank_one", 2, marks=pytest.mark.slow)],
+)
+def test_parameters_that_are_swapped_for_shards_train_as_on_one_process(partition, steps_before):
+    weights, *_ = run_ranks(2, train_with_shards_that_come_later, 2, partition, steps_before)
+    alone = build("14 heads")
+    train(alone, optimizer_of(alone, partition), 4)
+    for name, weight in alone.named_parameters():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=WITHIN)
+
+
+def thaw(model, layout, *, frozen):
+    """Freeze or unfreeze the second layer and the table; the first FSDP wants a wrapped unit to be of one kind."""
+    for name, parameter in model.named_parameters():
+        if "layers.1" in name or ("embed_tokens" in name and layout != "fsdp1"):
+            parameter.requires_grad_(not frozen)
+
+
+def train_frozen_first(rank, layout, world, dcp, like):
+    """Frozen; saved and loaded; unfrozen; saved and loaded; frozen again."""
+    first = build("14 heads")
+    thaw(first, like, frozen=True)
+    model, parts, part = lay_out(first, layout, world) if layout else (first, 1, 0)
+    optimizer = optimizer_of(model, "transformer")
+    assert len(optimizer.state) == sum(p.requires_grad for p in model.parameters())
+    for number, frozen in enumerate((True, False, True)):
+        thaw(model, like, frozen=frozen)
+        train(model, optimizer, 2, parts=parts, part=part, start=2 * number)
+        for _ in range(2):
+            state = get_optimizer_state_dict(model, optimizer) if dcp else optimizer.state_dict()
+            optimizer = optimizer_of(model, "transformer", 2 * (number + 1))
+            if dcp:
+                set_optimizer_state_dict(model, optimizer, state)
+            else:
+                optimizer.load_state_dict(state)
+    return whole_parameters(model)
+
+
+@pytest.mark.parametrize("dcp", [False, True])
+@pytest.mark.parametrize("layout", ["fsdp2", "fsdp1"])
+def test_frozen_parameters_that_train_later_under(layout, dcp):
+    weights, *_ = run_ranks(2, train_frozen_first, layout, 2, dcp, layout)
+    alone = train_frozen_first(0, None, 1, dcp, layout)
+    moved = build("14 heads")
+    for name, weight in moved.named_parameters():
+        torch.testing.assert_close(weights[name], alone[name], rtol=0, atol=WITHIN)
+        assert not torch.equal(weights[name], weight), name

@@ -173,18 +173,75 @@ def test_group_options_act():
 # Frozen parameters
 
 
-def test_frozen_parameters_are_left_out():
+@pytest.mark.parametrize("form", ["module", "parameters", "named parameters", "one group"])
+@pytest.mark.parametrize("implementation", [None, "reference", "foreach", "fused"])
+def test_frozen_parameters_train_once_they_are_unfrozen(form, implementation):
+    """As with AdamW, also where all are frozen at first, and no byte is kept for them until then."""
+    ours, theirs = model(), model()
+    theirs.load_state_dict(ours.state_dict())
+    for module in (ours, theirs):
+        module.requires_grad_(False)
+    options = {"lr": 1e-2, "weight_decay": 0.0}
+    optimizer = AdamMini(FORMS[form](ours), partition="element", implementation=implementation, **options)
+    adamw = torch.optim.AdamW(theirs.parameters(), **options)
+    assert not optimizer.state
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 5
+    for part in (1, 0, 2):
+        for module, which in ((ours, optimizer), (theirs, adamw)):
+            module[part].requires_grad_(True)
+            torch.manual_seed(part)
+            tiny_models.set_gradients(module)
+            for parameter in module.parameters():
+                parameter.grad = parameter.grad if parameter.requires_grad else None
+            which.step()
+        assert len(optimizer.state) == sum(p.requires_grad for p in ours.parameters())
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_frozen_parameters_decay_by_their_role():
     module = model()
-    module[0].weight.requires_grad_(False)
+    module[1].requires_grad_(False)
+    assert numels(AdamMini(module)) == [[12, 20], [3, 3, 3]]
+
+
+def test_a_frozen_matrix_that_cannot_be_cut_is_trained_as_by_adamw():
+    """A fused one of a class that no layout knows, as LoRA freezes it: a word where it comes to be trained."""
+    module = nn.Module()
+    module.embedding = nn.Embedding(5, 4)
+    module.attention = nn.Module()
+    module.attention.qkv = nn.Linear(4, 12, bias=False)
+    module.attention.qkv.requires_grad_(False)
     optimizer = AdamMini(module)
-    assert "0.weight" not in optimizer.partition
-    assert module[0].weight not in optimizer.state
+    weight = module.attention.qkv.weight
+    assert weight not in optimizer.state
+    module.attention.qkv.requires_grad_(True)
+    tiny_models.set_gradients(module)
+    with pytest.warns(UserWarning, match="attention.qkv.weight was frozen .* as by AdamW now.*partition_layouts"):
+        optimizer.step()
+    assert optimizer.state[weight]["exp_avg_sq"].shape == weight.shape
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    with pytest.raises(ValueError, match="no layout tells how"):
+        AdamMini(module)
 
 
-@pytest.mark.parametrize("form", ["module", "parameters", "named parameters"])
-def test_nothing_to_train(form):
-    with pytest.raises(ValueError, match="no parameter that requires a gradient: all are frozen"):
-        AdamMini(FORMS[form](model().requires_grad_(False)), partition="default")
+def test_frozen_parameters_may_be_what_cannot_be_trained():
+    """Codes of a quantised base model, and numbers of a dtype that stochastic rounding does not take."""
+    module = nn.Linear(4, 4, bias=False).to(torch.bfloat16)
+    module.codes = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
+    module.narrow = nn.Parameter(torch.zeros(4, dtype=torch.float16), requires_grad=False)
+    module.complex = nn.Parameter(torch.zeros(4, dtype=torch.complex64), requires_grad=False)
+    optimizer = AdamMini(module, stochastic_rounding=True)
+    module.weight.grad = torch.ones_like(module.weight)
+    optimizer.step()
+    assert list(optimizer.state) == [module.weight]
+    module.complex.requires_grad_(True).grad = torch.zeros_like(module.complex)
+    before = module.weight.clone()
+    with pytest.raises(ValueError, match="complex"):
+        optimizer.step()
+    assert torch.equal(module.weight, before)
 
 
 def test_a_frozen_parameter_of_a_group_gets_its_state_when_it_trains():
@@ -201,7 +258,8 @@ def test_a_frozen_parameter_of_a_group_gets_its_state_when_it_trains():
 def test_a_parameter_that_thaws_keeps_its_role():
     module = model()
     module[0].weight.requires_grad_(False)
-    optimizer = AdamMini(module, partition="transformer")
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = AdamMini(trained, module=module, partition="transformer")
     module[0].weight.requires_grad_(True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -304,6 +304,210 @@ def test_a_refused_load_leaves_no_hook_behind():
     assert not optimizer._optimizer_load_state_dict_pre_hooks
 
 
+# States that are damaged
+
+
+def with_state(key, change):
+    """Change the key of the second parameter's state."""
+
+    def damage(saved):
+        saved["state"][1][key] = change(saved["state"][1][key])
+        return saved
+
+    return damage
+
+
+def with_option(option, value):
+    def damage(saved):
+        saved["param_groups"][1][option] = value
+        return saved
+
+    return damage
+
+
+def without(*path):
+    def damage(saved):
+        *way, last = path
+        for key in way:
+            saved = saved[key]
+        del saved[last]
+
+    return damage
+
+
+def first_as(value):
+    return lambda tensor: tensor.clone().index_fill_(0, torch.tensor(0), value) if tensor.dim() else tensor + value
+
+
+def full(value):
+    return lambda tensor: torch.full_like(tensor, value)
+
+
+NAN, INFINITE, AGAIN = float("nan"), float("inf"), ".* Load another checkpoint, or start the optimizer afresh"
+DAMAGES = {
+    "no state": (without("state"), "an optimizer state has 'state', a dict, and 'param_groups', a list, not 'param_gr"),
+    "no groups": (without("param_groups"), "and 'param_groups', a list, not 'state'"),
+    "no state of one": (without("state", 1), "the optimizer state has none of '1.weight': it is not complete" + AGAIN),
+    "no step": (without("state", 1, "step"), "saved state of '1.weight' has the keys exp_avg, exp_avg_sq, but"),
+    "no first moment": (without("state", 1, "exp_avg"), "saved state of '1.weight' has the keys step, exp_avg_sq, but"),
+    "no second moment": (
+        without("state", 1, "exp_avg_sq"),
+        "saved state of '1.weight' has the keys step, exp_avg, but",
+    ),
+    "no parameters": (without("param_groups", 0, "params"), "each of the groups .* has a list of 'params'"),
+    "no options": (without("param_groups", 0, "lr"), "groups without lr"),
+    "negative v": (with_state("exp_avg_sq", full(-1.0)), "saved exp_avg_sq of '1.weight' has negative numbers" + AGAIN),
+    "v is NaN": (
+        with_state("exp_avg_sq", first_as(NAN)),
+        "saved exp_avg_sq of '1.weight' has numbers that are not fin",
+    ),
+    "v is inf": (
+        with_state("exp_avg_sq", first_as(INFINITE)),
+        "exp_avg_sq of '1.weight' has numbers that are not fini",
+    ),
+    "m is NaN": (with_state("exp_avg", first_as(NAN)), "saved exp_avg of '1.weight' has numbers that are not finite"),
+    "m is -inf": (with_state("exp_avg", first_as(-INFINITE)), "exp_avg of '1.weight' has numbers that are not finite"),
+    "m is integer": (
+        with_state("exp_avg", lambda m: m.int()),
+        "saved exp_avg of '1.weight' is torch.int32, not a float",
+    ),
+    "v is integer": (
+        with_state("exp_avg_sq", lambda v: v.long()),
+        "exp_avg_sq of '1.weight' is torch.int64, not a flo",
+    ),
+    "m is complex": (with_state("exp_avg", lambda m: m + 0j), "exp_avg of '1.weight' is torch.complex64, not a float"),
+    "m is a list": (with_state("exp_avg", lambda m: m.tolist()), "saved exp_avg of '1.weight' is a list, not a tensor"),
+    "v is None": (
+        with_state("exp_avg_sq", lambda v: None),
+        "saved exp_avg_sq of '1.weight' is a NoneType, not a tenso",
+    ),
+    "v of a shape": (with_state("exp_avg_sq", lambda v: v[:1]), r"saved exp_avg_sq of '1.weight' has shape \(1, 1\)"),
+    "negative step": (with_state("step", full(-3.0)), "saved step of '1.weight' has negative numbers"),
+    "half a step": (with_state("step", full(1.5)), "saved step of '1.weight' has 1.5, which is no number of steps"),
+    "step is NaN": (with_state("step", full(NAN)), "saved step of '1.weight' has numbers that are not finite"),
+    "step is a text": (with_state("step", lambda step: "2"), "saved step of '1.weight' is a str, not a tensor"),
+    "step is a pair": (with_state("step", lambda step: step.expand(2)), r"saved step of '1.weight' has shape \(2,\)"),
+    "a state is a list": (
+        lambda s: s["state"].update({1: [1.0]}),
+        "the saved state of '1.weight' is a list, not a dict",
+    ),
+    "a state too many": (
+        lambda s: s["state"].update({9: s["state"][1]}),
+        "a state of 9, which is in none of its groups",
+    ),
+    "negative lr": (
+        with_option("lr", -1.0),
+        "group 1 of the optimizer state: lr must be a finite number of at least 0",
+    ),
+    "lr is None": (with_option("lr", None), "group 1 of the optimizer state: lr must be a finite number .*, not None"),
+    "lr is a text": (with_option("lr", "1e-3"), "group 1 .*: lr must be a finite number of at least 0, not 1e-3"),
+    "betas": (
+        with_option("betas", (0.9, 1.5)),
+        r"group 1 of the optimizer state: betas must be two numbers in \[0, 1\)",
+    ),
+    "betas is one": (with_option("betas", 0.9), r"group 1 .*: betas must be two numbers in \[0, 1\), not 0.9"),
+    "eps": (
+        with_option("eps", NAN),
+        "group 1 of the optimizer state: eps must be a finite number of at least 0, not nan",
+    ),
+    "weight decay": (
+        with_option("weight_decay", -0.1),
+        "group 1 .*: weight_decay must be a finite number of at least 0",
+    ),
+    "cuts": (with_option("partition", 3), "group 1 of the optimizer state has the cuts of 0 parameters, here it has 3"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_state_is_refused_and_changes_nothing(damage):
+    module, optimizer = trained(partition="transformer")
+    spoil, message = DAMAGES[damage]
+    saved = copy.deepcopy(optimizer.state_dict())
+    spoil(saved)
+    steps(module, optimizer, start=1)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(saved)
+    after = optimizer.state_dict()
+    assert before["param_groups"] == after["param_groups"]
+    for number, state in before["state"].items():
+        for key, value in state.items():
+            assert torch.equal(value, after["state"][number][key])
+    steps(module, optimizer)
+
+
+@pytest.mark.parametrize("state", [[], None, "state", 3])
+def test_what_is_no_state_is_refused(state):
+    with pytest.raises(ValueError, match=r"an optimizer state is a dict, not a .*; give what the state_dict"):
+        trained()[1].load_state_dict(state)
+    with pytest.raises(ValueError, match="'param_groups', a list, not nothing"):
+        trained()[1].load_state_dict({})
+
+
+def test_what_other_savers_make_of_a_state_is_loaded():
+    """Steps as integers, betas as lists, rates as tensors: all that torch's own optimizers take."""
+    module, optimizer = trained()
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        state["step"] = int(state["step"])
+        state["exp_avg_sq"] = state["exp_avg_sq"].double()
+    for group in saved["param_groups"]:
+        group["betas"], group["lr"] = list(group["betas"]), torch.tensor(group["lr"])
+    other = AdamMini(copy.deepcopy(module))
+    other.load_state_dict(saved)
+    steps(module, optimizer, start=2)
+    (copied := other.param_groups[0]["params"][0]).grad = module[0].weight.grad
+    other.step()
+    torch.testing.assert_close(copied, module[0].weight, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("partition", ["transformer", "default"])
+def test_a_state_with_frozen_parameters(partition):
+    """Frozen when it was saved, and trained now; and the other way round."""
+    module = model()
+    module[1].requires_grad_(False)
+    optimizer = AdamMini(module, partition=partition)
+    for part in (module[0], module[2]):
+        tiny_models.set_gradients(part)
+    optimizer.step()
+    saved = saved_and_read(optimizer.state_dict())
+    assert len(saved["state"]) == 3
+
+    thawed = copy.deepcopy(module).requires_grad_(True)
+    resumed = AdamMini(thawed, partition=partition)
+    resumed.load_state_dict(saved)
+    assert sorted(int(state["step"]) for state in resumed.state.values()) == [0, 0, 1, 1, 1]
+    other = copy.deepcopy(module)
+    frozen = AdamMini(other, partition=partition)
+    frozen.load_state_dict(saved)
+    other[1].requires_grad_(True)
+    for copied, its in ((other, frozen), (thawed, resumed)):
+        torch.manual_seed(1)
+        tiny_models.set_gradients(copied)
+        its.step()
+    for a, b in zip(other.parameters(), thawed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+    other[0].requires_grad_(False)
+    saved = saved_and_read(frozen.state_dict())  # what was trained before it was frozen keeps its state
+    assert len(saved["state"]) == 5
+    module.requires_grad_(False)
+    last = AdamMini(module, partition=partition)
+    last.load_state_dict(saved)
+    assert all(state["step"] > 0 for state in last.state.values())
+
+
+def test_a_frozen_parameter_may_be_cut_otherwise_when_it_comes_to_train():
+    module = model()
+    module[1].requires_grad_(False)
+    saved = AdamMini(module, partition="transformer").state_dict()
+    overrides = {"1.weight": "element"}
+    optimizer = AdamMini(module, partition="transformer", partition_overrides=overrides)
+    optimizer.load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"another partition: '0\.weight'"):
+        AdamMini(module, partition="transformer", partition_overrides={"0.weight": "element"}).load_state_dict(saved)
+
+
 # Copied and moved
 
 

@@ -166,11 +166,19 @@ def test_predicted_bytes_are_the_optimizers(own, dtype, frozen):
 
 
 @every_factory
-def test_frozen_parameters_are_left_out(cls):
+def test_frozen_parameters_train_once_they_are_unfrozen(cls):
     model = gpt2()
-    model.transformer.wte.requires_grad_(requires_grad=False)
-    held = {id(p) for group in cls().build(model).param_groups for p in group["params"]}
-    assert id(model.transformer.wte.weight) not in held
+    table = model.transformer.wte.weight.requires_grad_(requires_grad=False)
+    optimizer = cls(lr=0.1).build(model)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters()}
+    before = table.detach().clone()
+    trained(optimizer, model)
+    assert torch.equal(table, before)
+    assert not optimizer.state.get(table)
+    table.requires_grad_()
+    trained(optimizer, model)
+    assert not torch.equal(table, before)
     model.requires_grad_(requires_grad=False)
     with pytest.raises(ValueError, match="frozen"):
         cls().build(model)

@@ -274,6 +274,71 @@ def test_wrappers_make_no_difference(options):
     assert_same(first, second)
 
 
+@pytest.mark.parametrize("implementation", [None, "reference", "foreach"])
+def test_steps_that_float32_cannot_count_are_rounded_apart(implementation):
+    """From step 2^24 on, where float32 stays: 200 steps of 1e-5 spread weights as independent ones do."""
+    spreads = []
+    for step in (10**6, 2**24 - 100, 2**24):
+        module = nn.Linear(64, 64, bias=False).bfloat16()
+        module.weight.data.fill_(1.5)
+        optimizer = AdamMini(
+            module,
+            lr=1e-5,
+            weight_decay=0.0,
+            partition="default",
+            stochastic_rounding=True,
+            implementation=implementation,
+        )
+        optimizer.state[module.weight]["step"].fill_(step)
+        optimizer.state[module.weight]["exp_avg"].fill_(1.0)
+        optimizer.state[module.weight]["exp_avg_sq"].fill_(1.0)
+        for _ in range(200):
+            module.weight.grad = torch.ones_like(module.weight)
+            optimizer.step()
+        assert optimizer.state[module.weight]["step"] == min(step + 200, 2**24)  # as torch's
+        spreads.append(module.weight.float().std().item())
+    assert spreads[1] == pytest.approx(spreads[0], rel=0.15)
+    assert spreads[2] == pytest.approx(spreads[0], rel=0.15)
+
+
+def test_a_run_past_2_to_the_24th_step_resumes_and_is_copied():
+    runs = []
+    for is_interrupted in (False, True):
+        module = model()
+        optimizer = AdamMini(module, partition="transformer", lr=1e-2, stochastic_rounding=True)
+        for state in optimizer.state.values():
+            state["step"].fill_(2**24 - 2)
+        steps(module, optimizer, 4)
+        if is_interrupted:
+            saved = copy.deepcopy(optimizer.state_dict())
+            module = copy.deepcopy(module)
+            optimizer = AdamMini(module, partition="transformer", stochastic_rounding=True)
+            optimizer.load_state_dict(saved)
+            steps(module, optimizer, 1, start=4)
+            module, optimizer = copy.deepcopy((module, optimizer))
+            steps(module, optimizer, 1, start=5)
+        else:
+            steps(module, optimizer, 2, start=4)
+        runs.append(module)
+    assert_same(*runs)
+
+
+def test_bias_corrections_past_counting_are_those_of_adamw():
+    """Both keep the step as float32, which stays at 2^24; so do the corrections, at 1 to seven digits."""
+    ours, theirs = (nn.Linear(4, 4) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    options = {"lr": 1e-2, "betas": (0.9, 1 - 1e-7), "weight_decay": 0.0}
+    optimizers = AdamMini(ours, partition="element", **options), torch.optim.AdamW(theirs.parameters(), **options)
+    for _ in range(2):
+        tiny_models.set_gradients(ours, theirs)
+        for optimizer in optimizers:
+            optimizer.step()
+            for state in optimizer.state.values():
+                state["step"].fill_(2**24)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
 def test_names_make_a_difference():
     """Equal parameters with equal gradients are not rounded alike."""
     module = nn.ModuleList(nn.Linear(16, 16, bias=False) for _ in range(2)).bfloat16()
