@@ -37,8 +37,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def error_line(error: BaseException) -> str:
-    """What an error says, on one line of at most 200 characters."""
-    return " ".join(str(error).split())[:200]
+    """What an error says, on one line of at most 200 characters; its kind, where it says nothing."""
+    told = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(told.split())[:200] or type(error).__name__
 
 
 def save_figure(figure: Figure, path: Path) -> None:
