@@ -112,7 +112,7 @@ def read_file(path: Path, *, weights_only: bool | None = None, mmap: bool = Fals
     with path.open("rb") as file:
         try:
             _verify(file)
-        except (ValueError, zipfile.BadZipFile) as error:
+        except Exception as error:  # zipfile may raise anything of another archive
             raise _unreadable(path, error) from error
     try:
         return torch.load(path, mmap=mmap or None, map_location="cpu", weights_only=weights_only is not False)

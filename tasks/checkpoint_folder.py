@@ -133,11 +133,13 @@ def read_outline(folder: Path, *, weights_only: bool | None = None) -> Outline:
         for part in metadata.storage_data.values():
             slices.setdefault(part.relative_path, []).append((part.offset, part.length))
         outline = Outline(metadata, rest, slices if checksums is None else checksums)
+        for part in outline.parts:
+            outline.shapes(part)
         sizes = {name: max(offset + length for offset, length in found) for name, found in slices.items()}
         if foreign := [name for name in sizes if Path(name).name != name]:
             raise ValueError(f"it names {foreign[0]!r}, which is no file of the folder")
     except Exception as error:  # unpickling other bytes may raise anything
-        raise _broken(folder, f"{METADATA_NAME} is none of a checkpoint: {error_line(error)}", METADATA_NAME) from error
+        raise _broken(folder, f"{METADATA_NAME} is none of a checkpoint: {reason(error)}", METADATA_NAME) from error
     for name, size in sorted(sizes.items()):
         if not (folder / name).is_file():
             raise _broken(folder, f"{name} is missing")
