@@ -24,7 +24,16 @@ from lightning_adam_mini.schedule import Schedule
 
 from .run_files import error_line
 
-__all__ = ["ChecksummedStream", "ExactUnpickler", "checksum_of", "read_file", "reason", "verify_zip", "write_file"]
+__all__ = [
+    "ChecksummedStream",
+    "ExactUnpickler",
+    "checksum_of",
+    "read_file",
+    "reason",
+    "verify_zip",
+    "write_file",
+    "write_to",
+]
 
 # Checkpoints hold these in their hyperparameters; torch loads no class that is not named.
 torch.serialization.add_safe_globals([getattr(factory, name) for name in factory.__all__] + [Schedule])
@@ -85,15 +94,24 @@ def write_file(content: Any, path: Path) -> None:
         OSError: The disk is full, or the file cannot be written.
     """
     with path.open("wb") as file:
-        stream = ChecksummedStream(file)
-        try:
-            torch.save(content, stream)  # type: ignore[arg-type]  # of a file it writes to, it uses no more
-        except RuntimeError as error:
-            raise stream.error or error from error
-        file.seek(-len(_EMPTY_COMMENT), os.SEEK_CUR)
-        file.write(_COMMENT + stream.checksum.encode())
+        write_to(content, file)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_to(content: Any, file: IO[bytes]) -> None:
+    """Save with torch and a checksum to a new file.
+
+    Raises:
+        OSError: The disk is full, say.
+    """
+    stream = ChecksummedStream(file)
+    try:
+        torch.save(content, stream)  # type: ignore[arg-type]  # of a file it writes to, it uses no more
+    except RuntimeError as error:
+        raise stream.error or error from error
+    file.seek(-len(_EMPTY_COMMENT), os.SEEK_CUR)
+    file.write(_COMMENT + stream.checksum.encode())
 
 
 def read_file(path: Path, *, weights_only: bool | None = None, mmap: bool = False) -> Any:

@@ -20,14 +20,22 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Args:
         path: The file; its folder is made.
+
+    Raises:
+        OSError: The disk is full, say; an older file at `path` is untouched.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield beside
         beside.replace(path)
+    except OSError as error:
+        if error.strerror is None:  # it says more than the system
+            raise
+        raise OSError(f"cannot write {path}: {error.strerror}; free space there, or choose another folder") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
