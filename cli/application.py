@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import warnings
 from argparse import ArgumentError
 from pathlib import Path
@@ -30,9 +32,11 @@ from ..tasks.callbacks.checkpoint import HEADLINE
 from ..tasks.checkpoint_io import AtomicCheckpointIO
 from ..tasks.metrics_file import MetricsFile
 from .messages import near_option
-from .run_folder import choose_run_dir, forget_run_dir, holds_run, lock_for_run, resolve_checkpoint
+from .run_folder import RUN_DIR, choose_run_dir, forget_run_dir, holds_run, lock_for_run, resolve_checkpoint
 
 __all__ = ["Application"]
+
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class ProgressBar(RichProgressBar):
@@ -116,6 +120,11 @@ class Application(LightningCLI):
                 args=arguments,
                 run=run,
             )
+        except OSError as error:
+            if error.errno not in _DISK_IS_FULL or error.filename is not None:
+                raise
+            told = f"cannot write to {os.environ.get(RUN_DIR)}: {error.strerror}; free space or set another --run_dir"
+            raise OSError(told) from error
         finally:
             forget_run_dir()
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LOCK_NAME",
+    "RUN_DIR",
     "choose_run_dir",
     "forget_run_dir",
     "holds_run",
@@ -35,8 +36,8 @@ LOCK_NAME = ".running.lock"
 """File that the process which trains in a folder has locked; the system frees it however that process ends."""
 
 _HOLDER_NAME = ".running.json"
-_INHERITED = "ADAM_MINI_RUN_DIR"
-"""Processes that Lightning starts for other ranks take the folder of the first."""
+RUN_DIR = "ADAM_MINI_RUN_DIR"
+"""Variable with the folder of the run: processes that Lightning starts for other ranks take that of the first."""
 _RANKS = ("RANK", "SLURM_PROCID", "NODE_RANK", "GROUP_RANK", "LOCAL_RANK")
 _RANKS += ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "JSM_NAMESPACE_RANK")
 """Where launchers tell a process its number among those that train together, or that of its machine."""
@@ -104,8 +105,8 @@ def choose_run_dir(run_dir: str | None, recipe: str | None, *, starts_anew: bool
         ValueError: `run_dir` holds a run already, and the new one does not continue it; or another process trains
             there.
     """
-    if "LOCAL_RANK" in os.environ and _INHERITED in os.environ:
-        return Path(os.environ[_INHERITED])
+    if "LOCAL_RANK" in os.environ and RUN_DIR in os.environ:
+        return Path(os.environ[RUN_DIR])
     if run_dir is not None:
         folder = Path(run_dir).expanduser()
         if starts_anew:
@@ -121,7 +122,7 @@ def choose_run_dir(run_dir: str | None, recipe: str | None, *, starts_anew: bool
         else:
             begun = {number: path for number, path in _numbered(Path(root), name).items() if holds_run(path)}
             folder = begun[max(begun)] if begun else Path(root) / name
-    os.environ[_INHERITED] = str(folder)
+    os.environ[RUN_DIR] = str(folder)
     return folder
 
 
@@ -161,7 +162,7 @@ def lock_for_run(folder: Path) -> None:
 
 def forget_run_dir() -> None:
     """Free the folder of a run that is over, and let the next run of this process choose its own."""
-    os.environ.pop(_INHERITED, None)
+    os.environ.pop(RUN_DIR, None)
     _free()
 
 
