@@ -121,19 +121,20 @@ def read_file(path: Path, *, weights_only: bool | None = None, mmap: bool = Fals
         path: The file.
         weights_only: As for `torch.load`; only with False, which nothing in this project asks for, may the file run
             code.
-        mmap: Leave tensors on the disk until they are used.
+        mmap: Leave tensors on the disk until they are used, where the format allows it.
 
     Raises:
         ValueError: The file is damaged, cut off or no checkpoint, or would run code.
         OSError: It cannot be opened.
     """
     with path.open("rb") as file:
+        is_archive = file.read(len(_LOCAL_HEADER)) == _LOCAL_HEADER
         try:
             _verify(file)
         except Exception as error:  # zipfile may raise anything of another archive
             raise _unreadable(path, error) from error
     try:
-        return torch.load(path, mmap=mmap or None, map_location="cpu", weights_only=weights_only is not False)
+        return torch.load(path, mmap=mmap and is_archive, map_location="cpu", weights_only=weights_only is not False)
     except Exception as error:  # unpickling other bytes may raise anything
         raise _unreadable(path, error) from error
 

@@ -123,7 +123,7 @@ def read_outline(folder: Path, *, weights_only: bool | None = None) -> Outline:
     try:
         rest = read_file(folder / REST_NAME, weights_only=weights_only)
     except ValueError as error:
-        raise _broken(folder, f"{REST_NAME}: {error_line(error.__cause__ or error)}", REST_NAME) from error
+        raise _broken(folder, f"{REST_NAME}: {reason(error.__cause__ or error)}", REST_NAME) from error
     checksums = rest.pop(CHECKSUMS, None) if isinstance(rest, dict) else None
     if checksums is not None:
         _check_file(folder, METADATA_NAME, checksums.get(METADATA_NAME, (0, "")))

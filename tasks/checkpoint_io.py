@@ -8,11 +8,11 @@ from typing import Any
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from .checkpoint_file import read_file, write_file
-from .checkpoint_folder import read_folder
+from .checkpoint_folder import check_parts, load_tensors, read_folder, read_outline
 from .in_place import beside, put_in_place, remove
 from .run_files import error_line
 
-__all__ = ["AtomicCheckpointIO", "cannot_save", "check_checkpoint"]
+__all__ = ["AtomicCheckpointIO", "cannot_save", "check_checkpoint", "verify"]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -67,6 +67,24 @@ def check_checkpoint(content: Any, path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not {"state_dict", "pytorch-lightning_version"} <= content.keys():
         raise ValueError(f"{path} is no checkpoint of a training: it has no weights under 'state_dict'")
     return content
+
+
+def verify(path: Path, *, weights_only: bool | None = None) -> None:
+    """Refuse what `load_checkpoint` would refuse, for whoever reads a checkpoint otherwise; tensors are not kept.
+
+    Args:
+        path: The file or folder.
+        weights_only: As for `read_file`.
+
+    Raises:
+        ValueError: It is no checkpoint, is damaged or cut off, or would run code.
+    """
+    if not path.is_dir():
+        check_checkpoint(read_file(path, weights_only=weights_only, mmap=True), path)
+        return
+    outline = read_outline(path, weights_only=weights_only)
+    check_parts(path, outline.checks)
+    load_tensors({key: None for key in outline.entries if outline.empty(key, "meta") is None}, path, alone=True)
 
 
 def cannot_save(target: Path, error: BaseException) -> OSError:
