@@ -28,6 +28,7 @@ __all__ = [
     "ChecksummedStream",
     "ExactUnpickler",
     "checksum_of",
+    "has_checksum",
     "read_file",
     "reason",
     "verify_zip",
@@ -140,18 +141,23 @@ def read_file(path: Path, *, weights_only: bool | None = None, mmap: bool = Fals
 
 
 def _unreadable(path: Path, error: BaseException) -> ValueError:
-    return ValueError(
-        f"cannot read the checkpoint {path}: {reason(error)}; the file is damaged, is no checkpoint or was cut off. "
-        "Use another file of its folder"
-    )
+    what = "the file is damaged, is no checkpoint or was cut off. Use another file of its folder"
+    if _unsafe_class(error):
+        what = "if you trust it, load it with torch.load(weights_only=False), and save it without that"
+    return ValueError(f"cannot read the checkpoint {path}: {reason(error)}; {what}")
 
 
 def reason(error: BaseException) -> str:
     """On one line, why something could not be unpickled."""
-    # torch says with many words which class it does not load.
-    if match := re.search(r"(?i)unsupported (?:global|class):? (?:GLOBAL )?([\w.]+)", str(error)):
-        return f"it asks for {match[1]}, and to load what no checkpoint needs could run code"
+    if name := _unsafe_class(error):
+        return f"it asks for {name}, and to load what no checkpoint needs could run code"
     return error_line(error)
+
+
+def _unsafe_class(error: BaseException) -> str | None:
+    """What an unpickler has refused to load; torch says it with many words."""
+    match = re.search(r"(?i)unsupported (?:global|class):? (?:GLOBAL )?([\w.]+)", str(error))
+    return match[1] if match else None
 
 
 def checksum_of(file: IO[bytes], size: int, end: bytes = b"") -> str:
@@ -161,6 +167,12 @@ def checksum_of(file: IO[bytes], size: int, end: bytes = b"") -> str:
         crc = zlib.crc32(part, crc)
         size -= len(part)
     return f"{zlib.crc32(end, crc):08x}"
+
+
+def has_checksum(file: IO[bytes]) -> bool:
+    """Whether a file was written by `write_file`, as its end says; it is read on from its end."""
+    file.seek(max(file.seek(0, os.SEEK_END) - len(_COMMENT) - _CHECKSUM_BYTES, 0))
+    return file.read(len(_COMMENT)) == _COMMENT
 
 
 def _verify(file: IO[bytes]) -> None:
@@ -173,12 +185,10 @@ def _verify(file: IO[bytes]) -> None:
     size = os.fstat(file.fileno()).st_size
     if not size:
         raise ValueError("it is empty")
-    body = size - len(_COMMENT) - _CHECKSUM_BYTES
-    file.seek(max(body, 0))
-    end = file.read()
-    if end.startswith(_COMMENT):
+    if has_checksum(file):
+        told = file.read()
         file.seek(0)
-        if checksum_of(file, body, _EMPTY_COMMENT).encode() != end[len(_COMMENT) :]:
+        if checksum_of(file, size - len(_COMMENT) - _CHECKSUM_BYTES, _EMPTY_COMMENT).encode() != told:
             raise ValueError("its checksum is not the one that it was saved with")
     else:
         file.seek(0)

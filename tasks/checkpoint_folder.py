@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from .checkpoint_file import ChecksummedStream, ExactUnpickler, checksum_of, read_file, reason, verify_zip
+from .checkpoint_file import ChecksummedStream, ExactUnpickler, checksum_of, has_checksum, read_file, reason, verify_zip
 from .optimizer_names import number_parameters
 from .run_files import error_line
 
@@ -125,6 +125,9 @@ def read_outline(folder: Path, *, weights_only: bool | None = None) -> Outline:
     except ValueError as error:
         raise _broken(folder, f"{REST_NAME}: {reason(error.__cause__ or error)}", REST_NAME) from error
     checksums = rest.pop(CHECKSUMS, None) if isinstance(rest, dict) else None
+    with (folder / REST_NAME).open("rb") as file:
+        if not has_checksum(file):
+            checksums = None  # another program has copied them from the folder that it went on from
     if checksums is not None:
         _check_file(folder, METADATA_NAME, checksums.get(METADATA_NAME, (0, "")))
     try:

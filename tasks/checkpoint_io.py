@@ -42,7 +42,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             remove(new)
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """See `CheckpointIO.load_checkpoint`; a checkpoint runs no code unless `weights_only=False` asks for it.
+        """See `CheckpointIO.load_checkpoint`; tensors come on the CPU, and no code runs without `weights_only=False`.
 
         Raises:
             ValueError: The file or folder is no checkpoint, is damaged or cut off, or would run code.
@@ -50,6 +50,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         weights_only = kwargs.pop("weights_only", None)
         if "://" in str(path):
             return super().load_checkpoint(path, *args, weights_only=weights_only is not False, **kwargs)
+        if args or kwargs:
+            raise TypeError("AtomicCheckpointIO loads to the CPU: it takes no map_location")
         read = read_folder if Path(path).is_dir() else read_file
         return check_checkpoint(read(Path(path), weights_only=weights_only), path)
 

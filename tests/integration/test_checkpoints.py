@@ -190,7 +190,7 @@ def assert_all_refuse(path, told, capsys):
     for arguments in (
         ["export", path.parts[0], "--ckpt_path", path],
         ["convert", path, "--out", "new.ckpt"],
-        ["hessian", "trace", "tiny.yaml", "--run_dir", path.parts[0], "--ckpt_path", path],
+        ["hessian", "js", "tiny.yaml", "--run_dir", path.parts[0], "--ckpt_path", path],
     ):
         assert main(list(map(str, arguments))) == 1, arguments
         line = error_line(capsys)

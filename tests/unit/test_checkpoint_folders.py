@@ -232,6 +232,12 @@ def test_a_file_of_an_earlier_save_is_found(ours, name):
         assert_refused(ours, "its checksum is not the one that it was saved with", load)
 
 
+def test_checksums_that_another_program_has_carried_along_are_not_those_of_its_folder(ours, folder):
+    torch.save(torch.load(ours / "meta.pt"), folder / "meta.pt")
+    read = AtomicCheckpointIO().load_checkpoint(folder)
+    assert read.keys() == {"global_step", "pytorch-lightning_version", "state_dict", "optimizer_states"}
+
+
 def test_parts_of_other_programs_are_compared_with_the_checksums_in_their_archives(folder):
     path = folder / "__0_0.distcp"
     data = bytearray(path.read_bytes())
