@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -38,9 +39,19 @@ LOCK_NAME = ".running.lock"
 _HOLDER_NAME = ".running.json"
 RUN_DIR = "ADAM_MINI_RUN_DIR"
 """Variable with the folder of the run: processes that Lightning starts for other ranks take that of the first."""
-_RANKS = ("RANK", "SLURM_PROCID", "NODE_RANK", "GROUP_RANK", "LOCAL_RANK")
-_RANKS += ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "JSM_NAMESPACE_RANK")
+_RANKS = (
+    "RANK",
+    "SLURM_PROCID",
+    "NODE_RANK",
+    "GROUP_RANK",
+    "LOCAL_RANK",
+    "OMPI_COMM_WORLD_RANK",
+    "PMI_RANK",
+    "JSM_NAMESPACE_RANK",
+)
 """Where launchers tell a process its number among those that train together, or that of its machine."""
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 _locks: dict[Path, BaseFileLock] = {}  # a lock that is collected is released
 _of_this_run: list[BaseFileLock] = []
@@ -65,16 +76,17 @@ def lock_run(folder: Path, *, wait: float = 0.0) -> BaseFileLock:
     lock = _locks.setdefault(folder, FileLock(folder / LOCK_NAME))
     try:
         lock.acquire(timeout=wait)
-    except NotImplementedError:
-        warnings.warn(
-            f"{folder} is on a file system without locks: a second run there would not be noticed", stacklevel=2
-        )
-        return lock
     except Timeout:
         raise ValueError(
             f"{folder}: another process still trains there{_holder(folder)}; wait for it, end it, or choose another "
             "--run_dir"
         ) from None
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        told = f"{folder} is on a file system without locks: a second run there would not be noticed"
+        warnings.warn(told, stacklevel=2)
+        return lock
     holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     write_text(folder / _HOLDER_NAME, json.dumps(holder))
     return lock

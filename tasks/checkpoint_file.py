@@ -108,7 +108,7 @@ def write_to(content: Any, file: IO[bytes]) -> None:
     """
     stream = ChecksummedStream(file)
     try:
-        torch.save(content, stream)  # type: ignore[arg-type]  # of a file it writes to, it uses no more
+        torch.save(content, stream)
     except RuntimeError as error:
         raise stream.error or error from error
     file.seek(-len(_EMPTY_COMMENT), os.SEEK_CUR)

@@ -49,7 +49,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         weights_only = kwargs.pop("weights_only", None)
         if "://" in str(path):
-            return super().load_checkpoint(path, *args, weights_only=weights_only is not False, **kwargs)
+            kwargs["weights_only"] = weights_only is not False
+            return super().load_checkpoint(path, *args, **kwargs)
         if args or kwargs:
             raise TypeError("AtomicCheckpointIO loads to the CPU: it takes no map_location")
         read = read_folder if Path(path).is_dir() else read_file

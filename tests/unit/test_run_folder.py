@@ -1,5 +1,6 @@
 """Which folder a run gets, and which checkpoint a `--ckpt_path` means."""
 
+import errno
 import os
 import signal
 import socket
@@ -203,9 +204,10 @@ def test_a_folder_without_a_word_of_its_holder_is_locked_too():
             start(run_dir="mine")
 
 
-def test_a_file_system_without_locks_is_told(monkeypatch):
+@pytest.mark.parametrize("error", [NotImplementedError(), OSError(errno.ENOLCK, "No locks available")])
+def test_a_file_system_without_locks_is_told(monkeypatch, error):
     def refused(*_, **__):
-        raise NotImplementedError
+        raise error
 
     monkeypatch.setattr("filelock.BaseFileLock.acquire", refused)
     with pytest.warns(UserWarning, match="mine is on a file system without locks: a second run there"):
