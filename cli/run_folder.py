@@ -10,9 +10,9 @@ import re
 import socket
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..tasks.in_place import recover
 from ..tasks.run_files import write_text
@@ -51,6 +51,9 @@ _RANKS = (
 )
 """Where launchers tell a process its number among those that train together, or that of its machine."""
 
+_ORPHANS_SECONDS = 10.0
+"""Loaders see every few seconds whether the process that reads from them is still there."""
+
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 _locks: dict[Path, BaseFileLock] = {}  # a lock that is collected is released
@@ -75,11 +78,17 @@ def lock_run(folder: Path, *, wait: float = 0.0) -> BaseFileLock:
     folder = folder.resolve()
     lock = _locks.setdefault(folder, FileLock(folder / LOCK_NAME))
     try:
-        lock.acquire(timeout=wait)
+        try:
+            lock.acquire(timeout=wait)
+        except Timeout:
+            if not _has_ended(_holder(folder)):
+                raise
+            lock.acquire(timeout=_ORPHANS_SECONDS)
     except Timeout:
+        holder = _holder(folder)
+        told = " (process {pid} on {host}, since {since})".format(**holder) if holder else ""
         raise ValueError(
-            f"{folder}: another process still trains there{_holder(folder)}; wait for it, end it, or choose another "
-            "--run_dir"
+            f"{folder}: another process still trains there{told}; wait for it, end it, or choose another --run_dir"
         ) from None
     except (NotImplementedError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
@@ -92,13 +101,26 @@ def lock_run(folder: Path, *, wait: float = 0.0) -> BaseFileLock:
     return lock
 
 
-def _holder(folder: Path) -> str:
-    """The process that has locked a folder, as far as it has told."""
+def _holder(folder: Path) -> dict[str, Any]:
+    """What the process that has locked a folder has told of itself; nothing where that cannot be read."""
     try:
         told = json.loads((folder / _HOLDER_NAME).read_text("utf-8"))
-        return f" (process {told['pid']} on {told['host']}, since {told['since']})"
+        return {"pid": int(told["pid"]), "host": told["host"], "since": told["since"]}
     except (OSError, ValueError, LookupError, TypeError):
-        return ""
+        return {}
+
+
+def _has_ended(holder: Mapping[str, Any]) -> bool:
+    """Whether that process is gone, so that what it has forked, its loaders, alone keeps the lock for a moment."""
+    if holder.get("host") != socket.gethostname():
+        return False
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # of another user
+        pass
+    return False
 
 
 def choose_run_dir(run_dir: str | None, recipe: str | None, *, starts_anew: bool, root: str = "runs") -> Path:

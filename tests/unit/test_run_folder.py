@@ -1,6 +1,7 @@
 """Which folder a run gets, and which checkpoint a `--ckpt_path` means."""
 
 import errno
+import json
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lightning_adam_mini.cli.run_folder import (
+    LOCK_NAME,
     choose_run_dir,
     forget_run_dir,
     last_checkpoint,
@@ -179,10 +181,17 @@ def test_one_process_trains_in_a_folder():
 
 
 def test_a_process_that_was_killed_leaves_no_lock():
+    """Nor do its loaders, which see a moment later that it is gone."""
     with training_in("mine", "fork") as other:
         os.kill(other.pid, signal.SIGKILL)
         other.wait()
-    lock_run(Path("mine"))
+    lock_run(Path("mine")).release()
+    loader = f"import fcntl, time; fcntl.flock(open('mine/{LOCK_NAME}'), fcntl.LOCK_EX); print(flush=True); "
+    with subprocess.Popen([sys.executable, "-c", loader + "time.sleep(1)"], stdout=subprocess.PIPE) as orphan:
+        orphan.stdout.readline()
+        told = json.loads(Path("mine/.running.json").read_text())
+        Path("mine/.running.json").write_text(json.dumps(told | {"pid": other.pid}))
+        lock_run(Path("mine")).release()
 
 
 def test_a_process_may_lock_a_folder_again_and_frees_it_at_last():
