@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import warnings
 from argparse import ArgumentError
 from pathlib import Path
@@ -30,13 +32,30 @@ from ..tasks.callbacks.checkpoint import HEADLINE
 from ..tasks.checkpoint_io import AtomicCheckpointIO
 from ..tasks.metrics_file import MetricsFile
 from .messages import near_option
-from .run_folder import choose_run_dir, forget_run_dir, holds_run, resolve_checkpoint
+from .run_folder import RUN_DIR, choose_run_dir, forget_run_dir, holds_run, lock_for_run, resolve_checkpoint
 
 __all__ = ["Application"]
 
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class ProgressBar(RichProgressBar):
-    """Lightning's rich progress bar, without an end of epochs where steps end the run."""
+    """Lightning's rich progress bar, without an end of epochs where steps end the run.
+
+    It counts the batches of an epoch, and Lightning would set against them the steps that are left of the run.
+    """
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """Batches of this epoch, of which the end of the run may leave some out."""
+        trainer = self.trainer
+        in_epoch, steps = trainer.num_training_batches, trainer.max_steps
+        if trainer.max_epochs != -1 or steps < 0:
+            return in_epoch
+        seen = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        seen = 0 if seen >= in_epoch else seen  # a new epoch begins
+        of_a_step = trainer.accumulate_grad_batches
+        return min(in_epoch, (seen // of_a_step + steps - trainer.global_step) * of_a_step)
 
     def _get_train_description(self, current_epoch: int) -> str:
         epochs = self.trainer.max_epochs or 0
@@ -101,6 +120,11 @@ class Application(LightningCLI):
                 args=arguments,
                 run=run,
             )
+        except OSError as error:
+            if error.errno not in _DISK_IS_FULL or error.filename is not None:
+                raise
+            told = f"cannot write to {os.environ.get(RUN_DIR)}: {error.strerror}; free space or set another --run_dir"
+            raise OSError(told) from error
         finally:
             forget_run_dir()
 
@@ -152,6 +176,8 @@ class Application(LightningCLI):
             config.ckpt_path = resolve_checkpoint(checkpoint, run_dir, may_start=may_start)
         elif self.subcommand and not is_fit:
             rank_zero_warn(f"without --ckpt_path, `{self.subcommand}` takes the model as training would start it")
+        if is_fit:
+            lock_for_run(run_dir)
         config.run_dir = str(run_dir)
         config.trainer.default_root_dir = str(run_dir)
         strategy = config.trainer.strategy

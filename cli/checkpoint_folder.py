@@ -6,12 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
-
-from ..tasks.checkpoint_folder import METADATA_NAME, REST_NAME, alone, optimizer_part, read_outline, split_parts
-from ..tasks.checkpoint_io import cannot_save, write_synced
+from ..tasks.checkpoint_file import write_file
+from ..tasks.checkpoint_folder import (
+    CHECKSUMS,
+    METADATA_NAME,
+    REST_NAME,
+    load_tensors,
+    optimizer_part,
+    read_outline,
+    save_tensors,
+    split_parts,
+)
+from ..tasks.checkpoint_io import cannot_save
 from ..tasks.in_place import beside, put_in_place, remove
 
 __all__ = ["is_folder", "parameter_names", "write_folder"]
@@ -35,8 +41,7 @@ def parameter_names(path: Path) -> list[list[str]]:
         if place[:2] == (optimizer_part(0), "param_groups") and place[-1] == "params"
     }
     values: dict[str, Any] = dict.fromkeys(groups.values())
-    with alone():
-        load(values, checkpoint_id=path, no_dist=True)
+    load_tensors(values, path, alone=True)
     return [values[groups[number]] for number in sorted(groups)]
 
 
@@ -54,13 +59,10 @@ def write_folder(checkpoint: Mapping[str, Any], path: Path) -> None:
     new = beside(path)
     try:
         new.mkdir(parents=True)
-        with alone():
-            save(tensors, checkpoint_id=new, no_dist=True)
-        write_synced(rest, new / REST_NAME)
+        checksums = save_tensors(tensors, new, alone=True)
+        write_file({**rest, CHECKSUMS: checksums}, new / REST_NAME)
         put_in_place(new, path)
-    except CheckpointException as error:
-        raise cannot_save(path, next(iter(error.failures.values()))[0]) from error
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+    except OSError as error:
         raise cannot_save(path, error) from error
     finally:
         remove(new)

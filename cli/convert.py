@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,55 @@ def main(arguments: Sequence[str]) -> None:
             state = converted_state(checkpoint, state, own_optimizer, built)
         else:
             check_groups(state, own_optimizer)
-        made_by = " ".join([type(built).__name__, *passed])
-        command = f"; continue with adam-mini fit --config {config} --optimizer {made_by} --ckpt_path {target}"
+        command = _next_command(config, [type(built).__name__, *passed], target, checkpoint)
     for group in state["param_groups"]:
         group.pop("param_names", None)
     checkpoint["optimizer_states"] = [state]
     _write(checkpoint, names, target, layout)
     log.info("%s", f"wrote {target}{command}")
+
+
+def _next_command(config: Path, optimizer: Sequence[str], target: Path, checkpoint: Mapping[str, Any]) -> str:
+    """What to say of the command that trains on from a converted checkpoint, in a run folder of its own.
+
+    Args:
+        config: The configuration that the model was built from.
+        optimizer: Name and options of the optimizer.
+        target: The converted checkpoint.
+        checkpoint: What it holds.
+    """
+    from .run_folder import new_run_dirs
+
+    words = ["adam-mini", "fit", "--config", config, "--run_dir", next(new_run_dirs(target.stem))]
+    words += ["--optimizer", *optimizer, "--ckpt_path", target]
+    further = _further(config, checkpoint)
+    over = ". Its run is over, and this trains as long again: " if further else "; "
+    return f"{over}continue with {shlex.join(map(str, [*words, *further]))}"
+
+
+def _further(config: Path, checkpoint: Mapping[str, Any]) -> list[str]:
+    """Options with which a run that is over trains as long again; none for a run that is not."""
+    import yaml
+
+    content = yaml.safe_load(config.read_text("utf-8"))
+    trainer, schedule = content.get("trainer") or {}, content.get("schedule") or {}
+    step, (max_steps, max_epochs) = checkpoint.get("global_step", 0), map(trainer.get, ("max_steps", "max_epochs"))
+    if max_steps and 0 < max_steps <= step:
+        further = ["--trainer.max_steps", str(2 * max_steps)]
+    elif max_epochs and 0 < max_epochs <= _epochs(checkpoint):
+        further = ["--trainer.max_epochs", str(2 * max_epochs)]
+    else:
+        return []
+    horizon = schedule.get("horizon")
+    return [*further, *(["--schedule.horizon", str(2 * step)] if horizon and horizon <= step else [])]
+
+
+def _epochs(checkpoint: Mapping[str, Any]) -> int:
+    """How many epochs a run has trained to their last batch."""
+    loop = checkpoint.get("loops", {}).get("fit_loop", {})
+    epochs = loop.get("epoch_progress", {}).get("current", {})
+    is_last = loop.get("epoch_loop.batch_progress", {}).get("is_last_batch", False)
+    return int(epochs.get("ready" if is_last else "processed", checkpoint.get("epoch", 0)))
 
 
 def _parser() -> Parser:

@@ -1,27 +1,126 @@
-"""One folder a run: where it lies, and what may be written into it."""
+"""One folder a run, one run a folder: where it lies, who trains there, and what may be written into it."""
 
 from __future__ import annotations
 
+import errno
+import itertools
+import json
 import os
 import re
+import socket
+import time
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..tasks.in_place import recover
+from ..tasks.run_files import write_text
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 __all__ = [
-    "CLAIM_NAME",
+    "LOCK_NAME",
+    "RUN_DIR",
     "choose_run_dir",
     "forget_run_dir",
     "holds_run",
     "last_checkpoint",
+    "lock_for_run",
+    "lock_run",
+    "new_run_dirs",
     "resolve_checkpoint",
 ]
 
-CLAIM_NAME = ".claim"
-"""File by which a process takes a folder, before its run leaves a trace there."""
+LOCK_NAME = ".running.lock"
+"""File that the process which trains in a folder has locked; the system frees it however that process ends."""
 
-_INHERITED = "ADAM_MINI_RUN_DIR"
-"""Processes that Lightning starts for other ranks take the folder of the first."""
+_HOLDER_NAME = ".running.json"
+RUN_DIR = "ADAM_MINI_RUN_DIR"
+"""Variable with the folder of the run: processes that Lightning starts for other ranks take that of the first."""
+_RANKS = (
+    "RANK",
+    "SLURM_PROCID",
+    "NODE_RANK",
+    "GROUP_RANK",
+    "LOCAL_RANK",
+    "OMPI_COMM_WORLD_RANK",
+    "PMI_RANK",
+    "JSM_NAMESPACE_RANK",
+)
+"""Where launchers tell a process its number among those that train together, or that of its machine."""
+
+_ORPHANS_SECONDS = 10.0
+"""Loaders see every few seconds whether the process that reads from them is still there."""
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+_locks: dict[Path, BaseFileLock] = {}  # a lock that is collected is released
+_of_this_run: list[BaseFileLock] = []
+
+
+def lock_run(folder: Path, *, wait: float = 0.0) -> BaseFileLock:
+    """Keep all other processes from training in a folder, until this one ends or releases the lock.
+
+    Within a process it may be taken several times.
+
+    Args:
+        folder: The run folder; it is made.
+        wait: Seconds to wait for a process that is about to end.
+
+    Raises:
+        ValueError: Another process trains there; the message tells which.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder.resolve()
+    lock = _locks.setdefault(folder, FileLock(folder / LOCK_NAME))
+    try:
+        try:
+            lock.acquire(timeout=wait)
+        except Timeout:
+            if not _has_ended(_holder(folder)):
+                raise
+            lock.acquire(timeout=_ORPHANS_SECONDS)
+    except Timeout:
+        holder = _holder(folder)
+        told = " (process {pid} on {host}, since {since})".format(**holder) if holder else ""
+        raise ValueError(
+            f"{folder}: another process still trains there{told}; wait for it, end it, or choose another --run_dir"
+        ) from None
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        told = f"{folder} is on a file system without locks: a second run there would not be noticed"
+        warnings.warn(told, stacklevel=2)
+        return lock
+    holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    write_text(folder / _HOLDER_NAME, json.dumps(holder))
+    return lock
+
+
+def _holder(folder: Path) -> dict[str, Any]:
+    """What the process that has locked a folder has told of itself; nothing where that cannot be read."""
+    try:
+        told = json.loads((folder / _HOLDER_NAME).read_text("utf-8"))
+        return {"pid": int(told["pid"]), "host": told["host"], "since": told["since"]}
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+
+
+def _has_ended(holder: Mapping[str, Any]) -> bool:
+    """Whether that process is gone, so that what it has forked, its loaders, alone keeps the lock for a moment."""
+    if holder.get("host") != socket.gethostname():
+        return False
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # of another user
+        pass
+    return False
 
 
 def choose_run_dir(run_dir: str | None, recipe: str | None, *, starts_anew: bool, root: str = "runs") -> Path:
@@ -30,75 +129,80 @@ def choose_run_dir(run_dir: str | None, recipe: str | None, *, starts_anew: bool
     Args:
         run_dir: What the user asked for.
         recipe: Stem of the recipe, which names the folder where the user did not.
-        starts_anew: Whether the run begins from its first step; then it gets a folder without a run.
+        starts_anew: Whether the run begins from its first step; then it gets a folder without a run, and locks it.
         root: Folder of all runs that are not named.
 
     Returns:
         `run_dir`; or `runs/RECIPE`, `runs/RECIPE-2`, ...: the first free one for a new run, the newest otherwise.
 
     Raises:
-        ValueError: `run_dir` holds a run already, and the new one does not continue it.
+        ValueError: `run_dir` holds a run already, and the new one does not continue it; or another process trains
+            there.
     """
-    if "LOCAL_RANK" in os.environ and _INHERITED in os.environ:
-        return Path(os.environ[_INHERITED])
+    if "LOCAL_RANK" in os.environ and RUN_DIR in os.environ:
+        return Path(os.environ[RUN_DIR])
     if run_dir is not None:
         folder = Path(run_dir).expanduser()
-        if starts_anew and not _claim(folder):
-            raise ValueError(
-                f"{folder} holds a run already; continue it with --ckpt_path last, or choose another --run_dir"
-            )
+        if starts_anew:
+            lock_for_run(folder)
+            if holds_run(folder):
+                raise ValueError(
+                    f"{folder} holds a run already; continue it with --ckpt_path last, or choose another --run_dir"
+                )
     else:
         name = recipe or "run"
-        numbered = {number: path for number, path in _numbered(Path(root), name).items() if holds_run(path)}
         if starts_anew:
-            number = max(numbered, default=0) + 1
-            while not _claim(folder := Path(root) / (name if number == 1 else f"{name}-{number}")):
-                number += 1
+            folder = next(folder for folder in new_run_dirs(name, root) if _is_free(folder))
         else:
-            folder = numbered[max(numbered)] if numbered else Path(root) / name
-    os.environ[_INHERITED] = str(folder)
+            begun = {number: path for number, path in _numbered(Path(root), name).items() if holds_run(path)}
+            folder = begun[max(begun)] if begun else Path(root) / name
+    os.environ[RUN_DIR] = str(folder)
     return folder
 
 
-def _claim(folder: Path) -> bool:
-    """Take a folder for a new run; False where it holds a run, or another process has taken it and is still alive.
+def new_run_dirs(name: str, root: str = "runs") -> Iterator[Path]:
+    """Folders for a run of this name, behind all that hold one: `runs/NAME`, or `runs/NAME-2`, `runs/NAME-3`, ..."""
+    begun = [number for number, path in _numbered(Path(root), name).items() if holds_run(path)]
+    for number in itertools.count(max(begun, default=0) + 1):
+        yield Path(root) / (name if number == 1 else f"{name}-{number}")
 
-    A run leaves its first traces seconds after its start, when a second one may have chosen the same folder. Ranks that
-    a launcher started together take the same folder, and no claim.
+
+def _is_free(folder: Path) -> bool:
+    """Whether a folder has no run, and no process that is about to begin one; then it is locked.
+
+    Ranks that a launcher started together have to choose the same folder, whoever else is there.
     """
-    if holds_run(folder):
+    try:
+        lock_for_run(folder)
+    except ValueError:
+        if any(name in os.environ for name in _RANKS):
+            raise
         return False
-    if {"RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"} & os.environ.keys():
+    if not holds_run(folder):
         return True
-    folder.mkdir(parents=True, exist_ok=True)
-    claim = folder / CLAIM_NAME
-    for _ in range(2):
-        try:
-            with claim.open("x") as file:
-                file.write(str(os.getpid()))
-        except FileExistsError:
-            if _is_alive(claim.read_text()):
-                return False
-            claim.unlink(missing_ok=True)
-        else:
-            return True
+    _free()
     return False
 
 
-def _is_alive(pid: str) -> bool:
-    """Whether another process of this machine has the number."""
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        return True
-    return int(pid) != os.getpid()
+def lock_for_run(folder: Path) -> None:
+    """Lock a folder for the run of this process, on the first of its ranks alone; `forget_run_dir` frees it.
+
+    Raises:
+        ValueError: Another process trains there.
+    """
+    if all(os.environ.get(name, "0") == "0" for name in _RANKS):
+        _of_this_run.append(lock_run(folder))
 
 
 def forget_run_dir() -> None:
-    """Let the next run of this process choose a folder of its own."""
-    os.environ.pop(_INHERITED, None)
+    """Free the folder of a run that is over, and let the next run of this process choose its own."""
+    os.environ.pop(RUN_DIR, None)
+    _free()
+
+
+def _free() -> None:
+    while _of_this_run:
+        _of_this_run.pop().release()
 
 
 def resolve_checkpoint(checkpoint: str, run_dir: Path, *, may_start: bool) -> str | None:

@@ -37,8 +37,6 @@ __all__ = ["Task"]
 log = logging.getLogger(__name__)
 _say = rank_zero_only(log.info)
 
-# Checkpoints hold these in their hyperparameters; torch loads no class that is not named.
-torch.serialization.add_safe_globals([getattr(factory, name) for name in factory.__all__] + [Schedule])
 register_strategies()  # for whoever trains a task, by the command or in Python
 
 

@@ -2,55 +2,75 @@
 
 Layout: `.metadata` names each tensor with its shape and the files of its parts, `__RANK_N.distcp` hold the parts, and
 `meta.pt` is the rest of the checkpoint. Weights lie under `state_dict`, optimizers under `optimizer_0`, ... by names of
-parameters.
+parameters. `meta.pt`, which has its own checksum, keeps sizes and checksums of the other files; folders of other
+programs have none, and there the archives within the parts are checked.
 """
 
 from __future__ import annotations
 
-import pickle
+import io
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
+from .checkpoint_file import ChecksummedStream, ExactUnpickler, checksum_of, has_checksum, read_file, reason, verify_zip
 from .optimizer_names import number_parameters
 from .run_files import error_line
 
-if TYPE_CHECKING:
-    from torch.distributed.checkpoint.metadata import Metadata
-
 __all__ = [
+    "CHECKSUMS",
     "METADATA_NAME",
     "REST_NAME",
     "TENSOR_PARTS",
     "Outline",
-    "alone",
+    "check_parts",
+    "load_tensors",
     "optimizer_part",
     "read_folder",
     "read_outline",
-    "read_rest",
+    "save_tensors",
     "split_parts",
 ]
 
 METADATA_NAME = ".metadata"
 REST_NAME = "meta.pt"
 
+CHECKSUMS = "checksums"
+"""Entry of `meta.pt`: size in bytes and CRC-32 of each of the other files."""
+
 TENSOR_PARTS = ("state_dict", "current_model_state")
 """Parts of a checkpoint that hold tensors by name, beside the optimizers."""
 
 _ALIASES = {"model": "state_dict"}  # the name under FSDP1
 
-_SAFE_CLASSES = {
+_OUTLINE_CLASSES = {
+    *(("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
     ("pathlib", "PosixPath"),
     ("pathlib", "WindowsPath"),
     ("pathlib._local", "PosixPath"),
     ("pathlib._local", "WindowsPath"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "Metadata"),
+    ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
+    ("torch.distributed.checkpoint.metadata", "StorageMeta"),
+    ("torch.distributed.checkpoint.metadata", "TensorProperties"),
+    ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
 }
 
 
@@ -59,20 +79,21 @@ class Outline:
 
     Args:
         metadata: As torch reads it.
+        rest: What the checkpoint holds beside tensors.
+        checks: By the name of each file with tensors, what `check_parts` compares.
     """
 
-    def __init__(self, metadata: Metadata) -> None:
+    def __init__(self, metadata: Metadata, rest: dict[str, Any], checks: Mapping[str, Any]) -> None:
         self.entries = metadata.state_dict_metadata
+        self.rest, self.checks = rest, checks
         self.paths: dict[str, tuple[Any, ...]] = {}
         for key in self.entries:
-            part, *rest = metadata.planner_data[key]
-            self.paths[key] = (_ALIASES.get(part, part), *rest)
+            part, *rest_of_path = metadata.planner_data[key]
+            self.paths[key] = (_ALIASES.get(part, part), *rest_of_path)
         self.parts = {path[0] for path in self.paths.values()}
 
     def empty(self, key: str, device: str) -> Tensor | None:
         """A tensor without values; None for what is no tensor."""
-        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
         entry = self.entries[key]
         if not isinstance(entry, TensorStorageMetadata):
             return None
@@ -86,51 +107,188 @@ class Outline:
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
-def read_outline(folder: Path) -> Outline:
-    """The outline of a folder that is whole.
+def read_outline(folder: Path, *, weights_only: bool | None = None) -> Outline:
+    """The outline of a folder that is whole: `meta.pt` and `.metadata` are as they were saved, and no file is short.
+
+    Args:
+        folder: The folder.
+        weights_only: As for `read_file`, of `meta.pt`.
 
     Raises:
-        ValueError: A file is missing, cut off or of another kind; the message names it.
+        ValueError: A file is missing, cut off, damaged or of another kind; the message names it.
     """
     for name in (METADATA_NAME, REST_NAME):
         if not (folder / name).is_file():
             raise _broken(folder, f"it has no {name}")
     try:
-        with (folder / METADATA_NAME).open("rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-        sizes: dict[str, int] = {}
+        rest = read_file(folder / REST_NAME, weights_only=weights_only)
+    except ValueError as error:
+        raise _broken(folder, f"{REST_NAME}: {reason(error.__cause__ or error)}", REST_NAME) from error
+    checksums = rest.pop(CHECKSUMS, None) if isinstance(rest, dict) else None
+    with (folder / REST_NAME).open("rb") as file:
+        if not has_checksum(file):
+            checksums = None  # another program has copied them from the folder that it went on from
+    if checksums is not None:
+        _check_file(folder, METADATA_NAME, checksums.get(METADATA_NAME, (0, "")))
+    try:
+        metadata = _read_metadata(folder)
+        slices: dict[str, list[tuple[int, int]]] = {}
         for part in metadata.storage_data.values():
-            sizes[part.relative_path] = max(sizes.get(part.relative_path, 0), part.offset + part.length)
-        outline = Outline(metadata)
+            slices.setdefault(part.relative_path, []).append((part.offset, part.length))
+        outline = Outline(metadata, rest, slices if checksums is None else checksums)
+        for part in outline.parts:
+            outline.shapes(part)
+        sizes = {name: max(offset + length for offset, length in found) for name, found in slices.items()}
+        if foreign := [name for name in sizes if Path(name).name != name]:
+            raise ValueError(f"it names {foreign[0]!r}, which is no file of the folder")
     except Exception as error:  # unpickling other bytes may raise anything
-        raise _broken(folder, f"{METADATA_NAME} is none of a checkpoint") from error
+        raise _broken(folder, f"{METADATA_NAME} is none of a checkpoint: {reason(error)}", METADATA_NAME) from error
     for name, size in sorted(sizes.items()):
         if not (folder / name).is_file():
             raise _broken(folder, f"{name} is missing")
-        if (found := (folder / name).stat().st_size) < size:
-            raise _broken(folder, f"{name} has {found} bytes of {size}")
+        _check_size(folder, name, size)
     if "state_dict" not in outline.parts:
         raise ValueError(f"{folder} is no checkpoint of a training: it has no weights under 'state_dict'")
+    if not isinstance(rest, dict) or "pytorch-lightning_version" not in rest:
+        raise ValueError(f"{folder} is no checkpoint of a training: {REST_NAME} names no version of Lightning")
     return outline
 
 
-def read_rest(folder: Path, *, weights_only: bool | None) -> dict[str, Any]:
-    """What a checkpoint folder holds beside tensors.
+def check_parts(folder: Path, checks: Mapping[str, Any], *, rank: int = 0, world_size: int = 1) -> None:
+    """Compare the checksums of the files with tensors; each of several ranks takes its share of them.
+
+    Args:
+        folder: The folder.
+        checks: Of its outline.
+        rank: Number of this rank.
+        world_size: How many ranks there are.
 
     Raises:
-        ValueError: It cannot be read, or no training saved it.
+        ValueError: A file is not as it was saved; the message names it.
+    """
+    for name in sorted(checks.keys() - {METADATA_NAME})[rank::world_size]:
+        _check_file(folder, name, checks[name])
+
+
+def _check_file(folder: Path, name: str, expected: Any) -> None:
+    """Compare a file with its size and checksum, or the archives in it, by their slices, with their own."""
+    told = f"{name} is none of a checkpoint: " if name == METADATA_NAME else f"{name}: "
+    if not (folder / name).is_file():
+        raise _broken(folder, f"{name} is missing")
+    with (folder / name).open("rb") as file:
+        if isinstance(expected, list):
+            for offset, length in expected:
+                file.seek(offset)
+                archive = io.BytesIO(file.read(length))
+                try:
+                    verify_zip(archive)
+                except Exception as error:
+                    raise _broken(folder, told + error_line(error), name) from error
+            return
+        size, checksum = expected
+        if name != METADATA_NAME:
+            _check_size(folder, name, size)
+        if checksum_of(file, size) != checksum or file.read(1):
+            raise _broken(folder, f"{told}its checksum is not the one that it was saved with", name)
+
+
+def _check_size(folder: Path, name: str, size: int) -> None:
+    if (found := (folder / name).stat().st_size) < size:
+        raise _broken(folder, f"{name} has {found} bytes of {size}", name)
+
+
+def _read_metadata(folder: Path) -> Metadata:
+    with (folder / METADATA_NAME).open("rb") as file:
+        metadata: Metadata = ExactUnpickler(file, _OUTLINE_CLASSES).load()
+    return metadata
+
+
+def save_tensors(tensors: dict[str, Any], folder: Path, *, alone: bool = False) -> dict[str, tuple[int, str]]:
+    """Write this rank's parts of tensors into a folder.
+
+    Args:
+        tensors: State dicts by the names of their parts.
+        folder: The new folder.
+        alone: Write all, without a process group.
+
+    Returns:
+        Size and checksum of each file that this rank has written.
+
+    Raises:
+        OSError: The disk is full, say; on all ranks, wherever it arose.
+    """
+    writer = FileSystemWriter(folder)
+    writer.fs = files = _ChecksummedFiles()
+    try:
+        with _quiet():
+            save(tensors, storage_writer=writer, no_dist=alone)
+    except CheckpointException as error:  # the same on all ranks, wherever it arose
+        cause, _ = next(iter(error.failures.values()))
+        raise OSError(error_line(cause)) from error
+    return files.written
+
+
+def load_tensors(values: dict[str, Any], folder: Path, *, alone: bool = False) -> None:
+    """Read what `values` names from a folder, each rank its shards; nothing in the folder runs code.
+
+    Args:
+        values: State dicts, or entries by their keys; changed in place.
+        folder: A folder that is whole.
+        alone: Read without a process group.
+
+    Raises:
+        ValueError: The content cannot be read; on all ranks, wherever it arose.
     """
     try:
-        rest: Any = torch.load(folder / REST_NAME, map_location="cpu", weights_only=weights_only)
-    except Exception as error:  # unpickling other bytes may raise anything
-        raise _broken(folder, f"{REST_NAME}: {error_line(error)}") from error
-    if not isinstance(rest, dict) or "pytorch-lightning_version" not in rest:
-        raise ValueError(f"{folder} is no checkpoint of a training: {REST_NAME} names no version of Lightning")
-    return rest
+        with _quiet():
+            load(values, storage_reader=_Reader(folder), planner=_Planner(), no_dist=alone)
+    except (Exception, CheckpointException) as error:  # of many kinds, though all files are there
+        cause: BaseException = error
+        if isinstance(error, CheckpointException):
+            cause, _ = next(iter(error.failures.values()))
+        raise _broken(folder, reason(cause)) from error
+
+
+class _ChecksummedFiles(FileSystem):
+    """Files that torch writes, with their sizes and checksums by name."""
+
+    def __init__(self) -> None:
+        self.written: dict[str, tuple[int, str]] = {}
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        with super().create_stream(path, mode) as file:
+            stream = ChecksummedStream(file)  # type: ignore[arg-type]
+            try:
+                yield stream
+            except RuntimeError as error:
+                raise stream.error or error from error
+        self.written[Path(path).name] = (stream.size, stream.checksum)
+
+    def rename(self, path: Any, new_path: Any) -> None:
+        super().rename(path, new_path)
+        self.written[Path(new_path).name] = self.written.pop(Path(path).name)
+
+
+class _Reader(FileSystemReader):
+    """Unpickles the classes of an outline, where torch's own does any."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return _read_metadata(Path(self.path))
+
+
+class _Planner(DefaultLoadPlanner):
+    """Loads what is no tensor without running code, where torch's own loads anything."""
+
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        plain = io.BytesIO()
+        torch.save(torch.load(value, weights_only=True), plain)
+        plain.seek(0)
+        super().load_bytes(read_item, plain)
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Without torch's warning that there is no process group: one process is what is meant."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -154,21 +312,15 @@ def read_folder(folder: Path, *, weights_only: bool | None = None) -> dict[str, 
 
     Args:
         folder: The folder.
-        weights_only: As for `torch.load`, of the part that holds no tensors.
+        weights_only: As for `read_file`, of the part that holds no tensors.
 
     Raises:
         ValueError: The folder is not whole, or its content cannot be read.
     """
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    outline, checkpoint = read_outline(folder), read_rest(folder, weights_only=weights_only)
+    outline = read_outline(folder, weights_only=weights_only)
+    check_parts(folder, outline.checks)
     values: dict[str, Any] = {key: outline.empty(key, "cpu") for key in outline.entries}
-    try:
-        with alone():
-            load(values, checkpoint_id=folder, no_dist=True)
-    except (Exception, CheckpointException) as error:  # of many kinds, though all files are there
-        raise _broken(folder, error_line(error)) from error
+    load_tensors(values, folder, alone=True)
     tree: dict[Any, Any] = {}
     for key, value in values.items():
         *above, last = outline.paths[key]
@@ -180,7 +332,7 @@ def read_folder(folder: Path, *, weights_only: bool | None = None) -> dict[str, 
     while state := tree.pop(optimizer_part(len(states)), None):
         states.append(number_parameters(_with_lists(state)))
     # A checkpoint of weights alone has no list of optimizers, not an empty one.
-    return {**checkpoint, **tree, **({"optimizer_states": states} if states else {})}
+    return {**outline.rest, **tree, **({"optimizer_states": states} if states else {})}
 
 
 def _with_lists(tree: Any) -> Any:
@@ -193,18 +345,8 @@ def _with_lists(tree: Any) -> Any:
     return entries
 
 
-def _broken(folder: Path, what: str) -> ValueError:
+def _broken(folder: Path, what: str, name: str | None = None) -> ValueError:
     return ValueError(
-        f"cannot read the checkpoint {folder}: {what}; the folder is no checkpoint or was cut off. Use another "
-        "checkpoint of the run"
+        f"cannot read the checkpoint {folder}: {what}; {folder / name if name else 'the folder'} is damaged, was cut "
+        "off or is of no checkpoint. Use another checkpoint of the run"
     )
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Reads the classes of an outline, and nothing that could run code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        known = module.startswith("torch.distributed.checkpoint.") or (module, name) in _SAFE_CLASSES
-        if known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong into the outline of a checkpoint")

@@ -20,14 +20,22 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Args:
         path: The file; its folder is made.
+
+    Raises:
+        OSError: The disk is full, say; an older file at `path` is untouched.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield beside
         beside.replace(path)
+    except OSError as error:
+        if error.strerror is None:  # it says more than the system
+            raise
+        raise OSError(f"cannot write {path}: {error.strerror}; free space there, or choose another folder") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -37,8 +45,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def error_line(error: BaseException) -> str:
-    """What an error says, on one line of at most 200 characters."""
-    return " ".join(str(error).split())[:200]
+    """What an error says, on one line of at most 200 characters; its kind, where it says nothing."""
+    told = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(told.split())[:200] or type(error).__name__
 
 
 def save_figure(figure: Figure, path: Path) -> None:

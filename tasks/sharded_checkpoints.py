@@ -6,14 +6,26 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import torch.distributed
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .checkpoint_folder import REST_NAME, TENSOR_PARTS, optimizer_part, read_outline, read_rest, split_parts
-from .checkpoint_io import cannot_save, read_file, write_synced
+from .checkpoint_file import read_file, write_file
+from .checkpoint_folder import (
+    CHECKSUMS,
+    REST_NAME,
+    TENSOR_PARTS,
+    check_parts,
+    load_tensors,
+    optimizer_part,
+    read_outline,
+    save_tensors,
+    split_parts,
+)
+from .checkpoint_io import cannot_save, check_checkpoint
 from .in_place import beside, put_in_place, remove
 from .optimizer_names import drop_unsaved, name_parameters, number_parameters
 
@@ -34,15 +46,8 @@ class _Unread(dict[str, Tensor]):
 
     def fill(self, own: dict[str, Any]) -> dict[str, Any]:
         """Read this rank's shards into `own`, a state dict of DTensors."""
-        from torch.distributed.checkpoint.api import CheckpointException
-        from torch.distributed.checkpoint.state_dict_loader import load
-
         state = {self.part: own}
-        try:
-            load(state, checkpoint_id=self.folder)
-        except CheckpointException as error:  # the same on all ranks, wherever it arose
-            cause, _ = next(iter(error.failures.values()))
-            raise ValueError(f"cannot read the checkpoint {self.folder}: {' '.join(str(cause).split())}") from error
+        load_tensors(state, self.folder)
         return state[self.part]
 
 
@@ -84,27 +89,20 @@ class AtomicFolderCheckpoint(ModelParallelStrategy):
             self._on_rank_zero(lambda: self.checkpoint_io.save_checkpoint(checkpoint, target))
 
     def _save_folder(self, checkpoint: dict[str, Any], target: Path) -> None:
-        from torch.distributed.checkpoint.api import CheckpointException
-        from torch.distributed.checkpoint.state_dict_saver import save
-
         tensors, rest = split_parts(checkpoint)
         folder = Path(self.broadcast(str(beside(target))))
+
+        def finish() -> None:
+            write_file({**rest, CHECKSUMS: checksums}, folder / REST_NAME)
+            put_in_place(folder, target)
+
         try:
             self._on_rank_zero(lambda: folder.mkdir(parents=True, exist_ok=True))
-            try:
-                save(tensors, checkpoint_id=folder)
-            except CheckpointException as error:  # the same on all ranks, wherever it arose
-                cause, _ = next(iter(error.failures.values()))
-                raise cannot_save(target, cause) from error
-
-            def finish() -> None:
-                try:
-                    write_synced(rest, folder / REST_NAME)
-                    put_in_place(folder, target)
-                except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-                    raise cannot_save(target, error) from error
-
+            written = self._from_all_ranks(save_tensors(tensors, folder))
+            checksums = {name: told for of_rank in written for name, told in of_rank.items()}
             self._on_rank_zero(finish)
+        except OSError as error:
+            raise _on_all_ranks(cannot_save(target, error)) from error
         finally:
             if self.is_global_zero:
                 remove(folder)
@@ -113,18 +111,26 @@ class AtomicFolderCheckpoint(ModelParallelStrategy):
         """The checkpoint without the values of its tensors, but for a full file on rank zero, which maps it.
 
         Raises:
-            ValueError: On all ranks, where the first finds the checkpoint cut off or foreign.
+            ValueError: On all ranks, where one finds the checkpoint damaged, cut off or foreign.
         """
         path = Path(self.broadcast(checkpoint_path))
         mapped: dict[str, Any] = {}
 
-        def read() -> dict[str, Any]:
+        def read() -> tuple[dict[str, Any], Mapping[str, Any]]:
             if path.is_dir():
                 return _outline_folder(path, weights_only)
-            mapped.update(read_file(path, weights_only=weights_only))
-            return _outline_file(mapped)
+            mapped.update(check_checkpoint(read_file(path, weights_only=weights_only, mmap=True), path))
+            return _outline_file(mapped), {}
 
-        return {**self._on_rank_zero(read), **mapped}
+        checkpoint, checks = self._on_rank_zero(read)
+        failure: str | None = None
+        try:
+            check_parts(path, checks, rank=self.global_rank, world_size=self.world_size)
+        except (OSError, ValueError) as error:
+            failure = str(error)
+        if told := [found for found in self._from_all_ranks(failure) if found is not None]:
+            raise _on_all_ranks(ValueError(told[0]))
+        return {**checkpoint, **mapped}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load the weights under `state_dict`, each rank its shards."""
@@ -182,14 +188,27 @@ class AtomicFolderCheckpoint(ModelParallelStrategy):
         result, failure = self.broadcast((result, failure))
         if failure is not None:
             kind, message = failure
-            shared: Any = kind(message)
-            shared.is_on_all_ranks = True  # the command line tells it once
-            raise shared
+            raise _on_all_ranks(kind(message))
         return cast("T", result)
 
+    def _from_all_ranks(self, value: T) -> list[T]:
+        """What each rank has, by rank."""
+        values: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
+            torch.distributed.all_gather_object(values, value)
+        return values
 
-def _outline_folder(path: Path, weights_only: bool | None) -> dict[str, Any]:
-    outline, checkpoint = read_outline(path), read_rest(path, weights_only=weights_only)
+
+def _on_all_ranks(error: T) -> T:
+    """Mark an error that every rank raises: the command line tells it once."""
+    cast("Any", error).is_on_all_ranks = True
+    return error
+
+
+def _outline_folder(path: Path, weights_only: bool | None) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """The checkpoint without the values of its tensors, and what is left to check."""
+    outline = read_outline(path, weights_only=weights_only)
+    checkpoint = dict(outline.rest)
     for part in TENSOR_PARTS:
         if part in outline.parts:
             checkpoint[part] = _Unread(path, part, outline.shapes(part))
@@ -198,7 +217,7 @@ def _outline_folder(path: Path, weights_only: bool | None) -> dict[str, Any]:
         states.append(_Unread(path, part, outline.shapes(part)))
     if states:
         checkpoint["optimizer_states"] = states
-    return checkpoint
+    return checkpoint, outline.checks
 
 
 def _outline_file(checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -8,14 +8,10 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from filelock import BaseFileLock
+from ..run_folder import LOCK_NAME, lock_run
 
 __all__ = ["GRACE_SECONDS", "LOCK_NAME", "guard", "guarded", "wait_until_free"]
-
-LOCK_NAME = ".running.lock"
 
 GRACE_SECONDS = 120.0
 """Time to finish a step and save a checkpoint, before a run that was asked to stop is killed."""
@@ -47,36 +43,16 @@ def guard() -> None:
     if pipe is None or folder is None:
         return
     threading.Thread(target=_stop_with_parent, args=(int(pipe),), daemon=True).start()
-    _keep.append(_lock(Path(folder)))
+    lock_run(Path(folder), wait=GRACE_SECONDS + 30)
 
 
 def wait_until_free(folder: Path) -> None:
     """Wait until a run that a killed comparison left behind has saved its checkpoint.
 
-    Its claim of the folder goes too: by then its process number may be that of another, living process.
-
     Raises:
         ValueError: It does not end.
     """
-    from ..run_folder import CLAIM_NAME
-
-    lock = _lock(folder)
-    (folder / CLAIM_NAME).unlink(missing_ok=True)
-    lock.release()
-
-
-_keep: list[BaseFileLock] = []  # a lock that is collected is released
-
-
-def _lock(folder: Path) -> BaseFileLock:
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder / LOCK_NAME)
-    try:
-        lock.acquire(timeout=GRACE_SECONDS + 30)
-    except Timeout:
-        raise ValueError(f"{folder}: another process still trains there; end it, or wait for it") from None
-    return lock
+    lock_run(folder, wait=GRACE_SECONDS + 30).release()
 
 
 def _stop_with_parent(pipe: int) -> None:

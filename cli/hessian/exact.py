@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_adam_mini.hessian.block_diagonality import candidate_cuts, exact_scores, tau
 from lightning_adam_mini.hessian.exact import dense_block
 
+from ...tasks.checkpoint_file import write_file
 from ...tasks.run_files import replacing
 from .memory import check_all, dense_bytes_of
 from .pictures import draw_hessians, drawn
@@ -97,5 +98,5 @@ def run(options: Namespace) -> None:
     caption = f"Absolute entries of the dense Hessians, each up to its 99th percentile{part}"
     report.pictures["hessians"] = (caption, draw_hessians(shown))
     with replacing(path := options.out / "hessians.pt") as beside:
-        torch.save(dense, beside)
+        write_file(dense, beside)
     report.tell([path, *report.write("exact.json", {"blocks": figures})])

@@ -58,7 +58,11 @@ def only_one(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Write a file so that others see all of it or none."""
+    """Write a file so that others see all of it or none.
+
+    Raises:
+        OSError: The disk is full, say; the message names the file.
+    """
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         with temporary.open("xb") as file:
@@ -66,8 +70,11 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.strerror and error.filename is None:
+            told = f"cannot write {path}: {error.strerror}; free space there, or choose another cache folder"
+            raise OSError(told) from error
         raise
 
 

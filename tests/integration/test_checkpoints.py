@@ -1,15 +1,21 @@
 """Faults: signals, kills, full disks, and checkpoints that do not fit. Nothing that was saved is lost."""
 
+import json
 import os
 import resource
 import signal
+import subprocess
+import sys
+import time
 from contextlib import contextmanager
 from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from lightning_adam_mini.cli.main import main
 from lightning_adam_mini.tasks.checkpoint_io import AtomicCheckpointIO
 from lightning_adam_mini.tasks.metrics_file import read_metrics
 from tiny_runs import assert_same_state, checkpoint, error_line, interrupt_in_training, run, start
@@ -124,7 +130,7 @@ def test_a_full_disk_while_saving(work_dir, capsys):
         assert run("fit", *options) == 1
     line = error_line(capsys)
     assert "cannot save the checkpoint" in line
-    assert "free space or set another --run_dir. Earlier checkpoints are untouched" in line
+    assert "File too large; free space or set another --run_dir. Earlier checkpoints are untouched" in line
     assert not leftovers(work_dir / "run")
     assert_same_state(checkpoint("run"), before)
     assert run("fit", *options) == 0
@@ -167,6 +173,135 @@ def test_a_file_that_is_no_checkpoint(work_dir, capsys):
     assert "cannot read the checkpoint" in error_line(capsys)
     assert run("fit", "--run_dir", "run", "--ckpt_path", "run/checkpoints/best-step=10.ckpt", *TO_20) == 0
     assert checkpoint("run")["global_step"] == 20
+
+
+def assert_all_refuse(path, told, capsys):
+    """Every command that reads a checkpoint says what it is about this one, and which."""
+    for command, *options in (
+        ("fit", "--ckpt_path", path, *TO_20),
+        ("validate", "--ckpt_path", path),
+        ("test", "--ckpt_path", path),
+        ("predict", "--ckpt_path", path),
+    ):
+        assert run(command, "--run_dir", path.parts[0], *options) == 1, command
+        line = error_line(capsys)
+        assert told in line, command
+        assert str(path) in line
+    for arguments in (
+        ["export", path.parts[0], "--ckpt_path", path],
+        ["convert", path, "--out", "new.ckpt"],
+        ["hessian", "js", "tiny.yaml", "--ckpt_path", path],
+    ):
+        assert main(list(map(str, arguments))) == 1, arguments
+        line = error_line(capsys)
+        assert told in line, arguments
+        assert str(path) in line
+
+
+def test_no_command_takes_a_damaged_checkpoint(work_dir, capsys):
+    assert run("fit", "--run_dir", "run") == 0
+    path = Path("run/checkpoints/last.ckpt")
+    data = bytearray(path.read_bytes())
+    data[data.index(checkpoint("run")["state_dict"]["model.lm_head.weight"].numpy().tobytes()) + 2] ^= 1
+    path.write_bytes(data)
+    assert_all_refuse(path, "its checksum is not the one that it was saved with", capsys)
+
+
+@pytest.mark.slow
+def test_no_command_runs_what_a_checkpoint_holds(work_dir, capsys):
+    assert run("fit", "--run_dir", "run") == 0
+    path = Path("run/checkpoints/last.ckpt")
+    torch.save({**checkpoint("run"), "loops": Payload()}, path)
+    assert_all_refuse(path, "to load what no checkpoint needs could run code", capsys)
+    assert not Path("harmed").exists()
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("touch harmed",)
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from lightning_adam_mini.cli.run_folder import lock_run
+lock_run(Path("run"))
+print(flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_fit_in_a_run_folder_is_refused_and_others_are_not(work_dir, capsys):
+    assert run("fit", "--run_dir", "run") == 0
+    before = (work_dir / "run" / "metrics.jsonl").read_text()
+    other = subprocess.Popen([sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with other:
+        other.stdout.readline()
+        for options in (["--ckpt_path", "last", *TO_20], []):
+            assert run("fit", "--run_dir", "run", *options) == 1
+            line = error_line(capsys)
+            assert f"run: another process still trains there (process {other.pid} on " in line
+            assert "wait for it, end it, or choose another --run_dir" in line
+        assert (work_dir / "run" / "metrics.jsonl").read_text() == before
+        assert run("validate", "--run_dir", "run", "--ckpt_path", "last") == 0
+        other.kill()
+    assert run("fit", "--run_dir", "run", "--ckpt_path", "last", *TO_20) == 0
+
+
+@pytest.mark.slow
+def test_of_two_fits_that_start_together_one_trains(work_dir):
+    assert run("fit", "--run_dir", "run") == 0
+    options = ["fit", "--config", "tiny.yaml", "--run_dir", "run", "--ckpt_path", "last", "--trainer.max_steps", 300]
+    processes = [start(*options) for _ in range(3)]
+    ends = [process.communicate(timeout=300)[1] for process in processes]
+    assert sorted(process.returncode for process in processes) == [0, 1, 1], ends
+    assert sum("another process still trains there" in err for err in ends) == 2
+    steps = [json.loads(row)["step"] for row in (work_dir / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+    assert len(list((work_dir / "run" / "checkpoints").glob("best*"))) == 1
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_blocks_no_other(work_dir):
+    """Nor do the processes that read for it."""
+    options = ["--run_dir", "run", "--data.num_workers", 1]
+    process = start("fit", "--config", "tiny.yaml", *options, "--trainer.max_steps", 100_000)
+    while not Path("run/checkpoints/last.ckpt").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.kill()
+    process.communicate(timeout=60)
+    step = checkpoint("run")["global_step"]
+    assert run("fit", *options, "--ckpt_path", "last", "--trainer.max_steps", step + 5) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounts a small disk")
+def test_a_small_disk_is_told_wherever_it_is_full(work_dir, capsys):
+    """No space left on device, with the folder; what was saved before is whole."""
+    assert run("fit", "--run_dir", "whole") == 0
+    num_bytes = sum(path.stat().st_size for path in Path("whole").rglob("*") if path.is_file())
+    Path("disk").mkdir()
+    for part in (0.01, 0.03, 0.1, 0.4, 0.6, 0.8, 0.95):
+        size = int(part * num_bytes)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", "disk"], check=True)
+        try:
+            capsys.readouterr()
+            assert run("fit", "--run_dir", "disk/run") == 1
+            line = error_line(capsys)
+            assert "No space left on device" in line, (part, line)
+            assert "disk/run" in line, (part, line)
+            for path in Path("disk/run").rglob("*.ckpt"):
+                AtomicCheckpointIO().load_checkpoint(path)
+        finally:
+            subprocess.run(["umount", "--lazy", "disk"], check=True)
+
+
+def test_the_bar_of_a_resumed_run_ends_with_it(work_dir, capsys):
+    """Lightning would set the batches so far against the steps that are left."""
+    bar = ["--trainer.enable_progress_bar", True, "--trainer.accumulate_grad_batches", 2]
+    for number, options in ((20, []), (24, ["--trainer.max_steps", 12, "--ckpt_path", "last"])):
+        assert run("fit", "--run_dir", "run", *bar, *options) == 0
+        assert f" {number}/{number} " in capsys.readouterr().out
 
 
 OTHERS = [

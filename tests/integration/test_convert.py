@@ -1,6 +1,8 @@
 """`adam-mini convert`: what it writes, `adam-mini fit` continues from."""
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -79,6 +81,61 @@ def test_a_run_with_adamw_continues_with_adam_mini_at_half_the_state(work_dir, t
     assert all(abs(ours[step] - theirs[step]) < 0.2 for step in (12, 13, 14)), (ours, theirs)
     assert {int(entry["step"]) for entry in state_of(checkpoint("next"))["state"].values()} == {14}
     assert not list(work_dir.rglob(".*.tmp"))
+
+
+def printed_command(capsys):
+    """The arguments of the command that `convert` has printed."""
+    (command,) = re.findall(r"continue with adam-mini (.*)", capsys.readouterr().out)
+    return shlex.split(command)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "target"),
+    [([], "new.ckpt"), (["--to", "adamw", "--to", "folder"], "of mine & yours")],
+)
+def test_the_command_that_is_printed_trains_on(work_dir, trained, capsys, arguments, target):
+    """As printed, also where the run was over."""
+    assert main(["convert", str(trained / "mini"), "--out", target, *arguments]) == 0
+    command = printed_command(capsys)
+    assert command[-2:] == ["--trainer.max_steps", "20"]
+    assert main(command) == 0
+    run_dir = Path("runs") / Path(target).stem
+    assert [path.name for path in Path("runs").iterdir()] == [run_dir.name], "not the name of a file"
+    assert list(read_metrics(run_dir)["train_loss"]) == [12, 14, 16, 18, 20]
+    assert load(run_dir / "checkpoints" / "last.ckpt")["global_step"] == 20
+    assert main(["convert", str(trained / "mini"), "--out", target, *arguments, "--overwrite"]) == 0
+    again = printed_command(capsys)
+    assert f"{run_dir}-2" in again, "the folder of the command is free"
+
+
+@pytest.mark.parametrize(
+    ("trainer", "schedule", "saved", "further"),
+    [
+        ({"max_steps": 10}, {}, {"global_step": 10}, ["--trainer.max_steps", "20"]),
+        ({"max_steps": 10}, {"horizon": 10}, {}, ["--trainer.max_steps", "20", "--schedule.horizon", "20"]),
+        ({"max_steps": 10}, {"horizon": 50}, {}, ["--trainer.max_steps", "20"]),
+        ({"max_steps": 11}, {}, {}, []),
+        ({"max_steps": -1, "max_epochs": 4}, {}, {"epoch": 4}, ["--trainer.max_epochs", "8"]),
+        ({"max_epochs": 4}, None, {"epoch": 3}, []),
+        (
+            {"max_epochs": 4},
+            {},
+            {"loops": {"processed": 3, "ready": 4, "is_last": True}},
+            ["--trainer.max_epochs", "8"],
+        ),
+        ({"max_epochs": 4}, {}, {"loops": {"processed": 3, "ready": 4, "is_last": False}}, []),
+        (None, {}, {}, []),
+    ],
+)
+def test_a_run_that_is_over_is_continued_with_more_steps(tmp_path, trainer, schedule, saved, further):
+    from lightning_adam_mini.cli.convert import _further
+
+    if "loops" in saved:
+        loops = dict(saved["loops"])
+        batches = {"is_last_batch": loops.pop("is_last")}
+        saved = {"loops": {"fit_loop": {"epoch_progress": {"current": loops}, "epoch_loop.batch_progress": batches}}}
+    (tmp_path / "config.yaml").write_text(json.dumps({"trainer": trainer, "schedule": schedule}))
+    assert _further(tmp_path / "config.yaml", {"global_step": 10, **saved}) == further
 
 
 def test_back_to_adamw(work_dir, trained):

@@ -2,16 +2,19 @@
 
 import os
 import pickle
+import random
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from lightning_adam_mini.cli.checkpoint_folder import write_folder
 from lightning_adam_mini.cli.run_folder import last_checkpoint, resolve_checkpoint
 from lightning_adam_mini.tasks import in_place
 from lightning_adam_mini.tasks.checkpoint_folder import read_folder, read_outline
-from lightning_adam_mini.tasks.checkpoint_io import AtomicCheckpointIO
+from lightning_adam_mini.tasks.checkpoint_io import AtomicCheckpointIO, verify
 from lightning_adam_mini.tasks.in_place import beside, put_in_place, recover, remove, sweep
 from lightning_adam_mini.tasks.optimizer_names import drop_unsaved, name_parameters, number_parameters
 
@@ -156,16 +159,20 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-class Harm:
+class Payload:
+    """Calls something when it is unpickled."""
+
+    def __init__(self, *call):
+        self.call = call
+
     def __reduce__(self):
-        return os.system, ("touch harmed",)
+        return self.call[0], self.call[1:]
 
 
 BREAKS = {
     r"it has no \.metadata": lambda folder: (folder / ".metadata").unlink(),
     r"it has no meta\.pt": lambda folder: (folder / "meta.pt").unlink(),
     r"\.metadata is none of a checkpoint": lambda folder: cut(folder / ".metadata"),
-    r"metadata is none of a": lambda folder: (folder / ".metadata").write_bytes(pickle.dumps(Harm())),
     r"__0_0\.distcp is missing": lambda folder: (folder / "__0_0.distcp").unlink(),
     r"__0_0\.distcp has \d+ bytes of \d+": lambda folder: cut(folder / "__0_0.distcp"),
     r"meta\.pt: ": lambda folder: cut(folder / "meta.pt"),
@@ -173,15 +180,164 @@ BREAKS = {
 }
 
 
-@pytest.mark.parametrize("message", BREAKS)
-def test_a_folder_that_is_not_whole(folder, message, monkeypatch):
-    monkeypatch.chdir(folder.parent)
-    BREAKS[message](folder)
+def assert_refused(folder, message, load=None):
     with pytest.raises(ValueError, match=message) as told:
-        AtomicCheckpointIO().load_checkpoint(folder, weights_only=True)
+        (load or AtomicCheckpointIO().load_checkpoint)(folder)
     assert str(folder) in str(told.value)
     assert "\n" not in str(told.value)
     assert not Path("harmed").exists()
+
+
+@pytest.mark.parametrize("message", BREAKS)
+def test_a_folder_that_is_not_whole(folder, message):
+    BREAKS[message](folder)
+    assert_refused(folder, message)
+
+
+@pytest.fixture
+def ours(tmp_path):
+    """A folder that this project has written."""
+    state = STATE["optimizer_0"]
+    checkpoint = {"state_dict": STATE["state_dict"], "optimizer_states": [state]}
+    rest = {"global_step": 7, "pytorch-lightning_version": "2"}
+    write_folder(checkpoint | rest, tmp_path / "last.ckpt")
+    return tmp_path / "last.ckpt"
+
+
+@pytest.mark.parametrize("name", [".metadata", "meta.pt", "__0_0.distcp"])
+def test_every_flipped_bit_and_every_cut_of_a_folder_is_found(ours, name):
+    assert AtomicCheckpointIO().load_checkpoint(ours).keys() >= {"state_dict", "optimizer_states", "global_step"}
+    path, draw = ours / name, random.Random(0)
+    data = path.read_bytes()
+    for bit in {draw.randrange(8 * len(data)) for _ in range(100)}:
+        path.write_bytes(data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :])
+        assert_refused(ours, f"{ours}/{name} is damaged")
+    for length in {draw.randrange(len(data)) for _ in range(100)} | {0, 1, len(data) - 1}:
+        path.write_bytes(data[:length])
+        assert_refused(ours, f"{ours}/{name} is damaged")
+    path.write_bytes(data)
+    verify(ours)
+
+
+@pytest.mark.parametrize("name", [".metadata", "meta.pt", "__0_0.distcp"])
+def test_a_file_of_an_earlier_save_is_found(ours, name):
+    """Each is whole by itself, and has the size of the one that belongs there."""
+    earlier = shutil.copytree(ours, ours.with_name("earlier.ckpt"))
+    state = {name: value + 1 for name, value in STATE["state_dict"].items()}
+    checkpoint = {"state_dict": state, "optimizer_states": [STATE["optimizer_0"]]}
+    write_folder(checkpoint | {"global_step": 8, "pytorch-lightning_version": "2"}, ours)
+    assert AtomicCheckpointIO().load_checkpoint(ours)["global_step"] == 8
+    shutil.copy(earlier / name, ours / name)
+    for load in (None, verify):
+        assert_refused(ours, "its checksum is not the one that it was saved with", load)
+
+
+def test_checksums_that_another_program_has_carried_along_are_not_those_of_its_folder(ours, folder):
+    torch.save(torch.load(ours / "meta.pt"), folder / "meta.pt")
+    read = AtomicCheckpointIO().load_checkpoint(folder)
+    assert read.keys() == {"global_step", "pytorch-lightning_version", "state_dict", "optimizer_states"}
+
+
+def test_parts_of_other_programs_are_compared_with_the_checksums_in_their_archives(folder):
+    path = folder / "__0_0.distcp"
+    data = bytearray(path.read_bytes())
+    data[data.index(STATE["state_dict"]["model.weight"].numpy().tobytes()) + 5] ^= 1
+    path.write_bytes(data)
+    assert_refused(folder, "__0_0.distcp: Bad CRC-32 for file")
+
+
+def stack_global(module, name):
+    """A pickle of protocol 4, which leads from a module to any name with dots in it."""
+    texts = [b"\x8c" + bytes([len(text)]) + text.encode() for text in (module, name, "touch harmed")]
+    return b"\x80\x04" + texts[0] + texts[1] + b"\x93" + texts[2] + b"\x85R."
+
+
+OF_TORCH = "torch.distributed.checkpoint"
+HARMS = {
+    "os.system": pickle.dumps(Payload(os.system, "touch harmed")),
+    "eval": pickle.dumps(Payload(eval, "open('harmed', 'w')")),
+    "a module of torch": f"c{OF_TORCH}.filesystem\nos.system\n(Vtouch harmed\ntR.".encode(),
+    "a module that torch imports": stack_global(f"{OF_TORCH}.filesystem", "os.system"),
+    "through a class": stack_global(f"{OF_TORCH}.metadata", "Metadata.__init__.__globals__"),
+    "through the package": stack_global(OF_TORCH, "filesystem.os.system"),
+    "a function of torch": stack_global(f"{OF_TORCH}.filesystem", "_generate_uuid"),
+    "through a dtype": stack_global("torch", "float32.__class__"),
+    "torch.load": stack_global("torch", "load"),
+    "pathlib": stack_global("pathlib", "os.system"),
+    "partial": stack_global("functools", "partial"),
+    "copyreg": stack_global("copyreg", "__newobj__"),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_an_outline_that_would_run_code(folder, monkeypatch, harm):
+    monkeypatch.chdir(folder.parent)
+    (folder / ".metadata").write_bytes(HARMS[harm])
+    for load in (None, verify):
+        assert_refused(folder, "metadata is none of a checkpoint: it asks for .* could run code", load)
+
+
+@pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize("where", ["rest", "part"])
+def test_a_folder_that_would_run_code(folder, monkeypatch, where, forced):
+    """Also in what torch keeps between tensors, which its own planner unpickles whatever it is."""
+    if forced:
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    monkeypatch.chdir(folder.parent)
+    harm = Payload(os.system, "touch harmed")
+    if where == "rest":
+        torch.save({"pytorch-lightning_version": "2", "x": harm}, folder / "meta.pt")
+    else:
+        shutil.move(folder / "meta.pt", folder.parent / "meta.pt")
+        shutil.rmtree(folder)
+        dcp.save({"optimizer_0": {"x": harm}, "state_dict": STATE["state_dict"]}, checkpoint_id=folder, no_dist=True)
+        shutil.move(folder.parent / "meta.pt", folder / "meta.pt")
+    for load in (None, verify):
+        assert_refused(folder, r"could run code", load)
+
+
+def test_an_outline_that_leads_out_of_the_folder(folder):
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    for part in metadata.storage_data.values():
+        part.relative_path = "../elsewhere"
+    shutil.copy(folder / "__0_0.distcp", folder.parent / "elsewhere")
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert_refused(folder, r"it names '\.\./elsewhere', which is no file of the folder")
+
+
+@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata.tmp", "meta.pt"])
+def test_a_full_disk_is_told_as_such(ours, monkeypatch, file):
+    """torch's writer would tell where it stands in the file."""
+    real = Path.open
+
+    def open_full(path, *args, **options):
+        return real(Path("/dev/full") if path.name == file and "w" in args[0] else path, *args, **options)
+
+    before = AtomicCheckpointIO().load_checkpoint(ours)
+    monkeypatch.setattr(Path, "open", open_full)
+    with pytest.raises(OSError, match=f"cannot save the checkpoint {ours}: No space left on device; free space"):
+        write_folder({**before, "optimizer_states": [], "state_dict": {"weight": torch.zeros(100_000)}}, ours)
+    monkeypatch.undo()
+    assert [path.name for path in ours.parent.iterdir()] == ["last.ckpt"]
+    assert AtomicCheckpointIO().load_checkpoint(ours)["global_step"] == 7
+
+
+def test_who_looks_for_a_folder_that_is_being_replaced_does_not_disturb(tmp_path, monkeypatch):
+    target = tmp_path / "last.ckpt"
+    make(target, "folder", "old")
+    make(beside(target), "folder")
+    real = Path.rename
+
+    def rename(path, to):
+        moved = real(path, to)
+        if path == target:
+            assert recover(target)  # by another process, between the two renames
+        return moved
+
+    monkeypatch.setattr(Path, "rename", rename)
+    put_in_place(beside(target), target)
+    assert content(target) == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_a_folder_without_weights(tmp_path):

@@ -258,12 +258,6 @@ def test_finished_runs_of_earlier_versions_are_taken(tmp_path):
     assert job()["status"] == "failed"
 
 
-def test_the_claim_of_a_process_that_has_gone_is_dropped(tmp_path):
-    (tmp_path / ".claim").write_text(str(os.getppid()))  # the number is that of another process by now
-    assert stand_in_job(tmp_path)()["status"] == "done"
-    assert not (tmp_path / ".claim").exists()
-
-
 def test_other_ranks_do_not_outlive_the_first(tmp_path):
     orphan = tmp_path / "orphan"
     code = (

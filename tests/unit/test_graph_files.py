@@ -154,10 +154,14 @@ def test_planetoids_missing_and_damaged_files_are_named(cora, tmp_path):
     [
         (b"no pickle", "UnpicklingError"),
         (b"", "EOFError: Ran out of input"),
-        (b"cno.such.module\nname\n.", "ModuleNotFoundError: No module named 'no'"),
-        (b"cbuiltins\nNotImplementedError\n(tR.", "TypeError"),
-        (b"cbuiltins\neval\n(Vexec('raise RuntimeError')\ntR.", "RuntimeError"),
-        (b"cbuiltins\neval\n(V{}['x']\ntR.", "KeyError: 'x'"),
+        (b"cno.such.module\nname\n.", "UnpicklingError: unsupported class no.such.module.name"),
+        (b"cbuiltins\neval\n(V{}['x']\ntR.", "UnpicklingError: unsupported class builtins.eval"),
+        (b"c__builtin__\neval\n(V{}['x']\ntR.", "UnpicklingError: unsupported class __builtin__.eval"),
+        (
+            b"\x80\x04\x8c\x05numpy\x8c\x0ef2py.os.system\x93\x8c\x04true\x85R.",
+            "UnpicklingError: unsupported class numpy",
+        ),
+        (b"cbuiltins\nlist\n(I1\ntR.", "TypeError"),
     ],
 )
 def test_pickles_that_cannot_be_read_are_told(content, told, cora, tmp_path):

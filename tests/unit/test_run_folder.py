@@ -1,11 +1,26 @@
 """Which folder a run gets, and which checkpoint a `--ckpt_path` means."""
 
+import errno
+import json
 import os
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from lightning_adam_mini.cli.run_folder import choose_run_dir, forget_run_dir, last_checkpoint, resolve_checkpoint
+from lightning_adam_mini.cli.run_folder import (
+    LOCK_NAME,
+    choose_run_dir,
+    forget_run_dir,
+    last_checkpoint,
+    lock_for_run,
+    lock_run,
+    resolve_checkpoint,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -130,18 +145,111 @@ def test_a_path():
         resolve_checkpoint("no.ckpt", run, may_start=True)
 
 
+TRAINING = """
+import os, sys, time
+from pathlib import Path
+from lightning_adam_mini.cli.run_folder import lock_run
+lock_run(Path(sys.argv[1]))
+child = os.fork() if "fork" in sys.argv else 1  # as loaders are
+print(flush=True)
+time.sleep(120 if child else 3)
+"""
+
+
+@contextmanager
+def training_in(folder, *options):
+    """Another process that trains in a folder."""
+    with subprocess.Popen([sys.executable, "-c", TRAINING, folder, *options], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_one_process_trains_in_a_folder():
+    make_run("mine")
+    with training_in("mine") as other:
+        for begin in (lambda: start(run_dir="mine"), lambda: lock_run(Path("mine"))):
+            with pytest.raises(ValueError, match=r"mine: another process still trains there \(process") as told:
+                begin()
+            assert f"(process {other.pid} on {socket.gethostname()}, since 20" in str(told.value)
+            assert "wait for it, end it, or choose another --run_dir" in str(told.value)
+        assert go_on(run_dir="mine") == Path("mine"), "to validate, say"
+    with pytest.raises(ValueError, match="mine holds a run already"):
+        start(run_dir="mine")
+
+
+def test_a_process_that_was_killed_leaves_no_lock():
+    """Nor do its loaders, which see a moment later that it is gone."""
+    with training_in("mine", "fork") as other:
+        os.kill(other.pid, signal.SIGKILL)
+        other.wait()
+    lock_run(Path("mine")).release()
+    loader = f"import fcntl, time; fcntl.flock(open('mine/{LOCK_NAME}'), fcntl.LOCK_EX); print(flush=True); "
+    with subprocess.Popen([sys.executable, "-c", loader + "time.sleep(1)"], stdout=subprocess.PIPE) as orphan:
+        orphan.stdout.readline()
+        told = json.loads(Path("mine/.running.json").read_text())
+        Path("mine/.running.json").write_text(json.dumps(told | {"pid": other.pid}))
+        lock_run(Path("mine")).release()
+
+
+def test_a_process_may_lock_a_folder_again_and_frees_it_at_last():
+    """A run of a comparison has locked its folder before it begins."""
+    outer = lock_run(Path("mine"))
+    start(run_dir="mine")
+    lock_for_run(Path("mine"))
+    forget_run_dir()
+    command = [sys.executable, "-c", TRAINING.replace("120", "0"), "mine"]
+    assert b"another process still trains there" in subprocess.run(command, capture_output=True, check=False).stderr
+    outer.release()
+    assert subprocess.run(command, check=False).returncode == 0
+
+
+def test_a_folder_without_a_word_of_its_holder_is_locked_too():
+    with training_in("mine"):
+        Path("mine/.running.json").write_text("[")
+        with pytest.raises(ValueError, match="mine: another process still trains there; wait for it"):
+            start(run_dir="mine")
+
+
+@pytest.mark.parametrize("error", [NotImplementedError(), OSError(errno.ENOLCK, "No locks available")])
+def test_a_file_system_without_locks_is_told(monkeypatch, error):
+    def refused(*_, **__):
+        raise error
+
+    monkeypatch.setattr("filelock.BaseFileLock.acquire", refused)
+    with pytest.warns(UserWarning, match="mine is on a file system without locks: a second run there"):
+        start(run_dir="mine")
+
+
 def test_runs_that_start_together_get_folders_of_their_own():
-    """A run leaves traces only after its first steps; until then its claim keeps others out."""
-    first = start()
-    (first / ".claim").write_text(str(os.getppid()))  # as if another process, which is alive, had started it
-    assert start() == first.with_name("tiny-2")
-    with pytest.raises(ValueError, match="holds a run already"):
-        start(run_dir=first)
-    (first / ".claim").write_text("999999999")  # that process has died before its first step
-    assert start() == first
+    """A run leaves traces only after its first steps; until then its lock keeps others out."""
+    with training_in("runs/tiny"):
+        assert start() == Path("runs/tiny-2")
+    assert start() == Path("runs/tiny")
 
 
-def test_ranks_of_a_launcher_make_no_claim(monkeypatch):
+@pytest.mark.parametrize("name", ["RANK", "SLURM_PROCID", "NODE_RANK", "GROUP_RANK", "OMPI_COMM_WORLD_RANK"])
+def test_the_first_rank_alone_locks(monkeypatch, name):
+    with training_in("mine"):
+        monkeypatch.setenv(name, "1")
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        assert start(run_dir="mine") == Path("mine"), "its first rank has the lock, maybe"
+        forget_run_dir()
+        monkeypatch.setenv(name, "0")
+        with pytest.raises(ValueError, match="another process still trains there"):
+            start(run_dir="mine")
+
+
+def test_ranks_that_start_together_never_part(monkeypatch):
+    """The second would not know which folder the first has found free."""
+    monkeypatch.setenv("RANK", "0")
+    with training_in("runs/tiny"), pytest.raises(ValueError, match="runs/tiny: another process still trains there"):
+        start()
+
+
+def test_other_ranks_of_a_launcher_leave_no_trace(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     folder = start()
     assert not folder.exists()

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import pickle
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-import torch
-
+from ...checkpoint_file import read_file, write_to
 from ...data.cache import atomic_file, digest, only_one
 from ..graph import Graph
 
@@ -38,7 +36,7 @@ def cached_graph(cache_dir: Path, name: str, key: object, prepare: Callable[[], 
         graph = prepare()
         values = {field.name: getattr(graph, field.name) for field in fields(Graph)}
         with atomic_file(path) as file:
-            torch.save(values, file)
+            write_to(values, file)
     return graph
 
 
@@ -47,7 +45,7 @@ def _read(path: Path) -> Graph | None:
     if not path.exists():
         return None
     try:
-        return Graph(**torch.load(path, weights_only=True))
-    except (OSError, RuntimeError, EOFError, TypeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        log.warning("the prepared graph %s cannot be read and is made again: %s", path, str(error).split("\n")[0])
+        return Graph(**read_file(path))
+    except (OSError, TypeError, ValueError) as error:
+        log.warning("the prepared graph %s cannot be read and is made again: %s", path, error.__cause__ or error)
         return None

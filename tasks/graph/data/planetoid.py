@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ...checkpoint_file import ExactUnpickler
 from ...packages import require
 from ..graph import Graph
 from .graph_cache import cached_graph
@@ -18,14 +19,30 @@ __all__ = ["Planetoid"]
 
 # Features and classes of each.
 _SHAPES = {"Cora": (1433, 7), "CiteSeer": (3703, 6), "PubMed": (500, 3)}
-_PARTS = ("x", "tx", "allx", "y", "ty", "ally", "graph", "test.index")
+_PICKLED = ("x", "tx", "allx", "y", "ty", "ally", "graph")
+_PARTS = (*_PICKLED, "test.index")
+# Sparse matrices, arrays, and a dict of lists, by the names that Python 2 and 3 and each numpy and scipy give them.
+_CLASSES = {
+    *((module, "csr_matrix") for module in ("scipy.sparse.csr", "scipy.sparse._csr")),
+    *(
+        (module, name)
+        for module in ("numpy.core.multiarray", "numpy._core.multiarray")
+        for name in ("_reconstruct", "scalar")
+    ),
+    *((module, name) for module in ("__builtin__", "builtins") for name in ("list", "object")),
+    *((module, "_reconstructor") for module in ("copy_reg", "copyreg")),
+    ("_codecs", "encode"),
+    ("collections", "defaultdict"),
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+}
 
 
 class Planetoid(GraphDataModule):
     """Cora, CiteSeer or PubMed (Yang et al. 2016, arXiv 1603.08861): papers, citations and bags of words.
 
-    The files `ind.cora.x` and so on are those of torch_geometric's `Planetoid(root=path, name=name)`. They are pickles:
-    take them from a source that you trust. Nothing is downloaded.
+    The files `ind.cora.x` and so on are those of torch_geometric's `Planetoid(root=path, name=name)`. They are pickles,
+    and one that holds anything but matrices and lists is refused. Nothing is downloaded.
 
     Args:
         path: Folder that holds `NAME/raw/ind.name.x`, or the raw files themselves.
@@ -91,6 +108,9 @@ class Planetoid(GraphDataModule):
 
         require("scipy", "Planetoid (its files hold scipy's matrices)", extra="graph")
         try:
+            for part in _PICKLED:  # which read_planetoid_data would let run code
+                with (raw / f"ind.{self.graph_name.lower()}.{part}").open("rb") as file:
+                    ExactUnpickler(file, _CLASSES, encoding="latin1").load()
             data = read_planetoid_data(str(raw), self.graph_name.lower())
         except (
             # Of files that are no pickles, and of pickles that other versions of Python and numpy wrote.
