@@ -6,8 +6,9 @@ from functools import partial
 from typing import Any
 
 from ...data.cache import digest, hash_files
+from ...data.splits import Split
 from .module import TokenDataModule, TokenSource
-from .text_cache import TRAINED_TOKENIZER, Split, prepare_text
+from .text_cache import TRAINED_TOKENIZER, prepare_text
 from .tokenizer import MIN_VOCAB_SIZE, load_tokenizer, tokenizer_files
 
 DEFAULT_BPE_VOCAB_SIZE = 2048
