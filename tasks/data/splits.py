@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Literal
 
+from lightning.pytorch.utilities import rank_zero_only
+
 __all__ = ["Split", "check_val_fraction", "choose_parts", "named_parts", "part_of_name", "split_names", "split_of"]
 
-log = logging.getLogger(__name__)
+_say = rank_zero_only(logging.getLogger(__name__).info)
 
 Split = Literal["train", "val"]
 NamedPart = Literal["train", "validation", "test"]
@@ -41,34 +43,35 @@ def part_of_name(name: str) -> NamedPart | None:
     return next((part for part, pattern in _NAMES.items() if pattern.fullmatch(name)), None)
 
 
-def choose_parts(names: Sequence[str], where: Path, *, is_validation: bool = False) -> tuple[list[str], list[str]]:
-    """Of the parts of a data set, those that train, and those that validate: the test part where there is none for it.
+def choose_parts(names: Sequence[str], where: Path, *, is_validation: bool = False) -> dict[NamedPart, list[str]]:
+    """Of the parts of a data set, those for training, validation and test; the test part validates where no other does.
 
-    A part whose name is just the word goes before those that have it among others. What is neither is not read.
+    A part whose name is just the word goes before those that have it among others. Other parts are not read.
 
     Args:
         names: Names of all parts.
         where: The data set, for messages.
         is_validation: Whether the data set is for validation alone.
 
+    Returns:
+        Names of parts by their use.
+
     Raises:
         ValueError: No part is for what is asked.
     """
-    chosen: dict[NamedPart, list[str]] = {}
+    chosen: dict[NamedPart, list[str]] = {"train": [], "validation": [], "test": []}
     for part, words in _WORDS.items():
         exact = [name for word in words.split("|") for name in names if name.lower() == word]
         chosen[part] = exact[:1] or [name for name in names if part_of_name(name) == part]
-    train, val = chosen["train"], chosen["validation"] or chosen["test"]
-    if not (val if is_validation else train):
+    chosen["validation"] = chosen["validation"] or chosen["test"]
+    if not chosen["validation" if is_validation else "train"]:
         wanted = "validation or test" if is_validation else "train"
         raise ValueError(f"{where} has the parts {', '.join(names)}, and none is called {wanted}: rename one.")
-    log.info("Of the parts of %s, %s.", where, _told(train, val, is_validation))
-    return train, val
-
-
-def _told(train: list[str], val: list[str], is_validation: bool) -> str:
-    validates = f"{', '.join(val)} validates" if val else "none validates"
-    return validates if is_validation else f"{', '.join(train)} trains and {validates}"
+    told = [
+        f"{', '.join(own)} for {use}" for use, own in chosen.items() if own and not (is_validation and use == "train")
+    ]
+    _say("%s: %s", where, "; ".join(told))
+    return chosen
 
 
 def named_parts(files: Sequence[Path], root: Path, *, remedy: str) -> dict[str, list[Path]]:

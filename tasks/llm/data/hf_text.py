@@ -93,5 +93,6 @@ class HFText(TextDataModule):
         parts = named_columns(path, column=self.text_column, named_splits=self.named_splits)
         if UNNAMED in parts:
             return parts[UNNAMED], []
-        train, val = choose_parts(list(parts), path, is_validation=is_validation)
-        return [read for name in train for read in parts[name]], [read for name in val for read in parts[name]]
+        chosen = choose_parts(list(parts), path, is_validation=is_validation)
+        train, val = ([read for name in chosen[use] for read in parts[name]] for use in ("train", "validation"))
+        return train, val

@@ -111,8 +111,9 @@ class TextFiles(TextDataModule):
         parts = named_parts(files, path, remedy=_REMEDY) if self.named_splits and path.is_dir() else {}
         if not parts:
             return files, []
-        train, val = choose_parts(list(parts), path, is_validation=is_validation)
-        return [file for name in train for file in parts[name]], [file for name in val for file in parts[name]]
+        chosen = choose_parts(list(parts), path, is_validation=is_validation)
+        train, val = ([file for name in chosen[use] for file in parts[name]] for use in ("train", "validation"))
+        return train, val
 
     def _split_documents(self, files: Sequence[Path]) -> Iterator[tuple[Split, str]]:
         documents = (text for file in files for text in self._read(file))
