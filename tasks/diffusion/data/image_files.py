@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from ...data.cache import default_cache_dir, remember
 from ...data.images import IMAGE_SUFFIXES, find_images, read_image
+from ...data.record import hash_paths
 from ...data.splits import choose_parts, named_parts
 from ...packages import require
 from .module import ImageData, Parts
@@ -79,7 +80,7 @@ class ImageFiles(ImageData):
     """All images in a folder and the folders in it.
 
     Names of folders and files say what is held out, as `datasets` reads them: `train/`, `validation/` (or `val`,
-    `valid`, `dev`) and `test/`. Where they say nothing, a fixed part is held out for validation, chosen by the hashes of
+    `valid`, `dev`) and `test/`. Where they say nothing, a fixed part is held out for validation, chosen by hashes of
     the files' names: the same on every machine.
 
     Args:
@@ -176,6 +177,10 @@ class ImageFiles(ImageData):
             train, val = split_by_name(train, self.val_fraction, root=self.path)
         _say("%s: %d images for training, %d for validation", self.path, len(train), len(val))
         return Parts(self._scaled(train), self._scaled(val), self._scaled(test) if test else None)
+
+    def digest(self, images: ScaledImages) -> str:
+        """See `ImageData.digest`: of names and sizes of the files."""
+        return hash_paths(images.paths, self.path)
 
     def _scaled(self, paths: Sequence[Path]) -> ScaledImages:
         return ScaledImages(paths, image_size=self.image_size, channels=self.channels, crop=self.crop)

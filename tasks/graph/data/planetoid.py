@@ -59,6 +59,11 @@ class Planetoid(GraphDataModule):
         """Topics."""
         return _SHAPES[self.graph_name][1]
 
+    def meaning(self) -> dict[str, Any]:
+        """See `GraphDataModule.meaning`: the vocabulary is the graph's, and the option scales its counts."""
+        own = {"data.name": self.graph_name, "data.normalize_features": self.normalize_features}
+        return {**super().meaning(), **own}
+
     def describe(self) -> str:
         """The graph and its folder."""
         return f"{self.graph_name} in {self.path}"

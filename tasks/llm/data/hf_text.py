@@ -25,8 +25,8 @@ class HFText(TextDataModule):
         val_fraction: Share of the documents for validation, where nothing else says it.
         text_column: The column with the text.
         named_splits: Read parts from names of folders and files; false takes all files for one part.
-        tokenizer: A local `tokenizer.json`, or a local folder with one. By default a byte-level BPE is trained on the
-            training part.
+        tokenizer: A local `tokenizer.json`, or a local folder with one. By default the one of the checkpoint or of
+            `model.init_from`; else a byte-level BPE is trained on the training part.
         vocab_size: Tokens of the BPE that is trained, 2048 by default. With a `tokenizer` the size of the model's
             vocabulary, where that is padded beyond the tokenizer's.
         kwargs: Settings of every token source, see `TokenDataModule`.

@@ -32,8 +32,8 @@ class TextFiles(TextDataModule):
             sources with a `test_x.py`.
         pattern: Names of the files that are taken from a folder: one or a list; by default `*.txt`, `*.md`, `*.py`.
         text_field: Where a JSON record has its text.
-        tokenizer: A local `tokenizer.json`, or a local folder with one. By default a byte-level BPE is trained on the
-            training part.
+        tokenizer: A local `tokenizer.json`, or a local folder with one. By default the one of the checkpoint or of
+            `model.init_from`; else a byte-level BPE is trained on the training part.
         vocab_size: Tokens of the BPE that is trained, 2048 by default. With a `tokenizer` the size of the model's
             vocabulary, where that is padded beyond the tokenizer's.
         kwargs: Settings of every token source, see `TokenDataModule`.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...data.images import read_image
+from ...data.record import hash_paths, hash_tensors
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,6 +36,9 @@ class ImageSet(Protocol):
 
     def name(self, index: int) -> str | int:
         """What predictions call the image: its path or its index."""
+
+    def digest(self) -> str:
+        """A hash that other images, labels or another order change."""
 
 
 class ImageTensors:
@@ -62,6 +66,10 @@ class ImageTensors:
         """The index."""
         return index
 
+    def digest(self) -> str:
+        """See `ImageSet`: of all pixels."""
+        return hash_tensors(self.images, self.labels)
+
 
 class DecodedFiles:
     """Image files, decoded by Pillow.
@@ -70,13 +78,15 @@ class DecodedFiles:
         paths: The files.
         labels: Class number of each; -1 where unknown.
         mode: Pillow's mode, `RGB` or `L`.
+        root: The folder that they lie in.
     """
 
-    def __init__(self, paths: Sequence[str | Path], labels: Sequence[int], mode: str) -> None:
+    def __init__(self, paths: Sequence[str | Path], labels: Sequence[int], mode: str, root: Path) -> None:
         # One array and no list of a million objects, whose counters every worker would write to and so copy.
         self._paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
         self.labels = torch.tensor(labels, dtype=torch.int64)
         self.mode = mode
+        self.root = root
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -87,6 +97,10 @@ class DecodedFiles:
     def name(self, index: int) -> str:
         """The path."""
         return os.fsdecode(self._paths[index])
+
+    def digest(self) -> str:
+        """See `hash_paths`."""
+        return hash_paths([self.name(index) for index in range(len(self))], self.root, self.labels.tolist())
 
 
 class TransformedImages:
