@@ -74,7 +74,7 @@ def choose_parts(names: Sequence[str], where: Path, *, is_validation: bool = Fal
     return chosen
 
 
-def named_parts(files: Sequence[Path], root: Path, *, remedy: str) -> dict[str, list[Path]]:
+def named_parts(files: Sequence[Path], root: Path, what: str, *, remedy: str) -> dict[str, list[Path]]:
     """The part of each file by its name below a folder, as `datasets` reads it.
 
     Files called `data/PART-00000-of-00002.*` decide, with any name of a part; else the names of folders; else those of
@@ -83,6 +83,7 @@ def named_parts(files: Sequence[Path], root: Path, *, remedy: str) -> dict[str, 
     Args:
         files: The files.
         root: The folder, whose own name says nothing.
+        what: What the files are, for the message.
         remedy: What to do about files without a part, for the message.
 
     Returns:
@@ -99,8 +100,8 @@ def named_parts(files: Sequence[Path], root: Path, *, remedy: str) -> dict[str, 
             continue
         if nameless := [file for file, part in found.items() if part is None]:
             raise ValueError(
-                f"Names of files in {root} say {', '.join(known)}, and {nameless[0]} says nothing of the kind"
-                f" ({len(nameless)} such files): {remedy}."
+                f"Some {what} in {root} are called {', '.join(known)}, others not, such as {below[nameless[0]]}: "
+                f"{remedy}."
             )
         return {part: [file for file in files if found.get(file) == part] for part in known}
     return {}

@@ -314,7 +314,7 @@ def _file(name, content):
         (TextFiles, {"path": "no"}, None, FileNotFoundError, "no file or folder .*no, and no download is made"),
         (TextFiles, {"path": "a.txt"}, _file("a.txt", b""), ValueError, r"a\.txt is empty"),
         (TextFiles, {"path": "."}, _file("a.rst", b"x"), FileNotFoundError, r"matches \*\.txt, \*\.md, \*\.py: set `p"),
-        (TextFiles, {"path": "a.txt"}, _file("a.txt", b"ab\xff"), ValueError, r"a\.txt is not UTF-8 text \(line 1, byte 2\)"),
+        (TextFiles, {"path": "a.txt"}, _file("a.txt", b"ab\xff"), ValueError, r"a\.txt is not UTF-8 text \(byte 2\)"),
         (TextFiles, {"path": "a.txt"}, _file("a.txt", b"  \n"), ValueError, "The training part has no text: give more"),
         (
             TextFiles,
@@ -364,7 +364,7 @@ def test_column_that_does_not_exist(tmp_path, cache_dir, tokenizer_json, write):
 
 def test_column_that_is_not_text(tmp_path, cache_dir, tokenizer_json):
     pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"row 2 of .*a\.parquet has a NoneType in 'text', no text"):
+    with pytest.raises(ValueError, match=r"a\.parquet holds a NoneType, not only text"):
         opened(HFText, {"path": str(tmp_path / "a.parquet"), "tokenizer": tokenizer_json}, cache_dir)
 
 
@@ -372,7 +372,7 @@ def test_parts_that_cannot_be_told_apart(tmp_path, cache_dir, tokenizer_json):
     (tmp_path / "mixed").mkdir()
     for name in ("train-0", "more"):
         pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "mixed" / f"{name}.parquet")
-    with pytest.raises(ValueError, match=r"files in .*mixed say train, and .*more\.parquet says nothing of the kind \(1 such"):
+    with pytest.raises(ValueError, match=r"Some parquet files in .*mixed are called train, others not"):
         opened(HFText, {"path": str(tmp_path / "mixed"), "tokenizer": tokenizer_json}, cache_dir)
     datasets.DatasetDict({"a": datasets.Dataset.from_list(RECORDS)}).save_to_disk(tmp_path / "odd")
     with pytest.raises(ValueError, match="has the parts a, and none is called train"):

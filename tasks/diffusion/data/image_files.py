@@ -168,7 +168,7 @@ class ImageFiles(ImageData):
         if (number := len(self._found)) < 2:
             kinds = " ".join(sorted(IMAGE_SUFFIXES))
             raise ValueError(f"{self.path} holds {number} images ({kinds}); at least 2 are needed, one for validation")
-        parts = named_parts(self._found, self.path, remedy=_REMEDY) if self.named_splits else {}
+        parts = named_parts(self._found, self.path, "images", remedy=_REMEDY) if self.named_splits else {}
         train, val, test = self._found, [], []
         if parts:
             chosen = choose_parts(list(parts), self.path)

@@ -69,7 +69,7 @@ def named_columns(path: Path, *, column: str, named_splits: bool = True) -> dict
     files = data_files(path)
     parts: dict[str, list[Path]] = {}
     if named_splits and path.is_dir():
-        parts = _configured_parts(path) or dict(named_parts(files, path, remedy=_REMEDY))
+        parts = _configured_parts(path) or dict(named_parts(files, path, "parquet files", remedy=_REMEDY))
     return {
         name: [partial(_read_parquet, file, column) for file in own]
         for name, own in (parts or {UNNAMED: files}).items()
@@ -162,7 +162,7 @@ def _texts(chunks: Iterator[Any], column: str, path: Path) -> Iterator[str]:
                 raise ValueError(f"The {where} is not UTF-8 text ({error}): mend or remove it.") from error
             if not isinstance(text, str):
                 raise ValueError(
-                    f"The {where} has a {type(text).__name__} in {column!r}, no text: remove such rows, or set"
-                    " `text_column`."
+                    f"The column {column!r} of {path} holds a {type(text).__name__}, not only text (row {row}): filter"
+                    " those rows, or set `text_column`."
                 )
             yield checked_text(text, where)

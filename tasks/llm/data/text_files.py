@@ -108,7 +108,7 @@ class TextFiles(TextDataModule):
     def _parts(self, path: Path, *, is_validation: bool = False) -> tuple[list[Path], list[Path]]:
         """Files of the training part, or all where names say no parts, and of the part for validation."""
         files = find_files(path, patterns=self.patterns)
-        parts = named_parts(files, path, remedy=_REMEDY) if self.named_splits and path.is_dir() else {}
+        parts = named_parts(files, path, "files", remedy=_REMEDY) if self.named_splits and path.is_dir() else {}
         if not parts:
             return files, []
         chosen = choose_parts(list(parts), path, is_validation=is_validation)

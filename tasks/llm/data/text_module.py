@@ -47,6 +47,7 @@ class TextDataModule(TokenDataModule):
         self.tokenizer_spec = tokenizer
         self.wanted_vocab_size = vocab_size
         self.corpus_hash: str | None = None
+        self._told = False
 
     @property
     def planned_vocab_size(self) -> int:
@@ -86,7 +87,12 @@ class TextDataModule(TokenDataModule):
         vocab_size = prepared.vocab_size
         if uses_kept:
             vocab_size = max(vocab_size, self.kept.get("data.vocab_size", self.wanted_vocab_size or 0))
-            _say("the text is encoded by the run's tokenizer of %d tokens; none is trained on it", prepared.vocab_size)
+            if not self._told:  # a trainer prepares, and then sets up
+                _say(
+                    "the text is encoded by the run's tokenizer of %d tokens; none is trained on it",
+                    prepared.vocab_size,
+                )
+            self._told = True
         elif self.tokenizer_spec is not None and self.wanted_vocab_size is not None:
             if self.wanted_vocab_size < vocab_size:
                 raise ValueError(

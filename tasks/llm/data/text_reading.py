@@ -106,9 +106,8 @@ def _decoded(content: bytes, path: Path, *, first_line: int = 1) -> str:
     except UnicodeDecodeError as error:
         before = error.object[: error.start]
         line = first_line + before.count(b"\n")
-        byte = error.start - (before.rfind(b"\n") + 1)
         raise ValueError(
-            f"{path} is not UTF-8 text (line {line}, byte {byte}): convert it, or leave it out by `pattern`."
+            f"{path} is not UTF-8 text (byte {error.start}) in line {line}: convert it, or leave it out by `pattern`."
         ) from error
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -16,20 +15,11 @@ from .transforms import IMAGENET_MEAN, IMAGENET_STD, Transforms
 
 __all__ = ["ImageFolders"]
 
-_PARTS: tuple[Literal["train", "val", "test"], ...] = ("train", "val", "test")
-_PART_NAMES = {
-    "train": ("train", "training"),
-    "val": ("val", "validation", "valid", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
-
 
 class ImageFolders(ImageDataModule):
     """Images in `train/CLASS/` and `val/CLASS/` below one folder; `test/CLASS/` too, where it exists.
 
-    The parts may have the other names of `datasets` (`training`; `validation`, `valid`, `dev`; `testing`, `eval`,
-    `evaluation`). The classes are the folders of `train` in the order of their names; with a checkpoint, those of the
-    run.
+    The classes are the folders of `train` in the order of their names; with a checkpoint, those of the run.
 
     Args:
         root: The folder that holds `train` and `val`.
@@ -73,13 +63,13 @@ class ImageFolders(ImageDataModule):
         if "classes" in self.kept:
             return tuple(self.kept["classes"])
         if not self._classes:
-            self._classes = _folders(self._folder("train"), self.root)
+            self._classes = _folders(self.root / "train", self.root)
         return self._classes
 
     @property
     def planned_num_classes(self) -> int | None:
         """See `ImageDataModule`; None where the folder is not there."""
-        return self.num_classes if self._folder("train").is_dir() else None
+        return self.num_classes if (self.root / "train").is_dir() else None
 
     def open_images(self) -> dict[str, ImageSet]:
         """See `ImageDataModule`.
@@ -90,8 +80,8 @@ class ImageFolders(ImageDataModule):
         """
         mode = "L" if self.channels == 1 else "RGB"
         parts: dict[str, ImageSet] = {}
-        for name in _PARTS:
-            folder = self._folder(name)
+        for name in ("train", "val", "test"):
+            folder = self.root / name
             if name == "test" and not folder.is_dir():
                 continue
             self._check_classes(folder)
@@ -99,13 +89,6 @@ class ImageFolders(ImageDataModule):
             self._check_counts(folder, name, images.labels.bincount(minlength=self.num_classes).tolist())
             parts[name] = images
         return parts
-
-    def _folder(self, part: Literal["train", "val", "test"]) -> Path:
-        """The folder of a part, by any of its names."""
-        found = [self.root / name for name in _PART_NAMES[part] if (self.root / name).is_dir()]
-        if len(found) > 1:
-            raise ValueError(f"{found[0]} and {found[1]} are for the same; move one of them out of {self.root}")
-        return found[0] if found else self.root / part
 
     def _check_counts(self, folder: Path, part: str, counts: list[int]) -> None:
         empty = [name for name, count in zip(self.class_names, counts, strict=True) if not count]
@@ -119,12 +102,12 @@ class ImageFolders(ImageDataModule):
     def _check_classes(self, folder: Path) -> None:
         known, own = set(self.class_names), set(_folders(folder, self.root))
         of_run = "classes" in self.kept
-        whose = "the run" if of_run else self._folder("train")
+        whose = "the run" if of_run else self.root / "train"
         if missing := sorted(known - own):
             remedy = self.other_data if of_run else "give it the same folders"
-            new = f", and a new {min(own - known)!r}" if own - known else ""
+            new = f", and {min(own - known)!r} is none" if own - known else ""
             raise ValueError(
-                f"{folder} has no folder {missing[0]!r}{new} ({len(missing)} such classes of {whose}); {remedy}"
+                f"{folder} has no folder {missing[0]!r} ({len(missing)} such classes of {whose}){new}; {remedy}"
             )
         if unknown := sorted(own - known):
             remedy = self.other_data if of_run else "move its images into the folders of their classes"
