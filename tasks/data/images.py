@@ -7,6 +7,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..run_files import error_line
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -57,7 +59,9 @@ def read_image(path: str | Path, mode: str = "RGB") -> Image:
     except FileNotFoundError as error:
         raise ValueError(f"there is no image {path}: it was removed while the data were in use") from error
     except Exception as error:  # decoders raise of all kinds: struct.error, zlib.error, DecompressionBombError
-        told = " ".join(str(error).split())[:200] or type(error).__name__
+        told = error_line(error)
+        if not isinstance(error, OSError | ValueError | SyntaxError):  # of whose words only some are a sentence
+            told = f"{type(error).__name__}: {told}".removesuffix(": ")
         raise ValueError(f"cannot read the image {path}: {told}; replace the file, or remove it") from error
 
 

@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ...data.splits import named_parts
+from ...run_files import error_line
 from .text_reading import checked_text
 
 if TYPE_CHECKING:
@@ -88,9 +89,8 @@ def _configured_parts(path: Path) -> dict[str, list[Path]]:
         try:
             found = load_dataset_builder(str(path.resolve()), cache_dir=folder).config.data_files
         except Exception as error:  # of many kinds, from the parser of YAML on
-            told = " ".join(str(error).split())[:200]
             raise ValueError(
-                f"Cannot read the configuration in {readme} ({told}): give the folder of one configuration as `path`,"
+                f"Cannot read the configuration in {readme} ({error_line(error)}): give the folder of one configuration as `path`,"
                 " or mend the file."
             ) from error
     return {str(name): [Path(file) for file in files] for name, files in (found or {}).items()}
@@ -132,8 +132,9 @@ def _read_parquet(path: Path, column: str) -> Iterator[str]:
 
 
 def _cannot_read(path: Path, error: Exception) -> ValueError:
-    told = " ".join(str(error).split())[:200]
-    return ValueError(f"Cannot read {path} ({told}): it is damaged or of another kind, fetch or write it again.")
+    return ValueError(
+        f"Cannot read {path} ({error_line(error)}): it is damaged or of another kind, fetch or write it again."
+    )
 
 
 def _check_column(column: str, columns: list[str], path: Path) -> None:
