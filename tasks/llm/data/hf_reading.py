@@ -90,8 +90,8 @@ def _configured_parts(path: Path) -> dict[str, list[Path]]:
             found = load_dataset_builder(str(path.resolve()), cache_dir=folder).config.data_files
         except Exception as error:  # of many kinds, from the parser of YAML on
             raise ValueError(
-                f"Cannot read the configuration in {readme} ({error_line(error)}): give the folder of one configuration as `path`,"
-                " or mend the file."
+                f"Cannot read the configuration in {readme} ({error_line(error)}): give the folder of one configuration"
+                " as `path`, or mend the file."
             ) from error
     return {str(name): [Path(file) for file in files] for name, files in (found or {}).items()}
 

@@ -79,13 +79,12 @@ class TextDataModule(TokenDataModule):
         self.corpus_hash = self.hash_corpus()
         spec, kept = self.tokenizer_spec, self.kept.get(TOKENIZER)
         folder = self._folder(bpe_vocab_size if spec is None else _hash_tokenizer(spec))
-        uses_kept = spec is None and kept is not None and not _was_trained(folder, kept)
-        if uses_kept:
+        if spec is None and kept is not None and not _was_trained(folder, kept):
             spec = keep_tokenizer(kept, self.cache_dir)
             folder = self._folder(_hash_tokenizer(spec))
         prepared = prepare_text(folder, self.documents, tokenizer=spec, bpe_vocab_size=bpe_vocab_size)
         vocab_size = prepared.vocab_size
-        if uses_kept:
+        if self.tokenizer_spec is None and spec is not None:
             vocab_size = max(vocab_size, self.kept.get("data.vocab_size", self.wanted_vocab_size or 0))
             if not self._told:  # a trainer prepares, and then sets up
                 _say(
@@ -93,7 +92,7 @@ class TextDataModule(TokenDataModule):
                     prepared.vocab_size,
                 )
             self._told = True
-        elif self.tokenizer_spec is not None and self.wanted_vocab_size is not None:
+        elif spec is not None and self.wanted_vocab_size is not None:
             if self.wanted_vocab_size < vocab_size:
                 raise ValueError(
                     f"`vocab_size` {self.wanted_vocab_size} is smaller than the {vocab_size} tokens of the tokenizer"
