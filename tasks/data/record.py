@@ -1,6 +1,6 @@
 """What a run keeps of its data: what gives its outputs their meaning, and how the samples can be recognised.
 
-A record is a dict of plain values, in every checkpoint under `data` and in the run folder as `data.json`:
+A record is a dict of plain values, in every checkpoint under `data_record` and in the run folder as `data.json`:
 
 - `kind`: the class of the data module.
 - `meaning`: what an output means, by name: the names of the classes, the tokenizer, the normalisation of pixels.
@@ -36,7 +36,7 @@ __all__ = [
     "write_record",
 ]
 
-KEY = "data"
+KEY = "data_record"
 """Where checkpoints have the record."""
 
 TOKENIZER = "tokenizer"
@@ -82,7 +82,9 @@ def names_differ(what: str, saved: Sequence[str], own: Sequence[str]) -> str:
         if left := [name for name in names if name not in known]:
             told.append(f"{verb} {left[0]!r} ({len(left)} such)" if len(left) > 1 else f"{verb} {left[0]!r}")
     if not told:
-        number = next(at for at, pair in enumerate(zip(saved, own, strict=False)) if pair[0] != pair[1])
+        moved = (at for at, pair in enumerate(zip(saved, own, strict=False)) if pair[0] != pair[1])
+        if (number := next(moved, None)) is None:  # a name that stands twice in one
+            return f"{what}: {len(saved)} in the run, {len(own)} here"
         return f"{what} number {number} is {own[number]!r}, and {saved[number]!r} in the run"
     return f"among the {what} it {' and '.join(told)}"
 

@@ -15,7 +15,7 @@ from tiny_graphs import RECIPE as GRAPH_RECIPE
 from tiny_graphs import make_arrays, write_ogb
 from tiny_images import RECIPE as IMAGE_RECIPE
 from tiny_images import write_tree
-from tiny_runs import checkpoint, error_line, run, write_text
+from tiny_runs import checkpoint, error_line, run, start, write_text
 
 LAST = ["--run_dir", "run", "--ckpt_path", "last"]
 SHORT = ["--trainer.max_steps", 4, "--trainer.val_check_interval", 4]
@@ -55,7 +55,7 @@ def grown(work_dir):
 
 
 def test_a_file_that_is_added_changes_no_token_of_the_run(grown, capsys):
-    before, kept = last_loss(), checkpoint("run")["data"]["meaning"]["tokenizer"]["tokenizer.json"]
+    before, kept = last_loss(), checkpoint("run")["data_record"]["meaning"]["tokenizer"]["tokenizer.json"]
     with pytest.warns(UserWarning, match=r"not quite those of the run \(text changed\): what is held out here may"):
         assert run("validate", *LAST) == 0
     assert last_loss() == before, "the same tokens of the same text"
@@ -93,8 +93,8 @@ def test_a_run_goes_on_with_other_text_only_where_that_is_said(grown, capsys):
         assert run("fit", *more, "--allow_changed_data", "true") == 0
     after = checkpoint("run")
     assert after["global_step"] == 8
-    assert after["data"]["meaning"] == before["data"]["meaning"]
-    assert after["data"]["samples"] != before["data"]["samples"]
+    assert after["data_record"]["meaning"] == before["data_record"]["meaning"]
+    assert after["data_record"]["samples"] != before["data_record"]["samples"]
     assert run("fit", *LAST, "--trainer.max_steps", 12, "--trainer.val_check_interval", 4) == 0, (
         "these are now the run's"
     )
@@ -113,14 +113,14 @@ def test_a_checkpoint_of_an_older_version_is_used_with_one_warning(work_dir):
     assert run("fit", "--run_dir", "run", *SHORT) == 0
     for path in (work_dir / "run" / "checkpoints").glob("*.ckpt"):
         saved = torch.load(path, weights_only=True)
-        del saved["data"]
+        del saved["data_record"]
         torch.save(saved, path)
     for command, options in (("validate", []), ("fit", ["--trainer.max_steps", 8])):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             assert run(command, *LAST, *options) == 0
         assert sum("does not say what its outputs mean" in str(one.message) for one in caught) == 1
-    assert "data" in checkpoint("run")
+    assert "data_record" in checkpoint("run")
 
 
 def test_a_new_run_from_exported_weights_reads_their_tokens(grown, capsys):
@@ -134,6 +134,22 @@ def test_a_new_run_from_exported_weights_reads_their_tokens(grown, capsys):
     options = ["--model.init_from", "run/hf", "--data.tokenizer", "other/tokenizer"]
     assert run("fit", "--run_dir", "third", *options, *SHORT) == 1
     assert "the data are not those of model.init_from run/hf: " in error_line(capsys)
+
+
+@pytest.mark.slow
+def test_ranks_refuse_together_in_one_line(grown):
+    common = ["--config", "tiny.yaml", *LAST, "--trainer.strategy", "ddp", "--trainer.devices", 2]
+    process = start("fit", *common, "--trainer.max_steps", 8)
+    _, told = process.communicate(timeout=300)
+    assert process.returncode == 1
+    (line,) = [line for line in told.splitlines() if "error" in line]
+    assert line.startswith("adam-mini: error: the data corpus and held_out.txt changed since the run began")
+    assert checkpoint("run")["global_step"] == 4
+    before = last_loss()
+    process = start("validate", *common)
+    process.communicate(timeout=300)
+    assert process.returncode == 0
+    assert last_loss() == pytest.approx(before, abs=1e-6)
 
 
 def image_run(folder):
@@ -157,9 +173,10 @@ def _rename(root):
         (root / part / "ant").rename(root / part / "wasp")
 
 
+@pytest.mark.slow
 def test_classes_are_those_of_the_run(work_dir, capsys):
     image_run(work_dir)
-    assert checkpoint("run")["data"]["meaning"]["classes"] == ["ant", "bee", "cat"]
+    assert checkpoint("run")["data_record"]["meaning"]["classes"] == ["ant", "bee", "cat"]
     assert json.loads((work_dir / "run" / "data.json").read_text("utf-8"))["meaning"]["classes"] == [
         "ant",
         "bee",
@@ -182,6 +199,7 @@ def test_classes_are_those_of_the_run(work_dir, capsys):
             assert line in error_line(capsys)
 
 
+@pytest.mark.slow
 def test_normalisation_and_images_are_those_of_the_run(work_dir, capsys):
     image_run(work_dir)
     capsys.readouterr()
@@ -195,6 +213,7 @@ def test_normalisation_and_images_are_those_of_the_run(work_dir, capsys):
     assert "(number of training images: 18 in the run, 17 here)" in error_line(capsys)
 
 
+@pytest.mark.slow
 def test_a_graph_is_that_of_the_run(work_dir, capsys):
     write_ogb(work_dir / "data")
     (work_dir / "graph.yaml").write_text(yaml.safe_dump(GRAPH_RECIPE), "utf-8")

@@ -1,6 +1,7 @@
 """What data keep of their meaning and of their samples, and which other data are refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -214,7 +215,35 @@ def test_folders_take_the_order_of_the_run(tmp_path):
     opened(data)
     assert list(data.class_names) == ["cat", "ant", "bee"]
     assert data.part("val").labels.bincount().tolist() == [2, 1, 1]
-    assert "/cat/" in data.part("val").name(0)
+    assert "/ant/" in data.part("val").name(data.part("val").labels.tolist().index(1))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            lambda part: (part / "aardvark").mkdir(),
+            r"train/aardvark is no class of the run \(1 such folders\); give data of",
+        ),
+        (
+            lambda part: shutil.rmtree(part / "bee"),
+            r"train has no folder 'bee' \(1 such classes of the run\); give data",
+        ),
+        (
+            lambda part: (part / "ant").rename(part / "wasp"),
+            r"has no folder 'ant' .*, and 'wasp' is none; give data of",
+        ),
+    ],
+)
+def test_folders_of_other_classes_than_the_run(tmp_path, change, told):
+    write_tree(tmp_path, {part: {"ant": 1, "bee": 1, "cat": 2} for part in ("train", "val")})
+    kept = opened(ImageFolders(root=str(tmp_path))).meaning()
+    for part in ("train", "val"):
+        change(tmp_path / part)
+    data = ImageFolders(root=str(tmp_path))
+    data.kept = kept
+    with pytest.raises(ValueError, match=told):
+        data.setup()
 
 
 def test_graphs_with_other_features_or_classes(monkeypatch):
