@@ -125,10 +125,6 @@ class TokenDataModule(SampledDataModule, ABC):
         self.__dict__.pop("tokenizer", None)
         super().setup(stage)
 
-    def describe(self) -> str:
-        """The data in a few words, for messages."""
-        return type(self).__name__
-
     @property
     def vocab_size(self) -> int:
         """Possible tokens. Known after `setup`, as everything below."""

@@ -20,7 +20,7 @@ from ...data.record import hash_paths, hash_tensors
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["DecodedFiles", "ImageSet", "ImageTensors", "TransformedImages"]
+__all__ = ["DecodedFiles", "ImageSet", "ImageTensors", "TransformedImages", "hash_images"]
 
 
 class ImageSet(Protocol):
@@ -36,9 +36,6 @@ class ImageSet(Protocol):
 
     def name(self, index: int) -> str | int:
         """What predictions call the image: its path or its index."""
-
-    def digest(self) -> str:
-        """A hash that other images, labels or another order change."""
 
 
 class ImageTensors:
@@ -65,10 +62,6 @@ class ImageTensors:
     def name(self, index: int) -> int:
         """The index."""
         return index
-
-    def digest(self) -> str:
-        """See `ImageSet`: of all pixels."""
-        return hash_tensors(self.images, self.labels)
 
 
 class DecodedFiles:
@@ -98,9 +91,14 @@ class DecodedFiles:
         """The path."""
         return os.fsdecode(self._paths[index])
 
-    def digest(self) -> str:
-        """See `hash_paths`."""
-        return hash_paths([self.name(index) for index in range(len(self))], self.root, self.labels.tolist())
+
+def hash_images(images: ImageSet) -> str:
+    """A hash that other images, labels or another order change: of pixels in memory, of names of files, of labels."""
+    if isinstance(images, ImageTensors):
+        return hash_tensors(images.images, images.labels)
+    if isinstance(images, DecodedFiles):
+        return hash_paths([images.name(index) for index in range(len(images))], images.root, images.labels.tolist())
+    return hash_tensors(images.labels)
 
 
 class TransformedImages:

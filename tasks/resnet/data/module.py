@@ -16,7 +16,7 @@ from ...data.images import find_images
 from ...data.module import SampledDataModule
 from ...data.padding import PaddedItems, collate_padded
 from ...data.shuffling import ShuffledSamples
-from .image_sets import DecodedFiles, ImageSet, TransformedImages
+from .image_sets import DecodedFiles, ImageSet, TransformedImages, hash_images
 from .transforms import Transforms
 
 __all__ = ["ImageDataModule"]
@@ -107,7 +107,7 @@ class ImageDataModule(SampledDataModule, ABC):
         """See `SampledDataModule.samples`."""
         parts = {"training images": self.part("train"), "validation images": self.part("val")}
         counts = {f"number of {name}": len(images) for name, images in parts.items()}
-        return counts | {name: images.digest() for name, images in parts.items()}
+        return counts | {name: hash_images(images) for name, images in parts.items()}
 
     def setup(self, stage: str | None = None) -> None:
         """Open the images, on every rank."""
