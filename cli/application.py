@@ -30,6 +30,7 @@ from ..tasks.callbacks import (
 )
 from ..tasks.callbacks.checkpoint import HEADLINE
 from ..tasks.checkpoint_io import AtomicCheckpointIO
+from ..tasks.data.module import SampledDataModule
 from ..tasks.metrics_file import MetricsFile
 from .messages import near_option
 from .run_folder import RUN_DIR, choose_run_dir, forget_run_dir, holds_run, lock_for_run, resolve_checkpoint
@@ -79,6 +80,7 @@ class SaveRunConfig(SaveConfigCallback):
         for of_this_start in ("run_dir", "ckpt_path"):  # the file is a recipe: used again, it begins a run of its own
             if of_this_start in self.config:
                 self.config[of_this_start] = None
+        self.config["allow_changed_data"] = False
         super().setup(trainer, pl_module, stage)
 
 
@@ -142,6 +144,9 @@ class Application(LightningCLI):
         parser.add_argument(
             "--run_dir", type=str | None, default=None, help="Folder of the run; runs/RECIPE, numbered, by default."
         )
+        parser.add_argument(
+            "--allow_changed_data", type=bool, default=False, help="Go on although the samples of the run changed."
+        )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.set_defaults(
             {
@@ -183,6 +188,19 @@ class Application(LightningCLI):
         strategy = config.trainer.strategy
         if isinstance(strategy, str) and "." in strategy:  # without options a class stays the string that it also is
             config.trainer.strategy = Namespace(class_path=strategy, init_args=Namespace())
+
+    def instantiate_classes(self) -> None:
+        """Build all, and tell the data what a checkpoint's outputs mean before they are opened."""
+        super().instantiate_classes()
+        if not isinstance(data := self.datamodule, SampledDataModule):
+            return
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        data.allow_changed = config.allow_changed_data
+        checkpoint = config.get("ckpt_path")
+        if checkpoint is None:
+            data.kept = self.model.given_meaning()
+        elif checkpoint not in ("hpc", "registry"):  # Lightning finds these later; they are compared all the same
+            data.recall(checkpoint, weights_only=config.get("weights_only"))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with the callbacks, loggers and checkpoint writer of every run."""

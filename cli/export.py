@@ -10,7 +10,7 @@ from typing import Any, cast
 import yaml
 
 from .arguments import Parser
-from .without_training import ON_ONE_CPU, load_weights, without_start
+from .without_training import ON_ONE_CPU, load_weights, open_data, without_start
 
 __all__ = ["main"]
 
@@ -46,8 +46,7 @@ def main(arguments: Sequence[str]) -> None:
     task, data, trainer = application.model, application.datamodule, application.trainer
     if not hasattr(task, "export"):
         raise ValueError(f"{type(task).__name__} has no export; language models and diffusion models have")
-    data.prepare_data()
-    data.setup("predict")
+    open_data(data, checkpoint, "predict")
     cast("Any", trainer).datamodule = data  # as fit does
     task.trainer = trainer
     task.configure_model()

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning.pytorch import LightningDataModule
+
     from ..tasks.base import Task
 
-__all__ = ["ON_ONE_CPU", "load_weights", "trainer_options", "without_start"]
+__all__ = ["ON_ONE_CPU", "load_weights", "open_data", "trainer_options", "without_start"]
 
 ON_ONE_CPU = {
     "accelerator": "cpu",
@@ -33,6 +35,16 @@ def trainer_options() -> list[str]:
 def without_start(content: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration without the options that only the subcommand of a run takes."""
     return {name: value for name, value in content.items() if name not in _OF_A_START}
+
+
+def open_data(data: LightningDataModule, checkpoint: str | None, stage: str) -> None:
+    """Open the data of a run by what the outputs of its checkpoint mean."""
+    from ..tasks.data.module import SampledDataModule
+
+    if checkpoint is not None and isinstance(data, SampledDataModule):
+        data.recall(checkpoint)
+    data.prepare_data()
+    data.setup(stage)
 
 
 def load_weights(task: Task, checkpoint: str) -> dict[str, Any]:

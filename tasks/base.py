@@ -23,6 +23,8 @@ from lightning_adam_mini.factory import OptimizerFactory
 from lightning_adam_mini.optim import AdamMini
 from lightning_adam_mini.schedule import Schedule
 
+from .data.module import SampledDataModule
+from .data.record import KEY as DATA_RECORD
 from .headline import Headline
 from .parallel.building import Recipe, build_for
 from .parallel.checks import check_strategy
@@ -240,16 +242,21 @@ class Task(LightningModule):
             self.before_update()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Name the optimizer that the state belongs to."""
+        """Name the optimizer that the state belongs to, and what the data give outputs for a meaning."""
+        if isinstance(data := self.data_module(), SampledDataModule):
+            checkpoint[DATA_RECORD] = data.record()
         options = asdict(self.optimizer_factory)
         checkpoint["optimizer_factory"] = {"name": type(self.optimizer_factory).__name__, **options}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another model, optimizer or kind of weights before anything is overwritten.
+        """Refuse the checkpoint of other data, model, optimizer or kind of weights before anything is overwritten.
 
         Raises:
             ValueError: With the first difference.
         """
+        if isinstance(data := self.data_module(), SampledDataModule):
+            evaluates = self.trainer.validating or self.trainer.testing
+            data.check_record(checkpoint.get(DATA_RECORD), resumes=self._is_training(), evaluates=evaluates)
         _check_weights(checkpoint.get("state_dict", {}), self.state_dict())
         averages = self._trainer is not None and any(
             isinstance(c, WeightAveraging) for c in cast("Any", self.trainer).callbacks
@@ -300,6 +307,10 @@ class Task(LightningModule):
             assert self.model is not None
             keep_after_forward(self.model, keep)
             self._keeps_after_forward = keep
+
+    def given_meaning(self) -> dict[str, Any]:
+        """What outputs of the weights mean that a new run starts from, as in `SampledDataModule.meaning`."""
+        return {}
 
     def data_module(self) -> Any:
         """The data module of the trainer; None where either is missing."""

@@ -21,7 +21,7 @@ from ...tasks.base import Task
 from ...tasks.seeds import seed_of
 from ..bench.models import choose_device
 from ..recipes import find_recipe
-from ..without_training import load_weights
+from ..without_training import load_weights, open_data
 from .recipe import build_application, find_checkpoint
 
 __all__ = ["Problem", "load_problem"]
@@ -90,8 +90,7 @@ def load_problem(options: Namespace) -> Problem:
         )
     checkpoint = find_checkpoint(recipe, application, options)
     with _named(options.recipe):
-        data.prepare_data()
-        data.setup("fit")
+        open_data(data, checkpoint, "fit")
     cast("Any", application.trainer).datamodule = data  # as fit does
     task.trainer = application.trainer
     notes = _plain(task)

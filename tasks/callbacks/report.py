@@ -12,6 +12,8 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from ..base import Task
 from ..curves import draw_curves
+from ..data.module import SampledDataModule
+from ..data.record import write_record
 from ..metrics_file import read_metrics
 from ..run_files import write_text
 from .result import run_result
@@ -33,8 +35,15 @@ class RunReport(Callback):
         self._trained = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that there is something to report."""
+        """Note that there is something to report, and write down what the data give outputs for a meaning."""
         self._trained = True
+        data = getattr(trainer, "datamodule", None)
+        if (
+            trainer.is_global_zero
+            and not getattr(trainer, "fast_dev_run", False)
+            and isinstance(data, SampledDataModule)
+        ):
+            write_record(Path(trainer.default_root_dir), data.record())
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         """Have the last step validated, whatever the interval: Lightning validates where training is asked to stop."""

@@ -1,9 +1,13 @@
-"""Images from files, with one clear error where a file is none."""
+"""Images from files, upright and opaque, with one clear error where a file is none."""
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from ..run_files import error_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,24 +30,43 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def read_image(path: str | Path, mode: str = "RGB") -> Image:
-    """Decode a whole image file.
+    """Decode a whole image file, upright.
+
+    - The orientation that a camera notes in EXIF is applied, and dropped where it cannot be read.
+    - What is transparent, by an alpha channel, a palette or a colour, is laid over white.
+    - Of several frames or pages the first counts.
+    - CMYK and other colour spaces are converted by Pillow's formulas, without colour profiles. Of 16 bits a colour
+      channel the upper 8 count; grey images of more than 8 bits are refused, since their range is not known.
 
     Args:
         path: The file.
         mode: Pillow's mode of the result: `RGB`, or `L` for one channel.
 
     Raises:
-        ValueError: The file is missing, cut off or no image; with its path.
+        ValueError: The file is missing, cut off, too large or no image; with its path.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as image:
+        # Warnings are of notes beside good pixels, and of large images that are read all the same.
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"it has more than 8 bits a channel (Pillow's mode {image.mode}); convert it to 8")
-            return image.convert(mode)  # decodes all of it, so that a file that was cut off shows here
+            image.load()  # decodes all of it, so that a file that was cut off shows here
+            with contextlib.suppress(Exception):  # of notes that are damaged
+                ImageOps.exif_transpose(image, in_place=True)
+            return (_over_white(image) if image.has_transparency_data else image).convert(mode)
     except FileNotFoundError as error:
         raise ValueError(f"there is no image {path}: it was removed while the data were in use") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
-        told = " ".join(str(error).split())[:200]
+    except Exception as error:  # decoders raise of all kinds: struct.error, zlib.error, DecompressionBombError
+        told = error_line(error)
+        if not isinstance(error, OSError | ValueError | SyntaxError):  # of whose words only some are a sentence
+            told = f"{type(error).__name__}: {told}".removesuffix(": ")
         raise ValueError(f"cannot read the image {path}: {told}; replace the file, or remove it") from error
+
+
+def _over_white(image: Image) -> Image:
+    from PIL import Image
+
+    coloured = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", coloured.size, "white"), coloured)

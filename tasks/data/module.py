@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
+from .record import names_differ, read_record, values_differ
 from .sampling import ResumableLoader, TrainSampler, ValidationSampler
 
 __all__ = ["SampledDataModule"]
@@ -18,7 +21,8 @@ class SampledDataModule(LightningDataModule):
     """Loaders for training and evaluation, and a checkpoint that holds how many samples were handed out.
 
     A subclass opens its data in `setup` (after this one's) and makes its loaders by `train_loader` and
-    `evaluation_loader`.
+    `evaluation_loader`. It says in `meaning` what gives outputs their meaning, and in `samples` how its samples are
+    recognised: a checkpoint of a `Task` keeps both, and is not used with data that mean something else.
 
     Args:
         batch_size: Samples in a batch of one rank, B.
@@ -28,6 +32,9 @@ class SampledDataModule(LightningDataModule):
     Raises:
         ValueError: A number is out of range.
     """
+
+    other_data: ClassVar[str] = "give data of the run's kind, or start a new run"
+    """What to do about data that mean something else."""
 
     def __init__(self, *, batch_size: int, num_workers: int = 0, seed: int = 0) -> None:
         super().__init__()
@@ -39,16 +46,101 @@ class SampledDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
+        self.allow_changed = False
+        """Whether a run may go on with other samples than it began with."""
+        self.kept: dict[str, Any] = {}
+        """The meaning that a run gave its outputs, where `recall` found it; data are opened by it."""
+        self._record: dict[str, Any] | None = None
         self._samples_before = 0
         self._train_sampler: TrainSampler | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Count the samples of a new fit from where the trainer stands."""
+        self._record = None
         if stage in (None, "fit"):
             # A second `fit` of the same trainer goes on; a new trainer starts from the first sample.
             batches_before = self.trainer.fit_loop.total_batch_idx + 1 if self.trainer is not None else 0
             self._samples_before = batches_before * self.batch_size * self.replicas()["num_replicas"]
             self._train_sampler = None
+
+    def meaning(self) -> dict[str, Any]:
+        """What gives outputs their meaning, as JSON values by name, an option as `data.NAME`; after `setup`."""
+        return {}
+
+    def samples(self) -> dict[str, Any]:
+        """Facts by which these samples are told from others, as JSON values by name; after `setup`."""
+        return {}
+
+    def meaning_differs(self, saved: dict[str, Any]) -> str | None:
+        """How the data differ from the meaning that a run kept, and what to do; None where they do not."""
+        own = self.meaning()
+        for name, value in saved.items():
+            if name in own and own[name] != value:
+                if isinstance(value, list) and value and isinstance(value[0], str) and isinstance(own[name], list):
+                    return f"{names_differ(name, value, own[name])}; {self.other_data}"
+                remedy = "set it to that" if name.startswith("data.") else self.other_data
+                return f"{name}: {own[name]} here, {value} in the run; {remedy}"
+        return None
+
+    def describe(self) -> str:
+        """The data in a few words, for messages."""
+        return type(self).__name__
+
+    def recall(self, checkpoint: str | Path, *, weights_only: bool | None = True) -> None:
+        """Take over what outputs mean from a checkpoint, before `prepare_data` and `setup`.
+
+        Args:
+            checkpoint: File or folder.
+            weights_only: As for `torch.load`.
+
+        Raises:
+            ValueError: It is no checkpoint, or was cut off.
+        """
+        record = read_record(checkpoint, weights_only=weights_only)
+        self.kept = {} if record is None else record["meaning"]
+
+    def record(self) -> dict[str, Any]:
+        """What checkpoints keep of the data; see `tasks.data.record`."""
+        if self._record is None:  # some is a hash of all samples
+            self._record = {"kind": type(self).__name__, "meaning": self.meaning(), "samples": self.samples()}
+        return self._record
+
+    def check_record(self, record: dict[str, Any] | None, *, resumes: bool, evaluates: bool = True) -> None:
+        """Compare the data with those of a checkpoint, after `setup`.
+
+        Args:
+            record: As the checkpoint holds it; None in one of an older version.
+            resumes: Whether the run goes on.
+            evaluates: Whether figures are taken on these data.
+
+        Raises:
+            ValueError: They give outputs another meaning, or a run would go on with other samples.
+        """
+        if record is None:
+            if self.meaning():
+                rank_zero_warn(
+                    "the checkpoint does not say what its outputs mean (an older version saved it): whether "
+                    f"{', '.join(self.meaning())} of these data are the run's is not checked"
+                )
+            return
+        if difference := self.meaning_differs(record["meaning"]):
+            raise _on_all_ranks(f"the data {self.describe()} are not the run's: {difference}")
+        if not resumes and not evaluates:
+            return
+        difference = values_differ(record["samples"], self.record()["samples"])
+        if difference is None:
+            return
+        if resumes and not self.allow_changed:
+            raise _on_all_ranks(
+                f"the data {self.describe()} changed since the run began ({difference}): restore them, or go on with "
+                "these by --allow_changed_data true"
+            )
+        if resumes:
+            rank_zero_warn(f"the run goes on with other data than it began with: {difference}")
+        elif evaluates:
+            rank_zero_warn(
+                f"the data are not quite those of the run ({difference}): what is held out here may have trained there"
+            )
 
     def state_dict(self) -> dict[str, int]:
         """The samples that were handed out, for checkpoints at the end of an epoch.
@@ -104,3 +196,10 @@ class SampledDataModule(LightningDataModule):
             # Loaders draw a seed for their workers: from here, so that reading data leaves the model's dropout alone.
             "generator": torch.Generator(),
         }
+
+
+def _on_all_ranks(message: str) -> ValueError:
+    """An error that each rank raises, so that the command line tells it once."""
+    error = ValueError(message)
+    error.is_on_all_ranks = True  # type: ignore[attr-defined]
+    return error

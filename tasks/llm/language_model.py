@@ -22,10 +22,13 @@ from lightning_adam_mini.measure import transformer_flops_per_token
 from lightning_adam_mini.schedule import Schedule
 
 from ..base import Task
+from ..data.record import TOKENIZER
 from ..gradient_release import check_release, release_gradients
 from ..headline import Headline
 from ..metrics import MeanLoss
 from ..parallel.activation_checkpointing import checkpoint_activations
+from .data.module import TokenDataModule
+from .data.tokenizer import tokenizer_texts
 from .model import Attention, active_parameters, build_config, build_model, initialise, read_config
 
 if TYPE_CHECKING:
@@ -117,6 +120,8 @@ class LanguageModel(Task):
             options.update(_special_tokens(data, options))
         if self.init_from and self.config:
             rank_zero_warn(f"init_from: the model is as in {self.init_from}; model.config is not used")
+        if isinstance(data, TokenDataModule) and (difference := data.meaning_differs(self.given_meaning())):
+            raise ValueError(f"the data are not those of model.init_from {self.init_from}: {difference}")
         config = None if self.init_from else build_config(self.architecture, options)
         outline = config or read_config(cast("str", self.init_from))
         _check_data(outline, vocab_size, getattr(data, "context_length", None))
@@ -128,6 +133,13 @@ class LanguageModel(Task):
             compile=self.compile_model,
         )
         self._active_parameters = active_parameters(self.network)
+
+    def given_meaning(self) -> dict[str, Any]:
+        """See `Task.given_meaning`: the tokenizer beside the weights, where there is one."""
+        folder = None if self.init_from is None else Path(self.init_from).expanduser()
+        if folder is None or not (folder / "tokenizer.json").is_file():
+            return {}
+        return {TOKENIZER: tokenizer_texts(str(folder))}
 
     def setup(self, stage: str) -> None:
         """See `Task.setup`.

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
+from ...data.record import hash_paths
 from .celeba_layout import PARTITION, find_folder, list_images, read_partition
 from .image_files import ScaledImages, split_by_name
 from .module import ImageData, Parts
@@ -91,6 +92,10 @@ class CelebA(ImageData):
                 "(1); each needs at least one"
             )
         return Parts(self._scaled(train), self._scaled(val), self._scaled(test) if test else None)
+
+    def digest(self, images: ScaledImages) -> str:
+        """See `ImageData.digest`: of names and sizes of the files."""
+        return hash_paths(images.paths, images.paths[0].parent)
 
     def _scaled(self, paths: list[Path]) -> ScaledImages:
         return ScaledImages(paths, image_size=self.image_size, channels=3, crop=self.crop)

@@ -109,7 +109,7 @@ def _check_names(path: Path, listed: list[str], names: list[str]) -> None:
 
 def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Lines of a file that are not empty: their number from 1, and their words."""
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if words := line.split():
                 yield number, words

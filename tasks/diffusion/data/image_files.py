@@ -15,6 +15,8 @@ from torch.utils.data import Dataset
 
 from ...data.cache import default_cache_dir, remember
 from ...data.images import IMAGE_SUFFIXES, find_images, read_image
+from ...data.record import hash_paths
+from ...data.splits import choose_parts, named_parts
 from ...packages import require
 from .module import ImageData, Parts
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = ["ImageFiles", "ScaledImages", "split_by_name"]
+
+_REMEDY = "name all of them, or set `named_splits` to false to split them by hash"
 
 _say = rank_zero_only(logging.getLogger(__name__).info)
 
@@ -75,14 +79,17 @@ class ScaledImages(Dataset[Tensor]):
 class ImageFiles(ImageData):
     """All images in a folder and the folders in it.
 
-    A fixed part is held out for validation, chosen by the hashes of the files' names: the same on every machine.
+    Names of folders and files say what is held out, as `datasets` reads them: `train/`, `validation/` (or `val`,
+    `valid`, `dev`) and `test/`. Where they say nothing, a fixed part is held out for validation, chosen by hashes of
+    the files' names: the same on every machine.
 
     Args:
         path: The folder.
         image_size: Pixels a side; see `ScaledImages`.
         crop: Pixels a side of the square that is cut out of the middle before; the whole image by default.
         channels: 3 for colour, 1 for grey; images are converted.
-        val_fraction: Share of the images for validation.
+        val_fraction: Share of the images for validation, where names say nothing.
+        named_splits: Read parts from names of folders and files; false takes all images for one part.
         check_files: Decode every file before training starts, once for files that do not change. Otherwise a damaged
             one stops the run when it is read.
         batch_size: See `ImageData`, also below.
@@ -105,6 +112,7 @@ class ImageFiles(ImageData):
         crop: int | None = None,
         channels: Literal[1, 3] = 3,
         val_fraction: float = 0.05,
+        named_splits: bool = True,
         check_files: bool = False,
         batch_size: int = 64,
         num_workers: int = 0,
@@ -132,6 +140,7 @@ class ImageFiles(ImageData):
         self.path = Path(path).expanduser()
         self.crop = crop
         self.val_fraction = val_fraction
+        self.named_splits = named_splits
         self.check_files = check_files
         self._found: list[Path] = []
 
@@ -159,9 +168,19 @@ class ImageFiles(ImageData):
         if (number := len(self._found)) < 2:
             kinds = " ".join(sorted(IMAGE_SUFFIXES))
             raise ValueError(f"{self.path} holds {number} images ({kinds}); at least 2 are needed, one for validation")
-        train, val = split_by_name(self._found, self.val_fraction, root=self.path)
+        parts = named_parts(self._found, self.path, "images", remedy=_REMEDY) if self.named_splits else {}
+        train, val, test = self._found, [], []
+        if parts:
+            chosen = choose_parts(list(parts), self.path)
+            train, val, test = ([file for name in names for file in parts[name]] for names in chosen.values())
+        if not val:
+            train, val = split_by_name(train, self.val_fraction, root=self.path)
         _say("%s: %d images for training, %d for validation", self.path, len(train), len(val))
-        return Parts(self._scaled(train), self._scaled(val))
+        return Parts(self._scaled(train), self._scaled(val), self._scaled(test) if test else None)
+
+    def digest(self, images: ScaledImages) -> str:
+        """See `ImageData.digest`: of names and sizes of the files."""
+        return hash_paths(images.paths, self.path)
 
     def _scaled(self, paths: Sequence[Path]) -> ScaledImages:
         return ScaledImages(paths, image_size=self.image_size, channels=self.channels, crop=self.crop)

@@ -12,9 +12,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from ...data.module import SampledDataModule
 from ...data.padding import PaddedItems, collate_padded
+from ...data.record import hash_tensors
 from ...data.shuffling import ShuffledSamples, SizedDataset
 
 __all__ = ["ImageData", "Parts"]
+
+
+# Those of a subclass may have to be decoded.
+_HASHED_IMAGES = 1000
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,25 @@ class ImageData(SampledDataModule, ABC):
     def image_shape(self) -> tuple[int, int, int]:
         """`(C, H, W)`, known before anything is read."""
         return self.channels, self.image_size, self.image_size
+
+    other_data = "give images of the run's size and colours, or start a new run"
+
+    def meaning(self) -> dict[str, Any]:
+        """See `SampledDataModule.meaning`: what images the network makes."""
+        return {"data.image_size": self.image_size, "data.channels": self.channels}
+
+    def samples(self) -> dict[str, Any]:
+        """See `SampledDataModule.samples`; of `setup` for new images there are none."""
+        if self._parts is None:
+            return {}
+        parts = {"training images": self._parts.train, "validation images": self._parts.val}
+        counts = {f"number of {name}": len(images) for name, images in parts.items()}
+        return counts | {name: self.digest(images) for name, images in parts.items()}
+
+    def digest(self, images: Any) -> str:
+        """A hash of a part: of some images, spread evenly, unless a subclass knows their files."""
+        chosen = _spread(images, _HASHED_IMAGES)
+        return hash_tensors(*(chosen[index] for index in range(len(chosen))))
 
     def setup(self, stage: str | None = None) -> None:
         """Find the images, on every rank, and read one; new images need none.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...data.cache import hash_files
+from ...data.cache import digest, hash_files
 from ...data.standard_library import library_files
 from ..graph import Graph
 from .graph_cache import cached_graph
@@ -57,6 +57,7 @@ class CallGraph(GraphDataModule):
         self.num_packages = num_packages
         self.max_definitions = max_definitions
         self.split_seed = split_seed
+        self._sources = ""
 
     @property
     def planned_features(self) -> int:
@@ -68,12 +69,19 @@ class CallGraph(GraphDataModule):
         """Packages."""
         return self.num_packages
 
+    other_data = "run with the Python of the run, whose sources these are, or start a new run"
+
+    def meaning(self) -> dict[str, Any]:
+        """See `GraphDataModule.meaning`: features are directions in all words of the sources."""
+        return {**super().meaning(), "features": f"{_FEATURES} of {self._sources}"}
+
     def open_graph(self) -> Graph:
         """See `GraphDataModule.open_graph`."""
         root, files = library_files()
         files = [path for path in files if path.relative_to(root).parts[0] not in _TABLES]
         settings = [self.num_packages, self.max_definitions, self.split_seed]
         key = [platform.python_version(), hash_files(files, root=root), settings]
+        self._sources = f"Python {key[0]} ({digest(key)})"
         return cached_graph(self.cache_dir, "call_graph", key, lambda: self.build(find_definitions(root, files)))
 
     def build(self, definitions: Sequence[Definition]) -> Graph:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import zlib
@@ -27,7 +28,7 @@ def read_table(path: Path, dtype: type[np.generic], columns: int) -> npt.NDArray
         ValueError: The file is missing, cut off, or holds something else; with its name and line.
     """
     try:
-        text = gzip.decompress(path.read_bytes())
+        text = gzip.decompress(path.read_bytes()).removeprefix(codecs.BOM_UTF8)
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing: unzip the whole data set there") from error
     except (OSError, EOFError, zlib.error) as error:
@@ -36,7 +37,7 @@ def read_table(path: Path, dtype: type[np.generic], columns: int) -> npt.NDArray
         return np.empty((0, columns), dtype)
     try:
         table = np.loadtxt(io.BytesIO(text), dtype=dtype, delimiter=",", ndmin=2)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{path}: {str(error).splitlines()[0].rstrip('.')}: get the file again") from error
     if table.shape[1] != columns:
         raise ValueError(f"{path} has {table.shape[1]} numbers a line, expected {columns}: get the file again")

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ...data.cache import default_cache_dir
 from ...data.module import SampledDataModule
+from ...data.record import hash_tensors
 from ..graph import Graph
 from ..packages import require_neighbor_sampling, require_torch_geometric
 from .sampling import NeighborBatches, RandomParts, WholeGraph
@@ -92,9 +93,22 @@ class GraphDataModule(SampledDataModule, ABC):
     def open_graph(self) -> Graph:
         """Read the graph, and prepare it where that has not been done. Several processes may call this at once."""
 
-    def describe(self) -> str:
-        """The data in a few words, for messages."""
-        return type(self).__name__
+    other_data = "give the run's own graph, or start a new run"
+
+    def meaning(self) -> dict[str, Any]:
+        """See `SampledDataModule.meaning`: the classes; a subclass says what the features are."""
+        names = self.graph.class_names
+        return {"classes": list(names)} if names else {"number of classes": self.num_classes}
+
+    def samples(self) -> dict[str, Any]:
+        """See `SampledDataModule.samples`; without features, some of which are computed and so rounded otherwise."""
+        graph = self.graph
+        return {
+            "number of nodes": graph.num_nodes,
+            "number of edges": graph.edge_index.shape[1],
+            "edges and labels": hash_tensors(graph.edge_index, graph.y),
+            "nodes for training, validation and test": hash_tensors(graph.train, graph.val, graph.test),
+        }
 
     def prepare_data(self) -> None:
         """Prepare the graph, once per node of the cluster."""

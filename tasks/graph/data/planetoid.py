@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,6 +76,11 @@ class Planetoid(GraphDataModule):
         """Topics."""
         return _SHAPES[self.graph_name][1]
 
+    def meaning(self) -> dict[str, Any]:
+        """See `GraphDataModule.meaning`: the vocabulary is the graph's, and the option scales its counts."""
+        own = {"data.name": self.graph_name, "data.normalize_features": self.normalize_features}
+        return {**super().meaning(), **own}
+
     def describe(self) -> str:
         """The graph and its folder."""
         return f"{self.graph_name} in {self.path}"
@@ -112,18 +116,7 @@ class Planetoid(GraphDataModule):
                 with (raw / f"ind.{self.graph_name.lower()}.{part}").open("rb") as file:
                     ExactUnpickler(file, _CLASSES, encoding="latin1").load()
             data = read_planetoid_data(str(raw), self.graph_name.lower())
-        except (
-            # Of files that are no pickles, and of pickles that other versions of Python and numpy wrote.
-            AttributeError,
-            EOFError,
-            ImportError,
-            LookupError,
-            OSError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-            pickle.UnpicklingError,
-        ) as error:
+        except Exception as error:  # files that are no pickles, or of other versions of Python and numpy, raise any
             told = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}".removesuffix(": ")
             raise ValueError(f"{self.describe()}: the files cannot be read ({told}): get them again") from error
         x = data.x.float()

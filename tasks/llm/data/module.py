@@ -13,8 +13,10 @@ from torch.utils.data import DataLoader
 
 from ...data.cache import default_cache_dir
 from ...data.module import SampledDataModule
-from .statistics import unigram_loss
+from ...data.record import TOKENIZER
+from .statistics import hash_tokens, unigram_loss
 from .token_stream import TokenStream
+from .tokenizer import load_tokenizer, tokenizer_texts, tokenizers_differ
 from .windows import TrainWindows, ValidationWindows, collate_windows
 
 if TYPE_CHECKING:
@@ -29,14 +31,14 @@ class TokenSource:
         train: Training tokens.
         val: Validation tokens.
         vocab_size: Every token is below it.
-        load_tokenizer: Gives the tokenizer, where there is one. Called when it is first needed.
+        tokenizer: The tokenizer's file or folder, where there is one. Loaded when it is first needed.
         val_bytes: UTF-8 bytes of the text behind the validation tokens, where known.
     """
 
     train: TokenStream
     val: TokenStream
     vocab_size: int
-    load_tokenizer: "Callable[[], PreTrainedTokenizerFast] | None" = None
+    tokenizer: str | None = None
     val_bytes: int | None = None
 
 
@@ -68,6 +70,10 @@ class TokenDataModule(SampledDataModule, ABC):
         ValueError: If a number is out of range.
     """
 
+    other_data = (
+        "set data.tokenizer to null, which takes the run's, or to the folder `tokenizer` of the run; other tokens need "
+        "a new run"
+    )
     default_prompts: tuple[str, ...] = ("The", "In the beginning", "Once upon a time")
 
     def __init__(
@@ -119,10 +125,6 @@ class TokenDataModule(SampledDataModule, ABC):
         self.__dict__.pop("tokenizer", None)
         super().setup(stage)
 
-    def describe(self) -> str:
-        """The data in a few words, for messages."""
-        return type(self).__name__
-
     @property
     def vocab_size(self) -> int:
         """Possible tokens. Known after `setup`, as everything below."""
@@ -157,8 +159,33 @@ class TokenDataModule(SampledDataModule, ABC):
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerFast | None":
         """The tokenizer, or None where only tokens are known."""
-        load = self._opened.load_tokenizer
-        return None if load is None else load()
+        spec = self._opened.tokenizer
+        return None if spec is None else load_tokenizer(spec)
+
+    def meaning(self) -> dict[str, Any]:
+        """See `SampledDataModule.meaning`: the tokenizer, or as much as the numbers of tokens tell."""
+        meaning: dict[str, Any] = {"data.vocab_size": self.vocab_size}
+        if (spec := self._opened.tokenizer) is not None:
+            assert self.tokenizer is not None
+            meaning |= {TOKENIZER: tokenizer_texts(spec), "end of a text": self.tokenizer.eos_token}
+        return meaning
+
+    def meaning_differs(self, saved: dict[str, Any]) -> str | None:
+        """See `SampledDataModule.meaning_differs`."""
+        own = self.meaning() if saved else {}
+        if TOKENIZER not in saved or TOKENIZER not in own:
+            return super().meaning_differs({name: saved[name] for name in ("data.vocab_size",) if name in saved})
+        # The vocabulary may be padded beyond the tokenizer's.
+        difference = tokenizers_differ(saved[TOKENIZER], own[TOKENIZER])
+        if difference is None:
+            return super().meaning_differs({name: saved[name] for name in ("end of a text",) if name in saved})
+        return f"{difference}; {self.other_data}"
+
+    def samples(self) -> dict[str, Any]:
+        """See `SampledDataModule.samples`."""
+        hashes = {"training tokens": self._opened.train, "validation tokens": self._opened.val}
+        counts = {f"number of {name}": len(stream) for name, stream in hashes.items()}
+        return counts | {name: hash_tokens(stream) for name, stream in hashes.items()}
 
     def unigram_loss(self) -> float:
         """Nats per validation token of guessing by the training tokens' frequencies: what any model must beat."""

@@ -1,4 +1,6 @@
-"""What a model must beat: the loss of guessing tokens by their frequency."""
+"""What a row of tokens says of itself: the loss of guessing tokens by their frequency, and a hash."""
+
+import hashlib
 
 import numpy as np
 import numpy.typing as npt
@@ -6,6 +8,7 @@ import numpy.typing as npt
 from .token_stream import TokenStream
 
 MAX_COUNTED_TOKENS = 50_000_000
+_HASHED_TOKENS = 2**22
 
 
 def count_tokens(
@@ -36,3 +39,11 @@ def unigram_loss(
     smoothed = count_tokens(train, vocab_size=vocab_size, max_tokens=max_tokens) + 1
     val_counts = count_tokens(val, vocab_size=vocab_size, max_tokens=max_tokens)
     return float(-(val_counts * np.log(smoothed / smoothed.sum())).sum() / val_counts.sum())
+
+
+def hash_tokens(stream: TokenStream) -> str:
+    """SHA-256 of the tokens, or of pieces spread evenly over the stream where it is longer than four million."""
+    total = hashlib.sha256(str(len(stream)).encode())
+    for chunk in stream.chunks(max_tokens=_HASHED_TOKENS, chunk_tokens=_HASHED_TOKENS // 64):
+        total.update(chunk.astype("<u4").tobytes())
+    return total.hexdigest()

@@ -10,11 +10,12 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from ...data.cache import atomic_file, only_one, read_json, write_json
+from ...data.splits import Split
 from .token_stream import STORAGE, TokenPart, TokenStream, TokenType
 from .tokenizer import load_tokenizer, train_bpe
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
 _PART_NAMES: dict[Split, str] = {"train": "training", "val": "validation"}
 Documents = Callable[[], Iterable[tuple[Split, str]]]

@@ -1,14 +1,21 @@
 """The base of the sources that are text: tokenised once, then read as token files."""
 
+import logging
 from abc import abstractmethod
 from collections.abc import Iterator
-from functools import partial
+from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_only
+
 from ...data.cache import digest, hash_files
+from ...data.record import TOKENIZER
+from ...data.splits import Split
 from .module import TokenDataModule, TokenSource
-from .text_cache import TRAINED_TOKENIZER, Split, prepare_text
-from .tokenizer import MIN_VOCAB_SIZE, load_tokenizer, tokenizer_files
+from .text_cache import TRAINED_TOKENIZER, prepare_text
+from .tokenizer import MIN_VOCAB_SIZE, keep_tokenizer, load_tokenizer, tokenizer_files, tokenizer_texts
+
+_say = rank_zero_only(logging.getLogger(__name__).info)
 
 DEFAULT_BPE_VOCAB_SIZE = 2048
 
@@ -20,8 +27,8 @@ class TextDataModule(TokenDataModule):
     and the settings.
 
     Args:
-        tokenizer: A local `tokenizer.json`, or a local folder with one. By default a byte-level BPE is trained on the
-            training part.
+        tokenizer: A local `tokenizer.json`, or a local folder with one. By default the one of the checkpoint or of
+            `model.init_from`; else a byte-level BPE is trained on the training part.
         vocab_size: Tokens of the BPE that is trained, 2048 by default. With a `tokenizer` the size of the model's
             vocabulary, where that is padded beyond the tokenizer's.
         kwargs: Settings of every token source, see `TokenDataModule`.
@@ -40,6 +47,7 @@ class TextDataModule(TokenDataModule):
         self.tokenizer_spec = tokenizer
         self.wanted_vocab_size = vocab_size
         self.corpus_hash: str | None = None
+        self._told = False
 
     @property
     def planned_vocab_size(self) -> int:
@@ -67,26 +75,24 @@ class TextDataModule(TokenDataModule):
 
     def open_source(self) -> TokenSource:
         """Encode the text where that has not been done."""
-        tokenizer_hash = None
-        if self.tokenizer_spec is not None:
-            files = tokenizer_files(self.tokenizer_spec)
-            tokenizer_hash = hash_files(files, root=files[0].parent)
         bpe_vocab_size = self.wanted_vocab_size or DEFAULT_BPE_VOCAB_SIZE
         self.corpus_hash = self.hash_corpus()
-        key = {
-            "corpus": self.corpus_hash,
-            "split": self.split_settings(),
-            "tokenizer": tokenizer_hash or bpe_vocab_size,
-        }
-        name = type(self).__name__.lower()
-        prepared = prepare_text(
-            self.cache_dir / f"{name}-{digest(key)}",
-            self.documents,
-            tokenizer=self.tokenizer_spec,
-            bpe_vocab_size=bpe_vocab_size,
-        )
+        spec, kept = self.tokenizer_spec, self.kept.get(TOKENIZER)
+        folder = self._folder(bpe_vocab_size if spec is None else _hash_tokenizer(spec))
+        if spec is None and kept is not None and not _was_trained(folder, kept):
+            spec = keep_tokenizer(kept, self.cache_dir)
+            folder = self._folder(_hash_tokenizer(spec))
+        prepared = prepare_text(folder, self.documents, tokenizer=spec, bpe_vocab_size=bpe_vocab_size)
         vocab_size = prepared.vocab_size
-        if self.tokenizer_spec is not None and self.wanted_vocab_size is not None:
+        if self.tokenizer_spec is None and spec is not None:
+            vocab_size = max(vocab_size, self.kept.get("data.vocab_size", self.wanted_vocab_size or 0))
+            if not self._told:  # a trainer prepares, and then sets up
+                _say(
+                    "the text is encoded by the run's tokenizer of %d tokens; none is trained on it",
+                    prepared.vocab_size,
+                )
+            self._told = True
+        elif spec is not None and self.wanted_vocab_size is not None:
             if self.wanted_vocab_size < vocab_size:
                 raise ValueError(
                     f"`vocab_size` {self.wanted_vocab_size} is smaller than the {vocab_size} tokens of the tokenizer"
@@ -97,6 +103,27 @@ class TextDataModule(TokenDataModule):
             train=prepared.train,
             val=prepared.val,
             vocab_size=vocab_size,
-            load_tokenizer=partial(load_tokenizer, self.tokenizer_spec or str(prepared.folder / TRAINED_TOKENIZER)),
+            tokenizer=spec or str(folder / TRAINED_TOKENIZER),
             val_bytes=prepared.val_bytes,
         )
+
+    def samples(self) -> dict[str, Any]:
+        """See `SampledDataModule.samples`: the text and its parts, whatever encodes it."""
+        settings = {f"data.{name}": value for name, value in self.split_settings().items()}
+        return {"text": self.corpus_hash, **settings}
+
+    def _folder(self, tokenizer: str | int) -> Path:
+        """The folder of this text, these parts and a tokenizer: its hash, or the size of a trained one."""
+        key = {"corpus": self.corpus_hash, "split": self.split_settings(), "tokenizer": tokenizer}
+        return self.cache_dir / f"{type(self).__name__.lower()}-{digest(key)}"
+
+
+def _hash_tokenizer(spec: str) -> str:
+    files = tokenizer_files(spec)
+    return hash_files(files, root=files[0].parent)
+
+
+def _was_trained(folder: Path, kept: dict[str, str]) -> bool:
+    """Whether a prepared folder has the tokenizer that a run kept."""
+    trained = folder / TRAINED_TOKENIZER
+    return trained.is_file() and tokenizer_texts(str(trained)) == kept

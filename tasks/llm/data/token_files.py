@@ -2,15 +2,16 @@
 
 import glob
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from ...data.cache import remember
+from ...data.record import TOKENIZER
 from .bin_format import largest_token, read_part
 from .module import TokenDataModule, TokenSource
 from .token_stream import TokenPart, TokenStream
-from .tokenizer import load_tokenizer
+from .tokenizer import keep_tokenizer, load_tokenizer
 
 # Validation tokens that are decoded to learn how many bytes a token has.
 _DECODED_TOKENS = 200_000
@@ -69,15 +70,15 @@ class TokenFiles(TokenDataModule):
 
     def open_source(self) -> TokenSource:
         """Check every file."""
-        vocab_size, load = self.wanted_vocab_size, None
-        if self.tokenizer_spec is not None:
-            # Loading takes a second, and is asked for again when the tokens are decoded.
-            load = cache(partial(load_tokenizer, self.tokenizer_spec))
-            num_known = len(load())
+        vocab_size, spec = self.wanted_vocab_size, self.tokenizer_spec
+        if spec is None and (kept := self.kept.get(TOKENIZER)) is not None:
+            spec = keep_tokenizer(kept, self.cache_dir)
+        if spec is not None:
+            num_known = len(load_tokenizer(spec))
             if vocab_size is not None and vocab_size < num_known:
                 raise ValueError(
-                    f"`vocab_size` {vocab_size} is smaller than the {num_known} tokens of the tokenizer"
-                    f" {self.tokenizer_spec}: leave it out, or give at least that many."
+                    f"`vocab_size` {vocab_size} is smaller than the {num_known} tokens of the tokenizer {spec}:"
+                    " leave it out, or give at least that many."
                 )
             vocab_size = vocab_size or num_known
         assert vocab_size is not None
@@ -88,7 +89,7 @@ class TokenFiles(TokenDataModule):
             train=TokenStream(self._checked(train_paths, vocab_size)),
             val=TokenStream(self._checked(val_paths, vocab_size)),
             vocab_size=vocab_size,
-            load_tokenizer=load,
+            tokenizer=spec,
         )
 
     @property

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...data.cache import atomic_file, digest, only_one
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -17,6 +19,13 @@ MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 # How the tokenizers that are in use name the end of a text, for files that do not say which token it is.
 _KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 _SETTINGS_FILES = ("tokenizer_config.json", "config.json")
+_MAIN_FILE = "tokenizer.json"
+# Texts that rules of cutting differ on: case, accents, white space, digits, other scripts, code.
+_PROBES = (
+    "The quick brown fox isn't here; it's 12,345.67 km away!",
+    "  def f(x):\n\t\treturn x**2  # squared\n\n",
+    "Ünïcöde e\u0301 Straße ÇA İstanbul 中文字符 русский язык 🙂👍🏽",
+)
 
 
 def train_bpe(texts: Iterator[str], *, vocab_size: int) -> "Tokenizer":
@@ -58,13 +67,56 @@ def tokenizer_files(spec: str) -> list[Path]:
             f"The tokenizer {spec!r} is not a local file or folder, and no download is made: give a local"
             " tokenizer.json or a folder written by `save_pretrained`."
         )
-    if not (path / "tokenizer.json").is_file():
+    if not (path / _MAIN_FILE).is_file():
         raise FileNotFoundError(
             f"The folder {path} has no tokenizer.json: load the tokenizer once with `use_fast=True` and write it with"
             " `save_pretrained`."
         )
-    names = ("tokenizer.json", "special_tokens_map.json", *_SETTINGS_FILES)
+    names = (_MAIN_FILE, "special_tokens_map.json", "chat_template.jinja", *_SETTINGS_FILES)
     return [path / name for name in names if (path / name).is_file()]
+
+
+def tokenizer_texts(spec: str) -> dict[str, str]:
+    """The content of a tokenizer's files by their names in a folder.
+
+    Args:
+        spec: A `tokenizer.json`, or a folder with one.
+
+    Raises:
+        FileNotFoundError: If there is no such file or folder.
+    """
+    files = tokenizer_files(spec)
+    if len(files) == 1:
+        return {_MAIN_FILE: files[0].read_text("utf-8")}
+    return {file.name: file.read_text("utf-8") for file in files}
+
+
+def keep_tokenizer(texts: dict[str, str], cache_dir: Path) -> str:
+    """A folder in the cache with these files: what `load_tokenizer` takes."""
+    folder = cache_dir / f"tokenizer-{digest(texts)}"
+    if any(not (folder / name).is_file() for name in texts):
+        with only_one(folder):
+            for name, text in texts.items():
+                with atomic_file(folder / name) as file:
+                    file.write(text.encode())
+    return str(folder)
+
+
+def tokenizers_differ(saved: dict[str, str], own: dict[str, str]) -> str | None:
+    """How two tokenizers, each as `tokenizer_texts`, give a text other ids; None where they do not."""
+    from tokenizers import Tokenizer
+
+    if saved[_MAIN_FILE] == own[_MAIN_FILE]:
+        return None
+    theirs, ours = (Tokenizer.from_str(texts[_MAIN_FILE]) for texts in (saved, own))
+    vocabulary, others = ours.get_vocab(), theirs.get_vocab()
+    if moved := sum(vocabulary.get(token) != number for token, number in others.items()):
+        return f"{moved} of the {len(others)} tokens of the run have other numbers, or none, in the data's tokenizer"
+    if len(vocabulary) > len(others):
+        return f"the data's tokenizer has {len(vocabulary)} tokens, the run's {len(others)}"
+    if any(theirs.encode(text).ids != ours.encode(text).ids for text in _PROBES):
+        return "the data's tokenizer cuts text into other tokens than the run's"
+    return None
 
 
 def load_tokenizer(spec: str) -> "PreTrainedTokenizerFast":

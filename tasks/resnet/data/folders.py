@@ -19,7 +19,7 @@ __all__ = ["ImageFolders"]
 class ImageFolders(ImageDataModule):
     """Images in `train/CLASS/` and `val/CLASS/` below one folder; `test/CLASS/` too, where it exists.
 
-    The classes are the folders of `train` in the order of their names.
+    The classes are the folders of `train` in the order of their names; with a checkpoint, those of the run.
 
     Args:
         root: The folder that holds `train` and `val`.
@@ -59,7 +59,9 @@ class ImageFolders(ImageDataModule):
 
     @property
     def class_names(self) -> Sequence[str]:
-        """Names of the folders of `train`."""
+        """Names of the folders of `train`, or the classes of the run at hand."""
+        if "classes" in self.kept:
+            return tuple(self.kept["classes"])
         if not self._classes:
             self._classes = _folders(self.root / "train", self.root)
         return self._classes
@@ -79,35 +81,37 @@ class ImageFolders(ImageDataModule):
         mode = "L" if self.channels == 1 else "RGB"
         parts: dict[str, ImageSet] = {}
         for name in ("train", "val", "test"):
-            if name == "test" and not (self.root / name).is_dir():
+            folder = self.root / name
+            if name == "test" and not folder.is_dir():
                 continue
-            self._check_classes(name)
-            images = _read_part(self.root / name, self.class_names, mode)
-            self._check_counts(name, images.labels.bincount(minlength=self.num_classes).tolist())
+            self._check_classes(folder)
+            images = _read_part(folder, self.class_names, mode)
+            self._check_counts(folder, name, images.labels.bincount(minlength=self.num_classes).tolist())
             parts[name] = images
         return parts
 
-    def _check_counts(self, part: str, counts: list[int]) -> None:
+    def _check_counts(self, folder: Path, part: str, counts: list[int]) -> None:
         empty = [name for name, count in zip(self.class_names, counts, strict=True) if not count]
         if not empty:
             return
-        told = f"{self.root / part / empty[0]} holds no images ({len(empty)} such classes)"
+        told = f"{folder / empty[0]} holds no images ({len(empty)} such classes)"
         if part == "train":
             raise ValueError(f"{told}; give each class images to learn from, or remove its folder from all parts")
         rank_zero_warn(f"{told}: the accuracy says nothing about them")
 
-    def _check_classes(self, part: str) -> None:
-        known, own = set(self.class_names), set(_folders(self.root / part, self.root))
+    def _check_classes(self, folder: Path) -> None:
+        known, own = set(self.class_names), set(_folders(folder, self.root))
+        of_run = "classes" in self.kept
+        whose = "the run" if of_run else self.root / "train"
         if missing := sorted(known - own):
+            remedy = self.other_data if of_run else "give it the same folders"
+            new = f", and {min(own - known)!r} is none" if own - known else ""
             raise ValueError(
-                f"{self.root / part} has no folder {missing[0]!r} ({len(missing)} such classes of {self.root / 'train'}"
-                "); give it the same folders"
+                f"{folder} has no folder {missing[0]!r} ({len(missing)} such classes of {whose}){new}; {remedy}"
             )
         if unknown := sorted(own - known):
-            raise ValueError(
-                f"{self.root / part / unknown[0]} is no class of {self.root / 'train'} ({len(unknown)} such folders); "
-                "move its images into the folders of their classes"
-            )
+            remedy = self.other_data if of_run else "move its images into the folders of their classes"
+            raise ValueError(f"{folder / unknown[0]} is no class of {whose} ({len(unknown)} such folders); {remedy}")
 
 
 def _folders(folder: Path, root: Path) -> tuple[str, ...]:
@@ -136,4 +140,4 @@ def _read_part(folder: Path, classes: Sequence[str], mode: str) -> DecodedFiles:
     samples = make_dataset(str(folder), numbers, is_valid_file=is_image, allow_empty=True)
     if not samples:
         raise ValueError(f"{folder} holds no images (*{', *'.join(sorted(IMAGE_SUFFIXES))}) in its class folders")
-    return DecodedFiles([path for path, _ in samples], [number for _, number in samples], mode)
+    return DecodedFiles([path for path, _ in samples], [number for _, number in samples], mode, folder)

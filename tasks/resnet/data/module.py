@@ -16,7 +16,7 @@ from ...data.images import find_images
 from ...data.module import SampledDataModule
 from ...data.padding import PaddedItems, collate_padded
 from ...data.shuffling import ShuffledSamples
-from .image_sets import DecodedFiles, ImageSet, TransformedImages
+from .image_sets import DecodedFiles, ImageSet, TransformedImages, hash_images
 from .transforms import Transforms
 
 __all__ = ["ImageDataModule"]
@@ -65,6 +65,8 @@ class ImageDataModule(SampledDataModule, ABC):
         self._sets: dict[str, ImageSet] = {}
         self._scaling: tuple[Tensor, Tensor] | None = None
 
+    other_data = "give data of the same classes in the same order, or start a new run"
+
     @abstractmethod
     def open_images(self) -> dict[str, ImageSet]:
         """The parts `train` and `val`, and `test` where there is one of its own."""
@@ -95,6 +97,17 @@ class ImageDataModule(SampledDataModule, ABC):
         """Channels, height and width of validation images."""
         size = self.transforms.eval_size or self.image_shape[1]
         return self.channels, size, size
+
+    def meaning(self) -> dict[str, Any]:
+        """See `SampledDataModule.meaning`: the classes, and how pixels become numbers."""
+        scaling = {"data.transforms.mean": self.transforms.mean, "data.transforms.std": self.transforms.std}
+        return {"classes": list(self.class_names), **{name: list(values or ()) for name, values in scaling.items()}}
+
+    def samples(self) -> dict[str, Any]:
+        """See `SampledDataModule.samples`."""
+        parts = {"training images": self.part("train"), "validation images": self.part("val")}
+        counts = {f"number of {name}": len(images) for name, images in parts.items()}
+        return counts | {name: hash_images(images) for name, images in parts.items()}
 
     def setup(self, stage: str | None = None) -> None:
         """Open the images, on every rank."""
@@ -172,4 +185,4 @@ def _files_to_predict(path: str, mode: str) -> DecodedFiles:
     if not files:
         problem = "holds no images" if root.is_dir() else "does not exist"
         raise ValueError(f"data.predict_path: {root} {problem}; give an image, or a folder of images")
-    return DecodedFiles(files, [-1] * len(files), mode)
+    return DecodedFiles(files, [-1] * len(files), mode, root)

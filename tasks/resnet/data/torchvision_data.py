@@ -121,8 +121,9 @@ class TorchvisionData(InMemoryImages):
             return _tensors(data), getattr(data, "classes", None) or ()
         except ModuleNotFoundError as error:
             raise ValueError(f"{self.set_name} needs the package {error.name}; install it with pip") from error
-        except (RuntimeError, OSError, ValueError, EOFError, AssertionError, TypeError, LookupError) as error:
-            # torchvision asserts without a word what it expects of a file.
+        except Exception as error:
+            # torchvision asserts without a word what it expects of a file; pickle, gzip and scipy have errors of their
+            # own.
             told = " ".join(str(error).split())[:160] or "a file is cut off or no part of the set"
             raise ValueError(
                 f"cannot read {self.set_name} ({told}): data.root = {self.root} must hold {known.files} whole, as "
