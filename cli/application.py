@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 from argparse import ArgumentError
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace
+import yaml
+from jsonargparse import Namespace, get_loader, set_loader
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -29,7 +31,8 @@ from ..tasks.callbacks import (
 from ..tasks.callbacks.checkpoint import HEADLINE
 from ..tasks.checkpoint_io import AtomicCheckpointIO
 from ..tasks.metrics_file import MetricsFile
-from .messages import near_option
+from .messages import failed_import, is_about_a_class, load_domains, must_be, near_option, type_of
+from .recipes import check_keys
 from .run_folder import choose_run_dir, forget_run_dir, holds_run, resolve_checkpoint
 
 __all__ = ["Application"]
@@ -132,13 +135,27 @@ class Application(LightningCLI):
         parser.add_lightning_class_args(PerformanceMonitor, "performance")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and say which option comes near to one that does not exist."""
+        """Parse, say which option comes near to one that does not exist, and refuse null where it is no value."""
+        parsers = [parser, *getattr(self, "_subcommand_parsers", {}).values()]
         try:
-            super().parse_arguments(parser, args)
-        except ArgumentError as error:
-            parsers = [parser, *getattr(self, "_subcommand_parsers", {}).values()]
+            try:
+                super().parse_arguments(parser, args)
+            except (ArgumentError, TypeError) as error:
+                if not is_about_a_class(str(error)):
+                    raise
+                load_domains()  # takes seconds, which is why only those that a recipe names are loaded before
+                super().parse_arguments(parser, args)
+        except (ArgumentError, TypeError) as error:
             options = {name for own in parsers for name in own._option_string_actions}
             raise ArgumentError(None, near_option(str(error), options)) from error
+        except Exception as error:
+            if (told := failed_import(error)) is None:
+                raise
+            raise ArgumentError(None, told) from error
+        config = self.config[command] if (command := self.config.get("subcommand")) else self.config
+        for option, hint in _nulls(parsers[-1], config):
+            if told := must_be(option, hint):
+                raise ArgumentError(None, told)
 
     def before_instantiate_classes(self) -> None:
         """Settle the run folder and the checkpoint before anything is built."""
@@ -172,10 +189,43 @@ class Application(LightningCLI):
         if config.get("enable_progress_bar") is not False:
             callbacks.append(ProgressBar(leave=True))
         kwargs["callbacks"] = callbacks
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except TypeError as error:  # of Lightning's own checks, such as that of `devices`
+            raise ValueError(f"trainer: {error}") from error
 
     def _parse_ckpt_path(self) -> None:
         """Keep the command line's options: Lightning would let the checkpoint's override them without a word."""
+
+
+def _load_yaml(text: str, path: str = "") -> Any:
+    """What jsonargparse reads of a file or of a value, with each key once."""
+    value = _read(text)
+    if isinstance(value, dict | list):
+        check_keys(text, path or "YAML")
+    return value
+
+
+_read = get_loader("yaml")
+set_loader("yaml", _load_yaml, exceptions=(yaml.YAMLError,))
+
+
+def _nulls(parser: Any, config: Namespace) -> Iterator[tuple[str, Any]]:
+    """Options that are null, with their types: jsonargparse takes null for an option that was not given."""
+    hints = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
+    for option, hint in hints.items():
+        if hint is not None and option in config:
+            yield from _nulls_within(option, config[option], hint, linked=hints)
+
+
+def _nulls_within(option: str, value: Any, hint: Any, *, linked: Container[str] = ()) -> Iterator[tuple[str, Any]]:
+    if value is None:
+        yield option, hint
+    for each in value if isinstance(value, list) else [value]:
+        if isinstance(each, Namespace) and isinstance(options := each.get("init_args"), Namespace):
+            for name, own in vars(options).items():
+                if name not in linked:  # the optimizer of a model is the one beside it
+                    yield from _nulls_within(f"{option}.{name}", own, type_of(each.class_path, name))
 
 
 def _is_within(path: str | None, folder: str | None) -> bool:

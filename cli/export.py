@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-
 from .arguments import Parser
+from .recipes import read_yaml
 from .without_training import ON_ONE_CPU, load_weights, without_start
 
 __all__ = ["main"]
@@ -58,6 +57,6 @@ def main(arguments: Sequence[str]) -> None:
 
 def _on_one_cpu(config: Path, run_dir: Path) -> dict[str, Any]:
     """The options of a run without what belongs to its training alone, whatever it was trained on."""
-    options = without_start(yaml.safe_load(config.read_text("utf-8")))
+    options = without_start(read_yaml(config))
     options["trainer"] = {**options["trainer"], **ON_ONE_CPU}
     return {**options, "run_dir": str(run_dir)}
