@@ -6,7 +6,7 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Container, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from jsonargparse import Namespace, get_loader, set_loader
@@ -22,6 +22,7 @@ from lightning_adam_mini.schedule import Schedule
 from ..tasks.base import Task
 from ..tasks.callbacks import (
     GracefulInterrupt,
+    MonitorCheck,
     PerformanceMonitor,
     PredictionFile,
     RunCheckpoint,
@@ -146,6 +147,8 @@ class Application(LightningCLI):
                 load_domains()  # takes seconds, which is why only those that a recipe names are loaded before
                 super().parse_arguments(parser, args)
         except (ArgumentError, TypeError) as error:
+            if told := failed_import(error):
+                raise ArgumentError(None, told) from error
             options = {name for own in parsers for name in own._option_string_actions}
             raise ArgumentError(None, near_option(str(error), options)) from error
         except Exception as error:
@@ -175,6 +178,22 @@ class Application(LightningCLI):
         if isinstance(strategy, str) and "." in strategy:  # without options a class stays the string that it also is
             config.trainer.strategy = Namespace(class_path=strategy, init_args=Namespace())
 
+    def instantiate_classes(self) -> None:
+        """Build model, data and trainer.
+
+        Raises:
+            ValueError: The model does not take the optimizer and the schedule.
+        """
+        model = (self.config[self.subcommand] if self.subcommand else self.config).model
+        super().instantiate_classes()
+        for name, kind in {"optimizer": OptimizerFactory, "schedule": Schedule}.items():
+            if name not in model.get("init_args", {}):
+                raise ValueError(
+                    f"model: {model.class_path} has no option {name!r}, so --{name} would change nothing; let its "
+                    f"__init__ take `{name}: {kind.__name__} | None = None`, and hand it on to that of Task"
+                )
+        cast("Task", self.model).check_data(self.datamodule)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with the callbacks, loggers and checkpoint writer of every run."""
         config = self._get(self.config_init, "trainer")
@@ -184,7 +203,7 @@ class Application(LightningCLI):
             own = [MetricsFile(run_dir), TensorBoardLogger(run_dir, name="tensorboard", version="")]
             given = [logger for logger in _as_list(config.get("logger")) if logger is not True]
             kwargs["logger"] = [*own, *given]
-        callbacks = [*_as_list(config.get("callbacks")), StopOnDivergence(), GracefulInterrupt()]
+        callbacks = [MonitorCheck(), *_as_list(config.get("callbacks")), StopOnDivergence(), GracefulInterrupt()]
         callbacks += [RunReport(), PredictionFile()]
         if config.get("enable_progress_bar") is not False:
             callbacks.append(ProgressBar(leave=True))

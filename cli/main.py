@@ -50,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         other error. An error is told in one line; `ADAM_MINI_TRACEBACK=1` shows where it arose.
     """
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if "" not in sys.path and not sys.flags.safe_path:
+        sys.path.append("")  # classes of the user's lie there; last, so that none of their files hides a package
     try:
         guard()
         return _dispatch(command, rest)

@@ -7,7 +7,7 @@ import pkgutil
 import re
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -47,6 +47,10 @@ def one_line(message: str) -> str:
         return f"{message}; give a recipe: --config llm/gpt2_tiny.yaml (`adam-mini recipes` lists them)"
     if match := re.match(r"Unexpected config: ?(.{,40})", message):
         return f"a configuration holds options such as `trainer: ...`, not {match[1]!r}"
+    if match := re.match(
+        r"--([\w.]+)\.help: (?:Expected a dot import path string: |\"|No module named ')([\w.]*)", message
+    ):
+        return _unknown_class(match[1], match[2], message)
     option = ".".join(dict.fromkeys(re.findall(r'Parser key "([^"]+)"', message)))
     if match := re.search(r"class_path '([\w.]+)':\s+(?:Option|Key|key) '(\w+)' is not (?:accepted|expected)", message):
         return _unknown_option(*match.groups())
@@ -221,10 +225,15 @@ def load_domains() -> None:
                     import_module(name)
 
 
-def failed_import(error: BaseException) -> str | None:
+def failed_import(error: BaseException | None) -> str | None:
     """Where a module of the user's failed while the parser imported it, and why; None for any other error."""
-    frames = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
-    return _told_import(error) if "import_object" in frames else None
+    while error is not None:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
+        names = [frame.name for frame in frames]
+        if "import_object" in names and (names[-1] != "import_object" or isinstance(error, SyntaxError)):
+            return _told_import(error)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _unknown_class(option: str, name: str, message: str) -> str:
@@ -232,25 +241,43 @@ def _unknown_class(option: str, name: str, message: str) -> str:
     if match := re.search(r"'class_path': '([^']+)'", name):
         name = match[1]
     prefix = f"{option}: " if option else ""  # a strategy's name turned class has none
-    found, reason = _find_class(name)
-    if "cannot be imported" in reason:
-        return f"{prefix}{reason}"
-    base = re.search(r"Subtypes: .*?<class '([\w.]+)\.(\w+)'>", message)
-    if base is None or "." in option:
-        return f"{prefix}there is no class {name!r}; give its full name, such as package.module.Class"
-    own = _OWN.get(base[2], "")
+    base = _base(option, message)
+    own = _OWN.get(base.__name__, "") if base is not None else ""
+    if base is None or (not own and "." in option):
+        near = "" if base is None else _did_you_mean(name, {cls.__name__ for cls in _below(base)})
+        return f"{prefix}there is no class {name!r}{near or '; give its full name, such as package.module.Class'}"
     if own:
         load_domains()
-    known = sorted(_subclasses(getattr(import_module(base[1]), base[2])))
+    known = sorted({cls.__name__ for cls in _below(base) if _is_offered(cls)})
     choices = f"Choose from: {', '.join(known)}"
+    found, reason = _find_class(name)
     if own and found is not None:
         kinds = [cls.__name__ for cls in getattr(found, "__mro__", ()) if cls.__name__ in ("LightningModule", "Module")]
         kind = f"a {kinds[0]}, but no" if kinds else "no"
-        return f"{prefix}{name} is {kind} {base[2]}; {own}. {choices}"
+        return f"{prefix}{name} is {kind} {base.__name__}; {own}. {choices}"
     near = _did_you_mean(name.rpartition(".")[2], known)
     if own and reason and not near:
-        return f"{prefix}there is no class {name!r}: {reason}. {choices}, or your own by package.module.Class"
+        end = "" if reason.endswith("?") else "."
+        return f"{prefix}there is no class {name!r}: {reason}{end} {choices}, or your own by package.module.Class"
     return f"{prefix}there is no class {name!r}{near or '.'} {choices}"
+
+
+def _base(option: str, message: str) -> type | None:
+    """The class below which an option takes classes; None where the message does not say."""
+    named = re.search(r"Subtypes: \[(?:list\[|<class ')([\w.]+)\.(\w+)", message)
+    if named is None:  # that of help does not
+        package = __name__.partition(".")[0]
+        of_options = {
+            "model": (f"{package}.tasks.base", "Task"),
+            "data": ("lightning.pytorch", "LightningDataModule"),
+            "optimizer": (f"{package}.factory", "OptimizerFactory"),
+            "trainer.callbacks": ("lightning.pytorch.callbacks", "Callback"),
+        }
+        module, name = of_options.get(option, ("builtins", ""))
+    else:
+        module, name = named.groups()
+    base: type | None = getattr(import_module(module), name, None)
+    return base
 
 
 def _find_class(name: str) -> tuple[Any, str]:
@@ -273,19 +300,26 @@ def _find_class(name: str) -> tuple[Any, str]:
 
 def _told_import(error: BaseException) -> str:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
-    file, line, why = frames[-1].filename, frames[-1].lineno, str(error)
+    # What fails in a function of a library, fails in the line of the module that called it.
+    frame = next((frame for frame in reversed(frames) if frame.name == "<module>"), frames[-1])
+    file, line, why = frame.filename, frame.lineno, str(error)
     if isinstance(error, SyntaxError) and error.filename:
         file, line, why = error.filename, error.lineno, error.msg
     return f"{file}, line {line}, cannot be imported: {type(error).__name__}: {' '.join(why.split())[:200]}"
 
 
-def _subclasses(base: type) -> set[str]:
-    """Names of the concrete classes of this package below a base."""
-    names = set()
+def _below(base: type) -> Iterator[type]:
+    """All classes below a base."""
     below: list[type] = base.__subclasses__()
     for cls in below:
-        is_base = isabstract(cls) or vars(cls).get("batch_kind", "") is None  # of all data modules
-        if cls.__module__.startswith(__name__.partition(".")[0]) and not is_base:
-            names.add(cls.__name__)
-        names |= _subclasses(cls)
-    return names
+        yield cls
+        yield from _below(cls)
+
+
+def _is_offered(cls: type) -> bool:
+    """Whether a class is one of this package's that users choose: a package exports it."""
+    places = cls.__module__.split(".")
+    if places[0] != __name__.partition(".")[0] or isabstract(cls):
+        return False
+    packages = (sys.modules.get(".".join(places[:end])) for end in range(1, len(places)))
+    return any(cls.__name__ in getattr(package, "__all__", ()) for package in packages)

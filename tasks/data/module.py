@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -28,6 +28,9 @@ class SampledDataModule(LightningDataModule):
     Raises:
         ValueError: A number is out of range.
     """
+
+    batch_kind: ClassVar[str | None] = None
+    """What its batches hold, in the words of the tasks that take them."""
 
     def __init__(self, *, batch_size: int, num_workers: int = 0, seed: int = 0) -> None:
         super().__init__()

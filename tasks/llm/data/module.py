@@ -68,6 +68,8 @@ class TokenDataModule(SampledDataModule, ABC):
         ValueError: If a number is out of range.
     """
 
+    batch_kind = "token windows"
+
     default_prompts: tuple[str, ...] = ("The", "In the beginning", "Once upon a time")
 
     def __init__(
