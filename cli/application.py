@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
+import time
 import warnings
 from argparse import ArgumentError
 from collections.abc import Container, Iterator
@@ -14,6 +18,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_adam_mini.factory import OptimizerFactory
@@ -35,6 +40,7 @@ from ..tasks.metrics_file import MetricsFile
 from .messages import failed_import, is_about_a_class, load_domains, must_be, near_option, type_of
 from .recipes import check_keys
 from .run_folder import choose_run_dir, forget_run_dir, holds_run, resolve_checkpoint
+from .telling import PATIENCE, is_for_users
 
 __all__ = ["Application"]
 
@@ -79,6 +85,7 @@ class Application(LightningCLI):
     def __init__(self, arguments: list[str] | dict[str, Any], *, recipe: str | None = None, run: bool = True) -> None:
         self.recipe = recipe
         self._command = arguments[0] if run and isinstance(arguments, list) else None
+        self._made: list[Path] = []  # folders of a new run, the innermost first
         # Processes for other ranks start with the command as the user typed it, and resolve recipes again.
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
         warnings.filterwarnings("ignore", message=".*LeafSpec", module="lightning")  # Lightning's own use of torch
@@ -105,6 +112,9 @@ class Application(LightningCLI):
                 args=arguments,
                 run=run,
             )
+        except Exception as error:
+            self._leave_nothing(error)
+            raise
         finally:
             forget_run_dir()
 
@@ -166,7 +176,12 @@ class Application(LightningCLI):
         checkpoint, is_fit = config.get("ckpt_path"), self.subcommand == "fit"
         # A checkpoint of another run, given by its path, begins a folder of its own.
         continues = checkpoint in ("last", "best", "hpc", "registry") or _is_within(checkpoint, config.run_dir)
+        there = {*Path().glob("runs"), *Path("runs").glob("*")}
+        if config.run_dir is not None:
+            there |= {path for path in _with_parents(config.run_dir) if path.exists()}
         run_dir = choose_run_dir(config.run_dir, self.recipe, starts_anew=is_fit and not continues)
+        if is_fit and "LOCAL_RANK" not in os.environ:
+            self._made = [path for path in _with_parents(run_dir) if path not in {*there, Path()}]
         if checkpoint is not None:
             may_start = is_fit and config.run_dir is not None
             config.ckpt_path = resolve_checkpoint(checkpoint, run_dir, may_start=may_start)
@@ -213,6 +228,25 @@ class Application(LightningCLI):
         except TypeError as error:  # of Lightning's own checks, such as that of `devices`
             raise ValueError(f"trainer: {error}") from error
 
+    def _leave_nothing(self, error: Exception) -> None:
+        """End the processes of other ranks, and remove the folder of a run that has not begun."""
+        trainer = getattr(self, "trainer", None)
+        launcher = getattr(getattr(trainer, "strategy", None), "launcher", None)
+        processes = launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else []
+        if not is_for_users(error):  # then one of them may have met the cause, and tells it
+            end = time.monotonic() + PATIENCE
+            while processes and time.monotonic() < end and all(process.poll() is None for process in processes):
+                time.sleep(0.05)
+        for process in processes:
+            process.kill()
+            process.wait()
+        processes.clear()  # Lightning looks whether they end by themselves, and would kill this process too
+        if self._made and not holds_run(self._made[0]) and not getattr(trainer, "global_step", 0):
+            shutil.rmtree(self._made[0], ignore_errors=True)
+            for folder in self._made[1:]:
+                with contextlib.suppress(OSError):  # another run is in it
+                    folder.rmdir()
+
     def _parse_ckpt_path(self) -> None:
         """Keep the command line's options: Lightning would let the checkpoint's override them without a word."""
 
@@ -245,6 +279,11 @@ def _nulls_within(option: str, value: Any, hint: Any, *, linked: Container[str] 
             for name, own in vars(options).items():
                 if name not in linked:  # the optimizer of a model is the one beside it
                     yield from _nulls_within(f"{option}.{name}", own, type_of(each.class_path, name))
+
+
+def _with_parents(folder: str | Path) -> list[Path]:
+    path = Path(folder).expanduser()
+    return [path, *path.parents]
 
 
 def _is_within(path: str | None, folder: str | None) -> bool:

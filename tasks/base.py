@@ -162,8 +162,8 @@ class Task(LightningModule):
         fitting = _data_modules(type(self))
         remedy = f"; give --data {' or '.join(fitting)}" if fitting else ""
         raise ValueError(
-            f"{type(self).__name__} takes {self.batch_kind}, and {type(data).__name__} gives {kind}{remedy}, or another "
-            "--model"
+            f"{type(self).__name__} takes {self.batch_kind}, and {type(data).__name__} gives {kind}{remedy}, or "
+            "another --model"
         )
 
     def summary(self) -> dict[str, str]:
