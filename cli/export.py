@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from .arguments import Parser
+from .arguments import Parser, check_place
 from .recipes import read_yaml
 from .without_training import ON_ONE_CPU, load_weights, without_start
 
@@ -35,6 +35,11 @@ def main(arguments: Sequence[str]) -> None:
     config = options.run_dir / "config.yaml"
     if not config.is_file():
         raise ValueError(f"{options.run_dir} holds no run: there is no config.yaml in it")
+    if options.out is not None and options.out.expanduser().exists():
+        raise ValueError(f"{options.out} exists; choose another folder for the export, or remove it")
+
+    if options.out is not None:
+        check_place(options.out)
 
     from .application import Application
     from .run_folder import resolve_checkpoint
