@@ -102,11 +102,11 @@ EARLY = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_
         ),
         (["--model.width", "null"], 2, "model.width must be a whole number, not null"),
         (["--checkpoint.monitor", "val_acc"], 1, "checkpoint monitors 'val_acc', which Line does not log; it logs"),
-        (EARLY, 1, "EarlyStopping monitors 'val_acc', which Line does not log; it logs mfu, optimizer_milliseconds"),
+        (EARLY, 1, "EarlyStopping monitors 'val_acc', which Line does not log; it logs optimizer_milliseconds"),
         (
             [*EARLY, "--trainer.val_check_interval=1.0", "--trainer.max_epochs=1"],
             1,
-            "EarlyStopping monitors 'val_acc', which Line does not log; it logs mfu, optimizer_milliseconds",
+            "EarlyStopping monitors 'val_acc', which Line does not log; it logs optimizer_milliseconds",
         ),
     ],
 )
