@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any, cast
 
 __all__ = ["first_error"]
 
@@ -94,7 +95,7 @@ def _set_up(command: list[str], seen: set[str]) -> None:
     options, recipe = resolve_configs(command[1:])
     with quiet():
         application = Application([*options, *trainer_options(), "--seed_everything=false"], recipe=recipe, run=False)
-        task, data, trainer = application.model, application.datamodule, application.trainer
+        task, data, trainer = cast("Any", application.model), application.datamodule, cast("Any", application.trainer)
         name = command[command.index("--config") + 1]
         if name not in seen:
             seen.add(name)

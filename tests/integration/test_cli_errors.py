@@ -1,6 +1,7 @@
 """What the user did wrong is told in one line, with the remedy; the next try is not blocked."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ pytest.importorskip("lightning.pytorch")  # its log goes where errors went when 
 
 from lightning_adam_mini.cli.main import main
 from lightning_adam_mini.cli.run_folder import holds_run
-from tiny_runs import checkpoint, error_line, run
+from tiny_runs import checkpoint, error_line, run, start
 
 COMMAND, VALUE = 2, 1  # exit codes: what is wrong
 
@@ -251,6 +252,29 @@ def test_a_start_that_fails_leaves_nothing(work_dir, capsys):
     (work_dir / "a" / "c").mkdir(parents=True)
     assert run("fit", "--run_dir", "a/b", "--data.path", "nowhere") == 1
     assert [path.name for path in (work_dir / "a").iterdir()] == ["c"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--data.path", "nowhere"], "There is no file or folder nowhere"),
+        (["--optimizer.partition_overrides", '{"vale": "whole"}'], "'vale' matches no parameter"),
+    ],
+)
+def test_several_ranks_tell_an_error_once_and_leave_nothing(work_dir, strategy, options, told):
+    ranks = ["--trainer.devices", 2, "--trainer.accelerator", "cpu", "--trainer.strategy", strategy]
+    process = start("fit", "--config", "tiny.yaml", *ranks, *options, start_new_session=True)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    (line,) = [line for line in err.splitlines() if "error" in line]
+    assert line.startswith("adam-mini: error: ")
+    assert told in line
+    assert "Traceback" not in err
+    assert not Path("runs").exists()
+    with pytest.raises(ProcessLookupError):  # all ranks are in its group
+        os.killpg(process.pid, 0)
 
 
 @pytest.mark.parametrize(
