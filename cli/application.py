@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import shutil
+import time
 import warnings
 from argparse import ArgumentError
+from collections.abc import Container, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from jsonargparse import Namespace
+import yaml
+from jsonargparse import Namespace, get_loader, set_loader
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_adam_mini.factory import OptimizerFactory
@@ -22,6 +28,7 @@ from lightning_adam_mini.schedule import Schedule
 from ..tasks.base import Task
 from ..tasks.callbacks import (
     GracefulInterrupt,
+    MonitorCheck,
     PerformanceMonitor,
     PredictionFile,
     RunCheckpoint,
@@ -32,8 +39,10 @@ from ..tasks.callbacks.checkpoint import HEADLINE
 from ..tasks.checkpoint_io import AtomicCheckpointIO
 from ..tasks.data.module import SampledDataModule
 from ..tasks.metrics_file import MetricsFile
-from .messages import near_option
+from .messages import failed_import, is_about_a_class, load_domains, must_be, near_option, type_of
+from .recipes import check_keys
 from .run_folder import RUN_DIR, choose_run_dir, forget_run_dir, holds_run, lock_for_run, resolve_checkpoint
+from .telling import PATIENCE, is_for_users
 
 __all__ = ["Application"]
 
@@ -96,6 +105,7 @@ class Application(LightningCLI):
     def __init__(self, arguments: list[str] | dict[str, Any], *, recipe: str | None = None, run: bool = True) -> None:
         self.recipe = recipe
         self._command = arguments[0] if run and isinstance(arguments, list) else None
+        self._made: list[Path] = []  # folders of a new run, the innermost first
         # Processes for other ranks start with the command as the user typed it, and resolve recipes again.
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
         warnings.filterwarnings("ignore", message=".*LeafSpec", module="lightning")  # Lightning's own use of torch
@@ -122,11 +132,13 @@ class Application(LightningCLI):
                 args=arguments,
                 run=run,
             )
-        except OSError as error:
-            if error.errno not in _DISK_IS_FULL or error.filename is not None:
-                raise
-            told = f"cannot write to {os.environ.get(RUN_DIR)}: {error.strerror}; free space or set another --run_dir"
-            raise OSError(told) from error
+        except Exception as error:
+            self._leave_nothing(error)
+            if isinstance(error, OSError) and error.errno in _DISK_IS_FULL and error.filename is None:
+                place = os.environ.get(RUN_DIR)
+                told = f"cannot write to {place}: {error.strerror}; free space or set another --run_dir"
+                raise OSError(told) from error
+            raise
         finally:
             forget_run_dir()
 
@@ -161,13 +173,29 @@ class Application(LightningCLI):
         parser.add_lightning_class_args(PerformanceMonitor, "performance")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and say which option comes near to one that does not exist."""
+        """Parse, say which option comes near to one that does not exist, and refuse null where it is no value."""
+        parsers = [parser, *getattr(self, "_subcommand_parsers", {}).values()]
         try:
-            super().parse_arguments(parser, args)
-        except ArgumentError as error:
-            parsers = [parser, *getattr(self, "_subcommand_parsers", {}).values()]
+            try:
+                super().parse_arguments(parser, args)
+            except (ArgumentError, TypeError) as error:
+                if not is_about_a_class(str(error)):
+                    raise
+                load_domains()  # takes seconds, which is why only those that a recipe names are loaded before
+                super().parse_arguments(parser, args)
+        except (ArgumentError, TypeError) as error:
+            if told := failed_import(error):
+                raise ArgumentError(None, told) from error
             options = {name for own in parsers for name in own._option_string_actions}
             raise ArgumentError(None, near_option(str(error), options)) from error
+        except Exception as error:
+            if (told := failed_import(error)) is None:
+                raise
+            raise ArgumentError(None, told) from error
+        config = self.config[command] if (command := self.config.get("subcommand")) else self.config
+        for option, hint in _nulls(parsers[-1], config):
+            if told := must_be(option, hint):
+                raise ArgumentError(None, told)
 
     def before_instantiate_classes(self) -> None:
         """Settle the run folder and the checkpoint before anything is built."""
@@ -175,7 +203,12 @@ class Application(LightningCLI):
         checkpoint, is_fit = config.get("ckpt_path"), self.subcommand == "fit"
         # A checkpoint of another run, given by its path, begins a folder of its own.
         continues = checkpoint in ("last", "best", "hpc", "registry") or _is_within(checkpoint, config.run_dir)
+        there = {*Path().glob("runs"), *Path("runs").glob("*")}
+        if config.run_dir is not None:
+            there |= {path for path in _with_parents(config.run_dir) if path.exists()}
         run_dir = choose_run_dir(config.run_dir, self.recipe, starts_anew=is_fit and not continues)
+        if is_fit and "LOCAL_RANK" not in os.environ:
+            self._made = [path for path in _with_parents(run_dir) if path not in {*there, Path()}]
         if checkpoint is not None:
             may_start = is_fit and config.run_dir is not None
             config.ckpt_path = resolve_checkpoint(checkpoint, run_dir, may_start=may_start)
@@ -190,15 +223,28 @@ class Application(LightningCLI):
             config.trainer.strategy = Namespace(class_path=strategy, init_args=Namespace())
 
     def instantiate_classes(self) -> None:
-        """Build all, and tell the data what a checkpoint's outputs mean before they are opened."""
+        """Build model, data and trainer, and tell the data what a checkpoint's outputs mean before they are opened.
+
+        Raises:
+            ValueError: The model does not take the optimizer and the schedule, or not such data.
+        """
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        model = config.model
         super().instantiate_classes()
+        for name, kind in {"optimizer": OptimizerFactory, "schedule": Schedule}.items():
+            if name not in model.get("init_args", {}):
+                raise ValueError(
+                    f"model: {model.class_path} has no option {name!r}, so --{name} would change nothing; let its "
+                    f"__init__ take `{name}: {kind.__name__} | None = None`, and hand it on to that of Task"
+                )
+        task = cast("Task", self.model)
+        task.check_data(self.datamodule)
         if not isinstance(data := self.datamodule, SampledDataModule):
             return
-        config = self.config[self.subcommand] if self.subcommand else self.config
         data.allow_changed = config.allow_changed_data
         checkpoint = config.get("ckpt_path")
         if checkpoint is None:
-            data.kept = self.model.given_meaning()
+            data.kept = task.given_meaning()
         elif checkpoint not in ("hpc", "registry"):  # Lightning finds these later; they are compared all the same
             data.recall(checkpoint, weights_only=config.get("weights_only"))
 
@@ -211,15 +257,72 @@ class Application(LightningCLI):
             own = [MetricsFile(run_dir), TensorBoardLogger(run_dir, name="tensorboard", version="")]
             given = [logger for logger in _as_list(config.get("logger")) if logger is not True]
             kwargs["logger"] = [*own, *given]
-        callbacks = [*_as_list(config.get("callbacks")), StopOnDivergence(), GracefulInterrupt()]
+        callbacks = [MonitorCheck(), *_as_list(config.get("callbacks")), StopOnDivergence(), GracefulInterrupt()]
         callbacks += [RunReport(), PredictionFile()]
         if config.get("enable_progress_bar") is not False:
             callbacks.append(ProgressBar(leave=True))
         kwargs["callbacks"] = callbacks
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except TypeError as error:  # of Lightning's own checks, such as that of `devices`
+            raise ValueError(f"trainer: {error}") from error
+
+    def _leave_nothing(self, error: Exception) -> None:
+        """End the processes of other ranks, and remove the folder of a run that has not begun."""
+        trainer = getattr(self, "trainer", None)
+        launcher = getattr(getattr(trainer, "strategy", None), "launcher", None)
+        processes = launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else []
+        if not is_for_users(error):  # then one of them may have met the cause, and tells it
+            end = time.monotonic() + PATIENCE
+            while processes and time.monotonic() < end and all(process.poll() is None for process in processes):
+                time.sleep(0.05)
+        for process in processes:
+            process.kill()
+            process.wait()
+        processes.clear()  # Lightning looks whether they end by themselves, and would kill this process too
+        if self._made and not holds_run(self._made[0]) and not getattr(trainer, "global_step", 0):
+            shutil.rmtree(self._made[0], ignore_errors=True)
+            for folder in self._made[1:]:
+                with contextlib.suppress(OSError):  # another run is in it
+                    folder.rmdir()
 
     def _parse_ckpt_path(self) -> None:
         """Keep the command line's options: Lightning would let the checkpoint's override them without a word."""
+
+
+def _load_yaml(text: str, path: str = "") -> Any:
+    """What jsonargparse reads of a file or of a value, with each key once."""
+    value = _read(text)
+    if isinstance(value, dict | list):
+        check_keys(text, path or "YAML")
+    return value
+
+
+_read = get_loader("yaml")
+set_loader("yaml", _load_yaml, exceptions=(yaml.YAMLError,))
+
+
+def _nulls(parser: Any, config: Namespace) -> Iterator[tuple[str, Any]]:
+    """Options that are null, with their types: jsonargparse takes null for an option that was not given."""
+    hints = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
+    for option, hint in hints.items():
+        if hint is not None and option in config:
+            yield from _nulls_within(option, config[option], hint, linked=hints)
+
+
+def _nulls_within(option: str, value: Any, hint: Any, *, linked: Container[str] = ()) -> Iterator[tuple[str, Any]]:
+    if value is None:
+        yield option, hint
+    for each in value if isinstance(value, list) else [value]:
+        if isinstance(each, Namespace) and isinstance(options := each.get("init_args"), Namespace):
+            for name, own in vars(options).items():
+                if name not in linked:  # the optimizer of a model is the one beside it
+                    yield from _nulls_within(f"{option}.{name}", own, type_of(each.class_path, name))
+
+
+def _with_parents(folder: str | Path) -> list[Path]:
+    path = Path(folder).expanduser()
+    return [path, *path.parents]
 
 
 def _is_within(path: str | None, folder: str | None) -> bool:

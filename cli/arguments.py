@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-__all__ = ["Parser", "cpu_threads", "make_folder"]
+__all__ = ["Parser", "check_place", "cpu_threads", "make_folder"]
 
 _DECIMAL = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 _UNITS = {"": 1, "b": 1, **_DECIMAL, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -23,10 +23,10 @@ class Parser(argparse.ArgumentParser):
         raise argparse.ArgumentError(None, message)
 
     def folder(self, out: Path) -> Path:
-        """The folder of `--out`, which need not be there yet; a file is an error."""
+        """The folder of `--out`, which need not be there yet; a file, or a folder below one, is an error."""
         out = out.expanduser()
-        if out.exists() and not out.is_dir():
-            self.error(f"--out {out}: this is a file; give a folder")
+        if not (nearest := _nearest(out)).is_dir():
+            self.error(f"--out {out}: {'this' if nearest == out else nearest} is a file; give a folder")
         return out
 
     def memory(self, text: str, *, least: int) -> int:
@@ -43,6 +43,29 @@ class Parser(argparse.ArgumentParser):
         if size < least:
             self.error(f"--memory {text}: more than nothing")
         return size
+
+
+def check_place(out: Path) -> None:
+    """Check that a file or a folder can be made at `--out`, before the work; nothing is left there.
+
+    Raises:
+        ValueError: Nothing can be written there, or to the folder that it would be made in.
+    """
+    import tempfile
+
+    nearest = _nearest(out := out.expanduser())
+    folder = nearest.parent if nearest.is_file() and nearest == out else nearest
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(f"--out {out}: {folder} cannot be written to ({reason}); choose another place") from error
+
+
+def _nearest(path: Path) -> Path:
+    """What is there of a path: itself, or the folder that it would be made in."""
+    return next((place for place in (path, *path.parents) if place.exists()), Path())
 
 
 def make_folder(out: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .arguments import Parser
+from .arguments import Parser, check_place
 from .checkpoint_optimizer import KEPT, build, check_groups, continued_factory, converted_state, named
 
 __all__ = ["main"]
@@ -41,6 +41,7 @@ def main(arguments: Sequence[str]) -> None:
         parser.error(f"{passed[0]}: an option of an optimizer needs --to adam-mini or --to adamw")
     target: Path = options.out.expanduser()
     _check_target(target, layout, overwrite=options.overwrite)
+    check_place(target)
 
     converts = optimizer is not None or layout != "file"
     config = _find_config(options.recipe, source, run_dir) if converts else None

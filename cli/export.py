@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-
-from .arguments import Parser
+from .arguments import Parser, check_place
+from .recipes import read_yaml
 from .without_training import ON_ONE_CPU, load_weights, open_data, without_start
 
 __all__ = ["main"]
@@ -36,6 +35,11 @@ def main(arguments: Sequence[str]) -> None:
     config = options.run_dir / "config.yaml"
     if not config.is_file():
         raise ValueError(f"{options.run_dir} holds no run: there is no config.yaml in it")
+    if options.out is not None and options.out.expanduser().exists():
+        raise ValueError(f"{options.out} exists; choose another folder for the export, or remove it")
+
+    if options.out is not None:
+        check_place(options.out)
 
     from .application import Application
     from .run_folder import resolve_checkpoint
@@ -57,6 +61,6 @@ def main(arguments: Sequence[str]) -> None:
 
 def _on_one_cpu(config: Path, run_dir: Path) -> dict[str, Any]:
     """The options of a run without what belongs to its training alone, whatever it was trained on."""
-    options = without_start(yaml.safe_load(config.read_text("utf-8")))
+    options = without_start(read_yaml(config))
     options["trainer"] = {**options["trainer"], **ON_ONE_CPU}
     return {**options, "run_dir": str(run_dir)}

@@ -12,6 +12,7 @@ from lightning_adam_mini import __version__
 
 from .compare.child import guard
 from .recipes import list_recipes, resolve_configs
+from .telling import one_teller, tell
 
 __all__ = ["main"]
 
@@ -50,6 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         other error. An error is told in one line; `ADAM_MINI_TRACEBACK=1` shows where it arose.
     """
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if "" not in sys.path and not sys.flags.safe_path:
+        sys.path.append("")  # classes of the user's lie there; last, so that none of their files hides a package
+    with one_teller():
+        return _run(command, rest)
+
+
+def _run(command: str, rest: list[str]) -> int:
+    """Run a command; its exit code, with errors told."""
     try:
         guard()
         return _dispatch(command, rest)
@@ -60,26 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 130
         raise
     except Exception as error:
-        if os.environ.get("ADAM_MINI_TRACEBACK") or not _is_for_users(error):
+        if os.environ.get("ADAM_MINI_TRACEBACK") or not tell(error):
             raise
-        from .messages import one_line
-
-        rank = _rank()
-        if rank == 0 or not getattr(error, "is_on_all_ranks", False):
-            where = f" on rank {rank}" if rank else ""
-            sys.stderr.write(f"adam-mini: error{where}: {one_line(str(error))}\n")
         return getattr(error, "exit_code", 2 if isinstance(error, ArgumentError) else 1)
-
-
-def _rank() -> int:
-    """Number of this process among those that train together, by what launchers tell their processes."""
-    return next((int(os.environ[name]) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0)
-
-
-def _is_for_users(error: Exception) -> bool:
-    """Whether the message says what to do, or which package to install, so that nobody needs the traceback."""
-    known = isinstance(error, ArgumentError | ValueError | OSError | ModuleNotFoundError)
-    return known or type(error).__name__ == "MisconfigurationException"  # Lightning's, which may not be imported
 
 
 def _dispatch(command: str, rest: list[str]) -> int:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-import yaml
 
 from .model_building import Source, building, config_file, is_subclass, near, package, quiet, read_json
-from .recipes import find_recipe
+from .recipes import find_recipe, read_yaml
 from .transformers_models import of_transformers
 from .without_training import trainer_options
 
@@ -25,7 +23,7 @@ def of_recipe(name: str) -> Source:
         ValueError: There is no such recipe, it cannot be read, or the task cannot be built.
     """
     recipe = find_recipe(name, given_as="recipe")
-    _check_yaml(name, recipe)
+    read_yaml(recipe, f"recipe {name}")  # what the parser says of one that cannot be read does not name the file
     from lightning_adam_mini.factory import AdamMini
 
     package("lightning", f"recipe {name}", "llm")
@@ -50,24 +48,6 @@ def of_recipe(name: str) -> Source:
         exp_avg_dtype=dtype,
         warnings=tuple(told),
     )
-
-
-def _check_yaml(name: str, recipe: Path) -> None:
-    """Check that a recipe can be read: what the parser says of one that cannot does not name the file.
-
-    Raises:
-        ValueError: It is not UTF-8, or no YAML of options.
-    """
-    try:
-        with recipe.open(encoding="utf-8") as file:
-            options = yaml.safe_load(file)
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        kind = "UTF-8" if isinstance(error, UnicodeDecodeError) else "YAML"
-        raise ValueError(f"recipe {name}: this is not {kind}: {error}") from error
-    except RecursionError as error:
-        raise ValueError(f"recipe {name}: this is nested too deeply for a recipe") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"recipe {name}: a recipe holds options such as `model: ...`, not a {type(options).__name__}")
 
 
 def of_timm(name: str) -> Source:

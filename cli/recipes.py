@@ -1,13 +1,20 @@
-"""The packaged recipes. Importing this imports neither torch nor lightning."""
+"""Recipes: where they lie, and how their YAML is read. Importing this imports neither torch nor lightning."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+from argparse import ArgumentError
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-__all__ = ["find_recipe", "list_recipes", "resolve_configs"]
+__all__ = ["check_keys", "find_recipe", "list_recipes", "read_yaml", "resolve_configs"]
+
+SECTIONS = ("model", "data", "optimizer", "schedule", "trainer", "checkpoint", "performance")
+"""What a recipe holds options below, and never a null."""
+FILES = (".yaml", ".yml")
 
 
 def list_recipes() -> dict[str, str]:
@@ -48,6 +55,7 @@ def resolve_configs(arguments: Sequence[str]) -> tuple[list[str], str | None]:
 
     Raises:
         ValueError: As `find_recipe`.
+        ArgumentError: A file is no recipe.
     """
     resolved: list[str] = []
     first: str | None = None
@@ -55,14 +63,111 @@ def resolve_configs(arguments: Sequence[str]) -> tuple[list[str], str | None]:
     for argument in arguments:
         option, equals, value = argument.partition("=")
         if expects_value or (equals and option in ("--config", "-c")):
-            path = find_recipe(argument if expects_value else value)
+            path = find_recipe(name := argument if expects_value else value)
+            _check_file(path, f"--config {name}", is_recipe=True)
             first = first or path.stem
             resolved.append(str(path) if expects_value else f"{option}={path}")
             expects_value = False
         else:
+            if (value := value or argument).endswith(FILES) and Path(value).is_file():
+                _check_file(Path(value), value)
             resolved.append(argument)
             expects_value = argument in ("--config", "-c")
     return resolved, first
+
+
+def read_yaml(path: Path, name: str | None = None) -> dict[str, Any]:
+    """The options in a file of YAML, in which each key stands once and no section is blank.
+
+    Args:
+        path: The file.
+        name: What messages call it; its path by default.
+
+    Raises:
+        ValueError: With the file and, where there is one, the line.
+    """
+    import yaml
+
+    name = name or str(path)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        content = yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: this is not UTF-8: {error}") from error
+    except yaml.YAMLError as error:
+        told = " ".join(str(error).replace(' in "<unicode string>",', ",").split())
+        raise ValueError(f"{name}: this is not YAML: {told[:300]}") from error
+    except RecursionError as error:
+        raise ValueError(f"{name}: this is nested too deeply for a recipe") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{name}: a recipe holds options such as `model: ...`, not a {type(content).__name__}")
+    check_keys(text, name, path.parent)
+    for section in SECTIONS:
+        if section in content and content[section] is None:
+            raise ValueError(f"{name}: `{section}:` is blank; give its options below it, or remove the line")
+    return content
+
+
+def _check_file(path: Path, name: str, *, is_recipe: bool = False) -> None:
+    """Check a file of the command line; what is no recipe may hold anything, and its own parser reads it.
+
+    Raises:
+        ArgumentError: It is no recipe, or has a key twice.
+    """
+    try:
+        if is_recipe:
+            read_yaml(path, name)
+        else:
+            check_keys(path.read_text("utf-8-sig", errors="replace"), name, path.parent)
+    except ValueError as error:
+        raise ArgumentError(None, str(error)) from error
+
+
+def check_keys(text: str, name: str, folder: Path | None = None) -> None:
+    """Refuse a key that stands twice: YAML would take the second, and forget what the first one said.
+
+    Args:
+        text: A document of YAML.
+        name: What messages call it.
+        folder: Where it lies, if it is a file: other files that it names are checked as well.
+
+    Raises:
+        ValueError: With the line; also where a class has neither name nor options behind its key.
+    """
+    import yaml
+
+    waiting: list[tuple[Any, str, Path | None]] = [(text, name, folder)]
+    seen: set[int | Path] = set()
+    while waiting:
+        node, name, folder = waiting.pop()
+        if isinstance(node, str):
+            with contextlib.suppress(yaml.YAMLError):  # whoever reads it tells that
+                waiting.append((yaml.compose(node, yaml.SafeLoader), name, folder))
+            continue
+        if isinstance(node, yaml.ScalarNode):
+            path = folder / node.value if folder is not None and node.value.endswith(FILES) else None
+            if path is not None and path.is_file() and path.resolve() not in seen:
+                seen.add(path.resolve())
+                waiting.append((path.read_text("utf-8-sig", errors="replace"), node.value, path.parent))
+            continue
+        if node is None or id(node) in seen:  # an alias is a node that was seen
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += [(each, name, folder) for each in node.value]
+            continue
+        lines: dict[tuple[str, str], int] = {}
+        for key, value in node.value:
+            waiting += [(key, name, None), (value, name, folder)]
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            line = key.start_mark.line + 1
+            if first := lines.get((key.tag, key.value)):
+                where = "" if first == line else f", first in line {first}"
+                raise ValueError(f"{name}, line {line}: the key {key.value!r} stands twice{where}; keep one of them")
+            lines[key.tag, key.value] = line
+            if key.value in ("class_path", "init_args") and value.tag == "tag:yaml.org,2002:null":
+                raise ValueError(f"{name}, line {line}: `{key.value}:` is blank; give it a value, or remove the line")
 
 
 def _root() -> Path:

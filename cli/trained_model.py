@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import yaml
 from torch import Tensor
 
 from .model_building import quiet
+from .recipes import read_yaml
 from .without_training import ON_ONE_CPU, without_start
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def outline_task(config: Path, weights: Mapping[str, Tensor], optimizer: str | N
     """
     from .application import Application
 
-    content = _read(config)
+    content = read_yaml(config)
     own = content.get("optimizer")
     own = own.get("class_path", "") if isinstance(own, dict) else str(own or "AdamMini")
     content = without_start(content)
@@ -49,16 +50,6 @@ def outline_task(config: Path, weights: Mapping[str, Tensor], optimizer: str | N
         told = task.outline(application.datamodule)
     _take_shapes(task, weights, config, may_differ=bool(told))
     return task
-
-
-def _read(config: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(config.read_text("utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{config} is no configuration of a run: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{config} is no configuration of a run: it holds a {type(content).__name__}")
-    return content
 
 
 def _take_shapes(task: Task, weights: Mapping[str, Tensor], config: Path, *, may_differ: bool) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass, replace
+from importlib import import_module
+from inspect import isabstract
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -50,6 +52,9 @@ class Task(LightningModule):
     Args:
         optimizer: Factory of the optimizer.
         schedule: Learning-rate schedule, stepped once an optimizer step.
+
+    Raises:
+        ValueError: Something else is given for one of them.
     """
 
     unit: ClassVar[str] = "samples"
@@ -58,8 +63,21 @@ class Task(LightningModule):
     headline: Headline = Headline()
     """The figure that runs are compared by; the options of a task may word it."""
 
+    batch_kind: ClassVar[str | None] = None
+    """What its batches hold, in words that data modules use as well; None takes what any data module gives."""
+
+    logged_metrics: ClassVar[tuple[str, ...] | None] = None
+    """All figures that its steps may log in a fit, so that a callback can ask for no other one; None where only the
+    steps themselves tell. It holds for the class that says it, and not for those below."""
+
     def __init__(self, optimizer: OptimizerFactory | None = None, schedule: Schedule | None = None) -> None:
         super().__init__()
+        for name, given, kind in (("optimizer", optimizer, OptimizerFactory), ("schedule", schedule, Schedule)):
+            if given is not None and not isinstance(given, kind):  # the command line builds what is annotated
+                raise ValueError(
+                    f"{type(self).__name__}: {name} must be of the class {kind.__name__}, not {type(given).__name__}; "
+                    f"annotate it in __init__: `{name}: {kind.__name__} | None = None`"
+                )
         self.optimizer_factory = optimizer or factory.AdamMini()
         self.schedule = schedule or Schedule()
         self.model: nn.Module | None = None
@@ -70,8 +88,8 @@ class Task(LightningModule):
         """Called between clipping and the optimizer's own step, by whoever times it."""
 
     def batch_units(self, batch: Any) -> int:
-        """How many units (`unit`) a training batch of this rank holds."""
-        raise NotImplementedError
+        """How many units (`unit`) a training batch of this rank holds; samples, where a task does not say more."""
+        return num_samples(batch)
 
     def flops_per_unit(self, batch: Any) -> float | None:
         """FLOPs of a forward and backward pass for one unit; None where no formula is known."""
@@ -129,6 +147,25 @@ class Task(LightningModule):
             self.configure_model()
         return []
 
+    def check_data(self, data: Any) -> None:
+        """Refuse data whose batches this task cannot take; a data module that does not say what it gives may try.
+
+        Args:
+            data: The data module; None where there is none.
+
+        Raises:
+            ValueError: With the data modules that fit.
+        """
+        kind = getattr(data, "batch_kind", None)
+        if None in (kind, self.batch_kind) or kind == self.batch_kind:
+            return
+        fitting = _data_modules(type(self))
+        remedy = f"; give --data {' or '.join(fitting)}" if fitting else ""
+        raise ValueError(
+            f"{type(self).__name__} takes {self.batch_kind}, and {type(data).__name__} gives {kind}{remedy}, or "
+            "another --model"
+        )
+
     def summary(self) -> dict[str, str]:
         """Lines of the report that only the task knows, after training: name and text."""
         return {}
@@ -162,9 +199,10 @@ class Task(LightningModule):
         """Log evaluations outside of training under the steps of the checkpoint; without one, under none.
 
         Raises:
-            ValueError: The trainer's strategy cannot do what is asked of it.
+            ValueError: The trainer's strategy cannot do what is asked of it, or the data are of another kind.
         """
         check_strategy(self.trainer)
+        self.check_data(self.data_module())
         if stage != "fit":
             self._log_after(0)
 
@@ -319,6 +357,52 @@ class Task(LightningModule):
     def _is_training(self) -> bool:
         trainer = self._trainer
         return trainer is not None and trainer.training
+
+
+def _data_modules(task: type[Task]) -> list[str]:
+    """Names of the data modules of a task's domain whose batches it takes."""
+    owner = next(cls for cls in task.__mro__ if vars(cls).get("batch_kind") is not None)
+    try:
+        domain = import_module(f"{owner.__module__.rpartition('.')[0]}.data")
+    except ImportError:
+        return []
+    known = {name: getattr(domain, name) for name in getattr(domain, "__all__", ())}
+    return sorted(
+        name
+        for name, cls in known.items()
+        if getattr(cls, "batch_kind", None) == task.batch_kind and not isabstract(cls)
+    )
+
+
+def num_samples(batch: Any) -> int:
+    """Samples of a batch of any form: the first dimension of its first tensor.
+
+    Args:
+        batch: A tensor, or tensors within sequences, mappings, dataclasses or graphs of torch_geometric. Of a batch of
+            graphs the samples are the graphs; of one without tensors the items of the first list; else it is one.
+    """
+    found = _first_length(batch)
+    return 1 if found is None else found
+
+
+def _first_length(value: Any) -> int | None:
+    if isinstance(value, Tensor):
+        return value.shape[0] if value.dim() else None
+    if isinstance(graphs := getattr(value, "num_graphs", None), int):
+        return graphs
+    parts: list[Any] = []
+    if isinstance(value, Mapping):
+        parts = list(value.values())
+    elif is_dataclass(value):
+        parts = list(vars(value).values())
+    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        parts = list(value)
+    elif callable(to_dict := getattr(value, "to_dict", None)):  # torch_geometric's Data
+        parts = list(to_dict().values())
+    found = (length for part in parts if (length := _first_length(part)) is not None)
+    lists = (len(part) for part in parts if isinstance(part, list))
+    own = len(value) if isinstance(value, list) else None
+    return next(found, next(lists, own))
 
 
 def _check_weights(saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:

@@ -9,6 +9,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
+from ..arguments import check_place
 from .options import parse_step, parse_throughput
 
 __all__ = ["main"]
@@ -28,6 +29,8 @@ def main(arguments: Sequence[str]) -> int:
     is_throughput = arguments[:1] == ["throughput"]
     options = parse_throughput(arguments[1:]) if is_throughput else parse_step(arguments)
     options.command = shlex.join(["adam-mini", "bench", *arguments])
+    if options.out is not None:
+        check_place(options.out)
     settings = _settings(options)
     if "torch" not in sys.modules and settings:
         again = [sys.executable, "-m", "lightning_adam_mini.cli.main", "bench", *arguments]

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,7 +17,7 @@ from lightning_adam_mini.factory import OptimizerFactory
 
 from ...tasks.parallel.activation_checkpointing import checkpoint_activations
 from ..model_building import Source, quiet
-from ..recipes import find_recipe
+from ..recipes import find_recipe, read_yaml
 from .models import outline
 
 __all__ = ["Workload", "factories", "workload"]
@@ -151,7 +150,7 @@ def _settings(options: Namespace, network: Any) -> dict[str, Any]:
     own: dict[str, Any] = {"context": None, "precision": "32-true", "checkpointing": False, "ranks": 1, "told": []}
     if options.source != "recipe":
         return own
-    content = yaml.safe_load(find_recipe(options.recipe, given_as="recipe").read_text("utf-8"))
+    content = read_yaml(find_recipe(options.recipe, given_as="recipe"))
     trainer, data = content.get("trainer") or {}, content.get("data") or {}
     task = (content.get("model") or {}).get("init_args") or {}
     strategy = trainer.get("strategy") or ""

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
-from importlib import import_module
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-
-import yaml
+from typing import Any, cast
 
 __all__ = ["first_error"]
+
+PATIENCE = 30.0
+"""Seconds in which data that are missing are missed; what takes longer is their preparation, which runs do as well."""
 
 
 def first_error(commands: Sequence[Sequence[str]], folder: Path) -> tuple[int, str] | None:
@@ -44,8 +46,13 @@ def first_error(commands: Sequence[Sequence[str]], folder: Path) -> tuple[int, s
     return next(((number, error) for number, error in enumerate(errors) if error), None)
 
 
-def _error(command: list[str]) -> str:
-    """What a command is refused for; empty where it is not."""
+def _error(command: list[str], seen: set[str]) -> str:
+    """What a command is refused for; empty where it is not.
+
+    Args:
+        command: Arguments of `adam-mini`, from `fit` on.
+        seen: Recipes whose data were looked for; this one is added.
+    """
     from ..main import main
 
     out, err = io.StringIO(), io.StringIO()
@@ -59,19 +66,71 @@ def _error(command: list[str]) -> str:
     if code:
         lines = [line for line in err.getvalue().splitlines() if line.strip()]
         return (lines or ["it is refused"])[-1].removeprefix("adam-mini: error: ")
+    from ..messages import one_line
+    from ..telling import is_for_users
+
     try:
-        _build_factory(out.getvalue())
-    except ValueError as error:
-        return str(error)
+        with redirect_stdout(out), redirect_stderr(err):
+            _set_up(command, seen)
+    except _EnoughError:
+        pass
+    except Exception as error:  # noqa: BLE001 - what is not for users may be a fault of this check alone
+        return one_line(str(error)) if is_for_users(error) else ""
     return ""
 
 
-def _build_factory(config: str) -> None:
-    """Build the optimizer's factory, which refuses values that are out of range."""
-    section = yaml.safe_load(config)["optimizer"]
-    module, _, name = section["class_path"].rpartition(".")
-    getattr(import_module(module), name)(**section["init_args"])
+def _set_up(command: list[str], seen: set[str]) -> None:
+    """Build model and optimizer without memory, and look for the data as long as that is quick.
+
+    Raises:
+        ValueError: They do not fit together, or the data are not there.
+    """
+    import torch
+
+    from ..application import Application
+    from ..model_building import quiet
+    from ..recipes import resolve_configs
+    from ..without_training import trainer_options
+
+    options, recipe = resolve_configs(command[1:])
+    with quiet():
+        application = Application([*options, *trainer_options(), "--seed_everything=false"], recipe=recipe, run=False)
+        task, data, trainer = cast("Any", application.model), application.datamodule, cast("Any", application.trainer)
+        name = command[command.index("--config") + 1]
+        if name not in seen:
+            seen.add(name)
+            with _for_seconds(PATIENCE):
+                data.prepare_data()
+                data.setup("fit")
+            trainer.datamodule, task.trainer = data, trainer  # as fit does
+            with torch.device("meta"):
+                task.configure_model()
+        elif task.model is None:
+            task.outline(data)
+        task.optimizer_factory.trainable(task)
+        task.optimizer_factory.predict_state_bytes(task)
+
+
+class _EnoughError(Exception):
+    """The data are being prepared: they are there."""
+
+
+@contextmanager
+def _for_seconds(seconds: float) -> Iterator[None]:
+    """Raise in a block that takes longer."""
+
+    def stop(*_: object) -> None:
+        raise _EnoughError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps([_error(command) for command in json.load(sys.stdin)]))
+    seen_recipes: set[str] = set()
+    sys.stdout.write(json.dumps([_error(each, seen_recipes) for each in json.load(sys.stdin)]))

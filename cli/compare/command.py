@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+from ..arguments import check_place
 from .announcement import tell_commands, tell_plan
 from .check import first_error
 from .grid import Grid, Run
@@ -25,6 +26,8 @@ from .status import LOST
 
 __all__ = ["main"]
 
+LOCK_NAME = ".compare.lock"
+
 
 def main(arguments: Sequence[str]) -> int:
     """Run the grid and write the report.
@@ -41,11 +44,12 @@ def main(arguments: Sequence[str]) -> int:
     grid = grid_of(options, out)
     resources = resources_of(options, grid, out)
     tell_plan(grid, out, resources.num_jobs, resources.threads)
+    _require_packages()
+    _check_place(out)
+    _check_commands(grid, out)
     if options.dry_run:
         tell_commands(grid, out)
         return 0
-    _require_packages()
-    _check_commands(grid, out)
     out.mkdir(parents=True, exist_ok=True)
     with _only_one(out):
         grid = grid_of(options, out)  # another start may have changed it until now
@@ -81,6 +85,16 @@ def _require_packages() -> None:
         )
 
 
+def _check_place(out: Path) -> None:
+    """Refuse a folder that cannot be made, or where another comparison runs."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: this is a file; give a folder")
+    check_place(out)
+    if (out / LOCK_NAME).exists():
+        with _only_one(out):
+            pass
+
+
 def _check_commands(grid: Grid, out: Path) -> None:
     """Refuse a command that could not run, before any does."""
     lr = {case: lrs[0] for case, lrs in grid.lrs.items()}
@@ -94,7 +108,7 @@ def _check_commands(grid: Grid, out: Path) -> None:
 def _only_one(out: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
-    lock = FileLock(out / ".compare.lock")
+    lock = FileLock(out / LOCK_NAME)
     try:
         lock.acquire(timeout=0)
     except Timeout:

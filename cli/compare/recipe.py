@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ...tasks.run_files import replacing
-from ..recipes import find_recipe, list_recipes
+from ..recipes import find_recipe, list_recipes, read_yaml
 
 __all__ = ["Recipe", "copy_of", "copy_recipe", "read_recipe"]
 
@@ -98,13 +96,9 @@ def _check_digest(raw: bytes, recipe: Recipe, path: Path) -> None:
 
 
 def _read(path: Path, name: str) -> Recipe:
-    raw = path.read_bytes()
-    text = raw.decode("utf-8")
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"recipe {name}: it is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or "model" not in content:
+    raw, content = path.read_bytes(), read_yaml(path, f"recipe {name}")
+    text = raw.decode("utf-8-sig")
+    if "model" not in content:
         raise ValueError(f"recipe {name}: it has no section `model`, so it is no configuration of a run")
     included = [value for value in content.values() if isinstance(value, str) and value.endswith((".yaml", ".yml"))]
     if included:  # the digest would not cover it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from .interruption import Interruption
 from .job import Job
 from .launchers import Launcher
 from .progress import Progress, say
+from .recipe import Recipe
 from .selection import best_learning_rates
 from .status import FINISHED, read_status
 
@@ -84,7 +86,16 @@ class Stages:
                 digest=self.grid.recipes[run.recipe].digest,
                 timeout=self.timeout,
                 facts=self.facts,
+                environment=_own_classes(self.grid.recipes[run.recipe], Path(self.grid.plan.folder)),
             )
             for run in runs
         ]
         return [job for job in jobs if not job.is_finished()]
+
+
+def _own_classes(recipe: Recipe, working_folder: Path) -> dict[str, str]:
+    """Where a run finds modules that lie beside its recipe, of which it reads a copy elsewhere."""
+    if not Path(recipe.name).is_absolute() or recipe.path.parent == working_folder:
+        return {}
+    before = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join([str(recipe.path.parent), *([before] if before else [])])}

@@ -10,6 +10,7 @@ import yaml
 
 from ..application import Application
 from ..model_building import quiet
+from ..recipes import read_yaml
 from ..run_folder import holds_run, resolve_checkpoint
 from ..without_training import trainer_options, without_start
 
@@ -35,11 +36,8 @@ def build_application(recipe: Path, options: Namespace) -> Application:
 
 def _without_start(recipe: Path, folder: Path) -> Path:
     """The recipe, or a copy of a run's configuration without the options that only its subcommand takes."""
-    try:
-        content = yaml.safe_load(recipe.read_text("utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError):
-        return recipe  # whose error the command's own parser words
-    if not isinstance(content, dict) or (alone := without_start(content)) == content:
+    content = read_yaml(recipe)
+    if (alone := without_start(content)) == content:
         return recipe
     plain = folder / recipe.name
     plain.write_text(yaml.safe_dump(alone), "utf-8")

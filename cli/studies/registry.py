@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from ..recipes import read_yaml
 from .outcome import Outcome
 
 __all__ = ["STUDIES", "Study", "find_study", "list_studies", "load_study"]
@@ -112,11 +113,8 @@ def _root() -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     """The two keys of a recipe."""
-    try:
-        recipe = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(recipe, dict) or set(recipe) != {"study", "settings"} or not isinstance(recipe["settings"], dict):
+    recipe = read_yaml(path)
+    if set(recipe) != {"study", "settings"} or not isinstance(recipe["settings"], dict):
         raise ValueError(f"{path}: a study has the keys `study` (a name) and `settings` (sizes and seeds), no others")
     if recipe["study"] not in STUDIES:
         raise ValueError(f"{path}: there is no study {recipe['study']!r}; studies are {', '.join(STUDIES)}")

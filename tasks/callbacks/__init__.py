@@ -5,6 +5,7 @@ from .divergence import DivergenceError, StopOnDivergence
 from .ema import WeightEMA
 from .gradient_spread import GradientSpread
 from .interrupt import GracefulInterrupt
+from .monitors import MonitorCheck
 from .performance import PerformanceMonitor
 from .predictions import PredictionFile
 from .report import RunReport
@@ -13,6 +14,7 @@ __all__ = [
     "DivergenceError",
     "GracefulInterrupt",
     "GradientSpread",
+    "MonitorCheck",
     "PerformanceMonitor",
     "PredictionFile",
     "RunCheckpoint",

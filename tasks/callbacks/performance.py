@@ -15,7 +15,17 @@ from lightning_adam_mini.measure import optimizer_state_bytes, peak_flops, peak_
 
 from ..base import Task
 
-__all__ = ["PerformanceMonitor"]
+__all__ = ["FIGURES", "PerformanceMonitor"]
+
+FIGURES = (
+    "step_milliseconds",
+    "optimizer_milliseconds",
+    "optimizer_state_bytes",
+    "peak_memory_bytes",
+    "training_seconds",
+    "mfu",
+)
+"""What it logs beside the throughput, whose name has the task's unit."""
 
 
 class PerformanceMonitor(Callback):

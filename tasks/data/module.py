@@ -33,6 +33,8 @@ class SampledDataModule(LightningDataModule):
         ValueError: A number is out of range.
     """
 
+    batch_kind: ClassVar[str | None] = None
+    """What its batches hold, in the words of the tasks that take them."""
     other_data: ClassVar[str] = "give data of the run's kind, or start a new run"
     """What to do about data that mean something else."""
 

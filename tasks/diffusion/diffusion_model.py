@@ -65,6 +65,8 @@ class DiffusionModel(GeneratingTask):
     """
 
     unit: ClassVar[str] = "images"
+    batch_kind = "images"
+    logged_metrics = ("train_loss", "val_loss")
     headline = Headline(metric="val_loss", mode="min", label="validation MSE of the noise")
     export_folder: ClassVar[str] = "diffusers"
     """Name of the folder that `adam-mini export` writes in the run folder."""

@@ -55,6 +55,15 @@ class NodeClassifier(Task):
     """
 
     unit: ClassVar[str] = "nodes"
+    batch_kind = "graphs"
+    logged_metrics = (
+        "train_loss",
+        "val_loss",
+        "val_accuracy",
+        "train_accuracy",
+        "best_val_accuracy",
+        "test_accuracy_at_best",
+    )
     headline = Headline(
         metric="test_accuracy_at_best",
         mode="max",

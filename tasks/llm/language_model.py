@@ -62,6 +62,8 @@ class LanguageModel(Task):
     """
 
     unit = "tokens"
+    batch_kind = "token windows"
+    logged_metrics = ("train_loss", "val_loss", "val_perplexity")
     headline = Headline(label="validation loss, nats a token")
 
     def __init__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -55,15 +56,16 @@ def _check_options(default: PreTrainedConfig, options: dict[str, Any]) -> None:
             near = difflib.get_close_matches(name, sorted(known), n=3) or sorted(known)
             raise ValueError(f"{type(default).__name__} has no option {name!r}; did you mean {', '.join(near)}?")
         like = getattr(default, name, None)
-        if isinstance(like, int | float) and not isinstance(value, int | float | None):
+        kinds = (int, float, NoneType) if isinstance(like, bool) or not isinstance(value, bool) else ()
+        if isinstance(like, int | float) and not isinstance(value, kinds):
             raise ValueError(f"model.config.{name} must be of type {type(like).__name__}, not {value!r}")
 
 
 def _check_sizes(config: PreTrainedConfig, *, has_head_dim: bool) -> None:
     """Raise where a size is not positive, or heads do not divide what they share."""
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"model.config.{name} must be at least 1, not {getattr(config, name)}")
+        if (size := getattr(config, name)) is None or size < 1:
+            raise ValueError(f"model.config.{name} must be at least 1, not {'null' if size is None else size}")
     heads, width = config.num_attention_heads, config.hidden_size
     if not has_head_dim and width % heads:
         raise ValueError(f"{heads} attention heads do not divide the width {width}: change one, or give head_dim")

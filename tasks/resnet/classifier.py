@@ -52,6 +52,8 @@ class ImageClassifier(Task):
     """
 
     unit: ClassVar[str] = "images"
+    batch_kind = "labelled images"
+    logged_metrics = ("train_loss", "val_loss", "val_top1", "val_top5")
     headline = Headline(metric="val_top1", mode="max", label="validation top-1 accuracy")
 
     def __init__(

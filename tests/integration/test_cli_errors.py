@@ -1,14 +1,17 @@
 """What the user did wrong is told in one line, with the remedy; the next try is not blocked."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import yaml
 
+pytest.importorskip("lightning.pytorch")  # its log goes where errors went when it was imported: not into a test's
+
 from lightning_adam_mini.cli.main import main
 from lightning_adam_mini.cli.run_folder import holds_run
-from tiny_runs import checkpoint, error_line, run
+from tiny_runs import checkpoint, error_line, run, start
 
 COMMAND, VALUE = 2, 1  # exit codes: what is wrong
 
@@ -44,7 +47,19 @@ COMMANDS = [
     (["--optimizer", "SGD", "--optimizer.momentum", -1], VALUE, "momentum"),
     (["--optimizer", "Adafactor", "--optimizer.beta1", 2], VALUE, "beta1"),
     (["--optimizer", "Lion", "--optimizer.betas", "[0.9,2]"], VALUE, "betas must be in [0, 1), not (0.9, 2.0)"),
+    (["--optimizer.lr", "null"], COMMAND, "optimizer.lr must be a number, not null"),
+    (["--optimizer.betas", "null"], COMMAND, "optimizer.betas must be a list, not null"),
+    (["--optimizer.betas", "[0.9,null]"], COMMAND, "optimizer.betas must be a number, not null"),
+    (["--optimizer.partition", "null"], COMMAND, "optimizer.partition must be one of auto, transformer,"),
+    (["--optimizer", "{lr: null}"], COMMAND, "optimizer.lr must be a number, not null"),
+    (["--optimizer.lr", "true"], COMMAND, "optimizer.lr: expected a number, got True"),
+    (["--optimizer.lr", "[1]"], COMMAND, "optimizer.lr: expected a number, got [1]"),
+    (["--optimizer", "{lr: 1, lr: 2}"], COMMAND, "optimizer: YAML, line 1: the key 'lr' stands twice"),
+    (["--optimizer.help", "Adamw"], COMMAND, "optimizer: there is no class 'Adamw'; did you mean Adam"),
     # The schedule.
+    (["--schedule.shape", "null"], COMMAND, "schedule.shape must be one of cosine, linear, wsd, constant, not null"),
+    (["--schedule.warmup", "null"], COMMAND, "schedule.warmup must be a whole number or a number, not null"),
+    (["--schedule", "3"], COMMAND, "schedule holds options, such as --schedule.NAME VALUE"),
     (["--schedule.shape", "cosin"], COMMAND, "schedule.shape: 'cosin' is not one of cosine, linear, wsd, constant"),
     (["--schedule.floor", 2], VALUE, "floor is a fraction of the peak learning rate in [0, 1], not 2.0"),
     (["--schedule.warmup", -1], VALUE, "warmup and decay must not be negative, not -1 and 0.2"),
@@ -63,7 +78,16 @@ COMMANDS = [
     (["--model.init_from", "nowhere"], VALUE, "nowhere is no local folder with a config.json"),
     (["--model.attention", "fast"], COMMAND, "model.attention: 'fast' is not one of sdpa, eager"),
     (["--model.sample_tokens", 0], VALUE, "sample_tokens and top_k must be at least 1"),
+    (["--model.temperature", "null"], COMMAND, "model.temperature must be a number, not null"),
+    (["--model.config.hidden_size", "true"], VALUE, "model.config.hidden_size must be of type int, not True"),
+    (["--model", "lightning.pytorch.LightningModule"], COMMAND, "LightningModule, but no Task; derive it from"),
+    (["--model", "nowhere.Model"], COMMAND, "no module 'nowhere' is in the working directory or on Python's path"),
+    (["--model.help", "LanguageModl"], COMMAND, "did you mean LanguageModel? Choose from: "),
     # The data.
+    (["--data.batch_size", "null"], COMMAND, "data.batch_size must be a whole number, not null"),
+    (["--data.path", "null"], COMMAND, "data.path must be a text: it is missing, or null"),
+    (["--data.path.more", 3], COMMAND, "data.path has no options of its own, such as more"),
+    (["--data", "torch.utils.data.Dataset"], COMMAND, "torch.utils.data.Dataset is no LightningDataModule"),
     (["--data", "TextFile"], COMMAND, "no class 'TextFile'; did you mean TextFiles?"),
     (["--data.contextlength", 16], COMMAND, "TextFiles has no option 'contextlength'; did you mean context_length?"),
     (["--data.path", "nowhere.txt"], VALUE, "nowhere.txt"),
@@ -72,6 +96,18 @@ COMMANDS = [
     (["--data.val_tokens", "all"], COMMAND, "data.val_tokens: expected a whole number, got all"),
     (["--data.vocab_size", 100], VALUE, "`vocab_size` must be at least 260"),
     # The trainer and the run.
+    (["--trainer.max_steps", "null"], COMMAND, "trainer.max_steps must be a whole number, not null"),
+    (["--trainer.devices", 2.5], VALUE, "trainer: `devices` selected with `CPUAccelerator` should be an int > 0"),
+    (["--trainer", 3], COMMAND, "trainer holds options, such as --trainer.NAME VALUE"),
+    (["--trainer.callbacks", "[null]"], COMMAND, "trainer.callbacks must be a Callback, not null"),
+    (["--trainer.callbacks+=EarlyStopping"], COMMAND, "trainer.callbacks.monitor must be a text: it is missing"),
+    (
+        ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_acc"],
+        VALUE,
+        "EarlyStopping monitors 'val_acc', which LanguageModel does not log; it logs train_loss, val_loss, val_perp",
+    ),
+    (["--checkpoint.monitor", "val_acc"], VALUE, "checkpoint monitors 'val_acc', which LanguageModel does not log"),
+    (["--trainer.callbacks.help", "EarlyStoping"], COMMAND, "no class 'EarlyStoping'; did you mean EarlyStopping?"),
     (["--trainer.max_stepz", 3], COMMAND, "no option --trainer.max_stepz; did you mean --trainer.max_steps?"),
     (["--trainer.max_steps", "1e3"], COMMAND, "trainer.max_steps: expected a whole number, got 1000.0"),
     (["--trainer.max_steps", -5], VALUE, "`max_steps` must be a non-negative integer or -1"),
@@ -114,6 +150,14 @@ FILES = [
     ({"model": {"init_args": {"foo": 1}}}, COMMAND, "LanguageModel has no option 'foo'"),
     ({"data": {"init_args": {"contextlength": 1}}}, COMMAND, "did you mean context_length?"),
     ({"trainer": {"max_stepz": 1}}, COMMAND, "no option --trainer.max_stepz; did you mean --trainer.max_steps?"),
+    ({"optimizer": {"init_args": {"lr": None}}}, COMMAND, "optimizer.lr must be a number, not null"),
+    ({"optimizer": {"init_args": None}}, COMMAND, "--config more.yaml, line 2: `init_args:` is blank"),
+    ({"optimizer": None}, COMMAND, "--config more.yaml: `optimizer:` is blank; give its options below it"),
+    ({"schedule": None}, COMMAND, "`schedule:` is blank"),
+    ({"data": {"init_args": {"batch_size": None}}}, COMMAND, "data.batch_size must be a whole number, not null"),
+    ({"model": {"init_args": {"config": {"hidden_size": None}}}}, VALUE, "hidden_size must be at least 1, not null"),
+    ({"trainer": {"max_steps": None}}, COMMAND, "trainer.max_steps must be a whole number, not null"),
+    ({"trainer": {"accelerator": None}}, COMMAND, "trainer.accelerator must be a text or an Accelerator, not null"),
     ({"modell": 1}, COMMAND, "there is no option --modell; did you mean --model?"),
 ]
 
@@ -122,6 +166,31 @@ FILES = [
 def test_values_in_a_file(work_dir, capsys, content, code, told):
     (work_dir / "more.yaml").write_text(yaml.safe_dump(content), "utf-8")
     assert_refused(run("fit", "--run_dir", "run", "--config", "more.yaml"), capsys, code, told)
+
+
+OWN = "class_path: AdamW\ninit_args:\n  lr: 1.0\n  lr: 2.0\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("trainer:\n  max_steps: 3\n  max_steps: 4\n", "line 3: the key 'max_steps' stands twice, first in line 2"),
+        ("trainer: {max_steps: 3}\nseed_everything: 1\ntrainer: {max_steps: 4}\n", "line 3: the key 'trainer' stands"),
+        ("model: {init_args: {config: {hidden_size: 8, hidden_size: 16}}}\n", "line 1: the key 'hidden_size' stands"),
+        ("optimizer: own.yaml\n", "own.yaml, line 4: the key 'lr' stands twice, first in line 3"),
+    ],
+)
+def test_a_key_that_stands_twice(work_dir, capsys, content, told):
+    (work_dir / "own.yaml").write_text(OWN, "utf-8")
+    (work_dir / "more.yaml").write_text(content, "utf-8")
+    assert_refused(run("fit", "--run_dir", "run", "--config", "more.yaml"), capsys, COMMAND, told)
+
+
+@pytest.mark.parametrize("options", [["--optimizer=own.yaml"], ["--optimizer", "own.yaml"]])
+def test_a_key_that_stands_twice_in_the_file_of_an_option(work_dir, capsys, options):
+    (work_dir / "own.yaml").write_text(OWN, "utf-8")
+    code = run("fit", "--run_dir", "run", *options)
+    assert_refused(code, capsys, COMMAND, "own.yaml, line 4: the key 'lr' stands twice, first in line 3")
 
 
 @pytest.mark.parametrize("content", ["", "just text", "- a\n- list\n", "trainer: [\n", "\x00"])
@@ -172,6 +241,57 @@ def test_the_next_try_needs_no_cleaning(work_dir, capsys):
     assert run("fit") == 0
     assert [path.name for path in (work_dir / "runs").iterdir()] == ["tiny"]
     assert checkpoint("runs/tiny")["global_step"] == 10
+
+
+def test_a_start_that_fails_leaves_nothing(work_dir, capsys):
+    before = {*work_dir.iterdir()}
+    for options in (["--data.path", "nowhere"], ["--run_dir", "a/b", "--data.context_length", 65]):
+        assert run("fit", *options) == 1
+        error_line(capsys)
+        assert {*work_dir.iterdir()} == before
+    (work_dir / "a" / "c").mkdir(parents=True)
+    assert run("fit", "--run_dir", "a/b", "--data.path", "nowhere") == 1
+    assert [path.name for path in (work_dir / "a").iterdir()] == ["c"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--data.path", "nowhere"], "There is no file or folder nowhere"),
+        (["--optimizer.partition_overrides", '{"vale": "whole"}'], "'vale' matches no parameter"),
+    ],
+)
+def test_several_ranks_tell_an_error_once_and_leave_nothing(work_dir, strategy, options, told):
+    ranks = ["--trainer.devices", 2, "--trainer.accelerator", "cpu", "--trainer.strategy", strategy]
+    process = start("fit", "--config", "tiny.yaml", *ranks, *options, start_new_session=True)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    (line,) = [line for line in err.splitlines() if "error" in line]
+    assert line.startswith("adam-mini: error: ")
+    assert told in line
+    assert "Traceback" not in err
+    assert not Path("runs").exists()
+    with pytest.raises(ProcessLookupError):  # all ranks are in its group
+        os.killpg(process.pid, 0)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "data", "told"),
+    [
+        ("tiny.yaml", "CallGraph", "LanguageModel takes token windows, and CallGraph gives graphs; give --data HFText"),
+        ("resnet/mnist5k", "StdlibText", "ImageClassifier takes labelled images, and StdlibText gives token windows"),
+        ("graph/gcn", "Mnist5k", "NodeClassifier takes graphs, and Mnist5k gives labelled images; give --data CallG"),
+        ("resnet/mnist5k", "DigitImages", "ImageClassifier takes labelled images, and DigitImages gives images"),
+    ],
+)
+def test_data_of_another_domain(work_dir, capsys, recipe, data, told):
+    packaged = "lightning_adam_mini.tasks.{}.data"
+    kind = {"CallGraph": "graph", "StdlibText": "llm", "Mnist5k": "resnet", "DigitImages": "diffusion"}[data]
+    code = main(["fit", "--config", recipe, "--data", f"{packaged.format(kind)}.{data}"])
+    assert_refused(code, capsys, VALUE, told)
+    assert not Path("runs").exists()
 
 
 def test_the_place_of_an_error_on_demand(work_dir, monkeypatch):

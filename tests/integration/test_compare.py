@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lightning_adam_mini.cli.compare import check
 from lightning_adam_mini.cli.compare.assemble import load_comparison
 from lightning_adam_mini.cli.compare.check import first_error
 from lightning_adam_mini.cli.main import main
@@ -56,6 +57,45 @@ def test_what_fit_would_refuse_is_refused_before_any_run(work_dir, capsys):
         number, error = first_error([*good, [*fit, *bad]], work_dir)
         assert number == len(good), error
         assert told in error
+
+
+REFUSED = [
+    (["--trainer.max_stps=3"], "there is no option --trainer.max_stps; did you mean --trainer.max_steps?"),
+    (["--trainer.max_steps=null"], "trainer.max_steps must be a whole number, not null"),
+    (["--trainer.gradient_clip_algorithm=foo"], "`gradient_clip_algorithm` foo is invalid"),
+    (["--data.path=nowhere"], "There is no file or folder nowhere"),
+    (["--data.context_length=100000"], "too few for one window"),
+    (["--model.config.vocab_size=10"], "the model's vocabulary holds 10"),
+    (["--model.config.num_attention_heads=3"], "3 attention heads do not divide the width 32"),
+    (["--optimizer.partition_overrides.vale=whole"], "'vale' matches no parameter"),
+    (["--optimizer=AdamW", "--optimizer.weight_decay=-1"], "weight_decay must be a finite number"),
+    (["--data=lightning_adam_mini.tasks.graph.data.CallGraph"], "LanguageModel takes token windows"),
+]
+
+
+def test_the_check_sees_what_a_run_would_meet(work_dir):
+    fit = ["fit", "--config", "tiny.yaml"]
+    for options, told in REFUSED:
+        assert told in check._error([*fit, *options], set()), options
+    seen = set()
+    assert check._error(fit, seen) == check._error([*fit, "--optimizer=SGD", "--optimizer.weight_decay=0"], seen) == ""
+    assert seen == {"tiny.yaml"}
+    assert not Path("runs").exists()
+
+
+def test_data_that_take_long_to_prepare_are_there(work_dir, monkeypatch):
+    monkeypatch.setattr(check, "PATIENCE", 0.2)
+    monkeypatch.setattr("lightning_adam_mini.tasks.llm.data.TextFiles.prepare_data", lambda data: time.sleep(60))
+    began = time.monotonic()
+    assert check._error(["fit", "--config", "tiny.yaml"], set()) == ""
+    assert time.monotonic() - began < 50
+
+
+def test_a_dry_run_refuses_what_the_start_refuses(work_dir, capsys):
+    options = ["--optimizers", "AdamW", "--lr", "1e-3", "--set", "data.path=nowhere", "--dry-run"]
+    assert main(["compare", "tiny.yaml", *options, "--out", "out"]) == 1
+    assert "with AdamW: There is no file or folder nowhere" in error_line(capsys)
+    assert not Path("out").exists()
 
 
 @pytest.mark.slow

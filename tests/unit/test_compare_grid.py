@@ -135,7 +135,7 @@ def test_what_is_refused(recipe, changes, told):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("model: [", "it is no YAML"),
+        ("model: [", "this is not YAML"),
         ("a: 1", "no section `model`"),
         ("model: x\ntrainer: other.yaml", "it includes other.yaml"),
         ("model: x\noptimizer: {init_args: {lr: a}}", "lr is"),

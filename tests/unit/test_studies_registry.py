@@ -86,7 +86,7 @@ def test_what_is_wrong_is_told_in_one_line(name, change, message):
         ("study: command\nsettings: {}\n", "there is no study 'command'; studies are three_block"),
         ("study: quadratic_cases\n", "the keys `study` .* and `settings`"),
         ("study: quadratic_cases\nsettings: {seeds: [0]}\n", "settings lack top_eigenvalues, tolerance"),
-        ("[", "is no YAML"),
+        ("[", "is not YAML"),
     ],
 )
 def test_a_recipe_that_is_none_is_refused(tmp_path, text, message):

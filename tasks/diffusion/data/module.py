@@ -58,6 +58,8 @@ class ImageData(SampledDataModule, ABC):
         ValueError: A number is out of range.
     """
 
+    batch_kind = "images"
+
     def __init__(
         self,
         *,

@@ -43,6 +43,8 @@ class GraphDataModule(SampledDataModule, ABC):
             installed.
     """
 
+    batch_kind = "graphs"
+
     def __init__(
         self,
         *,

@@ -70,6 +70,7 @@ class TokenDataModule(SampledDataModule, ABC):
         ValueError: If a number is out of range.
     """
 
+    batch_kind = "token windows"
     other_data = (
         "set data.tokenizer to null, which takes the run's, or to the folder `tokenizer` of the run; other tokens need "
         "a new run"

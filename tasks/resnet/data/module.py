@@ -39,6 +39,8 @@ class ImageDataModule(SampledDataModule, ABC):
         ValueError: A number is out of range, or the transforms do not fit the channels.
     """
 
+    batch_kind = "labelled images"
+
     def __init__(
         self,
         *,
