@@ -28,13 +28,15 @@ many = settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, He
 
 BY_ROLE = ("transformer", "transformer_early", "transformer_rank_one")
 
+FUSED_NAMES = ("Wqkv", "att_proj", "c_attn", "kqv", "proj_qkv", "qkv", "query_key_value", "to_qvk", "w_pack")
+
 # Every word of the table, in patterns and in lists of attributes; a name that holds none of them must tell nothing.
 TABLE_WORDS = {
     word
     for layout in [*layouts.LAYOUTS, *layouts.LAYERS]
     for pattern in [*layout.parameters, *layout.children]
     for word in re.split(r"[^A-Za-z0-9_]+", pattern)
-} | {*layouts.FUSED_NAMES, *layouts.FUSED_PAIRS, *layouts.BARE_PARAMETERS, "weight", "bias"}
+} | {*FUSED_NAMES, "kv", "to_kv", "qk", *layouts.BARE_PARAMETERS, "weight", "bias"}
 # Names that hold parts of others: "wo" in network, "v_proj" in conv_proj, "embed" and "output" in paths of norms.
 MISLEADING = (
     "network",
@@ -212,7 +214,7 @@ def arguments(draw, kind, names):
                 told["head_dim"] = draw(sizes)  # a lie, perhaps
             return fields, output, a, count, kv_heads, size, tuple(told.items())
         case "fused":
-            return draw(st.sampled_from(sorted(layouts.FUSED_NAMES))), a, draw(heads), b, draw(st.booleans())
+            return draw(st.sampled_from(FUSED_NAMES)), a, draw(heads), b, draw(st.booleans())
         case "tied":
             return a, b, draw(st.booleans())
         case "bare":
