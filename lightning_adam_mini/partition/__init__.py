@@ -9,6 +9,7 @@ from lightning_adam_mini.partition.partition import (
     partition_tensors,
     resolve_strategy,
 )
+from lightning_adam_mini.partition.remedies import advise_layouts, doubts
 from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
 from lightning_adam_mini.partition.strategies import STRATEGIES, Cut, Strategy
 
@@ -24,6 +25,8 @@ __all__ = [
     "Rows",
     "Span",
     "Strategy",
+    "advise_layouts",
+    "doubts",
     "partition_module",
     "partition_tensors",
     "register_layout",

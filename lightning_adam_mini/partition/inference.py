@@ -18,7 +18,7 @@ from lightning_adam_mini.partition.attention import NO_AXIS, Attention, projecti
 from lightning_adam_mini.partition.embeddings import roles_of_embeddings
 from lightning_adam_mini.partition.heads import checked_heads
 from lightning_adam_mini.partition.layer_types import EMBEDDING_TYPES, role_from_type
-from lightning_adam_mini.partition.layouts import OrderLayout, find_layouts, is_registered, named_layout
+from lightning_adam_mini.partition.layouts import OrderLayout, find_layouts, is_registered, named_layout, named_layouts
 from lightning_adam_mini.partition.module_layout import ModuleLayout, Rows, qualified_name
 from lightning_adam_mini.partition.roles import ParameterRole, Role
 from lightning_adam_mini.partition.tree import Leaf, Node, Tree
@@ -138,7 +138,9 @@ class _Inference:
             found = [(name, leaf, layout.fused if leaf is only else rows) for name, leaf, rows in found]
         by_class = is_own or bool(layout.classes)
         source = node.module if layout.classes else attention.source
-        widths = attention.widths if names_all else None
+        # A layout of the table proves sizes for its own classes alone.
+        is_lent = is_own and layout in named_layouts().values() and not layout.describes(type(node.module))
+        widths = attention.widths if names_all or (is_lent and not layout.is_told_by(node.module)) else None
         of_all_rows: list[nn.Parameter] = []
         for relative, leaf, rows in found:
             known = self.roles[id(leaf.parameter)]

@@ -213,18 +213,26 @@ class ModuleLayout:
     def matches(self, module: nn.Module, members: frozenset[str]) -> bool:
         """Whether the layout describes `module`, whose children and own parameters are `members`."""
         if self.classes:
-            if not self._describes(type(module)):
+            if not self.describes(type(module)):
                 return False
         elif not self.children or not members.issuperset(self.children):
             return False
         return self.only_if is None or bool(getattr(module, self.only_if, False))
 
-    def _describes(self, cls: type) -> bool:
+    def describes(self, cls: type) -> bool:
+        """Whether the layout is made for a class, or one that it is derived from."""
         known = self._described.get(cls)
         if known is None:
             known = any(_is_among(qualified_name(base), self.classes) for base in cls.__mro__)
             self._described[cls] = known
         return known
+
+    def is_told_by(self, module: nn.Module) -> bool:
+        """Whether a module has all sizes that the layout reads, some under names that no other layout shares."""
+        sizes, usual = _Sizes(self, module), {path for paths in SIZES.values() for path in paths}
+        own = {path for given in self.sizes.values() for path in (given if isinstance(given, tuple) else (given,))}
+        has_own = any(isinstance(path, str) and path not in usual for path in own)
+        return has_own and all(sizes.get(size) is not None for size in self.sizes)
 
     def find(self, relative_name: str) -> Rows | None:
         """The rows of a parameter by its name relative to the module, or None."""

@@ -76,7 +76,7 @@ def partition_module(
     plain = plain_names(module)
     cuts, failed = _cut_parameters(shapes, roles, table, Overrides(overrides or {}, plain), frozen)
     if failed:
-        unclear = [name for name in failed if roles[name].problem]
+        unclear = [name for name in failed if roles[name].problem and Role.FUSED_QKV in roles[name].roles]
         advice = advise_layouts(module, layouts or {}, unclear)
         raise ValueError(refusal(failed, roles, advice, _acceptance(shapes, roles, table, overrides, plain, frozen)))
     return cuts

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -16,14 +17,60 @@ from lightning_adam_mini.partition.inference import Layouts, infer_roles
 from lightning_adam_mini.partition.layouts import ORDERS, OrderLayout, named_layouts
 from lightning_adam_mini.partition.module_layout import ModuleLayout, qualified_name
 from lightning_adam_mini.partition.roles import ParameterRole, Role
-from lightning_adam_mini.partition.strategies import UncutError
+from lightning_adam_mini.partition.strategies import Cut, Strategy, UncutError
 from lightning_adam_mini.partition.tree import Leaf, Node, Tree
 
-__all__ = ["Advice", "advise_layouts", "refusal"]
+if TYPE_CHECKING:
+    from lightning_adam_mini.partition.partition import CutParameter
+
+__all__ = ["Advice", "advise_layouts", "doubts", "refusal"]
 
 _LAYERS = (nn.Linear, _ConvNd)
 SHOWN = 12
 """Parameters that a message names with their problem; of equal layers, the first counts for all."""
+
+
+def doubts(cuts: Iterable[CutParameter], strategy: Strategy) -> list[str]:
+    """What a user should know of modules that attend in classes of their own, each in one sentence with its remedy.
+
+    Args:
+        cuts: The trainable parameters.
+        strategy: The strategy that cut them, where no override did.
+
+    Returns:
+        Nothing where the strategy cuts nothing by head.
+    """
+    if Cut.HEAD not in strategy.cuts.values():
+        return []
+    doubted = [cut for cut in cuts if cut.role.doubt and cut.why == cut.role.why]
+    ordinary = [cut for cut in doubted if cut.role.known]
+    unclear = [cut for cut in doubted if not cut.role.known]
+    found = []
+    for doubt in dict.fromkeys(cut.role.doubt for cut in unclear):
+        alike = [cut for cut in unclear if cut.role.doubt == doubt]
+        found.append(
+            f"{_listed(alike)}: in a module that attends, and {doubt}, so that a full second moment is kept; say what it "
+            f"does with a ModuleLayout in partition_layouts, or how to cut it, for example "
+            f"partition_overrides={_overriding(alike, 'row')}"
+        )
+    if ordinary:
+        found.append(
+            f"{_listed(ordinary)}: taken for ordinary matrices by their names alone, in a module that attends; if one is a "
+            f"query or a key, say so with a ModuleLayout in partition_layouts, else with "
+            f"partition_overrides={_overriding(ordinary, str(ordinary[0].cut))}"
+        )
+    return found
+
+
+def _listed(cuts: Sequence[CutParameter]) -> str:
+    patterns: dict[str, list[str]] = {}
+    for cut in cuts:
+        patterns.setdefault(_of_every_layer(cut.name), []).append(cut.name)
+    return ", ".join(f"{names[0]}{_and_like(names)}" for names in patterns.values())
+
+
+def _overriding(cuts: Sequence[CutParameter], how: str) -> dict[str, str]:
+    return {_of_every_layer(cut.name): how for cut in cuts}
 
 
 class Advice:
@@ -44,7 +91,7 @@ class Advice:
             others = dict.fromkeys(name for names in self.accepted.values() for name in names[1:])
             told = f", or {', '.join(map(repr, others))} where that is the order" if others else ""
             return f"partition_layouts={first}{told}"
-        return self.obstacle
+        return ""
 
 
 def refusal(
@@ -67,7 +114,11 @@ def refusal(
     told = [f"{names[0]}: {failed[names[0]].problem}{_and_like(names)}" for names in patterns.values()]
     if len(told) > SHOWN:
         told = [*told[:SHOWN], f"and {', '.join(names[0] for names in list(patterns.values())[SHOWN:])} alike"]
-    remedies = [f"give {advice}" if advice.accepted else f"to tell the order, {advice}"] if advice and str(advice) else []
+    remedies = []
+    if advice is not None and advice.accepted:
+        remedies.append(f"give {advice}")
+    elif advice is not None and advice.obstacle and not any(advice.obstacle in text for text in told):
+        told.append(f"no usual order fits: {advice.obstacle}")
     fused = [name for name in failed if roles[name].roles == (Role.FUSED_QKV,)]
     by_role = {Role.FUSED_QKV.value: "row"} if len(fused) == len(failed) else {}
     by_name = {pattern: str(failed[names[0]].cuts[0]) for pattern, names in patterns.items()}
@@ -75,8 +126,8 @@ def refusal(
     overrides = next((rules for rules in (by_role, by_name, exact) if rules and is_accepted(rules)), None)
     if overrides:
         one_head = [name for name, error in failed.items() if len(error.cuts) > 1 and "tells neither" in error.problem]
-        whole = " ('whole' in place of 'row' where there is one head)" if one_head else ""
-        remedies.append(f"override the cut{whole}, for example partition_overrides={overrides}")
+        whole = " (or 'whole' where there is one head)" if one_head else ""
+        remedies.append(f"override the cut, for example partition_overrides={overrides}{whole}")
     return f"{'; '.join(told)}; {', or '.join(remedies)}" if remedies else "; ".join(told)
 
 
@@ -126,17 +177,18 @@ def _fitting(
 
 
 def _candidates(node: Node, tree: Tree, leaf: Leaf) -> Iterator[tuple[str, ModuleLayout]]:
-    """Layouts that may order the rows of a parameter: the usual orders, and those of the table that name it."""
+    """Layouts that may order the rows of a parameter: the usual orders, and those of the table that name it.
+
+    Of those, only what reads sizes under names of its own, all of which the module has: others are no more than an order.
+    """
     prefix = f"{node.plain_name}." if node.plain_name else ""
     relative = leaf.plain_name.removeprefix(prefix)
     for order in ORDERS:
         yield order.name, order
     for name, layout in named_layouts().items():
         rows = None if isinstance(layout, OrderLayout) else layout.find(relative)
-        if rows is not None and len(rows.spans) > 1 and leaf.parameter.dim() > 1:
-            role = layout.role(rows, node.module, tuple(leaf.parameter.shape), 0, "")
-            if not role.problem:
-                yield name, layout
+        if rows is not None and len(rows.spans) > 1 and leaf.parameter.dim() > 1 and layout.is_told_by(node.module):
+            yield name, layout
 
 
 def _around(tree: Tree, leaf: Leaf) -> Iterator[Node]:
@@ -163,4 +215,4 @@ def _of_every_layer(name: str) -> str:
 
 
 def _and_like(names: Sequence[str]) -> str:
-    return f" (and {len(names) - 1} like it in other layers)" if len(names) > 1 else ""
+    return f" (and {len(names) - 1} like it)" if len(names) > 1 else ""

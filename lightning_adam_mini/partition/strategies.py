@@ -18,7 +18,7 @@ from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
 __all__ = ["STRATEGIES", "Cut", "Strategy", "UncutError", "cut_parameter"]
 
 
-class UncutError(Exception):
+class UncutError(ValueError):
     """A parameter that cannot be cut as asked.
 
     Args:
