@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_adam_mini.partition.embeddings import roles_of_embeddings
 from lightning_adam_mini.partition.heads import checked_heads
-from lightning_adam_mini.partition.layer_types import EMBEDDING_TYPES, role_from_type
+from lightning_adam_mini.partition.layer_types import EMBEDDING_TYPES, is_pointwise, role_from_type
 from lightning_adam_mini.partition.layouts import FUSED_NAMES, FUSED_PAIRS, find_layouts, is_registered, named_layout
 from lightning_adam_mini.partition.module_layout import ModuleLayout, Rows, qualified_name
 from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
@@ -74,7 +74,8 @@ def has_tokens(module: nn.Module, layouts: Layouts | None = None) -> bool:
     of_table = [layout for node in tree.nodes for layout in _deciding(node.module)]
     if any(layout.is_attention for layout in [*own, *of_table]):
         return True
-    return any(True for _ in _fused_weights(tree))
+    # Networks of convolutions attend over pixels, which a layout tells and a name does not.
+    return any(not is_pointwise(leaf.owner) for leaf in _fused_weights(tree))
 
 
 @dataclass(frozen=True)
@@ -151,9 +152,19 @@ def _table_layouts(tree: _Tree) -> list[tuple[ModuleLayout, Node]]:
 
 
 def _deciding(module: nn.Module) -> list[ModuleLayout]:
-    """The layouts that say whether a module attends: that of its class, or else all."""
+    """The layouts that say whether a module attends: that of its class, or else all.
+
+    Convolutional networks may attend over pixels with a single head, which makes no Transformers of them.
+    """
     found = find_layouts(module)
-    return [layout for layout in found if layout.classes] or found
+    of_class = [layout for layout in found if layout.classes]
+    return of_class or [layout for layout in found if not _is_convolutional(module, layout)]
+
+
+def _is_convolutional(module: nn.Module, layout: ModuleLayout) -> bool:
+    """Whether what a layout names are convolutions, in a module that counts no heads."""
+    convolutions = (is_pointwise(getattr(module, child)) for child in layout.children)
+    return all(convolutions) and not layout.counts_heads(module)
 
 
 def _is_a(module: nn.Module, class_name: str) -> bool:
@@ -168,7 +179,7 @@ def _apply_layout(
     for relative, leaf in tree.below(node):
         rows = layout.find(relative)
         known = roles[id(leaf.parameter)]
-        if rows is None or id(leaf.parameter) in settled or _is_settled_by_type(known, rows, layout):
+        if rows is None or id(leaf.parameter) in settled or _is_settled_by_type(known, relative, layout):
             continue
         settled.add(id(leaf.parameter))
         why = f"{relative} of {type(node.module).__name__}"
@@ -180,15 +191,18 @@ def _apply_layout(
         roles[id(parameter)] = role
 
 
-def _is_settled_by_type(known: ParameterRole, rows: Rows, layout: ModuleLayout) -> bool:
+def _is_settled_by_type(known: ParameterRole, name: str, layout: ModuleLayout) -> bool:
     """Whether the type of a layer, or the model's own word on its embeddings, says more than a layout."""
     role = known.roles[0]
-    if role in (Role.CONV, Role.NORM, Role.BIAS):
+    if role in (Role.NORM, Role.BIAS):
         return True
+    if role is Role.CONV:  # also a convolution may be a projection, if a class names it in full
+        return not layout.classes or name not in layout.rows
     if role is Role.EXPERT:
         return not layout.classes
     tables = {Role.TOKEN_EMBEDDING, Role.POSITION_EMBEDDING, Role.BIAS}
-    return role is Role.TOKEN_EMBEDDING and not tables.issuperset(rows.roles)
+    rows = layout.find(name)
+    return role is Role.TOKEN_EMBEDDING and rows is not None and not tables.issuperset(rows.roles)
 
 
 def _fused_weights(tree: _Tree) -> Iterator[Leaf]:

@@ -10,7 +10,7 @@ from lightning_adam_mini.partition.layouts import BARE_PARAMETERS, find_layer
 from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
 from lightning_adam_mini.partition.tree import Leaf
 
-__all__ = ["EMBEDDING_TYPES", "role_from_type", "role_of_all"]
+__all__ = ["EMBEDDING_TYPES", "is_pointwise", "role_from_type", "role_of_all"]
 
 EMBEDDING_TYPES = (nn.Embedding, nn.EmbeddingBag)
 
@@ -22,6 +22,11 @@ def role_of_all(role: Role, parameter: Tensor, why: str, axis: int | None = 0, *
     """The role of a parameter whose rows all do the same."""
     axis = axis if parameter.dim() else None
     return ParameterRole((Part(role, parameter.shape[axis] if axis is not None else 1),), why, axis, known=known)
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether a module is a convolution of size 1: a linear layer at each pixel. A grouped one is several."""
+    return isinstance(module, _ConvNd) and module.groups == 1 and all(size == 1 for size in module.kernel_size)
 
 
 def role_from_type(leaf: Leaf) -> ParameterRole:
@@ -48,7 +53,10 @@ def role_from_type(leaf: Leaf) -> ParameterRole:
         if isinstance(owner, EMBEDDING_TYPES):
             return role_of_all(Role.TOKEN_EMBEDDING, parameter, "nn.Embedding")
         if isinstance(owner, _ConvNd):
-            return role_of_all(Role.CONV, parameter, kind, axis=1 if isinstance(owner, _ConvTransposeNd) else 0)
+            axis = 1 if isinstance(owner, _ConvTransposeNd) else 0
+            if is_pointwise(owner):
+                return role_of_all(Role.LINEAR, parameter, f"{kind} of size 1", axis)
+            return role_of_all(Role.CONV, parameter, kind, axis)
         if isinstance(owner, nn.Linear):
             return role_of_all(Role.LINEAR, parameter, "nn.Linear")
     bare = BARE_PARAMETERS.get(name)
