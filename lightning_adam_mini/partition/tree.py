@@ -34,6 +34,11 @@ WRAPPERS: Mapping[str, frozenset[str]] = MappingProxyType(
         "timm.models.gemma4_vit.Gemma4ClippableLinear": frozenset({"linear"}),
         "timm.models.levit.LinearNorm": frozenset({"linear"}),
         "transformers.models.gemma4.modeling_gemma4.Gemma4ClippableLinear": frozenset({"linear"}),
+        **{
+            f"transformers.models.{family}.modeling_{family}.{prefix}{projection}Projection": frozenset({"linear"})
+            for family, prefix in (("inkling2", "Inkling2"), ("inkling2_loop", "Inkling2Loop"))
+            for projection in ("Query", "KeyValue", "GatedOutput")
+        },
         "transformers.models.kyutai_speech_to_text.modeling_kyutai_speech_to_text.KyutaiSpeechToTextLinear": frozenset(
             {"linear"}
         ),

@@ -13,7 +13,15 @@ import difflib
 
 from torch import nn
 
-from lightning_adam_mini.partition.layouts import by_names, layers, of_diffusers, of_timm, of_torch, of_transformers
+from lightning_adam_mini.partition.layouts import (
+    by_names,
+    layers,
+    of_diffusers,
+    of_scripts,
+    of_timm,
+    of_torch,
+    of_transformers,
+)
 from lightning_adam_mini.partition.layouts.bare_parameters import BARE_PARAMETERS
 from lightning_adam_mini.partition.layouts.orders import (
     CONTIGUOUS,
@@ -47,6 +55,7 @@ LAYOUTS: list[ModuleLayout] = [
     *of_transformers.LAYOUTS,
     *of_timm.LAYOUTS,
     *of_diffusers.LAYOUTS,
+    *of_scripts.LAYOUTS,
     *by_names.LAYOUTS,
 ]
 """Modules that are made of layers, those that are known by their class first."""

@@ -52,9 +52,10 @@ LAYOUTS: list[ModuleLayout] = [
         "diffusers_mmaudio",  # query, key and value in turn, row by row: heads lie apart, so each row is a block
         classes=("diffusers.models.autoencoders.autoencoder_mmaudio.MMAudioAttnBlock1D",),
         parameters={
-            "qkv.weight": Rows(Span(Q, 1, 1), Span(K, 1, 1), Span(V, 1, 1), repeats="qkv.in_channels"),
+            "qkv.weight": Rows(Span(Q, 1, 1), Span(K, 1, 1), Span(V, 1, 1), repeats="channels"),
             "proj_out.weight": OUT,
         },
+        sizes={"channels": "qkv.in_channels"},
         attends=False,
     ),
     ModuleLayout(
