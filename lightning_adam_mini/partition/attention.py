@@ -15,7 +15,7 @@ from functools import cached_property
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_adam_mini.partition.layer_types import found_output_axis
+from lightning_adam_mini.partition.layer_types import found_output_axis, is_pointwise
 from lightning_adam_mini.partition.layouts.projection_names import (
     fused_parts,
     is_bias_name,
@@ -67,7 +67,7 @@ def is_matrix(leaf: Leaf, role: ParameterRole) -> bool:
     if len(shape) < 2 or leaf.parameter.numel() == max(shape):
         return False
     if isinstance(leaf.owner, _ConvNd):
-        return leaf.owner.groups == 1 and all(size == 1 for size in leaf.owner.kernel_size)
+        return is_pointwise(leaf.owner)
     return _MATRIX_ROLES.issuperset(role.roles) or (role.roles == (Role.OTHER,) and not role.known)
 
 
@@ -210,6 +210,12 @@ class Attention:
         """Whether the module, or the one it is a part of, has heads of its own."""
         return any(told_size(self.source, size) is not None for size in ("heads", "head_dim"))
 
+    @property
+    def is_convolutional(self) -> bool:
+        """Whether convolutions of a single head attend over pixels, which makes no Transformer of a model."""
+        lettered = [p for p in self.found if self._parts(p)]
+        return not self.counts_heads and all(isinstance(p.leaf.owner, _ConvNd) for p in lettered)
+
     @cached_property
     def widths(self) -> frozenset[int]:
         """Numbers of inputs of the module's matrices, one of which the rows of all heads have together."""
@@ -300,7 +306,7 @@ class Attention:
                 yield leaf, self._fused(projection, role, kind)
             elif parts and is_plain(name):
                 yield leaf, self._single(projection, parts[0], role, why) or unclear(leaf, why, NO_AXIS)
-            elif is_output_name(name):
+            elif is_output_name(name) and (self.attends_by_name or not self._holds_all(projection, set(self._others(projection)))):
                 yield leaf, self._output(projection, role, why) or unclear(leaf, why, NO_AXIS)
             elif has_pairs and not parts and role.known:
                 yield leaf, replace(role, doubt=f"{kind} attends, and the name {name!r} alone says what this one does")

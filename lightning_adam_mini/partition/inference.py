@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from lightning_adam_mini.partition.attention import NO_AXIS, Attention, projections, unclear, with_axis
 from lightning_adam_mini.partition.embeddings import roles_of_embeddings
 from lightning_adam_mini.partition.heads import checked_heads
-from lightning_adam_mini.partition.layer_types import EMBEDDING_TYPES, role_from_type
+from lightning_adam_mini.partition.layer_types import EMBEDDING_TYPES, is_pointwise, role_from_type
 from lightning_adam_mini.partition.layouts import OrderLayout, find_layouts, is_registered, named_layout, named_layouts
 from lightning_adam_mini.partition.module_layout import ModuleLayout, Rows, qualified_name
 from lightning_adam_mini.partition.roles import ParameterRole, Role
@@ -85,7 +85,8 @@ class _Inference:
         for layout, node in of_table:
             self._apply(layout, node, is_own=is_registered(layout))
             # Whether a module attends, its class says before the names of its children.
-            if layout.is_attention and (layout.classes or node.plain_name not in of_class):
+            is_of_names = node.plain_name not in of_class and not _is_convolutional(node.module, layout)
+            if layout.is_attention and (layout.classes or is_of_names):
                 self.attending.add(node.plain_name)
         self._read_attention()
 
@@ -146,7 +147,8 @@ class _Inference:
             known = self.roles[id(leaf.parameter)]
             if rows is None or id(leaf.parameter) in self._settled or (names_all and leaf.parameter.dim() < 2):
                 continue
-            if _is_settled_by_type(known, rows, layout, is_named=is_own and relative in layout.parameters or names_all):
+            is_named = names_all or (is_own and relative in layout.parameters)
+            if _is_settled_by_type(known, relative, rows, layout, is_named=is_named):
                 continue
             why = f"{relative} of {type(node.module).__name__}"
             self._settled.add(id(leaf.parameter))
@@ -181,9 +183,9 @@ class _Inference:
                 prefix = f"{node.plain_name}." if node.plain_name else ""
                 if any(name.startswith(prefix) for name in self.attending) or not attention.attends_by_structure:
                     continue
-            self.attending.add(node.plain_name)
-            read = list(attention.read())
-            for leaf, role in read:
+            if not attention.is_convolutional:
+                self.attending.add(node.plain_name)
+            for leaf, role in list(attention.read()):
                 self._settled.add(id(leaf.parameter))
                 self.roles[id(leaf.parameter)] = role
             self._check_heads([p.leaf.parameter for p in attention.found if not p.is_bare])
@@ -243,18 +245,27 @@ def _table_layouts(tree: Tree) -> list[tuple[ModuleLayout, Node]]:
     return sorted(found, key=lambda pair: (not is_registered(pair[0]), not pair[0].classes))
 
 
+def _is_convolutional(module: nn.Module, layout: ModuleLayout) -> bool:
+    """Whether what a layout names are convolutions, in a module that counts no heads.
+
+    Convolutional networks may attend over pixels with a single head, which makes no Transformers of them.
+    """
+    convolutions = (is_pointwise(getattr(module, child)) for child in layout.children)
+    return not layout.classes and all(convolutions) and not layout.counts_heads(module)
+
+
 def _is_a(module: nn.Module, class_name: str) -> bool:
     return any(class_name in (base.__name__, qualified_name(base)) for base in type(module).__mro__)
 
 
-def _is_settled_by_type(known: ParameterRole, rows: Rows, layout: ModuleLayout, *, is_named: bool) -> bool:
+def _is_settled_by_type(known: ParameterRole, name: str, rows: Rows, layout: ModuleLayout, *, is_named: bool) -> bool:
     """Whether the type of a layer, or the model's own word on its embeddings, says more than a layout.
 
     A parameter that a user's layout names is what the user says; a pattern such as `*` also meets norms and biases.
     """
     role = known.roles[0]
-    if role in (Role.CONV, Role.NORM, Role.BIAS):
-        return not is_named
+    if role in (Role.CONV, Role.NORM, Role.BIAS):  # also a convolution may be a projection, if a class names it in full
+        return not is_named and not (role is Role.CONV and layout.classes and name in layout.rows)
     if role is Role.EXPERT:
         return not layout.classes
     tables = {Role.TOKEN_EMBEDDING, Role.POSITION_EMBEDDING, Role.BIAS}

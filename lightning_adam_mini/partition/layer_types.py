@@ -16,7 +16,7 @@ from lightning_adam_mini.partition.layouts import BARE_PARAMETERS, find_layer
 from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
 from lightning_adam_mini.partition.tree import Leaf
 
-__all__ = ["EMBEDDING_TYPES", "found_output_axis", "role_from_type", "role_of_all"]
+__all__ = ["EMBEDDING_TYPES", "found_output_axis", "is_pointwise", "role_from_type", "role_of_all"]
 
 EMBEDDING_TYPES = (nn.Embedding, nn.EmbeddingBag)
 
@@ -102,6 +102,11 @@ def _random(shape: torch.Size, device: torch.device, generator: torch.Generator 
     return torch.randn(shape, device=device, dtype=torch.float32, generator=generator)
 
 
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether a module is a convolution of size 1: a linear layer at each pixel. A grouped one is several."""
+    return isinstance(module, _ConvNd) and module.groups == 1 and all(size == 1 for size in module.kernel_size)
+
+
 def role_from_type(leaf: Leaf) -> ParameterRole:
     """The role that the type of the owning module tells, or else the name of a bare parameter."""
     owner, name, parameter = leaf.owner, leaf.own_name, leaf.parameter
@@ -126,10 +131,12 @@ def role_from_type(leaf: Leaf) -> ParameterRole:
         if isinstance(owner, EMBEDDING_TYPES):
             return role_of_all(Role.TOKEN_EMBEDDING, parameter, "nn.Embedding")
         if isinstance(owner, _ConvNd):
-            role = role_of_all(Role.CONV, parameter, kind, axis=1 if isinstance(owner, _ConvTransposeNd) else 0)
+            axis = 1 if isinstance(owner, _ConvTransposeNd) else 0
+            if is_pointwise(owner):
+                return role_of_all(Role.LINEAR, parameter, f"{kind} of size 1", axis)
+            role = role_of_all(Role.CONV, parameter, kind, axis)
             # (inputs, outputs of a group, ...): an output belongs to the group of its input.
-            is_grouped = isinstance(owner, _ConvTransposeNd) and owner.groups > 1
-            return replace(role, batch_axes=(0,)) if is_grouped else role
+            return replace(role, batch_axes=(0,)) if axis and owner.groups > 1 else role
         if isinstance(owner, nn.Linear):
             role = Role.LINEAR if _axis_of_factor(leaf.layer.rpartition(".")[2]) is None else Role.LORA
             return role_of_all(role, parameter, "nn.Linear")

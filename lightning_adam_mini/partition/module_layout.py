@@ -167,9 +167,11 @@ class ModuleLayout:
         parameters: Rows by parameter name relative to the module, in which `*` stands for anything; names that the
             module at hand lacks are skipped. A role stands for `Rows(role)`.
         classes: Qualified names of the classes that it describes, in which `*` stands for anything; subclasses count.
-        children: Names of children and own parameters that a module must have, where `classes` is empty.
-        only_if: An attribute that must be true for the layout to apply, for classes with several.
-        sizes: Attributes (dotted paths, or two divided by `/`) or numbers for sizes beyond `SIZES`, or in place of
+        children: Names of children and own parameters that a module must have, beside its class where `classes` names
+            any.
+        only_if: Attributes (dotted paths) that must be true for the layout to apply: for classes with several, and for
+            those that are known by their bare name.
+        sizes: Attributes (dotted paths, or quotients of them and numbers, `a/b/3`) or numbers for sizes beyond `SIZES`, or in place of
             those.
         attends: Whether a model with such a module is a Transformer: by default, if the layout names queries.
     """
@@ -178,7 +180,7 @@ class ModuleLayout:
     parameters: Mapping[str, Rows | Role]
     classes: tuple[str, ...] = ()
     children: tuple[str, ...] = ()
-    only_if: str | None = None
+    only_if: str | tuple[str, ...] = ()
     sizes: Mapping[str, Size | tuple[Size, ...]] = field(default_factory=dict)
     attends: bool | None = None
     _described: WeakKeyDictionary[type, bool] = field(
@@ -212,12 +214,12 @@ class ModuleLayout:
 
     def matches(self, module: nn.Module, members: frozenset[str]) -> bool:
         """Whether the layout describes `module`, whose children and own parameters are `members`."""
-        if self.classes:
-            if not self.describes(type(module)):
-                return False
-        elif not self.children or not members.issuperset(self.children):
+        if not (self.classes or self.children) or not members.issuperset(self.children):
             return False
-        return self.only_if is None or bool(getattr(module, self.only_if, False))
+        if self.classes and not self.describes(type(module)):
+            return False
+        conditions = (self.only_if,) if isinstance(self.only_if, str) else self.only_if
+        return all(bool(_attribute(module, path)) for path in conditions)
 
     def describes(self, cls: type) -> bool:
         """Whether the layout is made for a class, or one that it is derived from."""
@@ -233,6 +235,10 @@ class ModuleLayout:
         own = {path for given in self.sizes.values() for path in (given if isinstance(given, tuple) else (given,))}
         has_own = any(isinstance(path, str) and path not in usual for path in own)
         return has_own and all(sizes.get(size) is not None for size in self.sizes)
+
+    def counts_heads(self, module: nn.Module) -> bool:
+        """Whether `module` tells how many heads its queries have."""
+        return _Sizes(self, module).get("heads") is not None
 
     def find(self, relative_name: str) -> Rows | None:
         """The rows of a parameter by its name relative to the module, or None."""
@@ -463,12 +469,14 @@ def _is_integer(value: Any) -> bool:
 
 
 def _attribute(module: nn.Module, path: str) -> Any:
-    """An attribute by its dotted path, or the quotient of two; None where there is none."""
+    """An attribute by its dotted path, or the quotient of several, or of one by numbers; None where there is none."""
     try:
-        if "/" in path:
-            dividend, divisor = (attrgetter(part)(module) for part in path.split("/"))
-            return dividend // divisor if dividend % divisor == 0 else None
-        return attrgetter(path)(module)
+        value, *divisors = (int(part) if part.isdigit() else attrgetter(part)(module) for part in path.split("/"))
+        for divisor in divisors:
+            if value % divisor:
+                return None
+            value //= divisor
+        return value
     except Exception:  # noqa: BLE001 - what an attribute computes may raise anything
         return None
 

@@ -66,7 +66,7 @@ def _listed(cuts: Sequence[CutParameter]) -> str:
     patterns: dict[str, list[str]] = {}
     for cut in cuts:
         patterns.setdefault(_of_every_layer(cut.name), []).append(cut.name)
-    return ", ".join(f"{names[0]}{_and_like(names)}" for names in patterns.values())
+    return ", ".join(f"{names[0]}{_and_like(names[1:])}" for names in patterns.values())
 
 
 def _overriding(cuts: Sequence[CutParameter], how: str) -> dict[str, str]:
@@ -111,7 +111,7 @@ def refusal(
     patterns: dict[str, list[str]] = {}
     for name in failed:
         patterns.setdefault(_of_every_layer(name), []).append(name)
-    told = [f"{names[0]}: {failed[names[0]].problem}{_and_like(names)}" for names in patterns.values()]
+    told = [f"{names[0]}: {failed[names[0]].problem}{_and_like(names[1:])}" for names in patterns.values()]
     if len(told) > SHOWN:
         told = [*told[:SHOWN], f"and {', '.join(names[0] for names in list(patterns.values())[SHOWN:])} alike"]
     remedies = []
@@ -214,5 +214,6 @@ def _of_every_layer(name: str) -> str:
     return name if escaped == re.escape(name) else f"re:{escaped}"
 
 
-def _and_like(names: Sequence[str]) -> str:
-    return f" (and {len(names) - 1} like it)" if len(names) > 1 else ""
+def _and_like(others: Sequence[str]) -> str:
+    told = ", ".join(others[:6]) + (f" and {len(others) - 6} more" if len(others) > 6 else "")
+    return f" (likewise {told})" if others else ""

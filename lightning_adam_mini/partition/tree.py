@@ -38,7 +38,16 @@ WRAPPERS: Mapping[str, frozenset[str]] = MappingProxyType(
         "timm.models.gemma4_vit.Gemma4ClippableLinear": frozenset({"linear"}),
         "timm.models.levit.LinearNorm": frozenset({"linear"}),
         "transformers.models.gemma4.modeling_gemma4.Gemma4ClippableLinear": frozenset({"linear"}),
+        **{
+            f"transformers.models.{family}.modeling_{family}.{prefix}{projection}Projection": frozenset({"linear"})
+            for family, prefix in (("inkling2", "Inkling2"), ("inkling2_loop", "Inkling2Loop"))
+            for projection in ("Query", "KeyValue", "GatedOutput")
+        },
+        "transformers.models.kyutai_speech_to_text.modeling_kyutai_speech_to_text.KyutaiSpeechToTextLinear": frozenset(
+            {"linear"}
+        ),
         "transformers.models.levit.modeling_levit.MLPLayerWithBN": frozenset({"linear"}),
+        "transformers.models.moshi.modeling_moshi.MoshiLinear": frozenset({"linear"}),
         "lightning.fabric.wrappers._FabricModule": frozenset({"_forward_module"}),
         "peft.peft_model.PeftModel": frozenset({"base_model"}),
         "peft.tuners.tuners_utils.BaseTuner": frozenset({"model"}),

@@ -15,7 +15,15 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from lightning_adam_mini.partition.layouts import by_names, layers, of_diffusers, of_timm, of_torch, of_transformers
+from lightning_adam_mini.partition.layouts import (
+    by_names,
+    layers,
+    of_diffusers,
+    of_scripts,
+    of_timm,
+    of_torch,
+    of_transformers,
+)
 from lightning_adam_mini.partition.layouts.bare_parameters import BARE_PARAMETERS
 from lightning_adam_mini.partition.layouts.orders import (
     CONTIGUOUS,
@@ -56,6 +64,7 @@ LAYOUTS: list[ModuleLayout] = [
     *of_transformers.LAYOUTS,
     *of_timm.LAYOUTS,
     *of_diffusers.LAYOUTS,
+    *of_scripts.LAYOUTS,
     *by_names.LAYOUTS,
 ]
 """Modules that are made of layers, those that are known by their class first."""
@@ -94,11 +103,11 @@ class OrderLayout(ModuleLayout):
         parts = fused_parts(name) or projected_parts(name)
         if {Q, K, V} == set(parts):
             return self.fused
+        if not parts:
+            return Rows(Role.ATTENTION_OUTPUT) if is_output_name(name) else None
         if not is_plain(name):
             return None
-        if len(parts) == 1:
-            return Rows(parts[0])
-        return self.pairs.get(frozenset(parts)) or (Rows(Role.ATTENTION_OUTPUT) if is_output_name(name) else None)
+        return Rows(parts[0]) if len(parts) == 1 else self.pairs.get(frozenset(parts))
 
 
 def _of_order(name: str, fused: Rows, pair: int) -> OrderLayout:

@@ -34,7 +34,7 @@ _FILLERS = frozenset(
 """Words beside the letters that change nothing: kinds of layers, directions, the attention itself."""
 
 _OUTPUT_WORDS = frozenset(
-    "back c concat collapse combine dense fc final head heads linear lin layer merge mix o out output outputs post proj "
+    "back c concat collapse combine dense fc final head heads kernel lin linear layer mat matrix merge o out output outputs post proj "
     "projection projector res resid to unify unifyheads w wo weight weights".split()
 )
 _TOKEN = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+")

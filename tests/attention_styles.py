@@ -21,6 +21,7 @@ Q, K, V, OUT = ("query", HEADS), ("key", HEADS), ("value", INNER), ("attention_o
 KG, VG = ("key", KV_HEADS), ("value", KV_INNER)
 QKV = ("query+key+value", HEADS + HEADS + INNER)
 QKV_GROUPED = ("query+key+value", HEADS + KV_HEADS + KV_INNER)
+VKQ = ("value+key+query", INNER + HEADS + HEADS)
 KV = ("key+value", HEADS + INNER)
 
 
@@ -245,9 +246,7 @@ STYLES: dict[str, Style] = {
     "LoRA by hand": _separate("W_q W_k W_v W_o", suffix="base_layer.weight", layer=LoRA, **_HEADS),
     "LoRA of parameters": _separate("to_q to_k to_v to_out", suffix="linear.weight", layer=LoRAOfParameters, **_HEADS),
     "norms behind": _separate("to_q to_k to_v to_out", suffix="0.weight", layer=_sequential, heads=HEADS),
-    "old spectral norm": _separate("f_q f_k f_v f_o", suffix="weight_orig", layer=_old_spectral_norm, **_HEADS)
-    if False
-    else _separate("q k v o", suffix="weight_orig", layer=_old_spectral_norm, **_HEADS),
+    "old spectral norm": _separate("q k v o", suffix="weight_orig", layer=_old_spectral_norm, **_HEADS),
     "newer torchtitan": Style(
         _torchtitan_linear,
         {"qkv_linear.wq.weight": Q, "qkv_linear.wk.weight": KG, "qkv_linear.wv.weight": VG, "wo.weight": OUT},
@@ -288,7 +287,7 @@ STYLES: dict[str, Style] = {
     "capitals fused": _fused("QKV", linear, QKV, "fused_contiguous", heads=HEADS),
     "kqv": _fused("kqv", linear, QKV, "fused_contiguous", heads=HEADS),
     "values first": _fused(
-        "to_vkq", linear, QKV, ModuleLayout("vkq", {"to_vkq.weight": _ROWS, "out_proj.weight": Role.ATTENTION_OUTPUT}), heads=HEADS
+        "to_vkq", linear, VKQ, ModuleLayout("vkq", {"to_vkq.weight": _ROWS, "out_proj.weight": Role.ATTENTION_OUTPUT}), heads=HEADS
     ),
     "in_proj": _fused("in_proj", linear, QKV, "fused_contiguous", **_HEADS),
     "one bare matrix": _fused("w_qkv", from_the_right, QKV, "fused_contiguous", suffix="", **_HEADS),
