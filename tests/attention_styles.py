@@ -1,13 +1,13 @@
 """Attention as people write it: forty styles of names, orders, wrappers and orientations, in our own words.
 
-Each style declares what its forward pass would do with each projection, as role and number of blocks: the truth. None of
-them is known by its class. `WIDTH` inputs, four query heads of six rows, two key-value heads where they are grouped.
+Each style declares what its forward pass would do with each projection, as role and number of blocks: the truth. None
+of them is known by its class. `WIDTH` inputs, four query heads of six rows, two key-value heads where they are grouped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
@@ -102,7 +102,11 @@ class LoRAOfParameters(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, rank: int = 2) -> None:
         super().__init__()
-        self.linear, self.lora_a, self.lora_b = linear(inputs, outputs), parameter(inputs, rank), parameter(rank, outputs)
+        self.linear, self.lora_a, self.lora_b = (
+            linear(inputs, outputs),
+            parameter(inputs, rank),
+            parameter(rank, outputs),
+        )
 
 
 def separate(names: str, layer: Callable[[int, int], nn.Module] = linear, kv: int = INNER, **attributes: object):
@@ -142,7 +146,9 @@ def _separate(names: str, outcome: str = "right", suffix: str = "weight", layout
     return Style(lambda: separate(names, **options), truth, outcome, layout)
 
 
-def _fused(name: str, layer, truth: tuple[str, int], layout, out: str = "out_proj", suffix: str = ".weight", **attributes):
+def _fused(
+    name: str, layer, truth: tuple[str, int], layout, out: str = "out_proj", suffix: str = ".weight", **attributes
+):
     rows = INNER + 2 * KV_INNER if truth == QKV_GROUPED else 3 * INNER
 
     def build():
@@ -238,7 +244,9 @@ STYLES: dict[str, Style] = {
     "layers": _separate("q_layer k_layer v_layer out_layer", **_HEADS),
     "long names": _separate("query_projection key_projection value_projection out_projection", n_heads=HEADS),
     "names last": _separate("proj_q proj_k proj_v proj", n_heads=HEADS),
-    "heads of a configuration": _separate("query_layer key_layer value_layer out", config=SimpleNamespace(n_head=HEADS)),
+    "heads of a configuration": _separate(
+        "query_layer key_layer value_layer out", config=SimpleNamespace(n_head=HEADS)
+    ),
     "a group of a name of its own": _separate("w_q w_k w_v w_o", kv=KV_INNER, num_heads=HEADS, my_groups=KV_HEADS),
     "no head count": _separate("query key value out", "refused"),
     # in wrappers
@@ -257,9 +265,7 @@ STYLES: dict[str, Style] = {
     "TransformerLens": Style(
         _transformer_lens, {"W_Q": Q, "W_K": K, "W_V": V, "W_O": OUT, **{f"b_{x}": ("bias", INNER) for x in "QKV"}}
     ),
-    "DenseGeneral": Style(
-        _jax_general, {"query_kernel": Q, "key_kernel": K, "value_kernel": V, "out_kernel": OUT}
-    ),
+    "DenseGeneral": Style(_jax_general, {"query_kernel": Q, "key_kernel": K, "value_kernel": V, "out_kernel": OUT}),
     "layers that do not run": _separate("q_proj k_proj v_proj o_proj", "named", layer=DenseOfOddInputs, **_HEADS),
     "matrices of its own": Style(_matrices_of_its_own, {"W_q": Q, "W_k": K, "W_v": V, "W_o": OUT}, "named"),
     # names that say nothing
@@ -282,18 +288,26 @@ STYLES: dict[str, Style] = {
     "flash-attention across": _with_kv("Wq", "Wkv", "fused_contiguous", **_HEADS),
     "open_clip": _fused("in_proj_weight", lambda i, o: parameter(o, i), QKV, "fused_contiguous", suffix="", **_HEADS),
     "modded-nanogpt": Style(_modern_speedrun, {"qkv_w": ("query+key+value", 0), "c_proj.weight": OUT}, "refused"),
-    "Megatron": _fused("query_key_value", linear, QKV_GROUPED, "fused_per_group", n_heads=HEADS, num_query_groups=KV_HEADS),
+    "Megatron": _fused(
+        "query_key_value", linear, QKV_GROUPED, "fused_per_group", n_heads=HEADS, num_query_groups=KV_HEADS
+    ),
     "by head": _fused("attn_qkv", linear, QKV, "fused_per_head", **_HEADS),
     "capitals fused": _fused("QKV", linear, QKV, "fused_contiguous", heads=HEADS),
     "kqv": _fused("kqv", linear, QKV, "fused_contiguous", heads=HEADS),
     "values first": _fused(
-        "to_vkq", linear, VKQ, ModuleLayout("vkq", {"to_vkq.weight": _ROWS, "out_proj.weight": Role.ATTENTION_OUTPUT}), heads=HEADS
+        "to_vkq",
+        linear,
+        VKQ,
+        ModuleLayout("vkq", {"to_vkq.weight": _ROWS, "out_proj.weight": Role.ATTENTION_OUTPUT}),
+        heads=HEADS,
     ),
     "in_proj": _fused("in_proj", linear, QKV, "fused_contiguous", **_HEADS),
     "one bare matrix": _fused("w_qkv", from_the_right, QKV, "fused_contiguous", suffix="", **_HEADS),
     "1x1 convolution": _fused("to_qkv", conv1x1, QKV, "fused_contiguous", heads=HEADS),
     "one key-value head": Style(
-        lambda: Attention(qkv=linear(WIDTH, INNER + 2 * SIZE), out=linear(INNER, WIDTH), n_head=HEADS, multi_query=True),
+        lambda: Attention(
+            qkv=linear(WIDTH, INNER + 2 * SIZE), out=linear(INNER, WIDTH), n_head=HEADS, multi_query=True
+        ),
         {"qkv.weight": ("query+key+value", HEADS + 1 + SIZE), "out.weight": OUT},
         "refused",
         "fused_contiguous",

@@ -145,7 +145,9 @@ class AdamMini(Optimizer):
             self._ranges = flat_ranges(module)
             with whole_shapes(self._ranges):
                 cuts = partition_module(module, strategy, partition_overrides, partition_layouts)
-            for doubt in doubts((cuts[name] for name, p in named.items() if p.requires_grad and name in cuts), strategy):
+            for doubt in doubts(
+                (cuts[name] for name, p in named.items() if p.requires_grad and name in cuts), strategy
+            ):
                 warn(doubt, stacklevel=2)
         else:
             if partition_layouts:

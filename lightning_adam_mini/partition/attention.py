@@ -1,14 +1,14 @@
 """Attention in classes that no layout describes: which modules attend, and what each of their matrices does.
 
-The structure of a module decides first: a head count of its own, projections of one input, a matrix with three times the
-rows that another takes. Names then tell queries, keys and values apart. What remains unclear keeps a full second moment
-and says so; what is taken for an ordinary matrix says so too.
+The structure of a module decides first: a head count of its own, projections of one input, a matrix with three times
+the rows that another takes. Names then tell queries, keys and values apart. What remains unclear keeps a full second
+moment and says so; what is taken for an ordinary matrix says so too.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -72,7 +72,7 @@ def is_matrix(leaf: Leaf, role: ParameterRole) -> bool:
 
 
 def _main_matrix(matrices: Sequence[Leaf], roles: Roles) -> Leaf | None:
-    """The matrix that a wrapper is around, where others are low-rank factors beside it; None where there are several."""
+    """The matrix that a wrapper is around, with low-rank factors at most beside it; None where there are several."""
     if not all(is_matrix(leaf, roles[id(leaf.parameter)]) for leaf in matrices):
         return None
     largest = max(matrices, key=lambda leaf: leaf.parameter.numel())
@@ -95,7 +95,7 @@ def projections(tree: Tree, node: Node, roles: Roles) -> list[Projection]:
 
 
 def _mixes_nothing(leaf: Leaf, role: ParameterRole) -> bool:
-    """Whether a parameter beside a projection leaves it the only one: a norm, a factor of it, a depthwise convolution."""
+    """Whether a parameter beside a projection leaves it the only one: a norm, its factor, a depthwise convolution."""
     is_vector = leaf.parameter.numel() == max(leaf.parameter.shape)
     return is_vector or role.roles[0] in _BESIDE or (isinstance(leaf.owner, _ConvNd) and leaf.owner.groups > 1)
 
@@ -306,7 +306,9 @@ class Attention:
                 yield leaf, self._fused(projection, role, kind)
             elif parts and is_plain(name):
                 yield leaf, self._single(projection, parts[0], role, why) or unclear(leaf, why, NO_AXIS)
-            elif is_output_name(name) and (self.attends_by_name or not self._holds_all(projection, set(self._others(projection)))):
+            elif is_output_name(name) and (
+                self.attends_by_name or not self._holds_all(projection, set(self._others(projection)))
+            ):
                 yield leaf, self._output(projection, role, why) or unclear(leaf, why, NO_AXIS)
             elif has_pairs and not parts and role.known:
                 yield leaf, replace(role, doubt=f"{kind} attends, and the name {name!r} alone says what this one does")
@@ -344,7 +346,9 @@ class Attention:
         placed = with_axis(leaf, role, self.source, Rows(Role.ATTENTION_OUTPUT))
         if placed is None:
             return None
-        return _BY_NAME.role(Rows(Role.ATTENTION_OUTPUT), self.source, tuple(leaf.parameter.shape), placed.axis or 0, why)
+        return _BY_NAME.role(
+            Rows(Role.ATTENTION_OUTPUT), self.source, tuple(leaf.parameter.shape), placed.axis or 0, why
+        )
 
     def _of_three_dimensions(self, leaf: Leaf, part: Role, why: str) -> ParameterRole | None:
         """The role of (heads, inputs, head size) or (inputs, heads, head size), in whatever order; None if unclear."""

@@ -11,9 +11,9 @@ from lightning_adam_mini.partition.layer_types import EMBEDDING_TYPES, role_of_a
 from lightning_adam_mini.partition.roles import ParameterRole, Role
 from lightning_adam_mini.partition.tree import Leaf, Node
 
-__all__ = ["roles_of_embeddings"]
+__all__ = ["POSITION_WORDS", "roles_of_embeddings"]
 
-_POSITION_WORDS = frozenset({"pe", "pos", "posemb", "posembed", "position", "positional", "positions", "wpe"})
+POSITION_WORDS = frozenset({"pe", "pos", "posemb", "posembed", "position", "positional", "positions", "wpe"})
 
 
 def roles_of_embeddings(nodes: Sequence[Node], leaves: Sequence[Leaf]) -> Iterator[tuple[Leaf, ParameterRole]]:
@@ -33,7 +33,9 @@ def roles_of_embeddings(nodes: Sequence[Node], leaves: Sequence[Leaf]) -> Iterat
         if id(leaf.parameter) not in token_parameters and any(_is_within(leaf, scope) for scope in scopes):
             why = "an embedding that is not the model's input embedding"
             yield leaf, role_of_all(Role.POSITION_EMBEDDING, leaf.parameter, why)
-        elif not declared_in and _POSITION_WORDS.intersection(re.split(r"[^a-z]+", leaf.layer.rpartition(".")[2].lower())):
+        elif not declared_in and POSITION_WORDS.intersection(
+            re.split(r"[^a-z]+", leaf.layer.rpartition(".")[2].lower())
+        ):
             yield leaf, role_of_all(Role.POSITION_EMBEDDING, leaf.parameter, "an embedding whose name says positions")
     linear = [leaf for leaf in leaves if leaf.own_name == "weight" and isinstance(leaf.owner, nn.Linear)]
     untied = [leaf for leaf in linear if id(leaf.parameter) not in token_parameters]

@@ -111,7 +111,9 @@ class _Inference:
         kind = type(node.module).__name__
         names = [name for relative, leaf in self.tree.below(node) for name in self._names(relative, node, leaf)]
         if not any(layout.find(name) for name in names) and self._only_fused(layout, node) is None:
-            told = ", ".join(layout.parameters) or "projections of queries, keys and values, or all of them in one matrix"
+            told = (
+                ", ".join(layout.parameters) or "projections of queries, keys and values, or all of them in one matrix"
+            )
             raise ValueError(
                 f"partition_layouts: {layout.name!r} names none of the parameters of {kind} "
                 f"({', '.join(names[:8])}); it names {told}"

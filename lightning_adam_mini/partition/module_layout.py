@@ -99,7 +99,7 @@ query heads for each key-value head. A flag such as `multi_query` stands for one
 """
 
 HEAD_WIDTHS = ("d_k", "dim_head", "head_width", "head_dimension", "hidden_per_head", "d_kv", "size_per_head", "hd")
-"""Further attributes for the size of a head, which some use for other sizes: they count where they agree with the rows."""
+"""Further attributes for the size of a head, which some use for others: they count where they agree with the rows."""
 
 
 _WORDS = {"heads": "the number of heads", "kv_heads": "the number of key-value heads", "head_dim": "the size of a head"}
@@ -171,8 +171,8 @@ class ModuleLayout:
             any.
         only_if: Attributes (dotted paths) that must be true for the layout to apply: for classes with several, and for
             those that are known by their bare name.
-        sizes: Attributes (dotted paths, or quotients of them and numbers, `a/b/3`) or numbers for sizes beyond `SIZES`, or in place of
-            those.
+        sizes: Attributes (dotted paths, or quotients of them and numbers, `a/b/3`) or numbers for sizes beyond `SIZES`,
+            or in place of those.
         attends: Whether a model with such a module is a Transformer: by default, if the layout names queries.
     """
 
@@ -374,8 +374,8 @@ class _Sizes:
         """Check a size of heads that follows from their number and the rows alone.
 
         Raises:
-            UnknownRowsError: Nothing else in the module has the size of all heads, so that the number of key-value heads
-                may be another; or the module tells another size.
+            UnknownRowsError: Nothing else in the module has the size of all heads, so that the number of key-value
+                heads may be another; or the module tells another size.
         """
         head_dim, kind = self.read["head_dim"], type(self._module).__name__
         heads = self.get("heads") or self.get("kv_heads") or 1

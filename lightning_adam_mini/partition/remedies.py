@@ -49,14 +49,14 @@ def doubts(cuts: Iterable[CutParameter], strategy: Strategy) -> list[str]:
     for doubt in dict.fromkeys(cut.role.doubt for cut in unclear):
         alike = [cut for cut in unclear if cut.role.doubt == doubt]
         found.append(
-            f"{_listed(alike)}: in a module that attends, and {doubt}, so that a full second moment is kept; say what it "
-            f"does with a ModuleLayout in partition_layouts, or how to cut it, for example "
+            f"{_listed(alike)}: in a module that attends, and {doubt}, so that a full second moment is kept; say what "
+            f"it does with a ModuleLayout in partition_layouts, or how to cut it, for example "
             f"partition_overrides={_overriding(alike, 'row')}"
         )
     if ordinary:
         found.append(
-            f"{_listed(ordinary)}: taken for ordinary matrices by their names alone, in a module that attends; if one is a "
-            f"query or a key, say so with a ModuleLayout in partition_layouts, else with "
+            f"{_listed(ordinary)}: taken for ordinary matrices by their names alone, in a module that attends; if one "
+            f"is a query or a key, say so with a ModuleLayout in partition_layouts, else with "
             f"partition_overrides={_overriding(ordinary, str(ordinary[0].cut))}"
         )
     return found

@@ -153,7 +153,9 @@ LAYOUTS: list[ModuleLayout] = [
     ModuleLayout(
         "low_rank_gates",
         children=("g_a_proj", "g_b_proj"),
-        parameters=dict.fromkeys(("f_a_proj.weight", "f_b_proj.weight", "g_a_proj.weight", "g_b_proj.weight", "b_proj.weight"), LINEAR),
+        parameters=dict.fromkeys(
+            ("f_a_proj.weight", "f_b_proj.weight", "g_a_proj.weight", "g_b_proj.weight", "b_proj.weight"), LINEAR
+        ),
     ),
     ModuleLayout("lm_heads", children=("lm_heads",), parameters={"lm_heads.*.weight": Role.OUTPUT_HEAD}),
     ModuleLayout(

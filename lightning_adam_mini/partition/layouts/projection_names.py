@@ -24,19 +24,22 @@ _WORDS = {
     **dict.fromkeys(("key", "keys"), K),
     **dict.fromkeys(("value", "values", "val", "vals"), V),
 }
-_FILLERS = frozenset(
-    "add added all att attention attn base c ca combined conv cross ctx context dec dense enc fc for from fused global head "
-    "heads image img in input inputs into joint kernel layer layers lin linear linears local map mapper mapping mat "
-    "matrix mh mha mhsa mixed module multi net nn of orig out output outputs pack packed pre proj projected projection "
-    "projections projector projs sa self sep text the to token tokens trans transform transforms txt w weight weights ws wt "
-    "x".split()
-)
+_FILLERS = frozenset({
+    "add", "added", "all", "att", "attention", "attn", "base", "c", "ca", "combined", "context", "conv", "cross",
+    "ctx", "dec", "dense", "enc", "fc", "for", "from", "fused", "global", "head", "heads", "image", "img", "in",
+    "input", "inputs", "into", "joint", "kernel", "layer", "layers", "lin", "linear", "linears", "local", "map",
+    "mapper", "mapping", "mat", "matrix", "mh", "mha", "mhsa", "mixed", "module", "multi", "net", "nn", "of", "orig",
+    "out", "output", "outputs", "pack", "packed", "pre", "proj", "projected", "projection", "projections",
+    "projector", "projs", "sa", "self", "sep", "text", "the", "to", "token", "tokens", "trans", "transform",
+    "transforms", "txt", "w", "weight", "weights", "ws", "wt", "x",
+})  # fmt: skip
 """Words beside the letters that change nothing: kinds of layers, directions, the attention itself."""
 
-_OUTPUT_WORDS = frozenset(
-    "back c concat collapse combine dense fc final head heads kernel lin linear layer mat matrix merge o out output outputs post proj "
-    "projection projector res resid to unify unifyheads w wo weight weights".split()
-)
+_OUTPUT_WORDS = frozenset({
+    "back", "c", "collapse", "combine", "concat", "dense", "fc", "final", "head", "heads", "kernel", "layer", "lin",
+    "linear", "mat", "matrix", "merge", "o", "out", "output", "outputs", "post", "proj", "projection", "projector",
+    "res", "resid", "to", "unify", "unifyheads", "w", "weight", "weights", "wo",
+})  # fmt: skip
 _TOKEN = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+")
 _GLUED = re.compile(r"(?:w|to)?([qkv]{1,3})(?:s|w|proj|lin|linear|layer|net|dense|fc|weight)?")
 _GLUED_WORDS = re.compile(rf"(?:w|to)?((?:{'|'.join(sorted(_WORDS, key=len, reverse=True))})+)")
