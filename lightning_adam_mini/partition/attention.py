@@ -34,7 +34,8 @@ Roles = Mapping[int, ParameterRole]
 """Roles by the `id` of a parameter."""
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
-NO_AXIS = "nothing tells which dimension holds its outputs"
+NO_AXIS = "nothing tells which dimension holds the outputs"
+_ATTENDS = "the module attends, and"
 _MATRIX_ROLES = frozenset({Q, K, V, Role.LINEAR, Role.ATTENTION_OUTPUT, Role.FUSED_QKV})
 _BESIDE = frozenset({Role.NORM, Role.BIAS, Role.LORA})
 _BY_NAME = ModuleLayout("names", {})
@@ -261,8 +262,10 @@ class Attention:
 
     @cached_property
     def attends_by_structure(self) -> bool:
-        """Whether a module with heads of its own projects one input three times, or once onto three outputs."""
-        if told_size(self.node.module, "heads") is None or hasattr(self.node.module, "A_log"):
+        """Whether a module that counts heads projects one input three times, or once onto three outputs."""
+        module = self.node.module
+        counts = told_size(module if isinstance(module, _CONTAINERS) else self.source, "heads")
+        if counts is None or hasattr(module, "A_log"):
             return False
         inputs: Counter[int] = Counter()
         for projection in self.open:
@@ -305,16 +308,16 @@ class Attention:
             elif len(parts) > 1 and (is_plain(name) or len(parts) == 3):
                 yield leaf, self._fused(projection, role, kind)
             elif parts and is_plain(name):
-                yield leaf, self._single(projection, parts[0], role, why) or unclear(leaf, why, NO_AXIS)
+                yield leaf, self._single(projection, parts[0], role, why) or unclear(leaf, why, f"{_ATTENDS} {NO_AXIS}")
             elif is_output_name(name) and (
                 self.attends_by_name or not self._holds_all(projection, set(self._others(projection)))
             ):
-                yield leaf, self._output(projection, role, why) or unclear(leaf, why, NO_AXIS)
+                yield leaf, self._output(projection, role, why) or unclear(leaf, why, f"{_ATTENDS} {NO_AXIS}")
             elif has_pairs and not parts and role.known:
                 yield leaf, replace(role, doubt=f"{kind} attends, and the name {name!r} alone says what this one does")
             else:
-                told = "its name says more than query, key or value" if parts else "nothing tells what it does"
-                yield leaf, unclear(leaf, why, told)
+                told = "its name says more than query, key or value" if parts else "nothing tells what this one does"
+                yield leaf, unclear(leaf, why, f"{_ATTENDS} {told}")
 
     def _fused(self, projection: Projection, role: ParameterRole, kind: str) -> ParameterRole:
         leaf, name = projection.leaf, projection.name

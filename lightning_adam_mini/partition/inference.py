@@ -76,10 +76,11 @@ class _Inference:
         for leaf, role in roles_of_embeddings(self.tree.nodes, self.tree.leaves):
             self.roles[id(leaf.parameter)] = role
         self._other_names = _names_through_wrappers(self.tree, self.roles)
-        for layout, node in _own_layouts(self.tree, layouts):
-            self._check(layout, node, layouts)
-            self._apply(layout, node, is_own=True)
-            self.attending |= {node.plain_name} if layout.is_attention else set()
+        for class_name, given in layouts.items():
+            layout, nodes = _own_layout(self.tree, class_name, given)
+            for node in self._described_by(layout, nodes, class_name, is_named=isinstance(given, str)):
+                self._apply(layout, node, is_own=True)
+                self.attending |= {node.plain_name} if layout.is_attention else set()
         of_table = _table_layouts(self.tree)
         of_class = {node.plain_name for layout, node in of_table if layout.classes}
         for layout, node in of_table:
@@ -102,27 +103,39 @@ class _Inference:
         found = (layout.find(name) for name in self._names(relative, node, leaf))
         return next((rows for rows in found if rows and _PROJECTED.issuperset(rows.roles)), None)
 
-    def _check(self, layout: ModuleLayout, node: Node, layouts: Layouts) -> None:
-        """Raise where a layout that the user gave describes another module.
+    def _described_by(
+        self, layout: ModuleLayout, nodes: list[Node], class_name: str, *, is_named: bool
+    ) -> Iterator[Node]:
+        """Those of the modules of a class that a layout of the user's describes.
 
         Raises:
-            ValueError: The parameters have other names than the layout's.
+            ValueError: All have parameters of other names than the layout's; or one lacks what a layout of the user's
+                own making names.
         """
-        kind = type(node.module).__name__
-        names = [name for relative, leaf in self.tree.below(node) for name in self._names(relative, node, leaf)]
-        if not any(layout.find(name) for name in names) and self._only_fused(layout, node) is None:
-            told = (
-                ", ".join(layout.parameters) or "projections of queries, keys and values, or all of them in one matrix"
-            )
+        names = {
+            node.plain_name: [name for at, leaf in self.tree.below(node) for name in self._names(at, node, leaf)]
+            for node in nodes
+        }
+        found = [
+            node
+            for node in nodes
+            if any(layout.find(name) for name in names[node.plain_name]) or self._only_fused(layout, node) is not None
+        ]
+        if not found:
+            told = ", ".join(layout.parameters) or "projections of queries, keys and values, or one matrix with all of them"
             raise ValueError(
-                f"partition_layouts: {layout.name!r} names none of the parameters of {kind} "
-                f"({', '.join(names[:8])}); it names {told}"
+                f"partition_layouts: {layout.name!r} names none of the parameters of {class_name} "
+                f"({', '.join(names[nodes[0].plain_name][:8])}); it names {told}"
             )
-        missing = [name for name in layout.parameters if not any(name == n or "*" in name for n in names)]
-        if missing and layout in layouts.values():
-            raise ValueError(
-                f"partition_layouts: {kind} has no {missing[0]} as {layout.name!r} says; it has {', '.join(names[:8])}"
-            )
+        for node in found:
+            own = names[node.plain_name]
+            missing = [name for name in layout.parameters if "*" not in name and name not in own]
+            if missing and not is_named:
+                raise ValueError(
+                    f"partition_layouts: {class_name} has no {missing[0]} as {layout.name!r} says; it has "
+                    f"{', '.join(own[:8])}"
+                )
+            yield node
 
     def _only_fused(self, layout: ModuleLayout, node: Node) -> Leaf | None:
         """The one matrix that can hold queries, keys and values, where no name in a module says which does."""
@@ -219,26 +232,24 @@ def _keep_more_specific(roles: dict[int, ParameterRole], parameter: nn.Parameter
         roles[id(parameter)] = role
 
 
-def _own_layouts(tree: Tree, layouts: Layouts) -> Iterator[tuple[ModuleLayout, Node]]:
-    """Layouts that the user gave for classes of this model.
+def _own_layout(tree: Tree, class_name: str, given: str | ModuleLayout) -> tuple[ModuleLayout, list[Node]]:
+    """A layout that the user gave for a class, and the modules of it.
 
     Raises:
-        ValueError: No module is of such a class.
+        ValueError: There is no such layout, or no module is of such a class.
     """
-    for class_name, given in layouts.items():
-        layout = named_layout(given) if isinstance(given, str) else given
-        if not isinstance(layout, ModuleLayout):
-            raise ValueError(
-                f"partition_layouts: {class_name!r} must have the name of a layout or a ModuleLayout, not {given!r}"
-            )
-        nodes = [node for node in tree.nodes if _is_a(node.module, class_name)]
-        if not nodes:
-            raise ValueError(
-                f"partition_layouts: no module of this model is of class {class_name!r}; it has "
-                f"{', '.join(sorted({type(node.module).__name__ for node in tree.nodes}))}"
-            )
-        for node in nodes:
-            yield layout, node
+    layout = named_layout(given) if isinstance(given, str) else given
+    if not isinstance(layout, ModuleLayout):
+        raise ValueError(
+            f"partition_layouts: {class_name!r} must have the name of a layout or a ModuleLayout, not {given!r}"
+        )
+    nodes = [node for node in tree.nodes if _is_a(node.module, class_name)]
+    if not nodes:
+        raise ValueError(
+            f"partition_layouts: no module of this model is of class {class_name!r}; it has "
+            f"{', '.join(sorted({type(node.module).__name__ for node in tree.nodes}))}"
+        )
+    return layout, nodes
 
 
 def _table_layouts(tree: Tree) -> list[tuple[ModuleLayout, Node]]:

@@ -49,8 +49,7 @@ def doubts(cuts: Iterable[CutParameter], strategy: Strategy) -> list[str]:
     for doubt in dict.fromkeys(cut.role.doubt for cut in unclear):
         alike = [cut for cut in unclear if cut.role.doubt == doubt]
         found.append(
-            f"{_listed(alike)}: in a module that attends, and {doubt}, so that a full second moment is kept; say what "
-            f"it does with a ModuleLayout in partition_layouts, or how to cut it, for example "
+            f"{_listed(alike)}: {doubt}, so that a full second moment is kept; say what it does with a ModuleLayout in partition_layouts, or how to cut it, for example "
             f"partition_overrides={_overriding(alike, 'row')}"
         )
     if ordinary:
