@@ -149,7 +149,7 @@ class _Inference:
         names_all = isinstance(layout, OrderLayout)
         attention = Attention(self.tree, node, self.roles, self._settled)
         found = [(relative, leaf, self._rows(layout, relative, node, leaf)) for relative, leaf in self.tree.below(node)]
-        if names_all and not any(rows and len(rows.spans) > 1 for _, _, rows in found):
+        if isinstance(layout, OrderLayout) and not any(rows and len(rows.spans) > 1 for _, _, rows in found):
             only = self._only_fused(layout, node)
             found = [(name, leaf, layout.fused if leaf is only else rows) for name, leaf, rows in found]
         by_class = is_own or bool(layout.classes)

@@ -33,7 +33,8 @@ def role_of_all(role: Role, parameter: Tensor, why: str, axis: int | None = 0, *
     Of tensors of more than two dimensions of which nothing else is known, the last two are a matrix and the others keep
     independent ones apart.
     """
-    axis, batch_axes = axis if parameter.dim() else None, ()
+    axis = axis if parameter.dim() else None
+    batch_axes: tuple[int, ...] = ()
     if role is Role.OTHER and parameter.dim() > 2:
         axis, batch_axes = parameter.dim() - 2, tuple(range(parameter.dim() - 2))
     length = parameter.shape[axis] if axis is not None else 1
@@ -138,10 +139,10 @@ def role_from_type(leaf: Leaf) -> ParameterRole:
             # (inputs, outputs of a group, ...): an output belongs to the group of its input.
             return replace(role, batch_axes=(0,)) if axis and owner.groups > 1 else role
         if isinstance(owner, nn.Linear):
-            role = Role.LINEAR if _axis_of_factor(leaf.layer.rpartition(".")[2]) is None else Role.LORA
-            return role_of_all(role, parameter, "nn.Linear")
-    if parameter.dim() == 2 and (axis := _axis_of_factor(name)) is not None and not is_vector:
-        return role_of_all(Role.LORA, parameter, f"{name} of {kind}", axis=axis(parameter))
+            is_factor = _axis_of_factor(leaf.layer.rpartition(".")[2]) is not None
+            return role_of_all(Role.LORA if is_factor else Role.LINEAR, parameter, "nn.Linear")
+    if parameter.dim() == 2 and (axis_of := _axis_of_factor(name)) is not None and not is_vector:
+        return role_of_all(Role.LORA, parameter, f"{name} of {kind}", axis=axis_of(parameter))
     bare = BARE_PARAMETERS.get(name)
     if bare is None:
         return role_of_all(Role.OTHER, parameter, f"no rule for {name!r} of {kind}", known=False)

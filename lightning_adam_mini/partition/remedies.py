@@ -77,11 +77,12 @@ class Advice:
 
     Args:
         accepted: Names of layouts by the class that they are for, the most usual first.
-        obstacle: What keeps the usual orders from settling the others; empty where all are settled.
+        unsettled: Parameters that stay as they are under the first of these.
+        obstacle: What keeps the usual orders from settling them.
     """
 
-    def __init__(self, accepted: Mapping[str, Sequence[str]], obstacle: str) -> None:
-        self.accepted, self.obstacle = accepted, obstacle
+    def __init__(self, accepted: Mapping[str, Sequence[str]], unsettled: Sequence[str], obstacle: str) -> None:
+        self.accepted, self.unsettled, self.obstacle = accepted, unsettled, obstacle
 
     def __str__(self) -> str:
         """The advice as the end of a sentence; empty where there is none."""
@@ -89,7 +90,8 @@ class Advice:
             first = {key: names[0] for key, names in self.accepted.items()}
             others = dict.fromkeys(name for names in self.accepted.values() for name in names[1:])
             told = f", or {', '.join(map(repr, others))} where that is the order" if others else ""
-            return f"partition_layouts={first}{told}"
+            but = f" (which leaves {', '.join(self.unsettled)} open)" if self.unsettled else ""
+            return f"partition_layouts={first}{told}{but}"
         return ""
 
 
@@ -141,7 +143,8 @@ def advise_layouts(module: nn.Module, layouts: Layouts, names: Iterable[str]) ->
     tree = Tree.of(module)
     leaves = {leaf.name: leaf for leaf in tree.leaves}
     accepted: dict[str, list[str]] = {}
-    obstacle, open_names = "", [name for name in names if name in leaves]
+    names = [name for name in names if name in leaves]
+    obstacle, open_names = "", list(names)
     while open_names:
         name, *open_names = open_names
         for node in _around(tree, leaves[name]):
@@ -154,7 +157,10 @@ def advise_layouts(module: nn.Module, layouts: Layouts, names: Iterable[str]) ->
                 roles = infer_roles(module, {**given, key: fits[0]})
                 open_names = [other for other in open_names if roles[other].problem]
                 break
-    return Advice(accepted, obstacle)
+    first = {**layouts, **{key: found[0] for key, found in accepted.items()}}
+    roles = infer_roles(module, first) if accepted else {}
+    unsettled = [name for name in names if name not in roles or roles[name].problem]
+    return Advice(accepted, unsettled, obstacle)
 
 
 def _fitting(

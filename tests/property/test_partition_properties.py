@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -346,6 +346,56 @@ def own_names(model):
     """Plain names of the parameters, a tied one once."""
     plain = plain_names(model)
     return [plain[name] for name, _ in model.named_parameters()]
+
+
+PARTS = {"q": ("q", "Q", "query", "queries"), "k": ("k", "K", "key", "keys"), "v": ("v", "V", "value", "values")}
+PREFIXES, SUFFIXES = ("", "to_", "W_", "fc_", "attn_", "c_"), ("", "_proj", "_layer", "_dense", "Linear")
+
+
+@st.composite
+def attentions(draw):
+    """Attention of any usual names: separate, fused or in pairs; of layers, wrappers or bare matrices; told or not."""
+    count, size, dim = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([2, 3])), draw(st.sampled_from([4, 6]))
+    kv_heads = draw(st.sampled_from([n for n in (1, 2, 4) if count % n == 0]))
+    told = {"num_heads": count, draw(st.sampled_from(["n_kv_head", "kv_heads", "my_groups"])): kv_heads, "head_dim": size}
+    rows = {"q": count * size, "k": kv_heads * size, "v": kv_heads * size}
+    pattern = draw(st.sampled_from([("q", "k", "v"), ("q", "kv"), ("qk", "v"), ("qkv",), ("vqk",), ("kqv",)]))
+    prefix, suffix = draw(st.sampled_from(PREFIXES)), draw(st.sampled_from(SUFFIXES))
+    module = Attention()
+    for name, value in told.items():
+        if draw(st.integers(0, 2)):
+            setattr(module, name, value)
+    for letters in pattern:
+        names = letters if len(letters) > 1 else draw(st.sampled_from(PARTS[letters]))
+        outputs = sum(rows[letter] for letter in letters)
+        kind = draw(st.sampled_from(["linear", "linear", "wrapped", "conv", "bare"]))
+        layer = {
+            "linear": lambda: nn.Linear(dim, outputs),
+            "wrapped": lambda: nn.Sequential(nn.Linear(dim, outputs), nn.LayerNorm(outputs)),
+            "conv": lambda: nn.Conv1d(dim, outputs, 1),
+            "bare": lambda: nn.Parameter(torch.randn(dim, outputs)),
+        }[kind]()
+        setattr(module, f"{prefix}{names}{suffix}", layer)
+    setattr(module, draw(st.sampled_from(["out", "proj", "W_o", "last"])), nn.Linear(count * size, dim))
+    return module
+
+
+@settings(many, max_examples=25, phases=[Phase.explicit, Phase.generate])
+@given(st.lists(attentions(), min_size=1, max_size=2))
+def test_what_a_refusal_advises_is_accepted(modules):
+    """The overrides settle all, the layouts all but what the message leaves open."""
+    model = nn.Sequential(nn.Embedding(5, 4), *modules)
+    try:
+        partition_module(model)
+    except ValueError as error:
+        message = str(error)
+    else:
+        return
+    assert settled_overrides(model, "transformer")
+    if told := re.search(r"partition_layouts=(\{.*?\})", message):
+        left_open = re.findall(r"[\w.]+", (re.search(r"which leaves (.*?) open", message) or ("", ""))[1])
+        found = partition_module(model, "transformer_rank_one", layouts=ast.literal_eval(told.group(1)))
+        assert {name for name, cut in found.items() if Role.FUSED_QKV in cut.role.roles} == set(left_open), message
 
 
 @many
