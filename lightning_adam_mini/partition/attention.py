@@ -141,10 +141,9 @@ def with_axis(leaf: Leaf, role: ParameterRole, module: nn.Module, rows: Rows) ->
         return role
     if leaf.parameter.dim() > 2:
         return None
-    if leaf.owner is module or isinstance(leaf.owner, nn.ParameterDict | nn.ParameterList):
+    axis = found_output_axis(leaf.owner, leaf.own_name)
+    if axis is None:
         axis = _axis_of_rows(tuple(leaf.parameter.shape), rows.roles, module)
-    else:
-        axis = found_output_axis(leaf.owner, leaf.own_name)
     if axis is None:
         return None
     part = replace(role.parts[0], length=leaf.parameter.shape[axis])
@@ -152,21 +151,26 @@ def with_axis(leaf: Leaf, role: ParameterRole, module: nn.Module, rows: Rows) ->
 
 
 def _axis_of_rows(shape: tuple[int, ...], parts: tuple[Role, ...], module: nn.Module) -> int | None:
-    """The dimension of a bare matrix that holds its rows, where its size alone tells."""
-    rows, columns = shape
-    if rows == columns:
+    """The dimension of a bare matrix that holds its rows, where its size alone tells.
+
+    Rows are as many heads as the module counts, or at least a multiple of their size; what goes in is whatever it is.
+    """
+    if not {Q, K, V}.issuperset(parts):
         return None
-    if {Q, K, V} <= set(parts) or len(parts) == 3:
+    if {Q, K, V} <= set(parts):
         thrice = [axis for axis in (0, 1) if shape[axis] == 3 * shape[1 - axis]]
         if thrice:
             return thrice[0]
-    heads, head_dim = told_size(module, "heads"), told_size(module, "head_dim")
-    if head_dim and heads and parts == (Q,):
-        fits = [axis for axis in (0, 1) if shape[axis] == heads * head_dim]
-    elif count := head_dim or (heads if parts != (K,) else None):
-        fits = [axis for axis in (0, 1) if shape[axis] % count == 0]
-    else:
-        fits = []
+    heads, kv_heads = told_size(module, "heads"), told_size(module, "kv_heads")
+    head_dim = told_size(module, "head_dim") or 1
+    counts = {Q: heads, K: kv_heads, V: kv_heads}
+    if len(parts) > 1 and heads:  # a fused matrix of a class that counts no keys has as many as queries
+        counts = {Q: heads, K: kv_heads or heads, V: kv_heads or heads}
+    told = [counts[part] for part in parts]
+    count = sum(number or 0 for number in told) if all(told) else 1
+    if count * head_dim == 1:
+        return None
+    fits = [axis for axis in (0, 1) if shape[axis] % (count * head_dim) == 0]
     return fits[0] if len(fits) == 1 else None
 
 

@@ -191,9 +191,9 @@ class _Inference:
     def _read_attention(self) -> None:
         """Read what no layout describes, inner modules first: those around them attend through them."""
         for node in reversed(self.tree.nodes):
-            if node.plain_name in self._described:
-                continue
             attention = Attention(self.tree, node, self.roles, self._settled)
+            if node.plain_name in self._described or not attention.open:
+                continue
             if not attention.attends_by_name:
                 prefix = f"{node.plain_name}." if node.plain_name else ""
                 if any(name.startswith(prefix) for name in self.attending) or not attention.attends_by_structure:

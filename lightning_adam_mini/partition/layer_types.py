@@ -64,6 +64,8 @@ def found_output_axis(layer: nn.Module, name: str) -> int | None:
     weight = layer._parameters.get(name)
     if weight is None or weight.dim() != 2 or layer._forward_hooks or layer._forward_pre_hooks:
         return None
+    if sum(parameter.dim() > 1 for parameter in layer.parameters()) > 1:
+        return None  # no layer, but a module of several
     is_square = weight.shape[0] == weight.shape[1]
     is_large = weight.numel() > LARGEST_TO_RUN
     if is_square and is_large:
