@@ -122,7 +122,10 @@ class _Inference:
             if any(layout.find(name) for name in names[node.plain_name]) or self._only_fused(layout, node) is not None
         ]
         if not found:
-            told = ", ".join(layout.parameters) or "projections of queries, keys and values, or one matrix with all of them"
+            told = (
+                ", ".join(layout.parameters)
+                or "projections of queries, keys and values, or one matrix with all of them"
+            )
             raise ValueError(
                 f"partition_layouts: {layout.name!r} names none of the parameters of {class_name} "
                 f"({', '.join(names[nodes[0].plain_name][:8])}); it names {told}"
@@ -170,10 +173,17 @@ class _Inference:
             placed: ParameterRole | None = known
             if names_all or not by_class:
                 placed = known if _NEEDS_NO_AXIS.issuperset(rows.roles) else with_axis(leaf, known, source, rows)
+            shape = tuple(leaf.parameter.shape)
+            if placed is None and names_all and len(rows.spans) > 1 and len(shape) == 2:
+                # The user says that rows of this order lie on one of the two dimensions: the one whose size allows it.
+                by_axis = [layout.role(rows, source, shape, axis, why, widths) for axis in (0, 1)]
+                fits = [role for role in by_axis if not role.problem]
+                unplaced = replace(by_axis[0], problem=by_axis[0].problem or NO_AXIS)
+                self.roles[id(leaf.parameter)] = fits[0] if len(fits) == 1 else unplaced
+                continue
             if placed is None:
                 self.roles[id(leaf.parameter)] = unclear(leaf, why, NO_AXIS)
                 continue
-            shape = tuple(leaf.parameter.shape)
             if by_class and not is_own and not known.known:  # the table names other dimensions than the first itself
                 placed = replace(placed, axis=0, batch_axes=())
             if rows.axis is None and placed.batch_axes and not _NEEDS_NO_AXIS.issuperset(rows.roles):

@@ -49,8 +49,8 @@ def doubts(cuts: Iterable[CutParameter], strategy: Strategy) -> list[str]:
     for doubt in dict.fromkeys(cut.role.doubt for cut in unclear):
         alike = [cut for cut in unclear if cut.role.doubt == doubt]
         found.append(
-            f"{_listed(alike)}: {doubt}, so that a full second moment is kept; say what it does with a ModuleLayout in partition_layouts, or how to cut it, for example "
-            f"partition_overrides={_overriding(alike, 'row')}"
+            f"{_listed(alike)}: {doubt}, so that a full second moment is kept; say what it does with a ModuleLayout in "
+            f"partition_layouts, or how to cut it, for example partition_overrides={_overriding(alike, 'row')}"
         )
     if ordinary:
         found.append(
@@ -184,7 +184,7 @@ def _fitting(
 def _candidates(node: Node, tree: Tree, leaf: Leaf) -> Iterator[tuple[str, ModuleLayout]]:
     """Layouts that may order the rows of a parameter: the usual orders, and those of the table that name it.
 
-    Of those, only what reads sizes under names of its own, all of which the module has: others are no more than an order.
+    Of those, only what reads sizes under names of its own, all of which the module has: others are mere orders.
     """
     prefix = f"{node.plain_name}." if node.plain_name else ""
     relative = leaf.plain_name.removeprefix(prefix)

@@ -352,12 +352,28 @@ PARTS = {"q": ("q", "Q", "query", "queries"), "k": ("k", "K", "key", "keys"), "v
 PREFIXES, SUFFIXES = ("", "to_", "W_", "fc_", "attn_", "c_"), ("", "_proj", "_layer", "_dense", "Linear")
 
 
+def projection(kind, inputs, outputs):
+    """A matrix in a layer of some kind, or in none."""
+    match kind:
+        case "linear":
+            return nn.Linear(inputs, outputs)
+        case "wrapped":
+            return nn.Sequential(nn.Linear(inputs, outputs), nn.LayerNorm(outputs))
+        case "conv":
+            return nn.Conv1d(inputs, outputs, 1)
+    return nn.Parameter(torch.randn(inputs, outputs))
+
+
 @st.composite
 def attentions(draw):
     """Attention of any usual names: separate, fused or in pairs; of layers, wrappers or bare matrices; told or not."""
     count, size, dim = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([2, 3])), draw(st.sampled_from([4, 6]))
     kv_heads = draw(st.sampled_from([n for n in (1, 2, 4) if count % n == 0]))
-    told = {"num_heads": count, draw(st.sampled_from(["n_kv_head", "kv_heads", "my_groups"])): kv_heads, "head_dim": size}
+    told = {
+        "num_heads": count,
+        draw(st.sampled_from(["n_kv_head", "kv_heads", "my_groups"])): kv_heads,
+        "head_dim": size,
+    }
     rows = {"q": count * size, "k": kv_heads * size, "v": kv_heads * size}
     pattern = draw(st.sampled_from([("q", "k", "v"), ("q", "kv"), ("qk", "v"), ("qkv",), ("vqk",), ("kqv",)]))
     prefix, suffix = draw(st.sampled_from(PREFIXES)), draw(st.sampled_from(SUFFIXES))
@@ -369,12 +385,7 @@ def attentions(draw):
         names = letters if len(letters) > 1 else draw(st.sampled_from(PARTS[letters]))
         outputs = sum(rows[letter] for letter in letters)
         kind = draw(st.sampled_from(["linear", "linear", "wrapped", "conv", "bare"]))
-        layer = {
-            "linear": lambda: nn.Linear(dim, outputs),
-            "wrapped": lambda: nn.Sequential(nn.Linear(dim, outputs), nn.LayerNorm(outputs)),
-            "conv": lambda: nn.Conv1d(dim, outputs, 1),
-            "bare": lambda: nn.Parameter(torch.randn(dim, outputs)),
-        }[kind]()
+        layer = projection(kind, dim, outputs)
         setattr(module, f"{prefix}{names}{suffix}", layer)
     setattr(module, draw(st.sampled_from(["out", "proj", "W_o", "last"])), nn.Linear(count * size, dim))
     return module

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lightning_adam_mini import AdamMini, explain, partition_module, register_layout
+from lightning_adam_mini.blocks import Kind
 from lightning_adam_mini.partition import ModuleLayout, Role, Rows, Span, layouts, resolve_strategy
 from lightning_adam_mini.partition.layer_types import found_output_axis
 
@@ -246,10 +247,32 @@ def test_head_sizes_that_contradict_each_other_raise():
         partition_module(other, layouts={"Attention": "fused_contiguous"})
 
 
+def test_a_bare_fused_matrix_lies_where_its_size_allows():
+    """Six heads of queries, keys and values in thirty columns; twenty-four rows would be heads that nothing takes."""
+    module = Attention({}, num_heads=4, n_kv_heads=1)
+    module.w_qkv, module.proj = nn.Parameter(torch.randn(24, 30)), nn.Linear(20, 24)
+    found = partition_module(module, "transformer", layouts={"Attention": "fused_contiguous"})["w_qkv"]
+    assert (found.blocks.axis, found.blocks.num_values) == (1, 4 + 1 + 5)
+    module.w_qkv, module.proj = nn.Parameter(torch.randn(72, 72)), nn.Linear(24, 72)
+    module.n_kv_heads = 4
+    with pytest.raises(ValueError, match=r"w_qkv: .*(tells which dimension|do not tell)"):
+        partition_module(module, "transformer", layouts={"Attention": "fused_contiguous"})
+
+
+@pytest.mark.parametrize("told", [{}, {"head_dim": 5}])
+def test_bare_matrices_are_placed_by_counts_alone(told):
+    """Never by heads that go into the inputs: 24 is a multiple of four heads, and the 5 columns are one key head."""
+    module = Attention({}, num_heads=4, n_kv_heads=1, **told)
+    for name, shape in {"w_q": (24, 20), "w_k": (24, 5), "w_v": (24, 5), "w_o": (20, 24)}.items():
+        setattr(module, name, nn.Parameter(torch.randn(shape)))
+    for name, found in partition_module(module, "transformer").items():
+        assert found.blocks.kind is Kind.ELEMENT or (told and found.blocks.axis == 1), name
+
+
 def test_advice_finds_layouts_of_other_names():
     """Only sizes under names of its own make an entry of the table a candidate."""
     module = Attention({"in_proj_qkv": 64}, num_k_heads=2, head_k_dim=8, num_v_heads=4, head_v_dim=8)
-    with pytest.raises(ValueError, match="partition_layouts=.*'gated_delta_net_contiguous'") as error:
+    with pytest.raises(ValueError, match=r"partition_layouts=.*'gated_delta_net_contiguous'") as error:
         partition_module(module)
     assert "fused" not in str(error.value).partition("partition_overrides")[0]
     found = cut(module, "in_proj_qkv.weight", layouts={"Attention": "gated_delta_net_contiguous"})
@@ -266,7 +289,7 @@ def test_a_memory_of_keys_and_values_is_no_attention():
 
 def test_what_is_taken_for_an_ordinary_matrix_is_told():
     module = Attention({"q": 64, "k": 64, "v": 64, "o": 64, "side": 64, "q_norms_of": 64}, num_heads=4)
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="module that attends|the module attends") as caught:
         optimizer = AdamMini(module)
     ordinary, unclear = sorted((str(warning.message) for warning in caught), key=lambda text: "full second" in text)
     assert ordinary.startswith("side.weight: taken for ordinary matrices")
