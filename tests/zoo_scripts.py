@@ -115,9 +115,7 @@ class Llama2c:
 
 
 llama2c = _of_tokens(
-    lambda width, hidden, **heads: nn.Sequential(
-        Llama2c.Attention(width, **heads), Llama2c.FeedForward(width, hidden)
-    )
+    lambda width, hidden, **heads: nn.Sequential(Llama2c.Attention(width, **heads), Llama2c.FeedForward(width, hidden))
 )
 
 
@@ -508,7 +506,9 @@ class Fairseq:
 
         def forward(self, x: Tensor) -> Tensor:
             q, k, v = (layer(x) for layer in (self.q_proj, self.k_proj, self.v_proj))
-            k, v = (torch.cat([own, extra.expand(len(x), 1, -1)], 1) for own, extra in ((k, self.bias_k), (v, self.bias_v)))
+            k, v = (
+                torch.cat([own, extra.expand(len(x), 1, -1)], 1) for own, extra in ((k, self.bias_k), (v, self.bias_v))
+            )
             q, k, v = (_split(tensor, self.num_heads).flatten(0, 1) for tensor in (q, k, v))
             y = torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v)
             return self.out_proj(_merge(y.unflatten(0, (-1, self.num_heads))))
