@@ -21,7 +21,7 @@ from lightning_adam_mini.partition.embeddings import roles_of_embeddings
 from lightning_adam_mini.partition.heads import checked_heads
 from lightning_adam_mini.partition.layer_types import EMBEDDING_TYPES, is_pointwise, role_from_type
 from lightning_adam_mini.partition.layouts import FUSED_NAMES, FUSED_PAIRS, find_layouts, is_registered, named_layout
-from lightning_adam_mini.partition.module_layout import ModuleLayout, Rows, qualified_name
+from lightning_adam_mini.partition.module_layout import ModuleLayout, qualified_name
 from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
 from lightning_adam_mini.partition.tree import Leaf, Node, leaves, walk
 

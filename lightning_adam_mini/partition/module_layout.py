@@ -126,8 +126,8 @@ class ModuleLayout:
             any.
         only_if: Attributes (dotted paths) that must be true for the layout to apply: for classes with several, and for
             those that are known by their bare name.
-        sizes: Attributes (dotted paths, or quotients of them and numbers, `a/b/3`) or numbers for sizes beyond `SIZES`, or in place of
-            those.
+        sizes: Attributes (dotted paths, or quotients of them and of numbers: `a/b/3`) or numbers, for sizes beyond
+            `SIZES` or in place of those.
         attends: Whether a model with such a module is a Transformer: by default, if the layout names queries.
     """
 
