@@ -42,10 +42,10 @@ class Tokens(nn.Module):
 
 
 def _of_tokens(build):
-    """A builder of a whole model around the layer that `build` makes; it takes the layer's arguments."""
+    """A builder of a whole model around the layer that `build` makes; it takes the layer's width and arguments."""
 
-    def builder(width: int, **arguments: int) -> nn.Module:
-        return Tokens(build(width, **arguments), width)
+    def builder(width: int, *arguments: int, **named: int) -> nn.Module:
+        return Tokens(build(width, *arguments, **named), width)
 
     return builder
 
@@ -82,7 +82,7 @@ class MinGPT:
             return self.proj(_merge(_attend(q, k, v)))
 
 
-mingpt = _of_tokens(lambda width, n_head: MinGPT.CausalSelfAttention(width, n_head))
+mingpt = _of_tokens(MinGPT.CausalSelfAttention)
 
 
 class Llama2c:
@@ -115,9 +115,7 @@ class Llama2c:
 
 
 llama2c = _of_tokens(
-    lambda width, hidden, **heads: nn.Sequential(
-        Llama2c.Attention(width, **heads), Llama2c.FeedForward(width, hidden)
-    )
+    lambda width, hidden, **heads: nn.Sequential(Llama2c.Attention(width, **heads), Llama2c.FeedForward(width, hidden))
 )
 
 
@@ -137,7 +135,7 @@ class Nanochat:
             return self.c_proj(_merge(_attend(q, k, v)))
 
 
-nanochat = _of_tokens(lambda width, **heads: Nanochat.CausalSelfAttention(width, **heads))
+nanochat = _of_tokens(Nanochat.CausalSelfAttention)
 
 
 class ModdedNanoGPT:
@@ -171,8 +169,8 @@ class StackedNanoGPT:
             return self.c_proj(_merge(_attend(*qkv.chunk(3, dim=1))))
 
 
-modded_nanogpt = _of_tokens(lambda width, **sizes: ModdedNanoGPT.CausalSelfAttention(width, **sizes))
-stacked_nanogpt = _of_tokens(lambda width, **sizes: StackedNanoGPT.CausalSelfAttention(width, **sizes))
+modded_nanogpt = _of_tokens(ModdedNanoGPT.CausalSelfAttention)
+stacked_nanogpt = _of_tokens(StackedNanoGPT.CausalSelfAttention)
 
 
 class LitGPT:
@@ -269,7 +267,7 @@ class Torchtitan:
             return self.wo(_merge(_attend(q, k, v)))
 
 
-torchtitan = _of_tokens(lambda width, **sizes: Torchtitan.GQAttention(width, **sizes))
+torchtitan = _of_tokens(Torchtitan.GQAttention)
 
 
 class OpenClip:
@@ -288,7 +286,7 @@ class OpenClip:
             return self.out_proj(_merge(_attend(q, k, v) * self.head_scale))
 
 
-open_clip = _of_tokens(lambda width, num_heads: OpenClip.Attention(width, num_heads))
+open_clip = _of_tokens(OpenClip.Attention)
 
 
 class FlashAttention:
@@ -319,7 +317,7 @@ class FlashAttention:
             return self.out_proj(self.inner_cross_attn(q, kv))
 
 
-flash_attention = _of_tokens(lambda width, **options: FlashAttention.MHA(width, **options))
+flash_attention = _of_tokens(FlashAttention.MHA)
 
 
 class TransformerLens:
@@ -429,7 +427,7 @@ class XTransformers:
             return self.to_out(_merge(_attend(q, k, v)))
 
 
-x_transformers = _of_tokens(lambda width, **sizes: XTransformers.Attention(width, **sizes))
+x_transformers = _of_tokens(XTransformers.Attention)
 
 
 class VitPytorch:
@@ -508,13 +506,15 @@ class Fairseq:
 
         def forward(self, x: Tensor) -> Tensor:
             q, k, v = (layer(x) for layer in (self.q_proj, self.k_proj, self.v_proj))
-            k, v = (torch.cat([own, extra.expand(len(x), 1, -1)], 1) for own, extra in ((k, self.bias_k), (v, self.bias_v)))
+            k, v = (
+                torch.cat([own, extra.expand(len(x), 1, -1)], 1) for own, extra in ((k, self.bias_k), (v, self.bias_v))
+            )
             q, k, v = (_split(tensor, self.num_heads).flatten(0, 1) for tensor in (q, k, v))
             y = torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v)
             return self.out_proj(_merge(y.unflatten(0, (-1, self.num_heads))))
 
 
-fairseq = _of_tokens(lambda width, num_heads: Fairseq.MultiheadAttention(width, num_heads))
+fairseq = _of_tokens(Fairseq.MultiheadAttention)
 
 
 class AnnotatedTransformer:

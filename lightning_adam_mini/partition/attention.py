@@ -252,8 +252,10 @@ class Attention:
 
     def _is_fused_input(self, projection: Projection) -> bool:
         """Whether an input projection is one of queries, keys and values, and not of a state-space layer."""
-        lettered = (p for p in self.found if projected_parts(p.name))
-        return self.counts_heads and not hasattr(self.node.module, "A_log") and next(lettered, None) is None
+        if told_size(self.node.module, "heads") is None or any(projected_parts(p.name) for p in self.found):
+            return False
+        widths = {*self._others(projection), *self._inputs(projection)}
+        return not hasattr(self.node.module, "A_log") and self._holds_all(projection, widths)
 
     @cached_property
     def attends_by_name(self) -> bool:
@@ -302,11 +304,12 @@ class Attention:
         """Roles of the open matrices of a module that attends."""
         kind = type(self.node.module).__name__
         has_pairs = {Q, K} <= self.parts
+        told = {part for p in self.found if p not in self.open for part in self.roles[id(p.leaf.parameter)].roles}
         for projection in self.open:
             leaf, name, parts = projection.leaf, projection.name, self._parts(projection)
             role, why = self.roles[id(leaf.parameter)], f"{projection.member} of {kind}"
-            if not self.attends_by_name:
-                parts = ()
+            if not self.attends_by_name or (len(parts) == 1 and parts[0] in told):
+                parts = ()  # a layout told which one that is
             if projection.is_bare and is_bias_name(name):
                 yield leaf, replace(_other(leaf, why), parts=(Part(Role.BIAS, leaf.parameter.shape[0]),), known=True)
             elif len(parts) > 1 and (is_plain(name) or len(parts) == 3):
@@ -320,8 +323,8 @@ class Attention:
             elif has_pairs and not parts and role.known:
                 yield leaf, replace(role, doubt=f"{kind} attends, and the name {name!r} alone says what this one does")
             else:
-                told = "its name says more than query, key or value" if parts else "nothing tells what this one does"
-                yield leaf, unclear(leaf, why, f"{_ATTENDS} {told}")
+                what = "its name says more than query, key or value" if parts else "nothing tells what this one does"
+                yield leaf, unclear(leaf, why, f"{_ATTENDS} {what}")
 
     def _fused(self, projection: Projection, role: ParameterRole, kind: str) -> ParameterRole:
         leaf, name = projection.leaf, projection.name

@@ -88,10 +88,19 @@ LAYOUTS: list[ModuleLayout] = [
             "timm.models.hieradet_sam2.HieraDet",
             "timm.models.pit.PoolingVisionTransformer",
             "timm.models.tnt.TNT",
+            "timm.models.visformer.Visformer",
             "transformers.models.sam2.modeling_sam2.Sam2HieraDetModel",
         ),
         parameters=dict.fromkeys(
-            ("pos_embed", "pos_embed_win", "pos_embed_window", "pixel_pos"),
+            (
+                "pos_embed",
+                "pos_embed1",
+                "pos_embed2",
+                "pos_embed3",
+                "pos_embed_win",
+                "pos_embed_window",
+                "pixel_pos",
+            ),
             Rows(Role.POSITION_EMBEDDING, axis=3, batch_axes=(2,)),
         ),
     ),
@@ -226,7 +235,7 @@ LAYOUTS: list[ModuleLayout] = [
     ),
     ModuleLayout(
         "grn",
-        classes=_in_libraries("*GRN"),
+        classes=_in_libraries("*GRN", "*GlobalResponseNorm"),
         parameters={
             "weight": Role.NORM,
             "gamma": Role.NORM,

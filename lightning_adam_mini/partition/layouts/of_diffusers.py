@@ -34,8 +34,11 @@ LAYOUTS: list[ModuleLayout] = [
         ),
         parameters={
             "to_qkv.weight": CONTIGUOUS,
-            **{f"{prefix}{name}.weight": role for prefix in ("to_", "") for name, role in (("q", Q), ("k", K), ("v", V))},
-            "proj_out.weight": OUT,
+            **{
+                place.format(name): role
+                for place in ("to_{}.weight", "{}.weight", "{}.conv.weight")
+                for name, role in (("q", Q), ("k", K), ("v", V), ("proj_out", OUT))
+            },
             **OUTPUTS,
         },
         sizes={"heads": 1, "kv_heads": 1},

@@ -23,7 +23,7 @@ from lightning_adam_mini.partition.roles import Role
 __all__ = ["LAYOUTS"]
 
 
-TO_QKV = {
+TO_QKV: dict[str, Rows | Role] = {
     "to_qkv.weight": CONTIGUOUS,
     "to_q.weight": Q,
     "to_k.weight": K,
@@ -197,34 +197,44 @@ LAYOUTS: list[ModuleLayout] = [
         only_if="cfg.d_head",
         sizes={"heads": "cfg.n_heads", "kv_heads": ("cfg.n_key_value_heads", "cfg.n_heads"), "head_dim": ()},
     ),
-    *(
-        ModuleLayout(
-            name,
-            classes=tuple(f"*.{cls}" for cls in names.split()),
-            children=children,
-            parameters=parameters,
-            only_if="cfg.d_head",
-        )
-        for name, names, children, parameters in (
-            ("transformer_lens_embed", "Embed", ("W_E",), {"W_E": Role.TOKEN_EMBEDDING}),
-            ("transformer_lens_positions", "PosEmbed", ("W_pos",), {"W_pos": Role.POSITION_EMBEDDING}),
-            (
-                "transformer_lens_unembed",  # (inputs, tokens)
-                "Unembed",
-                ("W_U",),
-                {"W_U": Rows(Role.OUTPUT_HEAD, axis=1), "b_U": Role.BIAS},
-            ),
-            (
-                "transformer_lens_feed_forward",  # (inputs, outputs)
-                "MLP GatedMLP",
-                ("W_in", "W_out"),
-                {
-                    **dict.fromkeys(("W_in", "W_out", "W_gate"), Rows(MLP, axis=1)),
-                    **dict.fromkeys(("b_in", "b_out"), Role.BIAS),
-                },
-            ),
-            ("transformer_lens_norm", "LayerNorm RMSNorm", ("w",), {"w": Role.NORM, "b": Role.BIAS}),
-        )
+    ModuleLayout(
+        "transformer_lens_embed",
+        classes=("*.Embed",),
+        children=("W_E",),
+        parameters={"W_E": Role.TOKEN_EMBEDDING},
+        only_if="cfg.d_head",
+    ),
+    ModuleLayout(
+        "transformer_lens_positions",
+        classes=("*.PosEmbed",),
+        children=("W_pos",),
+        parameters={"W_pos": Role.POSITION_EMBEDDING},
+        only_if="cfg.d_head",
+    ),
+    ModuleLayout(
+        "transformer_lens_unembed",  # (inputs, tokens)
+        classes=("*.Unembed",),
+        children=("W_U",),
+        parameters={"W_U": Rows(Role.OUTPUT_HEAD, axis=1), "b_U": Role.BIAS},
+        only_if="cfg.d_head",
+    ),
+    ModuleLayout(
+        "transformer_lens_feed_forward",  # (inputs, outputs)
+        classes=("*.MLP", "*.GatedMLP"),
+        children=("W_in", "W_out"),
+        parameters={
+            **dict.fromkeys(("W_in", "W_out", "W_gate"), Rows(MLP, axis=1)),
+            "b_in": Role.BIAS,
+            "b_out": Role.BIAS,
+        },
+        only_if="cfg.d_head",
+    ),
+    ModuleLayout(
+        "transformer_lens_norm",
+        classes=("*.LayerNorm", "*.RMSNorm"),
+        children=("w",),
+        parameters={"w": Role.NORM, "b": Role.BIAS},
+        only_if="cfg.d_head",
     ),
     ModuleLayout(
         "x_transformers",  # queries, or keys and values, may come from a latent

@@ -82,7 +82,7 @@ LAYOUTS: list[ModuleLayout] = [
             "models.edgenext.CrossCovarianceAttn",
             "models.xcit.XCA",
         ),
-        parameters={"qkv.weight": CONTIGUOUS, "proj.weight": OUT},
+        parameters={"qkv.weight": CONTIGUOUS, "proj.weight": OUT, "temperature": Role.OTHER},
         sizes={"heads": ("groups", "num_heads"), "kv_heads": ("groups", "num_heads")},
     ),
     ModuleLayout(
@@ -268,11 +268,18 @@ LAYOUTS: list[ModuleLayout] = [
             "qkv_proj.weight": Rows(Span(Q, 1, 1), Span(K, 1, "embed_dim"), Span(V, 1, "embed_dim")),
             "out_proj.weight": OUT,
         },
+        sizes={"embed_dim": "embed_dim"},
     ),
     ModuleLayout(
         "timm_additive",
         classes=_classes("models.swiftformer.EfficientAdditiveAttention"),
-        parameters={"to_query.weight": Q, "to_key.weight": K, "proj.weight": LINEAR, "final.weight": OUT},
+        parameters={
+            "to_query.weight": Q,
+            "to_key.weight": K,
+            "proj.weight": LINEAR,
+            "final.weight": OUT,
+            "w_g": Role.OTHER,
+        },
         sizes={"heads": 1, "kv_heads": 1},
     ),
     ModuleLayout(
