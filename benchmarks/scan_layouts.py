@@ -3,9 +3,10 @@
     python benchmarks/scan_layouts.py --out benchmarks/results/scan_layouts.json
 
 Default configurations, one model for each type of configuration (transformers), each module (timm) and each class
-(diffusers). For each: the partition that `auto` takes, whether `transformer` raises, and the share of elements in
-parameters that no rule knows. A family that its library cannot build from defaults alone, or not within a minute, is
-counted as not built. About twenty minutes on one core; nothing is allocated or downloaded.
+(diffusers). For each: the partition that `auto` takes, whether `transformer` raises, the share of elements in
+parameters that no rule knows, and how many elements lie in modules that attend, with those among them that nothing but
+the names of a module's children decided. A family that its library cannot build from defaults alone, or not within a
+minute, is counted as not built. About twenty minutes on one core; nothing is allocated or downloaded.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from torch import nn
 
 from lightning_adam_mini import explain
 from lightning_adam_mini.partition import resolve_strategy
+from lightning_adam_mini.partition.layouts import find_layouts
+from lightning_adam_mini.partition.tree import plain_names, walk
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 SECONDS = 60
@@ -107,12 +110,35 @@ def _explained(model: nn.Module) -> dict[str, Any]:
     except ValueError as error:
         return {"auto": strategy, "raised": str(error)}
     unknown = sum(row.elements for row in explanation.rows if not row.known)
+    attending, by_name = _of_attention(model)
     return {
         "auto": strategy,
         "parameters": explanation.totals.elements,
         "unknown": unknown,
+        "attending": attending,
+        "attending_by_name": by_name,
         "saving_percent": round(explanation.totals.saving_percent, 2),
     }
+
+
+def _of_attention(model: nn.Module) -> tuple[int, int]:
+    """Elements in modules that attend, and of those the ones that no row for a class decided, but one for names."""
+    attending: dict[int, int] = {}
+    by_class, by_name = set(), set()
+    for node in walk(model):
+        found = find_layouts(node.module)
+        if not found:
+            continue
+        attends = any(layout.is_attention for layout in found)
+        parameters = dict(node.module.named_parameters())
+        for name, plain in plain_names(node.module).items():
+            place = id(parameters[name])
+            if attends:
+                attending[place] = parameters[name].numel()
+            deciding = next((layout for layout in found if layout.find(plain)), None)
+            if deciding is not None:
+                (by_class if deciding.classes else by_name).add(place)
+    return sum(attending.values()), sum(attending.get(place, 0) for place in by_name - by_class)
 
 
 def _sums(families: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -128,6 +154,12 @@ def _sums(families: dict[str, dict[str, Any]]) -> dict[str, Any]:
             name
             for name, found in built.items()
             if found.get("parameters") and found["unknown"] / found["parameters"] > 1e-3
+        ),
+        "attending_by_name_percent": round(
+            100
+            * sum(found["attending_by_name"] for found in explained)
+            / max(1, sum(found["attending"] for found in explained)),
+            2,
         ),
         "auto": {kind: sum(found["auto"] == kind for found in built.values()) for kind in ("transformer", "default")},
     }

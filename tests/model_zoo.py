@@ -1,4 +1,4 @@
-"""The models of `tests/zoo/*.yaml`: tiny instances of real classes, and what each of their parameters must be.
+"""The models of `tests/zoo/`: tiny instances of real classes, and what each of their parameters must be.
 
 An entry names a class, how to make a tiny instance, an input, the partition that `auto` takes, and for patterns of
 parameter names the role, the cut under `transformer` and the number of blocks, as read from the source of the class.
@@ -17,6 +17,8 @@ import yaml
 from torch import Tensor, nn
 
 FOLDER = Path(__file__).parent / "zoo"
+UNSEEN = FOLDER / "unseen"
+"""Entries whose attention a forward pass does not tell apart."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,10 @@ class Entry:
 
 
 @cache
-def entries() -> dict[str, Entry]:
-    """All entries by name."""
+def entries(folder: Path = FOLDER) -> dict[str, Entry]:
+    """All entries of a folder's files by name."""
     found: dict[str, Entry] = {}
-    for path in sorted(FOLDER.glob("*.yaml")):
+    for path in sorted(folder.glob("*.yaml")):
         for name, fields in (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).items():
             assert name not in found, f"{path.name}: {name} is in the zoo twice"
             parameters = {pattern: _expected(words) for pattern, words in fields["parameters"].items()}

@@ -45,7 +45,8 @@ def expressible_cuts(model: nn.Module, factory: AdamMini) -> dict[str, dict[str,
         found[name] = {KEEP: own[name]} if name in own else {}
         for cut in ASKED:
             try:
-                blocks = cut_parameter(name, tuple(parameter.shape), roles[name], dict.fromkeys(roles[name].roles, cut))
+                by_role = dict.fromkeys(roles[name].roles, cut)
+                blocks = cut_parameter(tuple(parameter.shape), roles[name], by_role, is_overridden=True)
             except ValueError:  # no head that a layout knows
                 continue
             found[name][str(cut)] = blocks

@@ -15,7 +15,14 @@ from lightning_adam_mini.measure.memory import adamw_state_bytes
 from lightning_adam_mini.optim.formats import check_exp_avg_dtype
 from lightning_adam_mini.optim.state import first_moment_bytes, second_moment_dtype
 from lightning_adam_mini.optim.validation import check_parameter
-from lightning_adam_mini.partition import CutParameter, ModuleLayout, Strategy, partition_module, resolve_strategy
+from lightning_adam_mini.partition import (
+    CutParameter,
+    ModuleLayout,
+    Strategy,
+    advise_layouts,
+    partition_module,
+    resolve_strategy,
+)
 
 __all__ = ["ExplainedParameter", "Explanation", "explain"]
 
@@ -184,7 +191,13 @@ def explain(
     return Explanation(
         partition=strategy.name,
         rows=tuple(rows),
-        warnings=find_warnings(strategy, [cuts[name] for name in trained], Totals.of(rows), len(frozen)),
+        warnings=find_warnings(
+            strategy,
+            [cuts[name] for name in trained],
+            Totals.of(rows),
+            len(frozen),
+            lambda names: str(advise_layouts(model, partition_layouts or {}, names)) or "partition_layouts",
+        ),
         frozen_tensors=len(frozen),
         frozen_elements=sum(parameter.numel() for parameter in frozen),
     )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from lightning_adam_mini.blocks import Kind
 from lightning_adam_mini.measure.collapse import collapse_names
-from lightning_adam_mini.partition import Cut, CutParameter, Role, Strategy
+from lightning_adam_mini.partition import Cut, CutParameter, Role, Strategy, doubts
 
 if TYPE_CHECKING:
     from lightning_adam_mini.measure.explanation import Totals
@@ -18,7 +18,13 @@ __all__ = ["find_warnings"]
 TABLES = frozenset({Role.TOKEN_EMBEDDING, Role.POSITION_EMBEDDING, Role.OUTPUT_HEAD})
 
 
-def find_warnings(strategy: Strategy, cuts: Sequence[CutParameter], totals: Totals, frozen: int) -> tuple[str, ...]:
+def find_warnings(
+    strategy: Strategy,
+    cuts: Sequence[CutParameter],
+    totals: Totals,
+    frozen: int,
+    advise: Callable[[Sequence[str]], str],
+) -> tuple[str, ...]:
     """Warnings about the trainable parameters of a model.
 
     Args:
@@ -26,11 +32,13 @@ def find_warnings(strategy: Strategy, cuts: Sequence[CutParameter], totals: Tota
         cuts: The trainable parameters.
         totals: Sums over them.
         frozen: Number of parameters that are left out.
+        advise: Layouts, as text, that tell the order of fused matrices by their names.
     """
     found = [
         _nothing_trained(cuts, frozen),
         _unknown(strategy, cuts, totals),
-        *_unknown_heads(strategy, cuts),
+        *doubts(cuts, strategy),
+        *_unknown_heads(strategy, cuts, advise),
         _collapsed(strategy, cuts),
         _larger_than_adamw(strategy, totals),
     ]
@@ -46,7 +54,8 @@ def _nothing_trained(cuts: Sequence[CutParameter], frozen: int) -> str:
 
 def _unknown(strategy: Strategy, cuts: Sequence[CutParameter], totals: Totals) -> str:
     """That a strategy which goes by roles met parameters without one."""
-    unknown = [cut for cut in cuts if not cut.role.known and not _is_overridden(cut)]
+    told = Cut.HEAD in strategy.cuts.values()  # `doubts` speaks of those
+    unknown = [c for c in cuts if not c.role.known and not _is_overridden(c) and not (told and c.role.doubt)]
     if not unknown or not strategy.cuts:
         return ""
     share = 100 * sum(math.prod(cut.blocks.shape) for cut in unknown) / max(totals.elements, 1)
@@ -58,7 +67,9 @@ def _unknown(strategy: Strategy, cuts: Sequence[CutParameter], totals: Totals) -
     )
 
 
-def _unknown_heads(strategy: Strategy, cuts: Sequence[CutParameter]) -> list[str]:
+def _unknown_heads(
+    strategy: Strategy, cuts: Sequence[CutParameter], advise: Callable[[Sequence[str]], str]
+) -> list[str]:
     """That heads, or the order of a fused matrix, cannot be told, where the cut did not need them."""
     by_problem: dict[tuple[str, str, bool], list[CutParameter]] = {}
     for cut in cuts:
@@ -67,7 +78,7 @@ def _unknown_heads(strategy: Strategy, cuts: Sequence[CutParameter]) -> list[str
     return [
         f"{_names(members)}: {problem}; "
         + ("your override" if overridden else f"{strategy.name!r}")
-        + f" cuts by {how} instead of by head: tell the order with partition_layouts"
+        + f" cuts by {how} instead of by head: tell the order with {advise([cut.name for cut in members])}"
         for (problem, how, overridden), members in by_problem.items()
     ]
 

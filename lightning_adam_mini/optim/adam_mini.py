@@ -46,6 +46,7 @@ from lightning_adam_mini.partition import (
     Layouts,
     Role,
     Strategy,
+    doubts,
     partition_module,
     partition_tensors,
     recut,
@@ -195,6 +196,10 @@ class AdamMini(Optimizer):
             self._ranges = flat_ranges(module)
             with whole_shapes(self._ranges):
                 cuts = partition_module(module, strategy, partition_overrides, partition_layouts)
+            for doubt in doubts(
+                (cuts[name] for name, p in named.items() if p.requires_grad and name in cuts), strategy
+            ):
+                warn(doubt, stacklevel=2)
         else:
             if partition_layouts:
                 raise ValueError("partition_layouts need the model: AdamMini(model, ...), or module= beside parameters")

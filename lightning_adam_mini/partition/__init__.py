@@ -10,6 +10,7 @@ from lightning_adam_mini.partition.partition import (
     recut,
     resolve_strategy,
 )
+from lightning_adam_mini.partition.remedies import advise_layouts, doubts
 from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
 from lightning_adam_mini.partition.strategies import STRATEGIES, Cut, Strategy
 
@@ -25,6 +26,8 @@ __all__ = [
     "Rows",
     "Span",
     "Strategy",
+    "advise_layouts",
+    "doubts",
     "partition_module",
     "partition_tensors",
     "recut",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 from torch import nn
@@ -10,7 +11,9 @@ from lightning_adam_mini.partition.layer_types import EMBEDDING_TYPES, role_of_a
 from lightning_adam_mini.partition.roles import ParameterRole, Role
 from lightning_adam_mini.partition.tree import Leaf, Node
 
-__all__ = ["roles_of_embeddings"]
+__all__ = ["POSITION_WORDS", "roles_of_embeddings"]
+
+POSITION_WORDS = frozenset({"pe", "pos", "posemb", "posembed", "position", "positional", "positions", "wpe"})
 
 
 def roles_of_embeddings(nodes: Sequence[Node], leaves: Sequence[Leaf]) -> Iterator[tuple[Leaf, ParameterRole]]:
@@ -30,6 +33,10 @@ def roles_of_embeddings(nodes: Sequence[Node], leaves: Sequence[Leaf]) -> Iterat
         if id(leaf.parameter) not in token_parameters and any(_is_within(leaf, scope) for scope in scopes):
             why = "an embedding that is not the model's input embedding"
             yield leaf, role_of_all(Role.POSITION_EMBEDDING, leaf.parameter, why)
+        elif not declared_in and POSITION_WORDS.intersection(
+            re.split(r"[^a-z]+", leaf.layer.rpartition(".")[2].lower())
+        ):
+            yield leaf, role_of_all(Role.POSITION_EMBEDDING, leaf.parameter, "an embedding whose name says positions")
     linear = [leaf for leaf in leaves if leaf.own_name == "weight" and isinstance(leaf.owner, nn.Linear)]
     untied = [leaf for leaf in linear if id(leaf.parameter) not in token_parameters]
     for leaf in untied:
@@ -37,6 +44,7 @@ def roles_of_embeddings(nodes: Sequence[Node], leaves: Sequence[Leaf]) -> Iterat
             yield leaf, role_of_all(Role.OUTPUT_HEAD, leaf.parameter, "the model's output embeddings")
     token_shapes = {leaf.parameter.shape for leaf in tokens or embeddings}
     by_shape = [leaf for leaf in untied if leaf.parameter.shape in token_shapes and _is_oblong(leaf)]
+    by_shape = [leaf for leaf in by_shape[-1:] if not _feeds_another(leaf, linear, embeddings)]
     if by_shape and not declared_out:  # the last one: others happen to have the shape of some table
         why = "the last linear layer with the shape of a table of tokens"
         yield by_shape[-1], role_of_all(Role.OUTPUT_HEAD, by_shape[-1].parameter, why)
@@ -49,6 +57,18 @@ def _is_within(leaf: Leaf, scope: str) -> bool:
 def _is_oblong(leaf: Leaf) -> bool:
     """Whether it can be a head: a square matrix, or a single row, rather happens to have the shape of a table."""
     return leaf.parameter.dim() == 2 and leaf.parameter.shape[0] not in (1, leaf.parameter.shape[1])
+
+
+def _feeds_another(leaf: Leaf, linear: Sequence[Leaf], embeddings: Sequence[Leaf]) -> bool:
+    """Whether a later layer, or one beside it in a module without tables, takes as many inputs as a layer has rows.
+
+    Then it is rather the first half of a feed-forward part than a head.
+    """
+    parent = leaf.layer.rpartition(".")[0]
+    is_of_model = any(other.layer.rpartition(".")[0] == parent for other in embeddings)
+    later = linear[linear.index(leaf) + 1 :]
+    beside = [] if is_of_model else [other for other in linear if other.layer.rpartition(".")[0] == parent]
+    return any(other.parameter.shape[1:] == leaf.parameter.shape[:1] for other in [*later, *beside])
 
 
 def _declared(nodes: Sequence[Node], method: str) -> dict[str, set[str]]:

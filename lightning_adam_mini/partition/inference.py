@@ -8,22 +8,20 @@ them knows is `Role.OTHER`.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from operator import itemgetter
+from dataclasses import replace
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lightning_adam_mini.partition.attention import NO_AXIS, Attention, projections, unclear, with_axis
 from lightning_adam_mini.partition.embeddings import roles_of_embeddings
 from lightning_adam_mini.partition.heads import checked_heads
-from lightning_adam_mini.partition.layer_types import EMBEDDING_TYPES, role_from_type
-from lightning_adam_mini.partition.layouts import FUSED_NAMES, FUSED_PAIRS, find_layouts, is_registered, named_layout
+from lightning_adam_mini.partition.layer_types import EMBEDDING_TYPES, is_pointwise, role_from_type
+from lightning_adam_mini.partition.layouts import OrderLayout, find_layouts, is_registered, named_layout, named_layouts
 from lightning_adam_mini.partition.module_layout import ModuleLayout, Rows, qualified_name
-from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
-from lightning_adam_mini.partition.tree import Leaf, Node, leaves, walk
+from lightning_adam_mini.partition.roles import ParameterRole, Role
+from lightning_adam_mini.partition.tree import Leaf, Node, Tree
 
 __all__ = ["has_tokens", "infer_roles"]
 
@@ -48,57 +46,191 @@ def infer_roles(module: nn.Module, layouts: Layouts | None = None) -> dict[str, 
     Note:
         Heads that cannot be told are no error here, since not every cut needs them: `ParameterRole.problem` says why.
     """
-    tree = _Tree.of(module)
-    by_parameter: dict[int, ParameterRole] = {}
-    for leaf in tree.leaves:
-        if is_lazy(leaf.parameter):
-            raise ValueError(f"{leaf.name}: has no shape yet; run one batch through the model first (lazy layers)")
-        _keep_more_specific(by_parameter, leaf.parameter, role_from_type(leaf))
-    for leaf, role in roles_of_embeddings(tree.nodes, tree.leaves):
-        by_parameter[id(leaf.parameter)] = role
-    settled: set[int] = set()
-    for layout, node in [*_own_layouts(tree, layouts or {}), *_table_layouts(tree)]:
-        _apply_layout(layout, node, tree, by_parameter, settled)
-    _mark_unknown_fused(tree, by_parameter, settled)
+    inference = _Inference(module, layouts or {})
+    by_parameter = inference.roles
     # Modules that make their parameters when asked for them give others than those that the tree found.
-    by_name = {leaf.name: by_parameter[id(leaf.parameter)] for leaf in tree.leaves}
+    by_name = {leaf.name: by_parameter[id(leaf.parameter)] for leaf in inference.tree.leaves}
     return {name: by_parameter.get(id(parameter)) or by_name[name] for name, parameter in module.named_parameters()}
 
 
 def has_tokens(module: nn.Module, layouts: Layouts | None = None) -> bool:
     """Whether any part of `module` looks tokens up or attends over them, be it in a class that no layout knows."""
-    tree = _Tree.of(module)
-    if any(isinstance(node.module, EMBEDDING_TYPES) for node in tree.nodes):
+    if any(isinstance(part, EMBEDDING_TYPES) for part in module.modules()):
         return True
-    own = [layout for layout, _ in _own_layouts(tree, layouts or {})]
-    of_table = [layout for node in tree.nodes for layout in _deciding(node.module)]
-    if any(layout.is_attention for layout in [*own, *of_table]):
-        return True
-    return any(True for _ in _fused_weights(tree))
+    return bool(_Inference(module, layouts or {}).attending)
 
 
-@dataclass(frozen=True)
-class _Tree:
-    nodes: list[Node]
-    leaves: list[Leaf]
+class _Inference:
+    """One look at a model: `roles` by the `id` of each parameter, and the plain names of modules that attend."""
 
-    @classmethod
-    def of(cls, module: nn.Module) -> _Tree:
-        nodes = list(walk(module))
-        return cls(nodes, list(leaves(nodes)))
+    def __init__(self, module: nn.Module, layouts: Layouts) -> None:
+        self.tree = Tree.of(module)
+        self.roles: dict[int, ParameterRole] = {}
+        self.attending: set[str] = set()
+        self._settled: set[int] = set()
+        self._described: set[str] = set()
+        for leaf in self.tree.leaves:
+            if is_lazy(leaf.parameter):
+                raise ValueError(f"{leaf.name}: has no shape yet; run one batch through the model first (lazy layers)")
+            _keep_more_specific(self.roles, leaf.parameter, role_from_type(leaf))
+        for leaf, role in roles_of_embeddings(self.tree.nodes, self.tree.leaves):
+            self.roles[id(leaf.parameter)] = role
+        self._other_names = _names_through_wrappers(self.tree, self.roles)
+        for class_name, given in layouts.items():
+            layout, nodes = _own_layout(self.tree, class_name, given)
+            for node in self._described_by(layout, nodes, class_name, is_named=isinstance(given, str)):
+                self._apply(layout, node, is_own=True)
+                self.attending |= {node.plain_name} if layout.is_attention else set()
+        of_table = _table_layouts(self.tree)
+        of_class = {node.plain_name for layout, node in of_table if layout.classes}
+        for layout, node in of_table:
+            self._apply(layout, node, is_own=is_registered(layout))
+            # Whether a module attends, its class says before the names of its children.
+            is_of_names = node.plain_name not in of_class and not _is_convolutional(node.module, layout)
+            if layout.is_attention and (layout.classes or is_of_names):
+                self.attending.add(node.plain_name)
+        self._read_attention()
 
-    @cached_property
-    def _sorted(self) -> list[tuple[str, Leaf]]:
-        return sorted(((leaf.plain_name, leaf) for leaf in self.leaves), key=itemgetter(0))
-
-    def below(self, node: Node) -> Iterator[tuple[str, Leaf]]:
-        """Parameters below a module, by their plain names relative to it."""
+    def _names(self, relative: str, node: Node, leaf: Leaf) -> list[str]:
+        """Names of a parameter relative to a module: its own, and those without wrappers in between."""
         prefix = f"{node.plain_name}." if node.plain_name else ""
-        for place in range(bisect_left(self._sorted, prefix, key=itemgetter(0)), len(self._sorted)):
-            plain_name, leaf = self._sorted[place]
-            if not plain_name.startswith(prefix):
-                return
-            yield plain_name.removeprefix(prefix), leaf
+        others = self._other_names.get(id(leaf.parameter), ())
+        return [relative, *(name.removeprefix(prefix) for name in others if name.startswith(prefix))]
+
+    def _rows(self, layout: ModuleLayout, relative: str, node: Node, leaf: Leaf) -> Rows | None:
+        if (rows := layout.find(relative)) is not None:
+            return rows
+        found = (layout.find(name) for name in self._names(relative, node, leaf))
+        return next((rows for rows in found if rows and _PROJECTED.issuperset(rows.roles)), None)
+
+    def _described_by(
+        self, layout: ModuleLayout, nodes: list[Node], class_name: str, *, is_named: bool
+    ) -> Iterator[Node]:
+        """Those of the modules of a class that a layout of the user's describes.
+
+        Raises:
+            ValueError: All have parameters of other names than the layout's; or one lacks what a layout of the user's
+                own making names.
+        """
+        names = {
+            node.plain_name: [name for at, leaf in self.tree.below(node) for name in self._names(at, node, leaf)]
+            for node in nodes
+        }
+        found = [
+            node
+            for node in nodes
+            if any(layout.find(name) for name in names[node.plain_name]) or self._only_fused(layout, node) is not None
+        ]
+        if not found:
+            told = (
+                ", ".join(layout.parameters)
+                or "projections of queries, keys and values, or one matrix with all of them"
+            )
+            raise ValueError(
+                f"partition_layouts: {layout.name!r} names none of the parameters of {class_name} "
+                f"({', '.join(names[nodes[0].plain_name][:8])}); it names {told}"
+            )
+        for node in found:
+            own = names[node.plain_name]
+            missing = [name for name in layout.parameters if "*" not in name and name not in own]
+            if missing and not is_named:
+                raise ValueError(
+                    f"partition_layouts: {class_name} has no {missing[0]} as {layout.name!r} says; it has "
+                    f"{', '.join(own[:8])}"
+                )
+            yield node
+
+    def _only_fused(self, layout: ModuleLayout, node: Node) -> Leaf | None:
+        """The one matrix that can hold queries, keys and values, where no name in a module says which does."""
+        if not isinstance(layout, OrderLayout):
+            return None
+        return Attention(self.tree, node, self.roles, self._settled).only_fused()
+
+    def _apply(self, layout: ModuleLayout, node: Node, *, is_own: bool) -> None:
+        """Give the parameters of a module the roles its layout names, unless another layout came first."""
+        self._described |= {node.plain_name} if is_own or layout.classes else set()
+        names_all = isinstance(layout, OrderLayout)
+        attention = Attention(self.tree, node, self.roles, self._settled)
+        found = [(relative, leaf, self._rows(layout, relative, node, leaf)) for relative, leaf in self.tree.below(node)]
+        if isinstance(layout, OrderLayout) and not any(rows and len(rows.spans) > 1 for _, _, rows in found):
+            only = self._only_fused(layout, node)
+            found = [(name, leaf, layout.fused if leaf is only else rows) for name, leaf, rows in found]
+        by_class = is_own or bool(layout.classes)
+        source = node.module if layout.classes else attention.source
+        # A layout of the table proves sizes for its own classes alone.
+        is_lent = is_own and layout in named_layouts().values() and not layout.describes(type(node.module))
+        widths = attention.widths if names_all or (is_lent and not layout.is_told_by(node.module)) else None
+        of_all_rows: list[nn.Parameter] = []
+        for relative, leaf, rows in found:
+            known = self.roles[id(leaf.parameter)]
+            if rows is None or id(leaf.parameter) in self._settled or (names_all and leaf.parameter.dim() < 2):
+                continue
+            is_named = names_all or (is_own and relative in layout.parameters)
+            if _is_settled_by_type(known, relative, rows, layout, is_named=is_named):
+                continue
+            why = f"{relative} of {type(node.module).__name__}"
+            self._settled.add(id(leaf.parameter))
+            placed: ParameterRole | None = known
+            if names_all or not by_class:
+                placed = known if _NEEDS_NO_AXIS.issuperset(rows.roles) else with_axis(leaf, known, source, rows)
+            shape = tuple(leaf.parameter.shape)
+            if placed is None and names_all and len(rows.spans) > 1 and len(shape) == 2:
+                # The user says that rows of this order lie on one of the two dimensions: the one whose size allows it.
+                by_axis = [layout.role(rows, source, shape, axis, why, widths) for axis in (0, 1)]
+                fits = [role for role in by_axis if not role.problem]
+                unplaced = replace(by_axis[0], problem=by_axis[0].problem or NO_AXIS)
+                self.roles[id(leaf.parameter)] = fits[0] if len(fits) == 1 else unplaced
+                continue
+            if placed is None:
+                self.roles[id(leaf.parameter)] = unclear(leaf, why, NO_AXIS)
+                continue
+            if by_class and not is_own and not known.known:  # the table names other dimensions than the first itself
+                placed = replace(placed, axis=0, batch_axes=())
+            if rows.axis is None and placed.batch_axes and not _NEEDS_NO_AXIS.issuperset(rows.roles):
+                rows = Rows(*rows.spans, repeats=rows.repeats, axis=placed.axis, batch_axes=placed.batch_axes)
+            self.roles[id(leaf.parameter)] = layout.role(rows, source, shape, placed.axis or 0, why, widths)
+            if rows.takes_all:  # what a layout counts or sizes itself is its own word
+                of_all_rows.append(leaf.parameter)
+        self._check_heads(of_all_rows)
+
+    def _check_heads(self, parameters: list[nn.Parameter]) -> None:
+        pairs = [(parameter, self.roles[id(parameter)]) for parameter in parameters]
+        for parameter, role in checked_heads(pairs):
+            self.roles[id(parameter)] = role
+
+    def _read_attention(self) -> None:
+        """Read what no layout describes, inner modules first: those around them attend through them."""
+        for node in reversed(self.tree.nodes):
+            attention = Attention(self.tree, node, self.roles, self._settled)
+            if node.plain_name in self._described or not attention.open:
+                continue
+            if not attention.attends_by_name:
+                prefix = f"{node.plain_name}." if node.plain_name else ""
+                if any(name.startswith(prefix) for name in self.attending) or not attention.attends_by_structure:
+                    continue
+            if not attention.is_convolutional:
+                self.attending.add(node.plain_name)
+            for leaf, role in list(attention.read()):
+                self._settled.add(id(leaf.parameter))
+                self.roles[id(leaf.parameter)] = role
+            self._check_heads([p.leaf.parameter for p in attention.found if not p.is_bare])
+
+
+_PROJECTED = frozenset({Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUTPUT, Role.MLP, Role.LINEAR})
+"""Roles of layers that may lie in wrappers; a head with a layer before it is none around it."""
+_NEEDS_NO_AXIS = frozenset({Role.NORM, Role.BIAS, Role.OTHER, Role.POSITION_EMBEDDING, Role.TOKEN_EMBEDDING})
+
+
+def _names_through_wrappers(tree: Tree, roles: dict[int, ParameterRole]) -> dict[int, list[str]]:
+    """Names that matrices would have without the wrappers around their layers, by the `id` of the parameter."""
+    names: dict[int, list[str]] = {}
+    for node in tree.nodes:
+        prefix = f"{node.plain_name}." if node.plain_name else ""
+        for projection in projections(tree, node, roles):
+            name = f"{prefix}{projection.member}.weight"
+            if not projection.is_bare and name != projection.leaf.plain_name:
+                names.setdefault(id(projection.leaf.parameter), []).insert(0, name)
+    return names
 
 
 _SPECIFICITY = {Role.OTHER: 0, Role.LINEAR: 1, Role.POSITION_EMBEDDING: 2, Role.OUTPUT_HEAD: 2, Role.TOKEN_EMBEDDING: 3}
@@ -110,109 +242,54 @@ def _keep_more_specific(roles: dict[int, ParameterRole], parameter: nn.Parameter
         roles[id(parameter)] = role
 
 
-def _own_layouts(tree: _Tree, layouts: Layouts) -> Iterator[tuple[ModuleLayout, Node]]:
-    """Layouts that the user gave for classes of this model.
+def _own_layout(tree: Tree, class_name: str, given: str | ModuleLayout) -> tuple[ModuleLayout, list[Node]]:
+    """A layout that the user gave for a class, and the modules of it.
 
     Raises:
-        ValueError: No module is of such a class, or its parameters have other names than the layout's.
+        ValueError: There is no such layout, or no module is of such a class.
     """
-    for class_name, given in layouts.items():
-        layout = named_layout(given) if isinstance(given, str) else given
-        if not isinstance(layout, ModuleLayout):
-            raise ValueError(
-                f"partition_layouts: {class_name!r} must have the name of a layout or a ModuleLayout, not {given!r}"
-            )
-        nodes = [node for node in tree.nodes if _is_a(node.module, class_name)]
-        if not nodes:
-            raise ValueError(
-                f"partition_layouts: no module of this model is of class {class_name!r}; it has "
-                f"{', '.join(sorted({type(node.module).__name__ for node in tree.nodes}))}"
-            )
-        for node in nodes:
-            names = [name for name, _ in tree.below(node)]
-            if not any(layout.find(name) for name in names):
-                raise ValueError(
-                    f"partition_layouts: {layout.name!r} names none of the parameters of {class_name} "
-                    f"({', '.join(names[:8])}); it names {', '.join(layout.parameters)}"
-                )
-            missing = [name for name in layout.parameters if not any(name == n or "*" in name for n in names)]
-            if missing and not isinstance(given, str):
-                raise ValueError(
-                    f"partition_layouts: {class_name} has no {missing[0]} as {layout.name!r} says; it has "
-                    f"{', '.join(names[:8])}"
-                )
-            yield layout, node
+    layout = named_layout(given) if isinstance(given, str) else given
+    if not isinstance(layout, ModuleLayout):
+        raise ValueError(
+            f"partition_layouts: {class_name!r} must have the name of a layout or a ModuleLayout, not {given!r}"
+        )
+    nodes = [node for node in tree.nodes if _is_a(node.module, class_name)]
+    if not nodes:
+        raise ValueError(
+            f"partition_layouts: no module of this model is of class {class_name!r}; it has "
+            f"{', '.join(sorted({type(node.module).__name__ for node in tree.nodes}))}"
+        )
+    return layout, nodes
 
 
-def _table_layouts(tree: _Tree) -> list[tuple[ModuleLayout, Node]]:
+def _table_layouts(tree: Tree) -> list[tuple[ModuleLayout, Node]]:
     """Layouts of the table with their modules; a class tells more than names of children, so it goes first."""
     found = [(layout, node) for node in tree.nodes for layout in find_layouts(node.module)]
     return sorted(found, key=lambda pair: (not is_registered(pair[0]), not pair[0].classes))
 
 
-def _deciding(module: nn.Module) -> list[ModuleLayout]:
-    """The layouts that say whether a module attends: that of its class, or else all."""
-    found = find_layouts(module)
-    return [layout for layout in found if layout.classes] or found
+def _is_convolutional(module: nn.Module, layout: ModuleLayout) -> bool:
+    """Whether what a layout names are convolutions, in a module that counts no heads.
+
+    Convolutional networks may attend over pixels with a single head, which makes no Transformers of them.
+    """
+    convolutions = (is_pointwise(getattr(module, child)) for child in layout.children)
+    return not layout.classes and all(convolutions) and not layout.counts_heads(module)
 
 
 def _is_a(module: nn.Module, class_name: str) -> bool:
     return any(class_name in (base.__name__, qualified_name(base)) for base in type(module).__mro__)
 
 
-def _apply_layout(
-    layout: ModuleLayout, node: Node, tree: _Tree, roles: dict[int, ParameterRole], settled: set[int]
-) -> None:
-    """Give the parameters of a module the roles its layout names, unless another layout came first."""
-    of_all_rows: list[nn.Parameter] = []
-    for relative, leaf in tree.below(node):
-        rows = layout.find(relative)
-        known = roles[id(leaf.parameter)]
-        if rows is None or id(leaf.parameter) in settled or _is_settled_by_type(known, rows, layout):
-            continue
-        settled.add(id(leaf.parameter))
-        why = f"{relative} of {type(node.module).__name__}"
-        shape = tuple(leaf.parameter.shape)
-        roles[id(leaf.parameter)] = layout.role(rows, node.module, shape, known.axis or 0, why)
-        if rows.takes_all:  # what a layout counts or sizes itself is its own word
-            of_all_rows.append(leaf.parameter)
-    for parameter, role in checked_heads([(parameter, roles[id(parameter)]) for parameter in of_all_rows]):
-        roles[id(parameter)] = role
+def _is_settled_by_type(known: ParameterRole, name: str, rows: Rows, layout: ModuleLayout, *, is_named: bool) -> bool:
+    """Whether the type of a layer, or the model's own word on its embeddings, says more than a layout.
 
-
-def _is_settled_by_type(known: ParameterRole, rows: Rows, layout: ModuleLayout) -> bool:
-    """Whether the type of a layer, or the model's own word on its embeddings, says more than a layout."""
+    A parameter that a user's layout names is what the user says; a pattern such as `*` also meets norms and biases.
+    """
     role = known.roles[0]
-    if role in (Role.CONV, Role.NORM, Role.BIAS):
-        return True
+    if role in (Role.CONV, Role.NORM, Role.BIAS):  # also a convolution may be a projection, if a class names it in full
+        return not is_named and not (role is Role.CONV and layout.classes and name in layout.rows)
     if role is Role.EXPERT:
         return not layout.classes
     tables = {Role.TOKEN_EMBEDDING, Role.POSITION_EMBEDDING, Role.BIAS}
-    return role is Role.TOKEN_EMBEDDING and not tables.issuperset(rows.roles)
-
-
-def _fused_weights(tree: _Tree) -> Iterator[Leaf]:
-    """Weights of linear layers whose name says that they hold query, key and value."""
-    for leaf in tree.leaves:
-        name = leaf.layer.rpartition(".")[2].lower()
-        is_fused = leaf.own_name == "weight" and (name in FUSED_NAMES or name in FUSED_PAIRS)
-        if is_fused and role_from_type(leaf).roles == (Role.LINEAR,):
-            yield leaf
-
-
-def _mark_unknown_fused(tree: _Tree, roles: dict[int, ParameterRole], settled: set[int]) -> None:
-    """Mark fused query-key-value matrices of classes that no layout knows, for the strategy to refuse."""
-    owners = {node.plain_name: node.module for node in tree.nodes}
-    for leaf in _fused_weights(tree):
-        if id(leaf.parameter) in settled:
-            continue
-        parent_name, _, fused = leaf.layer.rpartition(".")
-        parent = owners.get(parent_name)
-        class_name = type(parent).__name__
-        problem = (
-            f"no layout tells how {class_name} orders query, key and value (name one, such as "
-            f"partition_layouts={{'{class_name}': 'fused_contiguous'}}, 'fused_per_head' or 'fused_per_group')"
-        )
-        known = roles[id(leaf.parameter)]
-        parts = (Part(Role.FUSED_QKV, known.parts[0].length),)
-        roles[id(leaf.parameter)] = ParameterRole(parts, f"{fused!r}: fused", known.axis, problem=problem)
+    return not is_named and role is Role.TOKEN_EMBEDDING and not tables.issuperset(rows.roles)

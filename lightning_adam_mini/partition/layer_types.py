@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
@@ -10,18 +16,98 @@ from lightning_adam_mini.partition.layouts import BARE_PARAMETERS, find_layer
 from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
 from lightning_adam_mini.partition.tree import Leaf
 
-__all__ = ["EMBEDDING_TYPES", "role_from_type", "role_of_all"]
+__all__ = ["EMBEDDING_TYPES", "found_output_axis", "is_pointwise", "role_from_type", "role_of_all"]
 
 EMBEDDING_TYPES = (nn.Embedding, nn.EmbeddingBag)
 
 NORM_SCALES = frozenset({"g", "gamma", "scale", "weight"})
+LARGEST_TO_RUN = 2**22
+"""Elements of the largest matrix whose layer is run to see which dimension holds its outputs."""
+
 NORM_TYPES = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm, _NormBase)
 
 
 def role_of_all(role: Role, parameter: Tensor, why: str, axis: int | None = 0, *, known: bool = True) -> ParameterRole:
-    """The role of a parameter whose rows all do the same."""
+    """The role of a parameter whose rows all do the same.
+
+    Of tensors of more than two dimensions of which nothing else is known, the last two are a matrix and the others keep
+    independent ones apart.
+    """
     axis = axis if parameter.dim() else None
-    return ParameterRole((Part(role, parameter.shape[axis] if axis is not None else 1),), why, axis, known=known)
+    batch_axes: tuple[int, ...] = ()
+    if role is Role.OTHER and parameter.dim() > 2:
+        axis, batch_axes = parameter.dim() - 2, tuple(range(parameter.dim() - 2))
+    length = parameter.shape[axis] if axis is not None else 1
+    return ParameterRole((Part(role, length),), why, axis, batch_axes, known=known)
+
+
+def _axis_of_factor(name: str) -> Callable[[Tensor], int] | None:
+    """The dimension of the outputs of a low-rank factor: the rank of `lora_A`, the other one of `lora_B`.
+
+    A rank is the smaller size, on whichever side a layer takes it.
+    """
+    if "lora" not in (words := re.split(r"[^a-z]+", name.lower())):
+        return None
+    if words[-1] in ("a", "down"):
+        return lambda factor: int(factor.shape[1] < factor.shape[0])
+    if words[-1] in ("b", "up"):
+        return lambda factor: int(factor.shape[1] > factor.shape[0])
+    return None
+
+
+def found_output_axis(layer: nn.Module, name: str) -> int | None:
+    """The dimension of the outputs of a layer's matrix, as its forward pass uses it; None where that cannot be seen.
+
+    The layer runs alone, on random values of its own shapes: one row or column of the matrix is changed, and one output
+    changes or all. Layers with hooks are left alone, since what those do is not known.
+    """
+    weight = layer._parameters.get(name)
+    if weight is None or weight.dim() != 2 or layer._forward_hooks or layer._forward_pre_hooks:
+        return None
+    if sum(parameter.dim() > 1 for parameter in layer.parameters()) > 1:
+        return None  # no layer, but a module of several
+    is_square = weight.shape[0] == weight.shape[1]
+    is_large = weight.numel() > LARGEST_TO_RUN
+    if is_square and is_large:
+        return None
+    device = torch.device("meta" if is_large else "cpu")
+    generator = None if is_large else torch.Generator().manual_seed(0)
+    own = [*layer.named_parameters(), *layer.named_buffers()]
+    tensors = {key: _random(value.shape, device, generator) for key, value in own}
+
+    def outputs(inputs: int) -> Tensor | None:
+        given = _random(torch.Size((2, inputs)), device, torch.Generator().manual_seed(1) if generator else None)
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                found = functional_call(layer, tensors, (given,))
+        except Exception:  # noqa: BLE001 - it is the model's code
+            return None
+        return found if isinstance(found, Tensor) and found.dim() == 2 and found.shape[0] == 2 else None
+
+    if not is_square:
+        fits = [axis for axis in (0, 1) if (y := outputs(weight.shape[1 - axis])) is not None
+                and y.shape[1] == weight.shape[axis]]  # fmt: skip
+        return fits[0] if len(fits) == 1 else None
+    before, moved, matrix = outputs(weight.shape[0]), [], tensors[name]
+    for axis in (0, 1):
+        tensors[name] = matrix.clone()
+        tensors[name].select(axis, 0).add_(1)
+        after = outputs(weight.shape[0])
+        if before is None or after is None or after.shape != before.shape:
+            return None
+        moved.append((before != after).any(0).nonzero().flatten().tolist())
+    fits = [axis for axis in (0, 1) if moved[axis] == [0] and len(moved[1 - axis]) > 1]
+    return fits[0] if len(fits) == 1 else None
+
+
+def _random(shape: torch.Size, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(shape, device=device, dtype=torch.float32, generator=generator)
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether a module is a convolution of size 1: a linear layer at each pixel. A grouped one is several."""
+    return isinstance(module, _ConvNd) and module.groups == 1 and all(size == 1 for size in module.kernel_size)
 
 
 def role_from_type(leaf: Leaf) -> ParameterRole:
@@ -48,9 +134,17 @@ def role_from_type(leaf: Leaf) -> ParameterRole:
         if isinstance(owner, EMBEDDING_TYPES):
             return role_of_all(Role.TOKEN_EMBEDDING, parameter, "nn.Embedding")
         if isinstance(owner, _ConvNd):
-            return role_of_all(Role.CONV, parameter, kind, axis=1 if isinstance(owner, _ConvTransposeNd) else 0)
+            axis = 1 if isinstance(owner, _ConvTransposeNd) else 0
+            if is_pointwise(owner):
+                return role_of_all(Role.LINEAR, parameter, f"{kind} of size 1", axis)
+            role = role_of_all(Role.CONV, parameter, kind, axis)
+            # (inputs, outputs of a group, ...): an output belongs to the group of its input.
+            return replace(role, batch_axes=(0,)) if axis and owner.groups > 1 else role
         if isinstance(owner, nn.Linear):
-            return role_of_all(Role.LINEAR, parameter, "nn.Linear")
+            is_factor = _axis_of_factor(leaf.layer.rpartition(".")[2]) is not None
+            return role_of_all(Role.LORA if is_factor else Role.LINEAR, parameter, "nn.Linear")
+    if parameter.dim() == 2 and (axis_of := _axis_of_factor(name)) is not None and not is_vector:
+        return role_of_all(Role.LORA, parameter, f"{name} of {kind}", axis=axis_of(parameter))
     bare = BARE_PARAMETERS.get(name)
     if bare is None:
         return role_of_all(Role.OTHER, parameter, f"no rule for {name!r} of {kind}", known=False)

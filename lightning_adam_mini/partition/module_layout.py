@@ -20,32 +20,74 @@ from torch import nn
 
 from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
 
-__all__ = ["SIZES", "ModuleLayout", "Rows", "Span", "UnknownRowsError", "members", "qualified_name"]
+__all__ = ["SIZES", "ModuleLayout", "Rows", "Span", "UnknownRowsError", "members", "qualified_name", "told_size"]
 
 Size = str | int
 """A size by its name, or as a number."""
 
+_CONFIGURATIONS = ("config", "cfg", "args", "params", "hparams", "model_args")
+"""Attributes under which modules keep the configuration of their model."""
+
+
+def _and_of_configurations(*names: str) -> tuple[str, ...]:
+    return (*names, *(f"{config}.{name}" for config in _CONFIGURATIONS for name in names))
+
+
 SIZES: Mapping[str, tuple[Size, ...]] = MappingProxyType(
     {
         "heads": (
-            "num_heads",
-            "num_attention_heads",
-            "n_heads",
-            "n_head",
-            "heads",
-            "nhead",
-            "no_heads",
-            "n_local_heads",
-            "config.num_attention_heads",
+            *_and_of_configurations(
+                "num_heads",
+                "num_attention_heads",
+                "n_heads",
+                "n_head",
+                "heads",
+                "nhead",
+                "no_heads",
+                "n_local_heads",
+                "num_head",
+                "n_attention_heads",
+                "num_attn_heads",
+                "num_q_heads",
+                "num_query_heads",
+                "n_q_heads",
+                "q_heads",
+                "nheads",
+                "nb_heads",
+                "head_num",
+                "num_of_heads",
+                "head_count",
+                "number_of_heads",
+            ),
+            "h",
         ),
         "kv_heads": (
-            "num_key_value_heads",
-            "num_kv_heads",
-            "n_kv_heads",
-            "kv_heads",
-            "num_query_groups",
-            "n_local_kv_heads",
-            "config.num_key_value_heads",
+            *_and_of_configurations(
+                "num_key_value_heads",
+                "num_kv_heads",
+                "n_kv_heads",
+                "n_kv_head",
+                "kv_heads",
+                "num_query_groups",
+                "n_query_groups",
+                "n_local_kv_heads",
+                "num_kv_head",
+                "n_head_kv",
+                "n_heads_kv",
+                "num_heads_kv",
+                "num_head_kv",
+                "num_heads_k",
+                "nheads_kv",
+                "kv_num_heads",
+                "num_kv_groups",
+                "n_kv_groups",
+            ),
+            "num_groups",
+            "n_groups",
+            "multi_query",
+            "multi_query_attention",
+            "multiquery",
+            "use_multi_query",
         ),
         "head_dim": ("head_dim", "attention_head_size", "head_size", "d_head", "dim_per_head"),
     }
@@ -53,8 +95,11 @@ SIZES: Mapping[str, tuple[Size, ...]] = MappingProxyType(
 """Attributes to read sizes from where a layout names no others: the first that holds a positive integer.
 
 `kv_heads` is `heads` where none does; `head_dim` follows from the number of rows and heads; `group` is the number of
-query heads for each key-value head.
+query heads for each key-value head. A flag such as `multi_query` stands for one key-value head.
 """
+
+HEAD_WIDTHS = ("d_k", "dim_head", "head_width", "head_dimension", "hidden_per_head", "d_kv", "size_per_head", "hd")
+"""Further attributes for the size of a head, which some use for others: they count where they agree with the rows."""
 
 
 _WORDS = {"heads": "the number of heads", "kv_heads": "the number of key-value heads", "head_dim": "the size of a head"}
@@ -122,10 +167,12 @@ class ModuleLayout:
         parameters: Rows by parameter name relative to the module, in which `*` stands for anything; names that the
             module at hand lacks are skipped. A role stands for `Rows(role)`.
         classes: Qualified names of the classes that it describes, in which `*` stands for anything; subclasses count.
-        children: Names of children and own parameters that a module must have, where `classes` is empty.
-        only_if: An attribute that must be true for the layout to apply, for classes with several.
-        sizes: Attributes (dotted paths, or two divided by `/`) or numbers for sizes beyond `SIZES`, or in place of
-            those.
+        children: Names of children and own parameters that a module must have, beside its class where `classes` names
+            any.
+        only_if: Attributes (dotted paths) that must be true for the layout to apply: for classes with several, and for
+            those that are known by their bare name.
+        sizes: Attributes (dotted paths, or quotients of them and numbers, `a/b/3`) or numbers for sizes beyond `SIZES`,
+            or in place of those.
         attends: Whether a model with such a module is a Transformer: by default, if the layout names queries.
     """
 
@@ -133,7 +180,7 @@ class ModuleLayout:
     parameters: Mapping[str, Rows | Role]
     classes: tuple[str, ...] = ()
     children: tuple[str, ...] = ()
-    only_if: str | None = None
+    only_if: str | tuple[str, ...] = ()
     sizes: Mapping[str, Size | tuple[Size, ...]] = field(default_factory=dict)
     attends: bool | None = None
     _described: WeakKeyDictionary[type, bool] = field(
@@ -167,19 +214,31 @@ class ModuleLayout:
 
     def matches(self, module: nn.Module, members: frozenset[str]) -> bool:
         """Whether the layout describes `module`, whose children and own parameters are `members`."""
-        if self.classes:
-            if not self._describes(type(module)):
-                return False
-        elif not self.children or not members.issuperset(self.children):
+        if not (self.classes or self.children) or not members.issuperset(self.children):
             return False
-        return self.only_if is None or bool(getattr(module, self.only_if, False))
+        if self.classes and not self.describes(type(module)):
+            return False
+        conditions = (self.only_if,) if isinstance(self.only_if, str) else self.only_if
+        return all(bool(_attribute(module, path)) for path in conditions)
 
-    def _describes(self, cls: type) -> bool:
+    def describes(self, cls: type) -> bool:
+        """Whether the layout is made for a class, or one that it is derived from."""
         known = self._described.get(cls)
         if known is None:
             known = any(_is_among(qualified_name(base), self.classes) for base in cls.__mro__)
             self._described[cls] = known
         return known
+
+    def is_told_by(self, module: nn.Module) -> bool:
+        """Whether a module has all sizes that the layout reads, some under names that no other layout shares."""
+        sizes, usual = _Sizes(self, module), {path for paths in SIZES.values() for path in paths}
+        own = {path for given in self.sizes.values() for path in (given if isinstance(given, tuple) else (given,))}
+        has_own = any(isinstance(path, str) and path not in usual for path in own)
+        return has_own and all(sizes.get(size) is not None for size in self.sizes)
+
+    def counts_heads(self, module: nn.Module) -> bool:
+        """Whether `module` tells how many heads its queries have."""
+        return _Sizes(self, module).get("heads") is not None
 
     def find(self, relative_name: str) -> Rows | None:
         """The rows of a parameter by its name relative to the module, or None."""
@@ -188,7 +247,15 @@ class ModuleLayout:
                 return rows
         return None
 
-    def role(self, rows: Rows, module: nn.Module, shape: tuple[int, ...], axis: int, why: str) -> ParameterRole:
+    def role(
+        self,
+        rows: Rows,
+        module: nn.Module,
+        shape: tuple[int, ...],
+        axis: int,
+        why: str,
+        widths: frozenset[int] | None = None,
+    ) -> ParameterRole:
         """The role of one parameter of `module`.
 
         Args:
@@ -197,6 +264,8 @@ class ModuleLayout:
             shape: Shape of the parameter.
             axis: Dimension of its output neurons, where `rows` names none.
             why: For the reader of a report.
+            widths: Numbers of rows that all heads of the module may have together, where a count of heads alone is no
+                proof of their size; None where the layout is made for the class.
 
         Returns:
             The role; where the rows cannot be told, with the `problem`.
@@ -210,13 +279,15 @@ class ModuleLayout:
             problem = f"its shape {shape} has too few dimensions"
             return ParameterRole((Part(Role.OTHER, shape[0]),), why, problem=problem, known=False)
         try:
-            repeats, parts = self._parts(rows, module, shape[axis])
+            repeats, parts = self._parts(rows, module, shape[axis], widths)
         except UnknownRowsError as error:
             role = rows.roles[0] if len(rows.spans) == 1 else Role.FUSED_QKV
             return ParameterRole((Part(role, shape[axis]),), why, axis, rows.batch_axes, problem=str(error))
         return ParameterRole(parts, why, axis, rows.batch_axes, repeats)
 
-    def _parts(self, rows: Rows, module: nn.Module, length: int) -> tuple[int, tuple[Part, ...]]:
+    def _parts(
+        self, rows: Rows, module: nn.Module, length: int, widths: frozenset[int] | None
+    ) -> tuple[int, tuple[Part, ...]]:
         """Number of repeats and the parts of one, checked against the `length` rows that are there."""
         sizes = _Sizes(self, module)
         if rows.takes_all:
@@ -228,8 +299,13 @@ class ModuleLayout:
             return 1, (Part(span.role, length, head_dim),)
         repeats = sizes.need(rows.repeats)
         counts = [None if span.count is None else sizes.need(span.count) for span in rows.spans]
+        if widths is not None and rows.repeats == "heads" and sizes.get("kv_heads") != sizes.get("heads"):
+            told = f"{sizes.get('heads')} query heads and {sizes.get('kv_heads')} key-value heads"
+            raise UnknownRowsError(f"{type(module).__name__} tells {told}, which do not come head by head")
         if sizes.get("head_dim") is None and all(counts) and all(span.size == "head_dim" for span in rows.spans):
             sizes.settle("head_dim", length, repeats * sum(count or 0 for count in counts))
+            if widths is not None:
+                sizes.check_settled(length, widths)
         known = [None if n is None else n * sizes.need(s.size) for n, s in zip(counts, rows.spans, strict=True)]
         rest = length // repeats - sum(n or 0 for n in known)
         lengths = [rest // known.count(None) if n is None else n for n in known]
@@ -249,6 +325,7 @@ class _Sizes:
     def __init__(self, layout: ModuleLayout, module: nn.Module) -> None:
         self._layout, self._module = layout, module
         self._of_configuration: set[str] = set()
+        self._told: set[str] = set()
         self.read: dict[str, int] = {}
 
     def is_of_configuration(self, size: str) -> bool:
@@ -279,7 +356,8 @@ class _Sizes:
 
     def describe(self, size: Size) -> str:
         """A size, for messages, with the attributes that may hold it."""
-        paths = ", ".join(str(path) for path in self._paths(size))
+        own = [str(path) for path in self._paths(size) if str(path).partition(".")[0] not in _CONFIGURATIONS]
+        paths = ", ".join([*own[:3], "..."] if len(own) > 3 else own)
         return f"{_WORDS.get(str(size), size)} ({paths})" if paths else _WORDS.get(str(size), str(size))
 
     def settle(self, size: str, length: int, count: int) -> None:
@@ -292,6 +370,31 @@ class _Sizes:
             raise UnknownRowsError(f"its {length} rows are no multiple of the {count} heads")
         self.read[size] = length // count
 
+    def check_settled(self, length: int, widths: frozenset[int]) -> None:
+        """Check a size of heads that follows from their number and the rows alone.
+
+        Raises:
+            UnknownRowsError: Nothing else in the module has the size of all heads, so that the number of key-value
+                heads may be another; or the module tells another size.
+        """
+        head_dim, kind = self.read["head_dim"], type(self._module).__name__
+        heads = self.get("heads") or self.get("kv_heads") or 1
+        told = {name: _attribute(self._module, name) for name in HEAD_WIDTHS}
+        for name, value in told.items():
+            if _is_integer(value) and 0 < value != head_dim and value != heads * head_dim:
+                raise UnknownRowsError(
+                    f"its {length} rows would be {self._counted()} of {head_dim} rows, but {name} of {kind} is {value}"
+                )
+        if "kv_heads" not in self._told and heads * head_dim not in widths and head_dim not in told.values():
+            raise UnknownRowsError(
+                f"its {length} rows do not tell the size of a head: nothing else in {kind} has the {heads * head_dim} "
+                f"rows of {heads} heads of {head_dim} (tell the size as an attribute head_dim of {kind}, or fewer "
+                f"key-value heads as num_key_value_heads)"
+            )
+
+    def _counted(self) -> str:
+        return ", ".join(f"{name} {size}" for name, size in self.read.items() if name != "head_dim")
+
     def _look_up(self, size: Size) -> int | None:
         if size == "group":
             heads, kv_heads = self.get("heads"), self.get("kv_heads")
@@ -300,11 +403,21 @@ class _Sizes:
             value: Any = _attribute(self._module, path) if isinstance(path, str) else path
             # A part that a layout names may be missing, such as latent attention's rows for positions.
             least = 0 if size in self._layout.sizes and size not in SIZES else 1
-            if _is_integer(value) and value >= least:
-                if isinstance(path, str) and path.startswith("config."):
+            if value is True and size == "kv_heads" and "quer" in str(path):
+                value = 1
+            if _is_integer(value) and value >= least and not self._is_no_group(size, path, value):
+                if isinstance(path, str) and path.split(".")[0] in _CONFIGURATIONS:
                     self._of_configuration.add(str(size))
+                self._told.add(str(size))
                 return int(value)
+        if size == "head_dim" and size not in self._layout.sizes and self.get("heads") is None:
+            widths = (_attribute(self._module, name) for name in HEAD_WIDTHS)
+            return next((int(width) for width in widths if _is_integer(width) and width > 0), None)
         return self.get("heads") if size == "kv_heads" else None
+
+    def _is_no_group(self, size: Size, path: Size, value: int) -> bool:
+        """Whether a name that others use for the groups of a norm cannot count key-value heads."""
+        return size == "kv_heads" and str(path) in ("num_groups", "n_groups") and (self.get("heads") or 0) % value != 0
 
     def _paths(self, size: Size) -> tuple[Size, ...]:
         own = self._layout.sizes.get(str(size))
@@ -343,17 +456,27 @@ def _are_other_heads(length: int, expected: int, sizes: _Sizes) -> bool:
     return length != expected and (not sizes.is_of_configuration("heads") or length == 2 * expected)
 
 
+def told_size(module: nn.Module, size: str) -> int | None:
+    """A size of `SIZES` that a module tells by an attribute of its own, not by its configuration; or None."""
+    for path in SIZES[size]:
+        if isinstance(path, str) and "." not in path and _is_integer(value := _attribute(module, path)) and value > 0:
+            return int(value)
+    return None
+
+
 def _is_integer(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _attribute(module: nn.Module, path: str) -> Any:
-    """An attribute by its dotted path, or the quotient of two; None where there is none."""
+    """An attribute by its dotted path, or the quotient of several, or of one by numbers; None where there is none."""
     try:
-        if "/" in path:
-            dividend, divisor = (attrgetter(part)(module) for part in path.split("/"))
-            return dividend // divisor if dividend % divisor == 0 else None
-        return attrgetter(path)(module)
+        value, *divisors = (int(part) if part.isdigit() else attrgetter(part)(module) for part in path.split("/"))
+        for divisor in divisors:
+            if value % divisor:
+                return None
+            value //= divisor
+        return value
     except Exception:  # noqa: BLE001 - what an attribute computes may raise anything
         return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -10,8 +10,9 @@ from torch import nn
 from lightning_adam_mini.blocks import Blocks
 from lightning_adam_mini.partition.inference import Layouts, has_tokens, infer_roles
 from lightning_adam_mini.partition.overrides import Overrides
+from lightning_adam_mini.partition.remedies import advise_layouts, refusal
 from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
-from lightning_adam_mini.partition.strategies import STRATEGIES, Cut, Strategy, cut_parameter
+from lightning_adam_mini.partition.strategies import STRATEGIES, Cut, Strategy, UncutError, cut_parameter
 from lightning_adam_mini.partition.tree import plain_names
 
 __all__ = ["CutParameter", "partition_module", "partition_tensors", "recut", "resolve_strategy"]
@@ -74,7 +75,13 @@ def partition_module(
     shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
     frozen = {name for name, parameter in named.items() if not parameter.requires_grad}
     table = resolve_strategy(strategy, module, layouts)
-    return _cut_parameters(shapes, roles, table, Overrides(overrides or {}, plain_names(module)), frozen)
+    plain = plain_names(module)
+    cuts, failed = _cut_parameters(shapes, roles, table, Overrides(overrides or {}, plain), frozen)
+    if failed:
+        unclear = [name for name in failed if roles[name].problem and Role.FUSED_QKV in roles[name].roles]
+        advice = advise_layouts(module, layouts or {}, unclear)
+        raise ValueError(refusal(failed, roles, advice, _acceptance(shapes, roles, table, overrides, plain, frozen)))
+    return cuts
 
 
 def partition_tensors(
@@ -95,7 +102,34 @@ def partition_tensors(
         name: ParameterRole((Part(Role.OTHER, shape[0] if shape else 1),), "no module given", 0 if shape else None)
         for name, shape in shapes.items()
     }
-    return _cut_parameters(shapes, roles, table, Overrides(overrides or {}, {name: name for name in shapes}))
+    plain = {name: name for name in shapes}
+    cuts, failed = _cut_parameters(shapes, roles, table, Overrides(overrides or {}, plain))
+    if failed:
+        raise ValueError(refusal(failed, roles, None, _acceptance(shapes, roles, table, overrides, plain)))
+    return cuts
+
+
+def _acceptance(
+    shapes: Mapping[str, tuple[int, ...]],
+    roles: Mapping[str, ParameterRole],
+    strategy: Strategy,
+    overrides: Mapping[str, str] | None,
+    plain: Mapping[str, str],
+    frozen: Set[str] = frozenset(),
+) -> Callable[[Mapping[str, str]], bool]:
+    """Whether all parameters can be cut with further overrides, before those that are there or in their place."""
+
+    def is_accepted(advised: Mapping[str, str]) -> bool:
+        for others in (overrides or {}, {}):
+            try:
+                _, failed = _cut_parameters(shapes, roles, strategy, Overrides({**advised, **others}, plain), frozen)
+            except ValueError:
+                continue
+            if not failed:
+                return True
+        return False
+
+    return is_accepted
 
 
 def _cut_parameters(
@@ -104,20 +138,23 @@ def _cut_parameters(
     strategy: Strategy,
     overrides: Overrides,
     frozen: Set[str] = frozenset(),
-) -> dict[str, CutParameter]:
-    partition = {}
+) -> tuple[dict[str, CutParameter], dict[str, UncutError]]:
+    """The cut of each parameter, and those that cannot be cut as asked."""
+    partition, failed = {}, {}
     for name, role in roles.items():
         by_role, why = overrides.cuts(name, role, strategy)
         cuts, problem = tuple(by_role[part_role] for part_role in role.roles), ""
         try:
-            blocks = cut_parameter(name, shapes[name], role, by_role)
-        except ValueError as error:
+            blocks = cut_parameter(shapes[name], role, by_role, is_overridden=why != role.why)
+        except UncutError as error:
             if name not in frozen:
-                raise
-            cuts, blocks, problem = (Cut.ELEMENT,) * len(cuts), Blocks.element(shapes[name]), str(error)
+                failed[name] = error
+                continue
+            cuts, blocks, problem = (Cut.ELEMENT,) * len(cuts), Blocks.element(shapes[name]), error.problem
         partition[name] = CutParameter(name, role, cuts, blocks, why, problem)
-    overrides.raise_if_unused(roles)
-    return partition
+    if not failed:
+        overrides.raise_if_unused(roles)
+    return partition, failed
 
 
 def recut(cut: CutParameter, shape: tuple[int, ...]) -> CutParameter:
@@ -141,7 +178,8 @@ def recut(cut: CutParameter, shape: tuple[int, ...]) -> CutParameter:
             raise ValueError(f"{message}; build AdamMini after changing it")
         role = replace(role, parts=(replace(role.parts[0], length=shape[role.axis]),))
     try:
-        blocks = cut_parameter(cut.name, shape, role, dict(zip(role.roles, cut.cuts, strict=True)))
+        by_role = dict(zip(role.roles, cut.cuts, strict=True))
+        blocks = cut_parameter(shape, role, by_role, is_overridden=cut.why != cut.role.why)
     except ValueError as error:
         raise ValueError(f"{message}: {error}") from error
     return replace(cut, role=role, blocks=blocks)

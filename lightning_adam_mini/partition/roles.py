@@ -59,6 +59,7 @@ class ParameterRole:
         repeats: How often the sequence of parts repeats along `axis`.
         problem: Why the heads cannot be told; empty where they can.
         known: Whether a rule gave the role; False where none applied.
+        doubt: Why a matrix of a module that attends may do something else than its role says; empty where it cannot.
     """
 
     parts: tuple[Part, ...]
@@ -68,6 +69,7 @@ class ParameterRole:
     repeats: int = 1
     problem: str = ""
     known: bool = True
+    doubt: str = ""
 
     @property
     def roles(self) -> tuple[Role, ...]:

@@ -7,7 +7,6 @@ models that are no Transformers.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -16,7 +15,20 @@ from types import MappingProxyType
 from lightning_adam_mini.blocks import Blocks, Segment
 from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
 
-__all__ = ["STRATEGIES", "Cut", "Strategy", "cut_parameter"]
+__all__ = ["STRATEGIES", "Cut", "Strategy", "UncutError", "cut_parameter"]
+
+
+class UncutError(ValueError):
+    """A parameter that cannot be cut as asked.
+
+    Args:
+        problem: Why not.
+        cuts: Cuts that it can have, the one to advise first.
+    """
+
+    def __init__(self, problem: str, *cuts: Cut) -> None:
+        super().__init__(problem)
+        self.problem, self.cuts = problem, cuts
 
 
 class Cut(StrEnum):
@@ -97,34 +109,34 @@ STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
 )
 
 
-def cut_parameter(name: str, shape: tuple[int, ...], role: ParameterRole, cuts: Mapping[Role, Cut]) -> Blocks:
+def cut_parameter(
+    shape: tuple[int, ...], role: ParameterRole, cuts: Mapping[Role, Cut], *, is_overridden: bool = False
+) -> Blocks:
     """Cut one parameter.
 
     Args:
-        name: The parameter's name, for messages.
         shape: Its shape.
         role: Its role, with parts where it is fused.
         cuts: The cut for each role that the parameter has.
+        is_overridden: Whether a user asked for these cuts, and not a strategy for all tensors.
 
     Returns:
         The blocks of the parameter.
 
     Raises:
-        ValueError: A cut by head without a known head size, or parts of a fused parameter with cuts that one tensor
+        UncutError: A cut by head without a known head size, or parts of a fused parameter with cuts that one tensor
             cannot hold together.
     """
     wanted = {cuts[part.role] for part in role.parts}
     if Cut.HEAD in wanted and (role.problem or any(_lacks_head(part, cuts[part.role]) for part in role.parts)):
-        problem = role.problem or f"{role.name} has no heads to cut by"
-        key = "fused_qkv" if Role.FUSED_QKV in role.roles else _of_every_layer(name)
-        raise ValueError(
-            f"{name}: {problem}; tell its layout with register_layout, or override its cut, for example "
-            f"partition_overrides={{'{key}': 'row'}}"
-        )
+        of_one_role = (Cut.ROW, Cut.WHOLE) if role.roles in ((Role.QUERY,), (Role.KEY,)) else (Cut.ROW,)
+        raise UncutError(role.problem or f"{role.name} has no heads to cut by", *of_one_role)
     if role.axis is None or wanted == {Cut.ELEMENT} or (len(shape) <= 1 and wanted == {Cut.ROW_COLUMN}):
         return Blocks.element(shape)
     if wanted == {Cut.WHOLE}:
-        return Blocks.whole(shape, batch_axes=role.batch_axes)
+        # A strategy of one block a tensor means it; a user who speaks of stacked matrices means each of them.
+        is_one = role.roles == (Role.CONV,) or (role.roles == (Role.OTHER,) and not is_overridden)
+        return Blocks.whole(shape, batch_axes=() if is_one else role.batch_axes)
     if wanted == {Cut.ROW}:
         return Blocks.rows(shape, axis=role.axis, batch_axes=role.batch_axes)
     if wanted == {Cut.ROW_COLUMN}:
@@ -133,18 +145,13 @@ def cut_parameter(name: str, shape: tuple[int, ...], role: ParameterRole, cuts: 
             shape, axis=role.axis, batch_axes=role.batch_axes, segment_lengths=lengths, repeats=role.repeats
         )
     if wanted & {Cut.ELEMENT, Cut.ROW_COLUMN}:
-        raise ValueError(
-            f"{name}: the parts of a fused parameter ({role.name}) cannot mix element or row_column with other cuts; "
-            f"give all of them the same cut, for example partition_overrides={{'{name}': 'row_column'}}"
+        raise UncutError(
+            f"the parts of a fused parameter ({role.name}) cannot mix element or row_column with other cuts; all of "
+            f"them need the same",
+            Cut.ROW_COLUMN,
         )
     segments = tuple(_segment(part, cuts[part.role], role.repeats) for part in role.parts)
     return Blocks.segmented(shape, segments, axis=role.axis, repeats=role.repeats, batch_axes=role.batch_axes)
-
-
-def _of_every_layer(name: str) -> str:
-    """An override for a parameter and its like in other layers."""
-    escaped = re.sub(r"(?<![^.\\])\d+(?![^.\\])", r"\\d+", re.escape(name))
-    return name if escaped == re.escape(name) else f"re:{escaped}"
 
 
 def _lacks_head(part: Part, cut: Cut) -> bool:

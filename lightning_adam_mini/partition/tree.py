@@ -6,18 +6,22 @@ neither layouts nor overrides depend on how a model was prepared for training.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from operator import itemgetter
 from types import MappingProxyType
 
 from torch import nn
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from lightning_adam_mini.partition.module_layout import qualified_name
 
-__all__ = ["WRAPPERS", "Leaf", "Node", "leaves", "plain_names", "walk"]
+__all__ = ["WRAPPERS", "Leaf", "Node", "Tree", "leaves", "plain_names", "walk"]
 
 WRAPPERS: Mapping[str, frozenset[str]] = MappingProxyType(
     {
@@ -34,7 +38,16 @@ WRAPPERS: Mapping[str, frozenset[str]] = MappingProxyType(
         "timm.models.gemma4_vit.Gemma4ClippableLinear": frozenset({"linear"}),
         "timm.models.levit.LinearNorm": frozenset({"linear"}),
         "transformers.models.gemma4.modeling_gemma4.Gemma4ClippableLinear": frozenset({"linear"}),
+        **{
+            f"transformers.models.{family}.modeling_{family}.{prefix}{projection}Projection": frozenset({"linear"})
+            for family, prefix in (("inkling2", "Inkling2"), ("inkling2_loop", "Inkling2Loop"))
+            for projection in ("Query", "KeyValue", "GatedOutput")
+        },
+        "transformers.models.kyutai_speech_to_text.modeling_kyutai_speech_to_text.KyutaiSpeechToTextLinear": frozenset(
+            {"linear"}
+        ),
         "transformers.models.levit.modeling_levit.MLPLayerWithBN": frozenset({"linear"}),
+        "transformers.models.moshi.modeling_moshi.MoshiLinear": frozenset({"linear"}),
         "lightning.fabric.wrappers._FabricModule": frozenset({"_forward_module"}),
         "peft.peft_model.PeftModel": frozenset({"base_model"}),
         "peft.tuners.tuners_utils.BaseTuner": frozenset({"model"}),
@@ -115,6 +128,43 @@ def plain_names(module: nn.Module) -> dict[str, str]:
     }
 
 
+@dataclass(frozen=True)
+class Tree:
+    """A model's modules and parameters, found by their plain names."""
+
+    nodes: list[Node]
+    leaves: list[Leaf]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Tree:
+        """The tree of a model."""
+        nodes = list(walk(module))
+        return cls(nodes, list(leaves(nodes)))
+
+    @cached_property
+    def _sorted(self) -> list[tuple[str, Leaf]]:
+        return sorted(((leaf.plain_name, leaf) for leaf in self.leaves), key=itemgetter(0))
+
+    @cached_property
+    def modules(self) -> dict[str, Node]:
+        """Modules by their plain names; of a wrapper and what it wraps, the wrapped one."""
+        return {node.plain_name: node for node in self.nodes}
+
+    def below(self, node: Node) -> Iterator[tuple[str, Leaf]]:
+        """Parameters below a module, by their plain names relative to it."""
+        prefix = f"{node.plain_name}." if node.plain_name else ""
+        for place in range(bisect_left(self._sorted, prefix, key=itemgetter(0)), len(self._sorted)):
+            plain_name, leaf = self._sorted[place]
+            if not plain_name.startswith(prefix):
+                return
+            yield plain_name.removeprefix(prefix), leaf
+
+    def parent(self, node: Node) -> Node | None:
+        """The module that holds another under a name of its own; None for the root and for items of lists."""
+        parent_name, _, name = node.plain_name.rpartition(".")
+        return None if not name or name.isdigit() else self.modules.get(parent_name)
+
+
 def _walk(module: nn.Module, name: str, plain_name: str, seen: set[int]) -> Iterator[Node]:
     if id(module) in seen:
         return
@@ -145,12 +195,14 @@ _Own = tuple[str, str, nn.Parameter, bool]
 
 
 def _own(module: nn.Module) -> Iterator[_Own]:
-    """Parameters that a module holds itself; the older weight norm makes `_g` and `_v` of one, by a hook."""
+    """Parameters that a module holds itself; older norms make `_g` and `_v`, or `_orig`, of one, by a hook."""
     normed = {hook.name for hook in module._forward_pre_hooks.values() if isinstance(hook, WeightNorm)}
+    spectral = {f"{hook.name}_orig" for hook in module._forward_pre_hooks.values() if isinstance(hook, SpectralNorm)}
     for name, parameter in module._parameters.items():
         if parameter is not None:
             is_normed = name[:-2] in normed
             plain = name[:-2] if is_normed and name.endswith("_v") else name
+            plain = name.removesuffix("_orig") if name in spectral else plain
             yield name, plain, parameter, is_normed and name.endswith("_g")
 
 

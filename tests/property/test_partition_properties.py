@@ -4,6 +4,7 @@ A tree is drawn as nested `Tree`s and built from them, so that the same tree can
 wrappers around some of its modules.
 """
 
+import ast
 import functools
 import math
 import re
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -21,6 +22,8 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_adam_mini import AdamMini, partition_module
 from lightning_adam_mini.blocks import Kind
 from lightning_adam_mini.partition import STRATEGIES, Cut, Role, layouts
+from lightning_adam_mini.partition.embeddings import POSITION_WORDS
+from lightning_adam_mini.partition.layouts.projection_names import is_output_name, projected_parts
 from lightning_adam_mini.partition.tree import plain_names
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch warns about tensors without elements, and old wrappers
@@ -28,13 +31,24 @@ many = settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, He
 
 BY_ROLE = ("transformer", "transformer_early", "transformer_rank_one")
 
+FUSED_NAMES = ("Wqkv", "att_proj", "c_attn", "kqv", "proj_qkv", "qkv", "query_key_value", "to_qvk", "w_pack")
+
 # Every word of the table, in patterns and in lists of attributes; a name that holds none of them must tell nothing.
 TABLE_WORDS = {
     word
     for layout in [*layouts.LAYOUTS, *layouts.LAYERS]
     for pattern in [*layout.parameters, *layout.children]
     for word in re.split(r"[^A-Za-z0-9_]+", pattern)
-} | {*layouts.FUSED_NAMES, *layouts.FUSED_PAIRS, *layouts.BARE_PARAMETERS, "weight", "bias"}
+} | {*FUSED_NAMES, "kv", "to_kv", "qk", *layouts.BARE_PARAMETERS, "weight", "bias"}
+
+
+def tells_something(name):
+    """Whether a word of a name speaks of projections or positions, as `q_1` or `pe2` do."""
+    return (
+        bool(projected_parts(name)) or is_output_name(name) or not POSITION_WORDS.isdisjoint(re.split(r"[^a-z]+", name))
+    )
+
+
 # Names that hold parts of others: "wo" in network, "v_proj" in conv_proj, "embed" and "output" in paths of norms.
 MISLEADING = (
     "network",
@@ -48,7 +62,6 @@ MISLEADING = (
     "queryless",
     "monkey",
     "valued",
-    "my_qkv_thing",
     "unbiased",
     "module",
     "base_model",
@@ -61,7 +74,7 @@ MISLEADING = (
 names_of_no_rule = st.one_of(
     st.sampled_from(MISLEADING),
     st.from_regex(r"[a-z]{2,3}_?[0-9]{1,2}", fullmatch=True),
-).filter(lambda name: name not in TABLE_WORDS and not hasattr(nn.Module, name))
+).filter(lambda name: name not in TABLE_WORDS and not hasattr(nn.Module, name) and not tells_something(name))
 names_of_rules = st.sampled_from(
     sorted(word for word in TABLE_WORDS if word.isidentifier() and not hasattr(nn.Module(), word))
 )
@@ -212,7 +225,7 @@ def arguments(draw, kind, names):
                 told["head_dim"] = draw(sizes)  # a lie, perhaps
             return fields, output, a, count, kv_heads, size, tuple(told.items())
         case "fused":
-            return draw(st.sampled_from(sorted(layouts.FUSED_NAMES))), a, draw(heads), b, draw(st.booleans())
+            return draw(st.sampled_from(FUSED_NAMES)), a, draw(heads), b, draw(st.booleans())
         case "tied":
             return a, b, draw(st.booleans())
         case "bare":
@@ -295,24 +308,19 @@ def names_parameter(message, model):
 
 
 def settled_overrides(model, strategy):
-    """The overrides that errors ask for, one after another, until none is left.
+    """The overrides that an error asks for.
 
-    Each error must be a ValueError about a parameter, and what it proposes must settle that parameter.
+    An error must be a ValueError about a parameter, and what it proposes must settle all at once.
     """
-    overrides, seen = {}, set()
-    while True:
-        try:
-            partition_module(model, strategy, overrides)
-        except ValueError as error:
-            message = str(error)
-            assert names_parameter(message, model), message
-            name = message.partition(":")[0]
-            assert name not in seen, f"its own advice did not settle it: {message}"
-            seen.add(name)
-            key, cut = re.search(r"partition_overrides=\{'(.*)': '(\w+)'\}$", message).groups()
-            overrides[key] = cut
-        else:
-            return overrides
+    try:
+        partition_module(model, strategy)
+    except ValueError as error:
+        message = str(error)
+        assert names_parameter(message, model), message
+        overrides = ast.literal_eval(re.search(r"partition_overrides=(\{.*?'\})", message).group(1))
+        partition_module(model, strategy, overrides)
+        return overrides
+    return {}
 
 
 def partition_of(model, strategy):
@@ -338,6 +346,67 @@ def own_names(model):
     """Plain names of the parameters, a tied one once."""
     plain = plain_names(model)
     return [plain[name] for name, _ in model.named_parameters()]
+
+
+PARTS = {"q": ("q", "Q", "query", "queries"), "k": ("k", "K", "key", "keys"), "v": ("v", "V", "value", "values")}
+PREFIXES, SUFFIXES = ("", "to_", "W_", "fc_", "attn_", "c_"), ("", "_proj", "_layer", "_dense", "Linear")
+
+
+def projection(kind, inputs, outputs):
+    """A matrix in a layer of some kind, or in none."""
+    match kind:
+        case "linear":
+            return nn.Linear(inputs, outputs)
+        case "wrapped":
+            return nn.Sequential(nn.Linear(inputs, outputs), nn.LayerNorm(outputs))
+        case "conv":
+            return nn.Conv1d(inputs, outputs, 1)
+    return nn.Parameter(torch.randn(inputs, outputs))
+
+
+@st.composite
+def attentions(draw):
+    """Attention of any usual names: separate, fused or in pairs; of layers, wrappers or bare matrices; told or not."""
+    count, size, dim = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([2, 3])), draw(st.sampled_from([4, 6]))
+    kv_heads = draw(st.sampled_from([n for n in (1, 2, 4) if count % n == 0]))
+    told = {
+        "num_heads": count,
+        draw(st.sampled_from(["n_kv_head", "kv_heads", "my_groups"])): kv_heads,
+        "head_dim": size,
+    }
+    rows = {"q": count * size, "k": kv_heads * size, "v": kv_heads * size}
+    pattern = draw(st.sampled_from([("q", "k", "v"), ("q", "kv"), ("qk", "v"), ("qkv",), ("vqk",), ("kqv",)]))
+    prefix, suffix = draw(st.sampled_from(PREFIXES)), draw(st.sampled_from(SUFFIXES))
+    module = Attention()
+    for name, value in told.items():
+        if draw(st.integers(0, 2)):
+            setattr(module, name, value)
+    for letters in pattern:
+        names = letters if len(letters) > 1 else draw(st.sampled_from(PARTS[letters]))
+        outputs = sum(rows[letter] for letter in letters)
+        kind = draw(st.sampled_from(["linear", "linear", "wrapped", "conv", "bare"]))
+        layer = projection(kind, dim, outputs)
+        setattr(module, f"{prefix}{names}{suffix}", layer)
+    setattr(module, draw(st.sampled_from(["out", "proj", "W_o", "last"])), nn.Linear(count * size, dim))
+    return module
+
+
+@settings(many, max_examples=25, phases=[Phase.explicit, Phase.generate])
+@given(st.lists(attentions(), min_size=1, max_size=2))
+def test_what_a_refusal_advises_is_accepted(modules):
+    """The overrides settle all, the layouts all but what the message leaves open."""
+    model = nn.Sequential(nn.Embedding(5, 4), *modules)
+    try:
+        partition_module(model)
+    except ValueError as error:
+        message = str(error)
+    else:
+        return
+    assert settled_overrides(model, "transformer")
+    if told := re.search(r"partition_layouts=(\{.*?\})", message):
+        left_open = re.findall(r"[\w.]+", (re.search(r"which leaves (.*?) open", message) or ("", ""))[1])
+        found = partition_module(model, "transformer_rank_one", layouts=ast.literal_eval(told.group(1)))
+        assert {name for name, cut in found.items() if Role.FUSED_QKV in cut.role.roles} == set(left_open), message
 
 
 @many
@@ -410,7 +479,8 @@ def test_what_no_rule_knows_keeps_every_element(tree, strategy):
 def test_the_default_is_one_block_a_tensor(tree):
     partition = partition_module(build(tree), "default")
     for name, cut in partition.items():
-        expected = math.prod(cut.blocks.shape[axis] for axis in cut.role.batch_axes)
+        stacked = () if cut.role.name in ("conv", "other") else cut.role.batch_axes
+        expected = math.prod(cut.blocks.shape[axis] for axis in stacked)
         assert cut.blocks.num_values == expected, name
 
 

@@ -11,7 +11,7 @@ from lightning_adam_mini.blocks import Kind
 from lightning_adam_mini.measure.memory import optimizer_state_bytes
 from lightning_adam_mini.partition import resolve_strategy
 
-ENTRIES = model_zoo.entries()
+ENTRIES = {**model_zoo.entries(), **model_zoo.entries(model_zoo.UNSEEN)}
 
 
 @pytest.fixture(params=ENTRIES, ids=str)

@@ -10,35 +10,52 @@ add what it leaves open.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import nn
 
-from lightning_adam_mini.partition.layouts import by_names, layers, of_diffusers, of_timm, of_torch, of_transformers
+from lightning_adam_mini.partition.layouts import (
+    by_names,
+    layers,
+    of_diffusers,
+    of_scripts,
+    of_timm,
+    of_torch,
+    of_transformers,
+)
 from lightning_adam_mini.partition.layouts.bare_parameters import BARE_PARAMETERS
 from lightning_adam_mini.partition.layouts.orders import (
     CONTIGUOUS,
     CONTIGUOUS_KEY_VALUE,
     KEY_VALUE_PER_HEAD,
-    OUTPUTS,
     PER_GROUP,
     PER_HEAD,
     K,
     Q,
+    V,
+)
+from lightning_adam_mini.partition.layouts.projection_names import (
+    fused_parts,
+    is_output_name,
+    is_plain,
+    projected_parts,
 )
 from lightning_adam_mini.partition.module_layout import ModuleLayout, Rows, Span, members
 from lightning_adam_mini.partition.roles import Role
 
 __all__ = [
     "BARE_PARAMETERS",
-    "FUSED_NAMES",
-    "FUSED_PAIRS",
     "LAYERS",
     "LAYOUTS",
+    "ORDERS",
     "REGISTERED",
+    "OrderLayout",
     "find_layer",
     "find_layouts",
     "is_registered",
     "named_layout",
+    "named_layouts",
     "register_layout",
 ]
 
@@ -47,6 +64,7 @@ LAYOUTS: list[ModuleLayout] = [
     *of_transformers.LAYOUTS,
     *of_timm.LAYOUTS,
     *of_diffusers.LAYOUTS,
+    *of_scripts.LAYOUTS,
     *by_names.LAYOUTS,
 ]
 """Modules that are made of layers, those that are known by their class first."""
@@ -57,41 +75,44 @@ REGISTERED: list[ModuleLayout] = []
 LAYERS = layers.LAYOUTS
 """Layers whose parameters torch's own types do not tell."""
 
-FUSED_NAMES = frozenset(
-    {
-        "att_proj",
-        "c_attn",
-        "in_proj_qkv",
-        "in_proj_qkvz",
-        "linear_qkv",
-        "proj_qkv",
-        "qkv",
-        "qkv_layer",
-        "qkv_linear",
-        "qkv_proj",
-        "queries_keys_values",
-        "query_key_value",
-        "to_qkv",
-        "w_pack",
-        "w_qkv",
-        "wqkv",
-    }
-)
-"""Lower-case names of linear layers that hold a query, key and value, whose order only the class can tell."""
 _KEY_VALUE = (CONTIGUOUS_KEY_VALUE, KEY_VALUE_PER_HEAD)
 _QUERY_KEY = (Rows(Span(Q, "heads"), Span(K, "kv_heads")), Rows(Span(Q, 1), Span(K, 1), repeats="heads"))
-FUSED_PAIRS = {
-    **dict.fromkeys(("keys_values", "kv", "kv_linear", "kv_proj", "to_kv", "w_kv"), _KEY_VALUE),
-    **dict.fromkeys(("qk", "qk_proj", "to_qk"), _QUERY_KEY),
-}
-"""The same for pairs: a key and value, or a query and key, with their rows one after the other and head by head."""
 
 
-def _of_order(name: str, fused: Rows, pair: int) -> ModuleLayout:
-    parameters: dict[str, Rows | Role] = dict.fromkeys((f"{fused_name}.weight" for fused_name in FUSED_NAMES), fused)
-    parameters |= {f"{pair_name}.weight": orders[pair] for pair_name, orders in FUSED_PAIRS.items()}
-    parameters |= {f"{query}.weight": Q for query in ("q", "q_proj", "query", "to_q", "wq")}
-    return ModuleLayout(name, {**parameters, **OUTPUTS})
+@dataclass(frozen=True)
+class OrderLayout(ModuleLayout):
+    """How a class orders what it fuses, under whatever names: a user gives it to classes of their own.
+
+    Args:
+        fused: Rows of queries, keys and values.
+        pairs: The same for pairs, by what they hold.
+    """
+
+    fused: Rows = CONTIGUOUS
+    pairs: Mapping[frozenset[Role], Rows] = field(default_factory=dict)
+
+    def find(self, relative_name: str) -> Rows | None:
+        """The rows of a weight, by what the name of its layer, or its own, speaks of."""
+        member = relative_name.removesuffix(".weight")
+        names = [name for name in member.split(".") if not name.isdigit()]
+        if len(names) != 1 or (member == relative_name and "." in relative_name):
+            return None
+        (name,) = names
+        if name.lower().removesuffix("_weight") == "in_proj":
+            return self.fused
+        parts = fused_parts(name) or projected_parts(name)
+        if {Q, K, V} == set(parts):
+            return self.fused
+        if not parts:
+            return Rows(Role.ATTENTION_OUTPUT) if is_output_name(name) else None
+        if not is_plain(name):
+            return None
+        return Rows(parts[0]) if len(parts) == 1 else self.pairs.get(frozenset(parts))
+
+
+def _of_order(name: str, fused: Rows, pair: int) -> OrderLayout:
+    pairs = {frozenset({K, V}): _KEY_VALUE[pair], frozenset({Q, K}): _QUERY_KEY[pair]}
+    return OrderLayout(name, {}, attends=True, fused=fused, pairs=pairs)
 
 
 ORDERS = (
@@ -141,13 +162,18 @@ def find_layer(module: nn.Module, name: str) -> tuple[ModuleLayout, Rows] | None
     return None
 
 
+def named_layouts() -> dict[str, ModuleLayout]:
+    """Layouts by the names that `partition_layouts` takes."""
+    return {layout.name: layout for layout in [*ORDERS, *REGISTERED, *LAYOUTS]}
+
+
 def named_layout(name: str) -> ModuleLayout:
     """The layout of a name.
 
     Raises:
         ValueError: There is none; with the names that come near.
     """
-    known = {layout.name: layout for layout in [*ORDERS, *REGISTERED, *LAYOUTS]}
+    known = named_layouts()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3) or [layout.name for layout in ORDERS]
         raise ValueError(f"partition_layouts: there is no layout {name!r}; did you mean {', '.join(near)}?")

@@ -107,7 +107,14 @@ LAYOUTS: list[ModuleLayout] = [
     ModuleLayout(
         "torch_geometric_attention",
         children=("lin_query", "lin_key", "lin_value"),
-        parameters={"lin_query.weight": Q, "lin_key.weight": K, "lin_value.weight": V},
+        parameters={
+            "lin_query.weight": Q,
+            "lin_key.weight": K,
+            "lin_value.weight": V,
+            "lin_skip.weight": LINEAR,
+            "lin_edge.weight": LINEAR,
+            "lin_beta.weight": LINEAR,
+        },
         sizes={"head_dim": "out_channels"},
     ),
     ModuleLayout(
@@ -138,6 +145,17 @@ LAYOUTS: list[ModuleLayout] = [
             ("query_position_embeddings", Role.POSITION_EMBEDDING),
             ("lm_head", Role.OUTPUT_HEAD),
         )
+    ),
+    *(
+        ModuleLayout(name, children=(name,), parameters={f"{name}.*weight": LINEAR})
+        for name in ("continuous_position_bias_mlp", "gru_rel_pos_linear", "relative_pos_embeddings")
+    ),
+    ModuleLayout(
+        "low_rank_gates",
+        children=("g_a_proj", "g_b_proj"),
+        parameters=dict.fromkeys(
+            ("f_a_proj.weight", "f_b_proj.weight", "g_a_proj.weight", "g_b_proj.weight", "b_proj.weight"), LINEAR
+        ),
     ),
     ModuleLayout("lm_heads", children=("lm_heads",), parameters={"lm_heads.*.weight": Role.OUTPUT_HEAD}),
     ModuleLayout(

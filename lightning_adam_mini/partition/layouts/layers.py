@@ -88,10 +88,19 @@ LAYOUTS: list[ModuleLayout] = [
             "timm.models.hieradet_sam2.HieraDet",
             "timm.models.pit.PoolingVisionTransformer",
             "timm.models.tnt.TNT",
+            "timm.models.visformer.Visformer",
             "transformers.models.sam2.modeling_sam2.Sam2HieraDetModel",
         ),
         parameters=dict.fromkeys(
-            ("pos_embed", "pos_embed_win", "pos_embed_window", "pixel_pos"),
+            (
+                "pos_embed",
+                "pos_embed1",
+                "pos_embed2",
+                "pos_embed3",
+                "pos_embed_win",
+                "pos_embed_window",
+                "pixel_pos",
+            ),
             Rows(Role.POSITION_EMBEDDING, axis=3, batch_axes=(2,)),
         ),
     ),
@@ -163,6 +172,41 @@ LAYOUTS: list[ModuleLayout] = [
         parameters={"weight": Rows(Role.OUTPUT_HEAD, axis=2, batch_axes=(0,))},
     ),
     ModuleLayout(
+        "linear_per_codebook",  # (codebooks, outputs, inputs)
+        classes=(
+            "transformers.models.kyutai_speech_to_text.modeling_kyutai_speech_to_text.KyutaiSpeechToTextFlexibleLinear",
+            "transformers.models.moshi.modeling_moshi.MoshiFlexibleLinear",
+        ),
+        parameters={"weight": Rows(LINEAR, axis=1, batch_axes=(0,))},
+    ),
+    ModuleLayout(
+        "relative_logits",  # (relative size, distances)
+        classes=(
+            "transformers.models.inkling.modeling_inkling.InklingRelativeLogits",
+            "transformers.models.inkling2.modeling_inkling2.Inkling2RelativePositionBias",
+            "transformers.models.inkling2_loop.modeling_inkling2_loop.Inkling2LoopRelativePositionBias",
+        ),
+        parameters={"proj": Rows(LINEAR, axis=1)},
+    ),
+    ModuleLayout(
+        "scaled_clip",  # (heads, head size)
+        classes=(
+            "transformers.models.inkling2.modeling_inkling2.Inkling2LogScaledL2Clip",
+            "transformers.models.inkling2.modeling_inkling2.Inkling2ScaledL2Clip",
+            "transformers.models.inkling2_loop.modeling_inkling2_loop.Inkling2LoopLogScaledL2Clip",
+            "transformers.models.inkling2_loop.modeling_inkling2_loop.Inkling2LoopScaledL2Clip",
+        ),
+        parameters={"scale": Role.NORM},
+    ),
+    ModuleLayout(
+        "dynamic_short_convolution",  # (moments, channels)
+        classes=(
+            "transformers.models.inkling2.modeling_inkling2.Inkling2DynamicShortConvolution",
+            "transformers.models.inkling2_loop.modeling_inkling2_loop.Inkling2LoopDynamicShortConvolution",
+        ),
+        parameters={"static_weight": Role.CONV},
+    ),
+    ModuleLayout(
         "yolos_positions",
         classes=("transformers.models.yolos.modeling_yolos.InterpolateMidPositionEmbeddings",),
         parameters={"mid_position_embeddings": Rows(Role.POSITION_EMBEDDING, axis=2, batch_axes=(0, 1))},
@@ -191,7 +235,7 @@ LAYOUTS: list[ModuleLayout] = [
     ),
     ModuleLayout(
         "grn",
-        classes=_in_libraries("*GRN"),
+        classes=_in_libraries("*GRN", "*GlobalResponseNorm"),
         parameters={
             "weight": Role.NORM,
             "gamma": Role.NORM,

@@ -21,6 +21,47 @@ __all__ = ["LAYOUTS"]
 
 LAYOUTS: list[ModuleLayout] = [
     ModuleLayout(
+        "diffusers_convolutional_attention",  # over pixels, with convolutions of size 1 and a single head
+        classes=(
+            "diffusers.models.autoencoders.autoencoder_kl_hunyuanimage.HunyuanImageAttentionBlock",
+            "diffusers.models.autoencoders.autoencoder_kl_hunyuanimage_refiner.HunyuanImageRefinerAttnBlock",
+            "diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15.HunyuanVideo15AttnBlock",
+            "diffusers.models.autoencoders.autoencoder_kl_ltx2_audio.LTX2AudioAttnBlock",
+            "diffusers.models.autoencoders.autoencoder_kl_qwenimage.QwenImageAttentionBlock",
+            "diffusers.models.autoencoders.autoencoder_kl_qwenimage21.QwenImage21AttentionBlock",
+            "diffusers.models.autoencoders.autoencoder_kl_wan.WanAttentionBlock",
+            "diffusers.models.autoencoders.autoencoder_vidtok.VidTokAttnBlock",
+        ),
+        parameters={
+            "to_qkv.weight": CONTIGUOUS,
+            **{
+                place.format(name): role
+                for place in ("to_{}.weight", "{}.weight", "{}.conv.weight")
+                for name, role in (("q", Q), ("k", K), ("v", V), ("proj_out", OUT))
+            },
+            **OUTPUTS,
+        },
+        sizes={"heads": 1, "kv_heads": 1},
+        attends=False,
+    ),
+    ModuleLayout(
+        "diffusers_cosmos_convolutional_attention",
+        classes=("diffusers.models.autoencoders.autoencoder_kl_cosmos.CosmosCausalAttention",),
+        parameters=JOINT_ATTENTION,
+        sizes={"kv_heads": "num_attention_heads"},
+        attends=False,
+    ),
+    ModuleLayout(
+        "diffusers_mmaudio",  # query, key and value in turn, row by row: heads lie apart, so each row is a block
+        classes=("diffusers.models.autoencoders.autoencoder_mmaudio.MMAudioAttnBlock1D",),
+        parameters={
+            "qkv.weight": Rows(Span(Q, 1, 1), Span(K, 1, 1), Span(V, 1, 1), repeats="channels"),
+            "proj_out.weight": OUT,
+        },
+        sizes={"channels": "qkv.in_channels"},
+        attends=False,
+    ),
+    ModuleLayout(
         "diffusers_multiscale_attention",  # linear, over pixels, also within convolutional networks
         classes=("diffusers.models.attention_processor.SanaMultiscaleLinearAttention",),
         parameters=JOINT_ATTENTION,

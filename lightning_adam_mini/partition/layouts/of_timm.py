@@ -15,6 +15,7 @@ from lightning_adam_mini.partition.layouts.orders import (
     V,
 )
 from lightning_adam_mini.partition.module_layout import ModuleLayout, Rows, Span
+from lightning_adam_mini.partition.roles import Role
 
 __all__ = ["LAYOUTS"]
 
@@ -25,10 +26,17 @@ def _classes(*names: str) -> tuple[str, ...]:
 
 LAYOUTS: list[ModuleLayout] = [
     ModuleLayout(
+        "timm_per_head",
+        classes=_classes("layers.attention2d.Attention2d"),
+        parameters={"qkv.weight": PER_HEAD, "proj.weight": OUT},
+        only_if="head_first",
+    ),
+    ModuleLayout(
         "timm_contiguous",
         classes=_classes(
             "layers.attention.Attention",
             "layers.attention.AttentionRope",
+            "layers.attention2d.Attention2d",
             "layers.attention_pool2d.AttentionPool2d",
             "layers.attention_pool2d.RotAttentionPool2d",
             "models.beit.Attention",
@@ -47,6 +55,7 @@ LAYOUTS: list[ModuleLayout] = [
             "models.swin_transformer_v2.WindowAttention",
             "models.swin_transformer_v2_cr.WindowMultiHeadAttention",
             "models.twins.LocallyGroupedAttn",
+            "models.visformer.Attention",
             "models.vision_transformer_relpos.RelPosAttention",
             "models.vision_transformer_sam.Attention",
             "models.volo.Attention",
@@ -73,7 +82,7 @@ LAYOUTS: list[ModuleLayout] = [
             "models.edgenext.CrossCovarianceAttn",
             "models.xcit.XCA",
         ),
-        parameters={"qkv.weight": CONTIGUOUS, "proj.weight": OUT},
+        parameters={"qkv.weight": CONTIGUOUS, "proj.weight": OUT, "temperature": Role.OTHER},
         sizes={"heads": ("groups", "num_heads"), "kv_heads": ("groups", "num_heads")},
     ),
     ModuleLayout(
@@ -106,13 +115,13 @@ LAYOUTS: list[ModuleLayout] = [
     ),
     ModuleLayout(
         "maxxvit_per_head",
-        classes=_classes("models.maxxvit.AttentionCl"),
+        classes=_classes("models.maxxvit.Attention2d", "models.maxxvit.AttentionCl"),
         parameters={"qkv.weight": PER_HEAD, **OUTPUTS},
         only_if="head_first",
     ),
     ModuleLayout(
         "maxxvit",
-        classes=_classes("models.maxxvit.AttentionCl"),
+        classes=_classes("models.maxxvit.Attention2d", "models.maxxvit.AttentionCl"),
         parameters={"qkv.weight": CONTIGUOUS, **OUTPUTS},
     ),
     ModuleLayout(
@@ -151,6 +160,134 @@ LAYOUTS: list[ModuleLayout] = [
             "attn_out_proj.weight": OUT,
             "mlp_out_proj.weight": MLP,
         },
+    ),
+    ModuleLayout(
+        "timm_halo",  # key and value of each head, of sizes of their own
+        classes=_classes("layers.halo_attn.HaloAttn"),
+        parameters={"q.weight": Q, "kv.weight": Rows(Span(K, 1), V, repeats="heads")},
+        sizes={"head_dim": "dim_head_qk"},
+    ),
+    ModuleLayout(
+        "timm_bottleneck",
+        classes=_classes("layers.bottleneck_attn.BottleneckAttn"),
+        parameters={"qkv.weight": Rows(Span(Q, "heads"), Span(K, "heads"), V)},
+        sizes={"head_dim": "dim_head_qk"},
+    ),
+    ModuleLayout(
+        "timm_lambda",  # all heads share one key and one value
+        classes=_classes("layers.lambda_layer.LambdaLayer"),
+        parameters={"qkv.weight": Rows(Span(Q, "heads"), Span(K, 1), V), "pos_emb": Role.BIAS},
+        sizes={"head_dim": "dim_qk"},
+    ),
+    ModuleLayout(
+        "timm_multi_query",
+        classes=_classes("layers.attention2d.MultiQueryAttention2d"),
+        parameters={
+            "query.proj.weight": Q,
+            "key.proj.weight": K,
+            "value.proj.weight": V,
+            "output.proj.weight": OUT,
+        },
+        sizes={"kv_heads": 1, "head_dim": "key_dim"},
+    ),
+    ModuleLayout(
+        "timm_multi_query_einsum",  # (heads, key size, inputs), (inputs, size) twice and (outputs, heads, size)
+        classes=_classes("layers.attention2d.MultiQueryAttentionV2"),
+        parameters={
+            "query_proj": Rows(Span(Q, size=1)),
+            "key_proj": Rows(K, axis=1),
+            "value_proj": Rows(V, axis=1),
+            "out_proj": OUT,
+        },
+        sizes={"heads": (), "kv_heads": 1, "head_dim": ()},
+    ),
+    ModuleLayout(
+        "timm_efficientformer_v2",
+        classes=_classes(
+            "models.efficientformer_v2.Attention2d",
+            "models.efficientformer_v2.Attention2dDownsample",
+        ),
+        parameters={
+            "q.conv.weight": Q,
+            "q.proj.conv.weight": Q,
+            "k.conv.weight": K,
+            "v.conv.weight": V,
+            "proj.conv.weight": OUT,
+            "attention_biases": Role.BIAS,
+        },
+        sizes={"head_dim": "key_dim"},
+    ),
+    ModuleLayout(
+        "timm_lite_multi_scale",  # for each head its query, key and value; further scales mix each within its head
+        classes=_classes("models.efficientvit_mit.LiteMLA"),
+        parameters={
+            **dict.fromkeys(
+                ("qkv.conv.weight", *(f"aggreg.{scale}.1.weight" for scale in range(4))),
+                Rows(Span(Q, 1), Span(K, 1), Span(V, 1), repeats="heads"),
+            ),
+            "proj.conv.weight": OUT,
+        },
+        sizes={"heads": "qkv.conv.out_channels/dim/3", "head_dim": "dim"},
+    ),
+    ModuleLayout(
+        "timm_cascaded_groups",  # a projection for each head
+        classes=_classes("models.efficientvit_msra.CascadedGroupAttention"),
+        parameters={
+            "qkvs.*.conv.weight": Rows(Span(Q, 1), Span(K, 1), V),
+            "proj.1.conv.weight": OUT,
+            "attention_biases": Role.BIAS,
+        },
+        sizes={"head_dim": "key_dim"},
+    ),
+    ModuleLayout(
+        "timm_single_head",  # over some channels
+        classes=_classes("models.shvit.SHSA"),
+        parameters={"qkv.c.weight": Rows(Span(Q, 1), Span(K, 1), V), "proj.1.c.weight": OUT},
+        sizes={"head_dim": "qk_dim"},
+    ),
+    ModuleLayout(
+        "timm_single_head_modulation",
+        classes=_classes("models.iformer.SHMA"),
+        parameters={
+            "q.c.weight": Q,
+            "k.c.weight": K,
+            "v_gate.c.weight": Rows(V, LINEAR),
+            "proj.c.weight": OUT,
+        },
+        sizes={"heads": 1, "kv_heads": 1},
+    ),
+    ModuleLayout(
+        "timm_low_resolution",  # after a depthwise convolution of larger strides
+        classes=_classes("models.cpubone.ConvAttention", "models.lowformer.ConvAttention"),
+        parameters={"pwise.weight": PER_HEAD, "o_proj.weight": OUT},
+    ),
+    ModuleLayout(
+        "timm_separable",  # one score a token, from one row
+        classes=_classes("models.mobilevit.LinearSelfAttention"),
+        parameters={
+            "qkv_proj.weight": Rows(Span(Q, 1, 1), Span(K, 1, "embed_dim"), Span(V, 1, "embed_dim")),
+            "out_proj.weight": OUT,
+        },
+        sizes={"embed_dim": "embed_dim"},
+    ),
+    ModuleLayout(
+        "timm_additive",
+        classes=_classes("models.swiftformer.EfficientAdditiveAttention"),
+        parameters={
+            "to_query.weight": Q,
+            "to_key.weight": K,
+            "proj.weight": LINEAR,
+            "final.weight": OUT,
+            "w_g": Role.OTHER,
+        },
+        sizes={"heads": 1, "kv_heads": 1},
+    ),
+    ModuleLayout(
+        "timm_non_local",
+        classes=_classes("layers.non_local_attn.NonLocalAttn"),
+        parameters={"t.weight": Q, "p.weight": K, "g.weight": V, "z.weight": OUT},
+        sizes={"heads": 1, "kv_heads": 1},
+        attends=False,
     ),
     ModuleLayout(
         "spatial_gating", classes=_classes("models.mlp_mixer.SpatialGatingUnit"), parameters={"proj.weight": MLP}

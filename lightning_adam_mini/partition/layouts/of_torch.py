@@ -80,6 +80,12 @@ LAYOUTS: list[ModuleLayout] = [
         },
     ),
     ModuleLayout(
+        "torch_geometric_residual_gates",  # Bresson and Laurent (2017): key and query add up to a gate, without heads
+        classes=("torch_geometric.nn.conv.res_gated_graph_conv.ResGatedGraphConv",),
+        parameters={f"lin_{name}.weight": LINEAR for name in ("key", "query", "value", "skip")},
+        attends=False,
+    ),
+    ModuleLayout(
         "torch_geometric_gps", classes=("torch_geometric.nn.conv.gps_conv.GPSConv",), parameters={"mlp.*": MLP}
     ),
 ]

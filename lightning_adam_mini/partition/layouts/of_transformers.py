@@ -200,7 +200,8 @@ LAYOUTS: list[ModuleLayout] = [
     ),
     ModuleLayout(
         "gated_delta_net_contiguous",
-        classes=_classes("qwen3_5.Qwen3_5GatedDeltaNet", "qwen3_5_moe.Qwen3_5MoeGatedDeltaNet"),
+        classes=("transformers.models.*GatedDeltaNet",),
+        children=("in_proj_qkv",),
         parameters={
             "in_proj_qkv.weight": Rows(
                 Span(Q, "key_heads", "key_size"),
@@ -539,6 +540,105 @@ LAYOUTS: list[ModuleLayout] = [
             "token_type_embeddings.weight": Role.POSITION_EMBEDDING,
             "position_embeddings.weight": Role.POSITION_EMBEDDING,
         },
+    ),
+    ModuleLayout(
+        "qwen4_exp_indexer",
+        classes=_classes("qwen4_exp.Qwen4ExpTextQSAIndexer"),
+        parameters={"index_qk_proj.weight": Rows(Span(Q, "heads"), Span(K, "kv_heads"))},
+        sizes={"heads": "index_n_heads", "kv_heads": "index_kv_heads", "head_dim": "index_head_dim"},
+    ),
+    ModuleLayout(
+        "qwen4_exp_n_grams",  # keys meet the stream itself, and become a gate of each value
+        classes=_classes("qwen4_exp.Qwen4ExpTextPLELayer"),
+        parameters={"key_proj.weight": LINEAR, "value_proj.weight": LINEAR},
+        attends=False,
+    ),
+    ModuleLayout(
+        "inkling",  # r_proj mixes profiles of relative positions for each head
+        classes=_classes("inkling.InklingAttention"),
+        parameters={"r_proj.weight": LINEAR},
+        attends=True,
+    ),
+    ModuleLayout(
+        "inkling2",
+        classes=_classes("inkling2.Inkling2SlidingAttention", "inkling2.Inkling2FullAttention")
+        + _classes("inkling2_loop.Inkling2LoopSlidingAttention", "inkling2_loop.Inkling2LoopFullAttention"),
+        parameters={
+            "o_proj.gate_proj.weight": LINEAR,
+            "sink_proj.weight": LINEAR,
+            "relative_position_bias.linear.weight": LINEAR,
+        },
+        attends=True,
+    ),
+    ModuleLayout(
+        "evolla_aligner",
+        classes=_classes("evolla.EvollaSequenceAlignerCrossAttention"),
+        parameters={
+            "query.weight": Q,
+            **{
+                f"{name}_{source}.weight": role
+                for source in ("protein", "structure", "msa")
+                for name, role in (("key", K), ("value", V))
+            },
+            "out_proj.weight": OUT,
+        },
+        sizes={"kv_heads": "num_attention_heads"},
+    ),
+    ModuleLayout(
+        "moshi",
+        classes=_classes("moshi.MoshiAttention"),
+        parameters={"q_proj.weight": Q, "k_proj.weight": K, "v_proj.weight": V, "o_proj.weight": OUT},
+        only_if="q_proj.linear.in_features",
+    ),
+    ModuleLayout(
+        "moshi_per_codebook",  # (codebooks, outputs, inputs): a layer for each codebook
+        classes=_classes("moshi.MoshiAttention"),
+        parameters={
+            f"{name}_proj.weight": Rows(role, axis=1, batch_axes=(0,))
+            for name, role in (("q", Q), ("k", K), ("v", V), ("o", OUT))
+        },
+    ),
+    ModuleLayout(
+        "moshi_feed_forward",
+        classes=_classes("moshi.MoshiGatingMLP"),
+        parameters={"fc1.weight": MLP, "fc2.weight": MLP},
+        only_if="fc1.in_features",
+    ),
+    ModuleLayout(
+        "moshi_feed_forward_per_codebook",
+        classes=_classes("moshi.MoshiGatingMLP"),
+        parameters={f"{name}.weight": Rows(MLP, axis=1, batch_axes=(0,)) for name in ("fc1", "fc2")},
+    ),
+    ModuleLayout(
+        "moshi_heads_per_codebook",
+        classes=_classes("moshi.MoshiDepthDecoder"),
+        parameters={"lm_heads.weight": Rows(Role.OUTPUT_HEAD, axis=1, batch_axes=(0,))},
+    ),
+    ModuleLayout(
+        "squeezebert",  # convolutions of size 1, grouped: each head lies within one group
+        classes=_classes("squeezebert.SqueezeBertSelfAttention"),
+        parameters={"query.weight": Q, "key.weight": K, "value.weight": V},
+    ),
+    ModuleLayout(
+        "squeezebert_module",
+        classes=_classes("squeezebert.SqueezeBertModule"),
+        parameters={
+            "post_attention.conv1d.weight": OUT,
+            "intermediate.conv1d.weight": MLP,
+            "output.conv1d.weight": MLP,
+        },
+    ),
+    ModuleLayout(
+        "convolutional_attention",  # over pixels or moments, with convolutions of size 1 and a single head
+        classes=_classes(
+            "apertus1p5.Apertus1p5VisionTokenizerAttnBlock",
+            "chameleon.ChameleonVQVAEEncoderAttnBlock",
+            "janus.JanusVQVAEAttnBlock",
+            "wavtokenizer.WavTokenizerVocosAttention",
+        ),
+        parameters={"q.weight": Q, "k.weight": K, "v.weight": V, "proj_out.weight": OUT},
+        sizes={"heads": 1, "kv_heads": 1},
+        attends=False,
     ),
     ModuleLayout(
         "reformer_positions",

@@ -1,0 +1,106 @@
+"""What the name of a projection says: query, key, value, several of them fused, or the attention's output.
+
+A name is read token by token, never by substrings: `W_q`, `toQ`, `query_dense` and `proj_q` speak of queries, `monkey`
+and `sequence` do not. It counts only within a module whose structure says that it attends.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+from lightning_adam_mini.partition.roles import Role
+
+__all__ = ["NAMELESS_FUSED", "fused_parts", "is_bias_name", "is_output_name", "is_plain", "projected_parts"]
+
+Q, K, V = Role.QUERY, Role.KEY, Role.VALUE
+
+NAMELESS_FUSED = frozenset({"att_proj", "c_attn", "in_proj_qkvz", "qkvo", "qkvo_w", "w_pack"})
+"""Lower-case names of fused projections that do not spell what they hold, or hold gates beside it."""
+
+_LETTERS = {"q": Q, "k": K, "v": V}
+_WORDS = {
+    **dict.fromkeys(("query", "queries", "qry"), Q),
+    **dict.fromkeys(("key", "keys"), K),
+    **dict.fromkeys(("value", "values", "val", "vals"), V),
+}
+_FILLERS = frozenset({
+    "add", "added", "all", "att", "attention", "attn", "base", "c", "ca", "combined", "context", "conv", "cross",
+    "ctx", "dec", "dense", "enc", "fc", "for", "from", "fused", "global", "head", "heads", "image", "img", "in",
+    "input", "inputs", "into", "joint", "kernel", "layer", "layers", "lin", "linear", "linears", "local", "map",
+    "mapper", "mapping", "mat", "matrix", "mh", "mha", "mhsa", "mixed", "module", "multi", "net", "nn", "of", "orig",
+    "out", "output", "outputs", "pack", "packed", "pre", "proj", "projected", "projection", "projections",
+    "projector", "projs", "sa", "self", "sep", "text", "the", "to", "token", "tokens", "trans", "transform",
+    "transforms", "txt", "w", "weight", "weights", "ws", "wt", "x",
+})  # fmt: skip
+"""Words beside the letters that change nothing: kinds of layers, directions, the attention itself."""
+
+_OUTPUT_WORDS = frozenset({
+    "back", "c", "collapse", "combine", "concat", "dense", "fc", "final", "head", "heads", "kernel", "layer", "lin",
+    "linear", "mat", "matrix", "merge", "o", "out", "output", "outputs", "post", "proj", "projection", "projector",
+    "res", "resid", "to", "unify", "unifyheads", "w", "weight", "weights", "wo",
+})  # fmt: skip
+_TOKEN = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+")
+_GLUED = re.compile(r"(?:w|to)?([qkv]{1,3})(?:s|w|proj|lin|linear|layer|net|dense|fc|weight)?")
+_GLUED_WORDS = re.compile(rf"(?:w|to)?((?:{'|'.join(sorted(_WORDS, key=len, reverse=True))})+)")
+_WORD = re.compile("|".join(sorted(_WORDS, key=len, reverse=True)))
+
+
+@lru_cache(maxsize=4096)
+def projected_parts(name: str) -> tuple[Role, ...]:
+    """Queries, keys and values that a name speaks of, in its order; none where it speaks of something else."""
+    parts, _ = _read(name)
+    return parts
+
+
+def fused_parts(name: str) -> tuple[Role, ...]:
+    """The same for names of fused projections; none for a name of one part."""
+    if name.lower() in NAMELESS_FUSED:
+        return Q, K, V
+    parts = projected_parts(name)
+    return parts if len(parts) > 1 else ()
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name says nothing beside the parts: `wq_b` or `q_norm` do, and may be something else."""
+    _, others = _read(name)
+    return name.lower() in NAMELESS_FUSED or not others
+
+
+def is_output_name(name: str) -> bool:
+    """Whether a name may be that of the projection after the heads."""
+    return bool(words := _tokens(name)) and all(word in _OUTPUT_WORDS for word in words) and not projected_parts(name)
+
+
+def is_bias_name(name: str) -> bool:
+    """Whether the name of a parameter is that of a bias, such as `b_Q`."""
+    words = _tokens(name)
+    return bool(words) and (words[0] in ("b", "bias") or words[-1] in ("bias", "biases"))
+
+
+def _tokens(name: str) -> list[str]:
+    return [token.lower() for token in _TOKEN.findall(name)]
+
+
+@lru_cache(maxsize=4096)
+def _read(name: str) -> tuple[tuple[Role, ...], tuple[str, ...]]:
+    """The parts, and the tokens that are neither parts nor fillers."""
+    parts: list[Role] = []
+    others: list[str] = []
+    for token in _tokens(name):
+        found = _parts_of(token)
+        parts += found
+        if not found and token not in _FILLERS and not token.isdigit():
+            others.append(token)
+    return (tuple(parts), tuple(others)) if len(set(parts)) == len(parts) else ((), tuple(others))
+
+
+def _parts_of(token: str) -> list[Role]:
+    if token == "tok":  # a token
+        return []
+    if glued := _GLUED.fullmatch(token):
+        letters = glued.group(1)
+        return [_LETTERS[letter] for letter in letters] if len(set(letters)) == len(letters) else []
+    if words := _GLUED_WORDS.fullmatch(token):
+        return [_WORDS[word] for word in _WORD.findall(words.group(1))]
+    return []
