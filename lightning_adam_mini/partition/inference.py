@@ -179,7 +179,7 @@ def _apply_layout(
     for relative, leaf in tree.below(node):
         rows = layout.find(relative)
         known = roles[id(leaf.parameter)]
-        if rows is None or id(leaf.parameter) in settled or _is_settled_by_type(known, relative, layout):
+        if rows is None or id(leaf.parameter) in settled or _is_settled_by_type(leaf, known, relative, layout):
             continue
         settled.add(id(leaf.parameter))
         why = f"{relative} of {type(node.module).__name__}"
@@ -191,13 +191,13 @@ def _apply_layout(
         roles[id(parameter)] = role
 
 
-def _is_settled_by_type(known: ParameterRole, name: str, layout: ModuleLayout) -> bool:
+def _is_settled_by_type(leaf: Leaf, known: ParameterRole, name: str, layout: ModuleLayout) -> bool:
     """Whether the type of a layer, or the model's own word on its embeddings, says more than a layout."""
     role = known.roles[0]
     if role in (Role.NORM, Role.BIAS):
         return True
-    if role is Role.CONV:  # also a convolution may be a projection, if a class names it in full
-        return not layout.classes or name not in layout.rows
+    if role is Role.CONV:  # also a convolution may be a projection, if it is named in full
+        return name not in layout.rows or not (layout.classes or is_pointwise(leaf.owner))
     if role is Role.EXPERT:
         return not layout.classes
     tables = {Role.TOKEN_EMBEDDING, Role.POSITION_EMBEDDING, Role.BIAS}
