@@ -166,7 +166,7 @@ class _Inference:
             if rows is None or id(leaf.parameter) in self._settled or (names_all and leaf.parameter.dim() < 2):
                 continue
             is_named = names_all or (is_own and relative in layout.parameters)
-            if _is_settled_by_type(known, relative, rows, layout, is_named=is_named):
+            if _is_settled_by_type(leaf, known, relative, rows, layout, is_named=is_named):
                 continue
             why = f"{relative} of {type(node.module).__name__}"
             self._settled.add(id(leaf.parameter))
@@ -281,14 +281,19 @@ def _is_a(module: nn.Module, class_name: str) -> bool:
     return any(class_name in (base.__name__, qualified_name(base)) for base in type(module).__mro__)
 
 
-def _is_settled_by_type(known: ParameterRole, name: str, rows: Rows, layout: ModuleLayout, *, is_named: bool) -> bool:
+def _is_settled_by_type(
+    leaf: Leaf, known: ParameterRole, name: str, rows: Rows, layout: ModuleLayout, *, is_named: bool
+) -> bool:
     """Whether the type of a layer, or the model's own word on its embeddings, says more than a layout.
 
     A parameter that a user's layout names is what the user says; a pattern such as `*` also meets norms and biases.
     """
     role = known.roles[0]
-    if role in (Role.CONV, Role.NORM, Role.BIAS):  # also a convolution may be a projection, if a class names it in full
-        return not is_named and not (role is Role.CONV and layout.classes and name in layout.rows)
+    if role in (Role.NORM, Role.BIAS):
+        return not is_named
+    if role is Role.CONV:  # also a convolution may be a projection, if it is named in full
+        is_projection = name in layout.rows and (layout.classes or is_pointwise(leaf.owner))
+        return not is_named and not is_projection
     if role is Role.EXPERT:
         return not layout.classes
     tables = {Role.TOKEN_EMBEDDING, Role.POSITION_EMBEDDING, Role.BIAS}

@@ -106,8 +106,10 @@ def _random(shape: torch.Size, device: torch.device, generator: torch.Generator 
 
 
 def is_pointwise(module: nn.Module) -> bool:
-    """Whether a module is a convolution of size 1: a linear layer at each pixel. A grouped one is several."""
-    return isinstance(module, _ConvNd) and module.groups == 1 and all(size == 1 for size in module.kernel_size)
+    """Whether a module is a convolution of size 1: a linear layer at each pixel, or several where it has groups."""
+    if not isinstance(module, _ConvNd) or any(size != 1 for size in module.kernel_size):
+        return False
+    return module.groups == 1 or not isinstance(module, _ConvTransposeNd)  # whose groups share output axes
 
 
 def role_from_type(leaf: Leaf) -> ParameterRole:
@@ -135,7 +137,7 @@ def role_from_type(leaf: Leaf) -> ParameterRole:
             return role_of_all(Role.TOKEN_EMBEDDING, parameter, "nn.Embedding")
         if isinstance(owner, _ConvNd):
             axis = 1 if isinstance(owner, _ConvTransposeNd) else 0
-            if is_pointwise(owner):
+            if is_pointwise(owner) and owner.groups == 1:
                 return role_of_all(Role.LINEAR, parameter, f"{kind} of size 1", axis)
             role = role_of_all(Role.CONV, parameter, kind, axis)
             # (inputs, outputs of a group, ...): an output belongs to the group of its input.

@@ -100,6 +100,17 @@ def test_a_convolutional_attention_that_counts_its_heads_attends():
     assert _cut(model, "1.v_proj.weight") == ("value", "row", 8)
 
 
+def test_grouped_projections_are_named_as_linear_ones_are():
+    module = nn.Module()
+    module.num_heads = 4
+    module.q_proj, module.k_proj, module.v_proj = (nn.Conv1d(8, 8, 1, groups=2) for _ in range(3))
+    model = nn.Sequential(nn.Embedding(5, 8), module)
+    assert _cut(model, "1.q_proj.weight") == ("query", "head", 4)
+    assert _cut(model, "1.v_proj.weight") == ("value", "row", 8)
+    module.q_proj = nn.Conv1d(8, 8, 3, groups=2)
+    assert _cut(model, "1.q_proj.weight") == ("conv", "whole", 1)
+
+
 class Projected(nn.Module):
     """Queries from a convolution over three tokens."""
 
