@@ -253,8 +253,8 @@ class _Case:
     ) -> set[str]:
         """Parameters that a layout would cut better: contradicted ones, and unknown ones that feed heads."""
         cuts, _ = self._cuts(strategy, overrides, layouts)
-        unknown = {name for name, cut in cuts.items() if not cut.role.known and self.sights[name].feeds}
-        return {*_contradictions(verdicts), *(unknown & self._owners.keys())}
+        unknown = {name for name in self._owners if not cuts[name].role.known}
+        return _contradictions(verdicts) | unknown
 
     def _knows_more(self, strategy: Strategy, overrides: Overrides, before: Layouts, after: Layouts) -> bool:
         """Whether a layout contradicts nothing anew and leaves fewer parameters unknown."""
