@@ -33,20 +33,18 @@ def rows_of(sight: Sight, role: Role = Role.LINEAR) -> Rows | None:
         return None
     *batch, axis = sight.axes
     labels = _labels(sight, role)
-    if len(set(labels)) == 1 and labels[0][0] not in (Role.QUERY, Role.KEY):
-        return Rows(labels[0][0], axis=axis or None, batch_axes=tuple(batch))
+    roles = {found for found, _ in labels}
+    if len(roles) == 1 and not roles & {Role.QUERY, Role.KEY}:
+        return Rows(*roles, axis=axis or None, batch_axes=tuple(batch))
     if not batch:
         return _of_sequence(labels, axis)
     # Heads on one dimension, their channels on others: a block spans the others.
     along = [first for first in sight.axes if _varies_along_alone(sight, first)]
-    roles = {found for found, _ in labels}
     if len(along) == 1 and roles <= {Role.QUERY, Role.KEY}:
         shape = [sight.shape[kept] for kept in sight.axes]
         place = sight.axes.index(along[0])
         step = math.prod(shape[place + 1 :])
         return _of_sequence([labels[number * step] for number in range(shape[place])], along[0])
-    if roles == {Role.VALUE}:
-        return Rows(Role.VALUE, axis=axis, batch_axes=tuple(batch))
     return None
 
 
@@ -79,8 +77,9 @@ def _of_sequence(labels: Sequence[Label], axis: int) -> Rows | None:
     if len(heads) == len(set(heads)):
         sequence = [(role, length) for role, _, length in runs]
         period = _period(sequence)
-        spans = _spans(sequence[:period])
-        return Rows(*spans, repeats=len(sequence) // period, axis=dimension)
+        if period == 1:
+            return Rows(Span(sequence[0][0], len(sequence), sequence[0][1]), axis=dimension)
+        return Rows(*_spans(sequence[:period]), repeats=len(sequence) // period, axis=dimension)
     period = _period(labels)
     runs = [(role, head, len(list(rows))) for (role, head), rows in groupby(labels[:period])]
     heads = [(role, head) for role, head, _ in runs if role in (Role.QUERY, Role.KEY)]

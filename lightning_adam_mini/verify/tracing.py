@@ -113,6 +113,8 @@ class _Product:
     number: int
     left: Factor
     right: Factor
+    is_of_weights: bool
+    """Whether both factors were made by parameters, as queries and keys are, and inputs such as masks are not."""
 
 
 @dataclass(frozen=True)
@@ -331,7 +333,10 @@ class Tracer(TorchFunctionMode):
         left, right = pair
         mark_left, mark_right = self._mark_of(left.tensor), self._mark_of(right.tensor)
         for mark, other in ((mark_left, right), (mark_right, left)):
-            if mark and mark.products and (mark.is_softmax or left.tensor.dim() >= 4):
+            # Products with the weights of experts, one after the other, have three dimensions.
+            if mark and mark.products and (
+                mark.is_softmax or (left.tensor.dim() >= 4 and mark.products[0].is_of_weights)
+            ):
                 operands = _operands(mark, is_left=mark is mark_left, other=other, mask=self._any_mask)
                 self._record(*operands, *mark.products[1:])
                 with torch.no_grad():
@@ -342,8 +347,8 @@ class Tracer(TorchFunctionMode):
         self._inherit("", args, kwargs, result)
         if mark_left and mark_right:  # not a rotation or random features, whose other factor is a constant
             self._number += 1
-            sources = mark_left.sources | mark_right.sources
-            self._mark(result, _Mark(False, sources, (_Product(self._number, left, right),)))
+            product = _Product(self._number, left, right, bool(mark_left.sources and mark_right.sources))
+            self._mark(result, _Mark(False, mark_left.sources | mark_right.sources, (product,)))
         return result
 
     # Attention

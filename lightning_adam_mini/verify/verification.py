@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ class Verification:
 
     Args:
         partition: Name of the partition that was verified.
-        parameters: The verdict on each parameter that is trained, by name.
+        parameters: The verdict on each parameter, by name; frozen ones too.
         num_attention_calls: Attention calls that were seen.
         layouts: Layouts to pass as `partition_layouts`: those that were given, and those that would be right.
         overrides: The same for `partition_overrides`, where no layout has the words.
@@ -115,7 +115,7 @@ def verify_partition(
         **keyword_inputs: Keyword arguments of its forward pass.
 
     Returns:
-        A verdict on each trained parameter, and the layouts that would be right.
+        A verdict on each parameter, and the layouts that would be right.
 
     Raises:
         ValueError: The model has no weights, its forward pass does not take the input, or the arguments of the partition
@@ -130,17 +130,52 @@ def verify_partition(
     case = _Case(model, tracer)
     overrides, layouts = dict(partition_overrides or {}), dict(partition_layouts or {})
     strategy, notes = resolve_strategy(partition, model, layouts), []
-    attends = any(call.heads for call in tracer.calls)
-    if partition == "auto" and strategy.name == "default" and attends:
+    if partition == "auto" and strategy.name == "default" and any(call.heads for call in tracer.calls):
         notes.append("auto takes default, since no layout knows the attention of this model; judged as transformer")
         strategy = STRATEGIES["transformer"]
     if not tracer.calls:
         notes.append("no attention was seen: the forward pass multiplies no queries and keys that the tracer knows")
-    verdicts = case.verdicts(strategy, overrides, layouts)
-    right_layouts, right_overrides = case.remedy(strategy, overrides, layouts, verdicts)
+    judged = case.judge(strategy, overrides, layouts)
+    notes += judged.made_elsewhere()
+    remedy = case.remedy(judged)
     return Verification(
-        strategy.name, verdicts, len(tracer.calls), right_layouts, right_overrides, tuple(notes)
+        strategy.name, judged.verdicts, len(tracer.calls), remedy.layouts, remedy.overrides, tuple(notes)
     )
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """A partition and the verdict on it.
+
+    Args:
+        strategy: The strategy.
+        overrides: Its overrides.
+        layouts: Its layouts.
+        cuts: How it cuts each parameter; by element what it refuses.
+        verdicts: The verdicts by name.
+        uncovered: Parameters by the attention call and operand that come from them, and from none of their role.
+    """
+
+    strategy: Strategy
+    overrides: dict[str, str]
+    layouts: dict[str, str | ModuleLayout]
+    cuts: Mapping[str, CutParameter]
+    verdicts: Mapping[str, VerifiedParameter]
+    uncovered: Mapping[tuple[int, Operand], set[str]]
+
+    @property
+    def contradicted(self) -> set[str]:
+        """Names of parameters that are cut otherwise than the model uses them."""
+        return {name for name, verdict in self.verdicts.items() if verdict.status is Status.CONTRADICTED}
+
+    def unknown(self, names: Iterable[str]) -> set[str]:
+        """Those parameters whose role no rule knows."""
+        return {name for name in names if name in self.cuts and not self.cuts[name].role.known}
+
+    def made_elsewhere(self) -> list[str]:
+        """A sentence for each operand of attention that comes from parameters of other roles alone."""
+        told = {(operand, tuple(sorted(names))): None for (_, operand), names in self.uncovered.items()}
+        return [f"attention takes a {operand} from {', '.join(names)}, of no such role" for operand, names in told]
 
 
 class _Case:
@@ -153,7 +188,7 @@ class _Case:
 
     def __init__(self, model: nn.Module, tracer: Tracer) -> None:
         self._model, self._tracer = model, tracer
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._parameters = dict(model.named_parameters())
         self.sights = {
             name: Sight.of(tuple(parameter.shape), tracer.outputs.get(name, ()), tracer.heads.get(name, ()))
             for name, parameter in self._parameters.items()
@@ -161,39 +196,46 @@ class _Case:
         self._names = {id(module): name for name, module in model.named_modules()}
         self._owners = self._owners_of_feeders()
 
-    def verdicts(self, strategy: Strategy, overrides: Overrides, layouts: Layouts) -> dict[str, VerifiedParameter]:
-        """The verdict on each trained parameter under a partition."""
+    def judge(
+        self, strategy: Strategy, overrides: Mapping[str, str], layouts: Mapping[str, str | ModuleLayout]
+    ) -> _Judged:
+        """The verdict on a partition.
+
+        Raises:
+            ValueError: What is asked for is wrong in itself.
+        """
         cuts, problems = self._cuts(strategy, overrides, layouts)
         wants_heads = strategy.cut(Role.QUERY) is Cut.HEAD
         uncovered = self._uncovered(cuts)
         found = {}
         for name, sight in self.sights.items():
-            cut = cuts[name]
+            cut = cuts.get(name)
+            if cut is None:  # frozen, and without a cut
+                continue
             claim = Claim(
                 cut,
                 problems.get(name, ""),
                 is_own=cut.why != cut.role.why and name not in problems,
                 wants_heads=wants_heads,
-                is_in_attention=name in self._owners and name in uncovered,
+                is_in_attention=name in self._owners and any(name in names for names in uncovered.values()),
             )
             found[name] = judge(claim, sight)
-        return found
+        return _Judged(strategy, dict(overrides), dict(layouts), cuts, found, uncovered)
 
-    def _uncovered(self, cuts: Mapping[str, CutParameter]) -> set[str]:
-        """Parameters that feed queries or keys beside which no parameter of that role feeds them.
+    def _uncovered(self, cuts: Mapping[str, CutParameter]) -> dict[tuple[int, Operand], set[str]]:
+        """The parameters from which operands of attention come that come from none of their role.
 
         An adapter adds to what the projection gives, which alone is cut by head.
         """
-        claimed = {
-            (heads.call, heads.operand)
-            for name, seen in self._tracer.heads.items()
-            for heads in seen
-            if name in cuts and heads.operand.value in cuts[name].role.roles
-        }
+        feeders: dict[tuple[int, Operand], set[str]] = {}
+        for name, seen in self._tracer.heads.items():
+            for heads in seen:
+                feeders.setdefault((heads.call, heads.operand), set()).add(name)
         return {
-            name
-            for name, seen in self._tracer.heads.items()
-            if any((heads.call, heads.operand) not in claimed for heads in seen if heads.operand is not Operand.VALUE)
+            (call, operand): names
+            for (call, operand), names in feeders.items()
+            if operand is not Operand.SCORE
+            and not any(name in cuts and operand.value in cuts[name].role.roles for name in names)
         }
 
     def _cuts(
@@ -219,58 +261,38 @@ class _Case:
 
     # The remedy
 
-    def remedy(
-        self, strategy: Strategy, overrides: Overrides, layouts: Layouts, verdicts: Mapping[str, VerifiedParameter]
-    ) -> tuple[dict[str, str | ModuleLayout], dict[str, str]]:
-        """Layouts and overrides under which nothing is contradicted, as far as there are any. All are tried here."""
-        own_layouts, own_overrides = dict(layouts), dict(overrides)
-        wrong = self._wrong(verdicts, strategy, overrides, layouts)
-        for class_name, layout in self._suggested(wrong, layouts).items():
-            tried = {class_name: layout, **{key: own for key, own in own_layouts.items() if key != class_name}}
-            try:
-                after = self.verdicts(strategy, own_overrides, tried)
-            except ValueError:
-                continue
-            before = self.verdicts(strategy, own_overrides, own_layouts)
-            if _contradictions(after) < _contradictions(before) or self._knows_more(strategy, own_overrides, own_layouts, tried):
-                own_layouts = tried
-        after = self.verdicts(strategy, own_overrides, own_layouts)
-        for name in sorted(_contradictions(after)):
+    def remedy(self, judged: _Judged) -> _Judged:
+        """A partition of which nothing is contradicted, as far as there is one: all that is advised is tried here."""
+        wrong = judged.contradicted | judged.unknown(self._owners)
+        if not wrong:
+            return judged
+        best = judged
+        for class_name, layout in self._suggested(wrong, judged).items():
+            layouts = {class_name: layout, **{key: own for key, own in best.layouts.items() if key != class_name}}
+            best = self._better(best, best.overrides, layouts)
+        for name in sorted(best.contradicted):
             for cut in (Cut.ROW, Cut.ELEMENT):
-                rest = {key: own for key, own in own_overrides.items() if key != name}
-                tried_overrides = {name: cut.value, **rest}
-                try:
-                    verdict = self.verdicts(strategy, tried_overrides, own_layouts)[name]
-                except ValueError:
-                    continue
-                if verdict.status is not Status.CONTRADICTED:
-                    own_overrides = tried_overrides
-                    break
-        return own_layouts, own_overrides
+                if name in best.contradicted:
+                    overrides = {name: cut.value, **{key: own for key, own in best.overrides.items() if key != name}}
+                    best = self._better(best, overrides, best.layouts)
+        return best
 
-    def _wrong(
-        self, verdicts: Mapping[str, VerifiedParameter], strategy: Strategy, overrides: Overrides, layouts: Layouts
-    ) -> set[str]:
-        """Parameters that a layout would cut better: contradicted ones, and unknown ones that feed heads."""
-        cuts, _ = self._cuts(strategy, overrides, layouts)
-        unknown = {name for name in self._owners if not cuts[name].role.known}
-        return _contradictions(verdicts) | unknown
+    def _better(
+        self, judged: _Judged, overrides: Mapping[str, str], layouts: Mapping[str, str | ModuleLayout]
+    ) -> _Judged:
+        """Another partition if less of it is contradicted or unknown, and nothing anew; else the same."""
+        try:
+            other = self.judge(judged.strategy, overrides, layouts)
+        except ValueError:
+            return judged
+        known = len(other.unknown(other.cuts)) < len(judged.unknown(judged.cuts))
+        is_better = other.contradicted < judged.contradicted or (known and other.contradicted <= judged.contradicted)
+        return other if is_better else judged
 
-    def _knows_more(self, strategy: Strategy, overrides: Overrides, before: Layouts, after: Layouts) -> bool:
-        """Whether a layout contradicts nothing anew and leaves fewer parameters unknown."""
-        old, _ = self._cuts(strategy, overrides, before)
-        new, _ = self._cuts(strategy, overrides, after)
-        unknown = [sum(not cut.role.known for cut in cuts.values()) for cuts in (old, new)]
-        worse = _contradictions(self.verdicts(strategy, overrides, after)) - _contradictions(
-            self.verdicts(strategy, overrides, before)
-        )
-        return unknown[1] < unknown[0] and not worse
-
-    def _suggested(self, wrong: set[str], layouts: Layouts) -> dict[str, str | ModuleLayout]:
+    def _suggested(self, wrong: set[str], judged: _Judged) -> dict[str, str | ModuleLayout]:
         """Layouts by class: first for modules that attend, then for others that hold a wrong parameter."""
         plain = plain_names(self._model)
         nodes = {id(node.module): node for node in walk(self._model)}
-        roles = infer_roles(self._model, layouts)
         by_module: dict[int, dict[str, tuple[Sight, Role]]] = {}
         modules: dict[int, nn.Module] = {}
         settled: set[str] = set()
@@ -290,8 +312,8 @@ class _Case:
             if owner is None or not self.sights[name].axes:
                 continue
             modules[id(owner)] = owner
-            role = roles[name].roles[0]
-            is_matrix = len(roles[name].roles) == 1 and role in (Role.ATTENTION_OUTPUT, Role.MLP, Role.EXPERT)
+            role = judged.cuts[name].role.roles[0]
+            is_matrix = len(judged.cuts[name].role.roles) == 1 and role in (Role.ATTENTION_OUTPUT, Role.MLP, Role.EXPERT)
             by_module.setdefault(id(owner), {})[own_name] = (self.sights[name], role if is_matrix else Role.LINEAR)
         by_class: dict[type, list[int]] = {}
         for key, module in modules.items():
@@ -325,7 +347,7 @@ class _Case:
             for name, depth in depths.items():
                 if depth == deepest and depth >= 0 and name in self.sights:
                     owners.setdefault(name, self._tracer.calls[number].modules[depth])
-        return owners
+        return {name: owners[name] for name in self.sights if name in owners}
 
     def _depth(self, parameter: str, modules: tuple[nn.Module, ...]) -> int:
         """Place of the innermost of some modules, one within the other, that holds a parameter."""
@@ -336,10 +358,6 @@ class _Case:
             and (not prefix or parameter.startswith(f"{prefix}."))
         ]
         return max(holding, default=-1)
-
-
-def _contradictions(verdicts: Mapping[str, VerifiedParameter]) -> set[str]:
-    return {name for name, verdict in verdicts.items() if verdict.status is Status.CONTRADICTED}
 
 
 def _relative(name: str, prefix: str) -> str:
