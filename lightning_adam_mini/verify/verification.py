@@ -130,12 +130,13 @@ def verify_partition(
     case = _Case(model, tracer)
     overrides, layouts = dict(partition_overrides or {}), dict(partition_layouts or {})
     strategy, notes = resolve_strategy(partition, model, layouts), []
-    if partition == "auto" and strategy.name == "default" and any(call.heads for call in tracer.calls):
-        notes.append("auto takes default, since no layout knows the attention of this model; judged as transformer")
-        strategy = STRATEGIES["transformer"]
     if not tracer.calls:
         notes.append("no attention was seen: the forward pass multiplies no queries and keys that the tracer knows")
     judged = case.judge(strategy, overrides, layouts)
+    if partition == "auto" and strategy.name == "default" and judged.uncovered:
+        notes.append("auto takes default, since no layout knows the attention of this model; judged as transformer")
+        strategy = STRATEGIES["transformer"]
+        judged = case.judge(strategy, overrides, layouts)
     notes += judged.made_elsewhere()
     remedy = case.remedy(judged)
     return Verification(
