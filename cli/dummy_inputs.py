@@ -94,7 +94,9 @@ def dummy_inputs(model: Any) -> dict[str, Any]:
         is_needed = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         is_main = name in (getattr(network, "main_input_name", None), "input_ids", "pixel_values")
         is_pair = name == "decoder_input_ids" and getattr(config, "is_encoder_decoder", False)
-        is_wanted = name in ("encoder_hidden_states", "pooled_projections", "timestep") and hasattr(config, "_class_name")
+        is_wanted = name in ("encoder_hidden_states", "pooled_projections", "timestep") and hasattr(
+            config, "_class_name"
+        )
         if is_needed or ((is_main or is_pair or is_wanted) and value is not None):
             if value is None:
                 missing.append(name)
@@ -153,4 +155,5 @@ def _graph(features: int) -> Any:
 
     nodes = torch.arange(6)
     edges = torch.stack([nodes, nodes.roll(1)])
-    return Graph(torch.randn(6, features), torch.zeros(6, dtype=torch.long), edges, nodes, nodes, nodes)
+    x, y = torch.randn(6, features), torch.zeros(6, dtype=torch.long)
+    return Graph(x=x, y=y, edge_index=edges, train=nodes, val=nodes, test=nodes)

@@ -196,7 +196,9 @@ def _summary(verification: Verification) -> str:
     counts = {status: len(verification.of_status(status)) for status in ("confirmed", "contradicted", "not seen")}
     lines = ["verified  " + ", ".join(f"{count} {status}" for status, count in counts.items())]
     lines += [f"note: {note}" for note in verification.notes]
-    groups = collapse(verification.contradicted, name=lambda verdict: verdict.name, alike=lambda verdict: verdict.reason)
+    groups = collapse(
+        verification.contradicted, name=lambda verdict: verdict.name, alike=lambda verdict: verdict.reason
+    )
     lines += [f"contradicted: {name}: {members[0].reason}" for name, members in groups]
     if verification.contradicted and (told := verification.as_python()):
         lines += ["right would be:", told]

@@ -152,12 +152,12 @@ def _verdict(claim: Claim, sight: Sight) -> tuple[Status, str]:
         return Status.NOT_SEEN, "one block by the partition, whatever its rows do"
     if not sight.axes and sight.shape != (1,) * len(sight.shape):
         return Status.NOT_SEEN, "products sum over all of it, as of a factor that is multiplied into another weight"
-    cut_axes = {axis for axis in (blocks.axis, *blocks.batch_axes) if sight.shape[axis] > 1}
-    if summed := sorted(cut_axes - set(sight.axes)):
+    # Matrices that are kept apart may be summed over, as experts are: no block mixes them.
+    if sight.shape[blocks.axis] > 1 and blocks.axis not in sight.axes:
         if _TABLES & set(cut.role.roles):
-            return Status.NOT_SEEN, f"products sum over dimension {summed[0]}, perhaps to pick its rows"
-        outputs = ", ".join(map(str, sight.axes)) or "none"
-        return Status.CONTRADICTED, f"cut along dimension {summed[0]}, which products sum over: its outputs are {outputs}"
+            return Status.NOT_SEEN, f"products sum over dimension {blocks.axis}, perhaps to pick its rows"
+        outputs = _listed(sight.axes) or "none"
+        return Status.CONTRADICTED, f"cut along dimension {blocks.axis}, which products sum over: outputs are {outputs}"
     if blocks.kind is Kind.ROW_COLUMN:
         return Status.CONFIRMED, _outputs_told(sight)
     if sight.is_lookup:
@@ -167,9 +167,9 @@ def _verdict(claim: Claim, sight: Sight) -> tuple[Status, str]:
 
 def _outputs_told(sight: Sight) -> str:
     axes = sight.axes or ()
-    return f"dimension{'s' if len(axes) > 1 else ''} {', '.join(map(str, axes))} are outputs" if len(axes) > 1 else (
-        f"dimension {axes[0]} is the output" if axes else "one number"
-    )
+    if len(axes) > 1:
+        return f"dimensions {_listed(axes)} are outputs"
+    return f"dimension {axes[0]} is the output" if axes else "one number"
 
 
 def _heads_elsewhere(claim: Claim, sight: Sight) -> str:
@@ -217,7 +217,10 @@ def _rows_verdict(claim: Claim, sight: Sight) -> tuple[Status, str]:
             own = index[rows]
             if cut_of_role is Cut.ROW and own.unique().numel() != own.numel():
                 per_block = own.numel() // own.unique().numel()
-                return Status.CONTRADICTED, f"a row holds {per_block} outputs: dimensions {_listed(sight.axes)} are outputs"
+                return (
+                    Status.CONTRADICTED,
+                    f"a row holds {per_block} outputs: dimensions {_listed(sight.axes)} are outputs",
+                )
             if reason := _other_rows(role, claim, sight, rows, kept):
                 return Status.CONTRADICTED, reason
     if unseen:
@@ -262,7 +265,9 @@ def _heads_verdict(
             return Status.CONTRADICTED, f"a row holds {own.numel() // num_blocks} outputs of the {role}"
         return Status.CONFIRMED, f"{own.numel()} rows of {heads} {role} heads"
     if cut is Cut.HEAD and not pairs == heads == num_blocks:
-        mixed = f"blocks hold rows of several {role} heads" if pairs > num_blocks else f"{role} heads are cut into parts"
+        mixed = (
+            f"blocks hold rows of several {role} heads" if pairs > num_blocks else f"{role} heads are cut into parts"
+        )
         return Status.CONTRADICTED, f"{mixed}: {num_blocks} blocks, {heads} heads"
     return Status.CONFIRMED, f"{heads} {role} head{'s' if heads > 1 else ''}"
 

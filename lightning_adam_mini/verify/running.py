@@ -52,7 +52,7 @@ def traced(
         tracer.mark_inputs([inputs, keyword_inputs])
         try:
             with _watched(model, tracer), tracer:
-                model(*inputs, **keyword_inputs)
+                getattr(model, "_orig_mod", model)(*inputs, **keyword_inputs)  # not what torch.compile made of it
         except Exception as error:
             raise _explained(error, model, inputs, keyword_inputs) from error
     return tracer
@@ -95,9 +95,7 @@ def _explained(
 def _as_it_was(model: nn.Module) -> Iterator[None]:
     """Leave weights, buffers, attributes, modes and random numbers as they were."""
     modules = list(model.modules())
-    members = [
-        (module, dict(vars(module)), dict(module._parameters), dict(module._buffers)) for module in modules
-    ]
+    members = [(module, dict(vars(module)), dict(module._parameters), dict(module._buffers)) for module in modules]
     python_state, numpy = random.getstate(), sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy else None
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
@@ -152,7 +150,9 @@ def _watched(model: nn.Module, tracer: Tracer) -> Iterator[None]:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         # Activation checkpointing would run parts again, within derivatives.
         stack.enter_context(patch.object(checkpoint, "_checkpoint_hook", lambda _: nullcontext()))
-        stack.enter_context(patch.object(checkpoint.CheckpointFunction, "apply", lambda function, _, *args: function(*args)))
+        stack.enter_context(
+            patch.object(checkpoint.CheckpointFunction, "apply", lambda function, _, *args: function(*args))
+        )
         enter = nn.modules.module.register_module_forward_pre_hook(lambda module, _: tracer.running.append(module))
         leave = nn.modules.module.register_module_forward_hook(
             lambda module, _, __: tracer.running.pop() and None, always_call=True

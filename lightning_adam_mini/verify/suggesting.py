@@ -33,6 +33,8 @@ def rows_of(sight: Sight, role: Role = Role.LINEAR) -> Rows | None:
         return None
     *batch, axis = sight.axes
     labels = _labels(sight, role)
+    if role is Role.EXPERT and axis and not batch and len(sight.shape) > 2:
+        batch = [0]  # experts that are summed over
     roles = {found for found, _ in labels}
     if len(roles) == 1 and not roles & {Role.QUERY, Role.KEY}:
         return Rows(*roles, axis=axis or None, batch_axes=tuple(batch))
@@ -65,7 +67,10 @@ def _labels(sight: Sight, role: Role) -> list[Label]:
 def _varies_along_alone(sight: Sight, axis: int) -> bool:
     """Whether heads depend on the place along one dimension and on no other."""
     found: list[Tensor] = list(sight.heads.values())
-    same = all(bool((numbers == numbers.amax([a for a in range(numbers.dim()) if a != axis], keepdim=True)).all()) for numbers in found)
+    same = all(
+        bool((numbers == numbers.amax([a for a in range(numbers.dim()) if a != axis], keepdim=True)).all())
+        for numbers in found
+    )
     return same and bool(found)
 
 
@@ -160,9 +165,7 @@ def _heads(parts):
     ]
 
 
-def _with_sizes(
-    name: str, modules: Sequence[nn.Module], found: Sequence[Mapping[str, Rows]]
-) -> ModuleLayout | None:
+def _with_sizes(name: str, modules: Sequence[nn.Module], found: Sequence[Mapping[str, Rows]]) -> ModuleLayout | None:
     """A layout whose numbers are attributes of the modules, where those differ in size."""
     if any(rows.keys() != found[0].keys() for rows in found):
         return None

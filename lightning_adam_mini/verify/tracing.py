@@ -155,9 +155,7 @@ class Tracer(TorchFunctionMode):
         on_call: Called with each attention call, while its operands are alive.
     """
 
-    def __init__(
-        self, parameters: Mapping[str, Tensor], *, on_call: Callable[[Call], None] | None = None
-    ) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], *, on_call: Callable[[Call], None] | None = None) -> None:
         super().__init__()
         self.calls: list[Call] = []
         self.outputs: dict[str, list[Outputs]] = {}
@@ -180,6 +178,8 @@ class Tracer(TorchFunctionMode):
         """Run a function that computes attention from a query, key and value, and look at nothing inside."""
         self._record(*operands)
         self._paused += 1
+        args = [_detached(argument) for argument in args]
+        kwargs = {key: _detached(argument) for key, argument in kwargs.items()}
         try:
             with torch.no_grad():
                 result = function(*args, **kwargs)
@@ -327,15 +327,15 @@ class Tracer(TorchFunctionMode):
             )
             self.outputs.setdefault(source, []).append(Outputs(name, axes))
 
-    def _product_of_activations(
-        self, function: Any, args: Any, kwargs: Any, pair: tuple[Factor, Factor]
-    ) -> Any:
+    def _product_of_activations(self, function: Any, args: Any, kwargs: Any, pair: tuple[Factor, Factor]) -> Any:
         left, right = pair
         mark_left, mark_right = self._mark_of(left.tensor), self._mark_of(right.tensor)
         for mark, other in ((mark_left, right), (mark_right, left)):
             # Products with the weights of experts, one after the other, have three dimensions.
-            if mark and mark.products and (
-                mark.is_softmax or (left.tensor.dim() >= 4 and mark.products[0].is_of_weights)
+            if (
+                mark
+                and mark.products
+                and (mark.is_softmax or (left.tensor.dim() >= 4 and mark.products[0].is_of_weights))
             ):
                 operands = _operands(mark, is_left=mark is mark_left, other=other, mask=self._any_mask)
                 self._record(*operands, *mark.products[1:])
@@ -461,7 +461,12 @@ def _leading(operand: Tensor, heads: int | None = None) -> Factor:
 
 def _is_depthwise(name: str, factors: Sequence[Tensor], args: Any, kwargs: Any) -> bool:
     """Whether a convolution treats each channel by itself, so that heads pass through it."""
-    return name.startswith("conv") and factors[1].dim() > 2 and factors[1].shape[1] == 1 and factors[0].shape[-factors[1].dim() + 1] > 1
+    return (
+        name.startswith("conv")
+        and factors[1].dim() > 2
+        and factors[1].shape[1] == 1
+        and factors[0].shape[-factors[1].dim() + 1] > 1
+    )
 
 
 def _straight_through(operand: Tensor, result: Tensor) -> Tensor:

@@ -314,7 +314,11 @@ class _Case:
                 continue
             modules[id(owner)] = owner
             role = judged.cuts[name].role.roles[0]
-            is_matrix = len(judged.cuts[name].role.roles) == 1 and role in (Role.ATTENTION_OUTPUT, Role.MLP, Role.EXPERT)
+            is_matrix = len(judged.cuts[name].role.roles) == 1 and role in (
+                Role.ATTENTION_OUTPUT,
+                Role.MLP,
+                Role.EXPERT,
+            )
             by_module.setdefault(id(owner), {})[own_name] = (self.sights[name], role if is_matrix else Role.LINEAR)
         by_class: dict[type, list[int]] = {}
         for key, module in modules.items():

@@ -202,3 +202,272 @@ def test_what_is_advised_is_confirmed(style):
     assert bool(by_head) == (style in BY_HEAD)
     assert all("query head" in again.parameters[name].reason for name in by_head)
     assert not found.overrides or style not in BY_HEAD
+
+
+def test_convolutions_of_one_place_are_projections():
+    model = transformer(Convolved())
+    found = verify_partition(model, TOKENS)
+    assert found.parameters["1.mix.weight"].status == "contradicted"
+    again = verify_partition(model, TOKENS, partition_layouts=found.layouts, partition_overrides=found.overrides)
+    assert not again.contradicted
+    assert again.parameters["1.mix.weight"].status == "confirmed"
+
+
+def test_known_names_of_weights_from_the_right():
+    attention = Separate(("q_proj", "k_proj", "v_proj"), make=Dense)
+    attention.num_heads = HEADS
+    model = transformer(attention)
+    found = verify_partition(model, TOKENS)
+    assert {verdict.name for verdict in found.contradicted} == {f"1.{name}_proj.weight" for name in "qkv"}
+    assert found.parameters["1.q_proj.weight"].reason.startswith("cut along dimension 0, which products sum over")
+    blocks = partition_module(model, layouts=found.layouts)["1.q_proj.weight"].blocks
+    assert (blocks.axis, blocks.num_values) == (1, HEADS)
+
+
+def test_experts_and_dense_layers_outside_of_attention():
+    class Mlp(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = Dense(WIDTH, 48), Dense(48, WIDTH)
+            self.experts = Experts()
+
+        def forward(self, x):
+            return self.down(self.up(x).relu()) + self.experts(x)
+
+    model = transformer(Fused("3 h d"), Mlp())
+    found = verify_partition(
+        model,
+        TOKENS,
+        partition_layouts={
+            "Mlp": ModuleLayout(
+                "wrong",
+                {
+                    "up.weight": Role.MLP,
+                    "down.weight": Role.MLP,
+                    "experts.up": Rows(Role.EXPERT, axis=1, batch_axes=(0,)),
+                    "experts.down": Rows(Role.EXPERT, axis=1, batch_axes=(0,)),
+                },
+            )
+        },
+    )
+    assert len(found.contradicted) == 5
+    cuts = partition_module(model, layouts=found.layouts)
+    assert {name: (cuts[name].blocks.axis, cuts[name].blocks.batch_axes) for name in cuts if name.startswith("2.")} == {
+        "2.up.weight": (1, ()),
+        "2.down.weight": (1, ()),
+        "2.experts.up": (2, (0,)),
+        "2.experts.down": (2, (0,)),
+    }
+    again = verify_partition(model, TOKENS, partition_layouts=found.layouts)
+    assert not again.contradicted, "a sum over experts contradicts nothing"
+
+
+class Named(Fused):
+    """A fused matrix under a usual name, with attributes that mislead."""
+
+    def __init__(self, order="3 h d", **attributes):
+        super().__init__(order)
+        self.qkv = self._modules.pop("everything")
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, x):
+        return self.back(attend(*split(self.qkv(x), self.order)))
+
+
+@pytest.mark.parametrize(
+    ("order", "given", "right"),
+    [("3 h d", "fused_per_head", "fused_contiguous"), ("h 3 d", "fused_contiguous", "fused_per_head")],
+)
+def test_the_right_order_has_a_name(order, given, right):
+    found = verify_partition(transformer(Named(order)), TOKENS, partition_layouts={"Named": given})
+    assert [verdict.name for verdict in found.contradicted] == ["1.qkv.weight"]
+    assert found.layouts == {"Named": right}
+
+
+def test_a_refused_matrix_is_judged_too():
+    found = verify_partition(transformer(Named()), TOKENS)
+    assert "the partition refuses it" in found.parameters["1.qkv.weight"].reason
+    assert found.layouts == {"Named": "fused_contiguous"}
+
+
+def test_head_counts_of_other_meaning_are_contradicted():
+    layouts = {
+        "Named": ModuleLayout(
+            "of_attributes",
+            {"qkv.weight": Rows(Span(Role.QUERY, "heads"), Role.KEY, Role.VALUE)},
+            sizes={"heads": "groups", "kv_heads": "groups", "head_dim": 16},
+        )
+    }
+    found = verify_partition(transformer(Named(groups=2)), TOKENS, partition_layouts=layouts)
+    assert "blocks hold rows of several query heads: 2 blocks, 4 heads" in found.parameters["1.qkv.weight"].reason
+    again = verify_partition(transformer(Named(groups=2)), TOKENS, partition_layouts=found.layouts)
+    assert not again.contradicted
+
+
+def test_sizes_that_differ_become_attributes():
+    class Sized(nn.Module):
+        def __init__(self, count):
+            super().__init__()
+            self.count, self.size = count, WIDTH // count
+            self.a, self.b, self.c = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+        def forward(self, x):
+            heads = (layer(x).unflatten(-1, (self.count, -1)).transpose(1, 2) for layer in (self.a, self.b, self.c))
+            return F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+
+    model = transformer(Sized(2), Sized(4))
+    found = verify_partition(model, TOKENS)
+    cuts = partition_module(model, layouts=found.layouts)
+    assert [cuts[f"{n}.a.weight"].blocks.num_values for n in (1, 2)] == [2, 4]
+    assert found.layouts["Sized"].sizes == {"count": "count", "size": "size"}
+
+
+def test_the_advice_can_be_pasted():
+    for style in ("fused d 3 h", "bare", "fused 3 d h", "grouped"):
+        model = transformer(STYLES[style]())
+        found = verify_partition(model, TOKENS)
+        names = {"ModuleLayout": ModuleLayout, "Role": Role, "Rows": Rows, "Span": Span}
+        arguments = eval(f"dict({found.as_python()})", names)
+        assert arguments.get("partition_layouts", {}) == found.layouts
+        assert arguments.get("partition_overrides", {}) == found.overrides
+
+
+def test_what_the_user_overrides_is_his_word():
+    model = transformer(Fused("3 h d"))
+    found = verify_partition(model, TOKENS, partition_overrides={"linear": "row"})
+    assert not found.contradicted
+
+
+def test_a_model_without_token_embedding_attends():
+    class Network(nn.Sequential):
+        def forward(self, image):
+            return super().forward(image.flatten(2).mT)
+
+    model = Network(nn.Linear(3, WIDTH), Separate())
+    found = verify_partition(model, torch.randn(2, 3, 4, 4))
+    assert any("auto takes default" in note for note in found.notes)
+    assert {verdict.name for verdict in found.contradicted} == {"1.alpha.weight", "1.beta.weight"}
+    assert not verify_partition(model, torch.randn(2, 3, 4, 4), partition_layouts=found.layouts).contradicted
+
+
+# The model afterwards
+
+
+class Busy(nn.Module):
+    """A model with all that a forward pass may change or depend on."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(11, WIDTH, max_norm=0.5)
+        self.normed = nn.BatchNorm1d(WIDTH)
+        self.attention = Normed()
+        self.dropout = nn.Dropout(0.5)
+        self.register_buffer("seen", torch.zeros(()))
+        self.calls, self.last = 0, None
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, tokens):
+        self.calls += 1
+        self.seen += 1
+        self.last = self.attention(self.dropout(self.normed(self.table(tokens).mT).mT)) * self.gate
+        return {"hidden": self.last, "noise": (torch.rand(2), None)}
+
+
+def test_the_model_is_as_it_was():
+    model = Busy()
+    model.table.weight.requires_grad_(False)
+    model.attention.alpha.eval()
+    model.gate.register_hook(lambda _: pytest.fail("a hook of the real parameter ran"))
+    model.attention.back.weight.grad = torch.ones(WIDTH, WIDTH)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    objects = dict(model.named_parameters())
+    modes = [module.training for module in model.modules()]
+    torch.manual_seed(3)
+    found = verify_partition(model, TOKENS)
+    drawn = torch.rand(3)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(3))
+    assert found.num_attention_calls == 1
+    assert found.parameters["table.weight"].status == "confirmed"
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter is objects[name] for name, parameter in model.named_parameters())
+    assert [module.training for module in model.modules()] == modes
+    assert (model.calls, model.last) == (0, None)
+    assert model.attention.back.weight.grad.sum() == WIDTH**2
+    assert not model.table.weight.requires_grad
+
+
+def test_an_error_leaves_the_model_as_it_was():
+    model = Busy()
+    with pytest.raises(ValueError, match="(?s)forward pass of Busy does not take this input:\nIndexError"):
+        verify_partition(model, TOKENS + 100)
+    assert model.training
+    assert model.calls == 0
+    assert all(isinstance(parameter, nn.Parameter) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype):
+    model = transformer(Fused("d 3 h")).to(dtype)
+    found = verify_partition(model, TOKENS)
+    assert heads_of(model, "1.everything.weight", layouts=found.layouts) == 2 * HEADS + WIDTH
+
+
+def test_wrapped_runs():
+    """Activation checkpointing, compiled modules."""
+    from torch.utils.checkpoint import checkpoint
+
+    class Wrapped(Separate):
+        def forward(self, x):
+            for use_reentrant in (True, False):
+                x = x + checkpoint(super().forward, x, use_reentrant=use_reentrant)
+            return x
+
+    model = transformer(Wrapped())
+    model[1].compile(backend="eager")
+    found = verify_partition(torch.compile(model, backend="eager"), TOKENS)
+    assert found.num_attention_calls == 2
+    assert heads_of(model, "1.alpha.weight", layouts=found.layouts) == HEADS
+
+
+@pytest.mark.slow
+def test_flexible_attention():
+    """The operation is compiled."""
+    from torch.nn.attention import flex_attention
+
+    class Flexible(Separate):
+        def forward(self, x):
+            heads = [self.heads(getattr(self, name)(x)) for name in self.names]
+            return self.back(flex_attention.flex_attention(*heads).transpose(1, 2).flatten(2))
+
+    model = transformer(Flexible())
+    found = verify_partition(model, TOKENS)
+    assert heads_of(model, "1.beta.weight", layouts=found.layouts) == HEADS
+
+
+def test_one_layer_that_runs_twice():
+    block = Fused("h 3 d")
+    found = verify_partition(transformer(block, block), TOKENS)
+    assert found.num_attention_calls == 2
+    assert heads_of(transformer(Fused("h 3 d")), "1.everything.weight", layouts=found.layouts) == 2 * HEADS + WIDTH
+
+
+def test_no_attention():
+    model = nn.Sequential(nn.Embedding(11, WIDTH), nn.Linear(WIDTH, 8), nn.ReLU(), nn.Linear(8, 11))
+    found = verify_partition(model, TOKENS)
+    assert "no attention was seen" in found.notes[0]
+    assert {
+        name: verdict.status for name, verdict in found.parameters.items() if name.endswith("weight")
+    } == dict.fromkeys(("0.weight", "1.weight", "3.weight"), "confirmed")
+
+
+def test_what_cannot_run():
+    with pytest.raises(ValueError, match=r"0\.weight: is on the meta device.* build the model on the CPU"):
+        verify_partition(transformer(Normed()).to("meta"), TOKENS)
+    with pytest.raises(ValueError, match="run one batch through the model first"):
+        verify_partition(nn.LazyLinear(3), TOKENS)
+    with pytest.raises(ValueError, match="not a list"):
+        verify_partition([], TOKENS)
+    with pytest.raises(ValueError, match="no layout 'fused_contigous'"):
+        verify_partition(transformer(Normed()), TOKENS, partition_layouts={"Normed": "fused_contigous"})
