@@ -78,7 +78,7 @@ def dummy_inputs(model: Any) -> dict[str, Any]:
     Raises:
         ValueError: It asks for something that nobody here can make up.
     """
-    network = getattr(model, "model", None) if hasattr(model, "optimizer_factory") else model
+    network = model.model if hasattr(model, "optimizer_factory") else model
     config = getattr(network, "config", None)
     signature = inspect.signature(model.forward).parameters
     if "graph" in signature:

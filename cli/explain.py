@@ -23,8 +23,8 @@ __all__ = ["main"]
 
 DESCRIPTION = """Show the role, the cut and the blocks of every parameter, the bytes of the optimizer's state, and what
 to look at. No weights are made, no data are read and nothing is downloaded. With --verify the model runs once, with
-random weights and a random input, and tells of each parameter whether it uses it as it is cut; what is contradicted ends
-the command with 1."""
+random weights and a random input, and tells of each parameter whether it uses it as it is cut; a contradiction ends the
+command with 1."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -115,7 +115,8 @@ def _explanation(
     own = {key: cut for key, cut in source.overrides.items() if key not in overrides}
     partition, all_overrides = options.partition or source.partition, {**overrides, **own}
     all_layouts = {**source.layouts, **layouts}
-    verification, told = None, []
+    verification: Verification | None = None
+    told: list[str] = []
     try:
         explanation = explain(
             source.model,

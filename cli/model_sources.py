@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 import yaml
+from torch import nn
 
-from .model_building import Source, building, config_file, is_subclass, near, package, quiet, read_json
 from .dummy_inputs import built, check_size, shortened
+from .model_building import Source, building, config_file, is_subclass, near, package, quiet, read_json
 from .recipes import find_recipe
 from .transformers_models import of_transformers
 from .without_training import trainer_options

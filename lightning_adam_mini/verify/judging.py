@@ -87,7 +87,7 @@ class Sight:
                 problem = f"attention calls take different heads of the {seen.operand} from the same rows"
                 return cls(shape, problem=problem)
             by_operand[seen.operand] = merged
-        return cls(shape, *of_products, bool(lookups), by_operand)
+        return cls(shape, next(iter(of_products)), bool(lookups), by_operand)
 
     def of_role(self, role: Role) -> Tensor | None:
         """The heads of each output, as a query, key or value."""
@@ -185,14 +185,16 @@ def _heads_elsewhere(claim: Claim, sight: Sight) -> str:
             count = int(numbers.max()) + 1
             rows = int((numbers >= 0).sum())
             some = "its" if rows == numbers.numel() else f"{rows} of its {numbers.numel()}"
-            return f"{some} rows are the {operand} of {count} head{'s' if count > 1 else ''}, but it is cut as {claim.cut.role.name}"
+            heads = f"{count} head{'s' if count > 1 else ''}"
+            return f"{some} rows are the {operand} of {heads}, but it is cut as {claim.cut.role.name}"
     return ""
 
 
 def _rows_verdict(claim: Claim, sight: Sight) -> tuple[Status, str]:
     """Compare blocks of outputs with the heads that they feed."""
     cut, blocks = claim.cut, claim.cut.blocks
-    assert sight.axes is not None and blocks.axis is not None
+    assert sight.axes is not None
+    assert blocks.axis is not None
     kept = tuple(size if axis in sight.axes else 1 for axis, size in enumerate(sight.shape))
     kept = tuple(blocks.shape[axis] if axis == blocks.axis else size for axis, size in enumerate(kept))
     index = replace(blocks, shape=kept).block_index()
@@ -204,7 +206,8 @@ def _rows_verdict(claim: Claim, sight: Sight) -> tuple[Status, str]:
     if blocks.batch_axes:
         sizes = [size if axis in blocks.batch_axes else 1 for axis, size in enumerate(kept)]
         batch = torch.arange(math.prod(sizes)).view(sizes).expand(kept)
-    told, unseen = [], []
+    told: list[str] = []
+    unseen: list[str] = []
     for number, role in enumerate(roles):
         rows = role_of == number
         cut_of_role = cut.cuts[cut.role.roles.index(role)]
@@ -306,7 +309,7 @@ def _numbers(masks: Tensor) -> Tensor:
 
 
 def _merged(known: Tensor, more: Tensor) -> Tensor | None:
-    """Heads of several calls: the same rows feed the same heads, or other rows other heads; None where neither holds."""
+    """Heads of several calls: the same rows for the same heads, or other rows for other heads; else None."""
     if torch.equal(known, more):
         return known
     if known.shape != more.shape or ((known != NONE) & (more != NONE)).any():

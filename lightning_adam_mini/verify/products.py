@@ -51,17 +51,47 @@ PRODUCTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """Names of the arguments of products; the last two are multiplied. `einsum` is one too, and `__rmatmul__`."""
 
 ELEMENTWISE = frozenset(
-    "layer_norm rms_norm group_norm batch_norm instance_norm normalize dropout alpha_dropout feature_alpha_dropout relu "
-    "relu_ relu6 elu selu celu gelu silu mish sigmoid tanh hardtanh hardswish hardsigmoid leaky_relu softplus clamp "
-    "clamp_min square exp".split()
+    [
+        "layer_norm",
+        "rms_norm",
+        "group_norm",
+        "batch_norm",
+        "instance_norm",
+        "normalize",
+        "dropout",
+        "alpha_dropout",
+        "feature_alpha_dropout",
+        "relu",
+        "relu_",
+        "relu6",
+        "elu",
+        "selu",
+        "celu",
+        "gelu",
+        "silu",
+        "mish",
+        "sigmoid",
+        "tanh",
+        "hardtanh",
+        "hardswish",
+        "hardsigmoid",
+        "leaky_relu",
+        "softplus",
+        "clamp",
+        "clamp_min",
+        "square",
+        "exp",
+    ]
 )
 """Operations that depend on other elements through statistics at most, and whose derivative may be zero."""
 
-FIRST_OPERAND = frozenset("to type_as expand_as view_as reshape_as".split())
+FIRST_OPERAND = frozenset(["to", "type_as", "expand_as", "view_as", "reshape_as"])
 """Operations whose other operands only lend their shape or type."""
 
-_STATISTICS = frozenset("norm vector_norm linalg_norm linalg_vector_norm var std var_mean std_mean dot vdot".split())
-_REDUCTIONS = frozenset("mean sum amax amin max min logsumexp".split())
+_STATISTICS = frozenset(
+    ["norm", "vector_norm", "linalg_norm", "linalg_vector_norm", "var", "std", "var_mean", "std_mean", "dot", "vdot"]
+)
+_REDUCTIONS = frozenset(["mean", "sum", "amax", "amin", "max", "min", "logsumexp"])
 
 
 @dataclass(frozen=True)

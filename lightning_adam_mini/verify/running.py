@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import checkpoint
 
-from lightning_adam_mini.verify.products import Factor
+from lightning_adam_mini.verify.products import Factor, arguments
 from lightning_adam_mini.verify.tracing import Call, Tracer
 
 __all__ = ["traced"]
@@ -114,9 +114,10 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
         for module, attributes, parameters, buffers in members:
             vars(module).clear()
             vars(module).update(attributes)
-            for own, saved in ((module._parameters, parameters), (module._buffers, buffers)):
-                own.clear()
-                own.update(saved)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+            module._buffers.clear()
+            module._buffers.update(buffers)
 
 
 def _swap_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -143,26 +144,31 @@ def _swap_parameters(model: nn.Module) -> dict[str, Tensor]:
 @contextmanager
 def _watched(model: nn.Module, tracer: Tracer) -> Iterator[None]:
     """Watch which module runs, and functions that compute attention in operations that tell nothing of it."""
+
+    def left(*_: Any) -> None:
+        tracer.running.pop()
+
     fastpath = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if "torch._dynamo" in sys.modules:  # or else nothing is compiled, and the import takes seconds
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         # Activation checkpointing would run parts again, within derivatives.
         stack.enter_context(patch.object(checkpoint, "_checkpoint_hook", lambda _: nullcontext()))
         stack.enter_context(
             patch.object(checkpoint.CheckpointFunction, "apply", lambda function, _, *args: function(*args))
         )
         enter = nn.modules.module.register_module_forward_pre_hook(lambda module, _: tracer.running.append(module))
-        leave = nn.modules.module.register_module_forward_hook(
-            lambda module, _, __: tracer.running.pop() and None, always_call=True
-        )
+        leave = nn.modules.module.register_module_forward_hook(left, always_call=True)
         stack.callback(enter.remove)
         stack.callback(leave.remove)
         modules = list(model.modules())
         for module in modules:
             if _is_graph_attention(module):
-                stack.enter_context(patch.object(module, "message", _watched_message(tracer, module.message)))
+                stack.enter_context(
+                    patch.object(module, "message", _watched_message(tracer, cast("Any", module.message)))
+                )
             for name, value in list(vars(module).items()):
                 if (heads := _heads_dimension(value)) is not None:
                     stack.enter_context(patch.object(module, name, _watched_function(tracer, value, heads)))
@@ -193,8 +199,9 @@ def _heads_dimension(value: Any) -> int | None:
 
 def _watched_function(tracer: Tracer, function: Callable[..., Any], heads: int) -> Callable[..., Any]:
     def watched(*args: Any, **kwargs: Any) -> Any:
-        first = [*args[:3], *(kwargs[name] for name in list(inspect.signature(function).parameters)[len(args) : 3])]
-        return tracer.attend(function, [Factor(tensor, (0, heads)) for tensor in first], args, kwargs)
+        names = list(inspect.signature(function).parameters)[:3]
+        query, key, value = (Factor(tensor, (0, heads)) for tensor in arguments(names, args, kwargs))
+        return tracer.attend(function, (query, key, value), args, kwargs)
 
     return watched
 
@@ -208,7 +215,7 @@ def _watched_message(tracer: Tracer, message: Callable[..., Any]) -> Callable[..
     """Edges stand for tokens: `(edges, heads, head_dim)`."""
 
     def watched(query_i: Tensor, key_j: Tensor, value_j: Tensor, **rest: Any) -> Any:
-        operands = [Factor(tensor, (1,)) for tensor in (query_i, key_j, value_j)]
+        operands = Factor(query_i, (1,)), Factor(key_j, (1,)), Factor(value_j, (1,))
         return tracer.attend(message, operands, (), {"query_i": query_i, "key_j": key_j, "value_j": value_j, **rest})
 
     return watched

@@ -8,7 +8,7 @@ from itertools import groupby
 
 from torch import Tensor, nn
 
-from lightning_adam_mini.partition import ModuleLayout, Role, Rows, Span
+from lightning_adam_mini.partition import ModuleLayout, Part, Role, Rows, Span
 from lightning_adam_mini.partition.layouts import ORDERS
 from lightning_adam_mini.verify.judging import Sight
 from lightning_adam_mini.verify.tracing import Operand
@@ -152,7 +152,7 @@ def _has_order(order: ModuleLayout, module: nn.Module, sights: Mapping[str, tupl
     return True
 
 
-def _heads(parts):
+def _heads(parts: Sequence[Part]) -> list[tuple[Role, int | None]]:
     """Rows of each role, and for queries and keys of each head; values are cut by row."""
     return [
         (part.role, size)
@@ -191,7 +191,7 @@ def _with_sizes(name: str, modules: Sequence[nn.Module], found: Sequence[Mapping
             if span.count is None:
                 spans.append(span)
                 continue
-            count = attribute([int(o.spans[place].count) for o in others])
+            count = attribute([int(o.spans[place].count or 0) for o in others])
             size = attribute([int(o.spans[place].size) for o in others])
             if span.role is Role.VALUE and (count is None or size is None):
                 spans.append(Span(span.role))

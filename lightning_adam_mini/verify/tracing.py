@@ -15,7 +15,7 @@ exactly zero where nothing depends:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -63,7 +63,7 @@ class Outputs:
 
     Args:
         operation: Name of the operation.
-        axes: Dimensions of the parameter that are outputs, or keep matrices apart; others are summed over. Dimensions of
+        axes: Dimensions of the parameter that are outputs, or keep matrices apart; others are summed over. Those of
             size one are in neither.
     """
 
@@ -143,7 +143,7 @@ class _Attach(torch.autograd.Function):
         return value.detach().clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         return None, grad.sum_to_size(ctx.shape).to(ctx.dtype)
 
 
@@ -174,7 +174,9 @@ class Tracer(TorchFunctionMode):
         for tensor in tensors_in(inputs):
             self._mark(tensor, _Mark(False))
 
-    def attend(self, function: Callable[..., Any], operands: Sequence[Factor], args: Any, kwargs: Any) -> Any:
+    def attend(
+        self, function: Callable[..., Any], operands: tuple[Factor, Factor, Factor], args: Any, kwargs: Any
+    ) -> Any:
         """Run a function that computes attention from a query, key and value, and look at nothing inside."""
         self._record(*operands)
         self._paused += 1
@@ -202,7 +204,8 @@ class Tracer(TorchFunctionMode):
                 return function(*args, **kwargs)
         if name == "scaled_dot_product_attention":
             operands = arguments(("query", "key", "value"), args, kwargs)
-            return self.attend(function, [_leading(operand) for operand in operands], args, kwargs)
+            query, key, value = (_leading(operand) for operand in operands)
+            return self.attend(function, (query, key, value), args, kwargs)
         if name in LAYERS or name in PRODUCTS or name in ("einsum", "__rmatmul__"):
             return self._product(name, function, args, kwargs)
         result = function(*args, **kwargs)
@@ -265,12 +268,12 @@ class Tracer(TorchFunctionMode):
                 self._note_outputs(name, graph, sources)
         with torch.no_grad():
             result = function(*args, **kwargs)
-        if graph is not None and isinstance(result, Tensor):
-            if torch.is_grad_enabled():
-                result = _Attach.apply(result, graph)
+        if graph is not None and isinstance(result, Tensor) and torch.is_grad_enabled():
+            result = _Attach.apply(result, graph)
         scores = self._mark_of(others[0])
-        mixes_heads = scores is not None and scores.products and name == "linear" and others[0].dim() >= 4
-        mark = _Mark(False, sources, scores.products, scores.is_softmax) if mixes_heads else _Mark(False, sources)
+        mark = _Mark(False, sources)
+        if scores is not None and name == "linear" and others[0].dim() >= 4:  # mixes the scores of heads
+            mark = _Mark(False, sources, scores.products, scores.is_softmax)
         for tensor in tensors_in(result):
             self._mark(tensor, mark)
         return result
@@ -312,7 +315,7 @@ class Tracer(TorchFunctionMode):
         # The middle, since the borders of a convolution see padding. A row that is looked up shows as a whole.
         middle = tuple(size // 2 for size in graph.shape)
         element = graph[middle[:-1]].sum() if name in LOOKUPS else graph[middle]
-        grads = torch.autograd.grad(
+        grads: tuple[Tensor | None, ...] = torch.autograd.grad(
             element, [self._parameters[source] for source in wanted], retain_graph=True, allow_unused=True
         )
         for source, grad in zip(wanted, grads, strict=True):

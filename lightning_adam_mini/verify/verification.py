@@ -103,8 +103,8 @@ def verify_partition(
 ) -> Verification:
     """Run the model's forward pass once, and compare how it uses each parameter with how `AdamMini` would cut it.
 
-    The model runs in eval mode on copies of its weights and buffers, which takes their memory again. Afterwards it is as
-    it was, random numbers too.
+    The model runs in eval mode on copies of its weights and buffers, which takes their memory again. Afterwards it is
+    as it was, random numbers too.
 
     Args:
         model: The model, with weights; random ones will do.
@@ -118,8 +118,8 @@ def verify_partition(
         A verdict on each parameter, and the layouts that would be right.
 
     Raises:
-        ValueError: The model has no weights, its forward pass does not take the input, or the arguments of the partition
-            are wrong in themselves.
+        ValueError: The model has no weights, its forward pass does not take the input, or the arguments of the
+            partition are wrong in themselves.
 
     Example:
         >>> model = nn.TransformerEncoderLayer(16, nhead=4)
@@ -249,7 +249,7 @@ class _Case:
         """
         problems: dict[str, str] = {}
         while True:
-            extra = {name: Cut.ELEMENT.value for name in problems}
+            extra = dict.fromkeys(problems, Cut.ELEMENT.value)
             try:
                 return partition_module(self._model, strategy, {**overrides, **extra}, layouts), problems
             except ValueError as error:
@@ -309,17 +309,17 @@ class _Case:
         layers = {node.plain_name: node.module for node in nodes.values()}
         for name in sorted(wrong - settled):
             layer_name, _, own_name = plain[name].rpartition(".")
-            owner = layers.get(layer_name)
-            if owner is None or not self.sights[name].axes:
+            layer = layers.get(layer_name)
+            if layer is None or not self.sights[name].axes:
                 continue
-            modules[id(owner)] = owner
+            modules[id(layer)] = layer
             role = judged.cuts[name].role.roles[0]
             is_matrix = len(judged.cuts[name].role.roles) == 1 and role in (
                 Role.ATTENTION_OUTPUT,
                 Role.MLP,
                 Role.EXPERT,
             )
-            by_module.setdefault(id(owner), {})[own_name] = (self.sights[name], role if is_matrix else Role.LINEAR)
+            by_module.setdefault(id(layer), {})[own_name] = (self.sights[name], role if is_matrix else Role.LINEAR)
         by_class: dict[type, list[int]] = {}
         for key, module in modules.items():
             by_class.setdefault(type(module), []).append(key)
@@ -339,7 +339,7 @@ class _Case:
     def _owners_of_feeders(self) -> dict[str, nn.Module]:
         """The module that attends, by the parameters in it that make its queries, keys and values.
 
-        It is the innermost module that was running and holds any of them; what lies outside of it was made for others too.
+        It is the innermost module that was running and holds any of them; what lies outside was made for others too.
         """
         feeders: dict[int, set[str]] = {}
         for name, seen in self._tracer.heads.items():
