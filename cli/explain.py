@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,16 +14,24 @@ from .arguments import Parser
 if TYPE_CHECKING:
     from argparse import Namespace
 
+    from lightning_adam_mini.measure import Explanation
+    from lightning_adam_mini.verify import Verification
+
     from .model_building import Source
 
 __all__ = ["main"]
 
 DESCRIPTION = """Show the role, the cut and the blocks of every parameter, the bytes of the optimizer's state, and what
-to look at. No weights are made, no data are read and nothing is downloaded."""
+to look at. No weights are made, no data are read and nothing is downloaded. With --verify the model runs once, with
+random weights and a random input, and tells of each parameter whether it uses it as it is cut; a contradiction ends the
+command with 1."""
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> int:
     """Explain the partition of a recipe's model, or of a model of another library.
+
+    Returns:
+        The exit code: 1 where the forward pass contradicts the partition.
 
     Raises:
         ArgumentError: The command line is wrong.
@@ -44,7 +52,9 @@ def main(arguments: Sequence[str]) -> None:
 
     from .model_sources import SOURCES
 
-    _write(_explanation(SOURCES[kind](value), options, overrides, layouts))
+    text, code = _explanation(SOURCES[kind](value), options, overrides, layouts)
+    _write(text)
+    return code
 
 
 def _parser() -> Parser:
@@ -77,6 +87,7 @@ def _parser() -> Parser:
         default=[],
         help="Layout, by its name, of a class of attention; may be repeated.",
     )
+    parser.add_argument("--verify", action="store_true", help="Run the model once, and compare; 1 if it contradicts.")
     parser.add_argument("--full", action="store_true", help="One row for each parameter, not one for equal layers.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object.")
     return parser
@@ -95,26 +106,104 @@ def _pairs(parser: Parser, option: str, values: Sequence[str]) -> dict[str, str]
     return pairs
 
 
-def _explanation(source: Source, options: Namespace, overrides: dict[str, str], layouts: dict[str, str]) -> str:
-    """The text of the command."""
+def _explanation(
+    source: Source, options: Namespace, overrides: dict[str, str], layouts: dict[str, str]
+) -> tuple[str, int]:
+    """The text of the command, and its exit code."""
     from lightning_adam_mini.measure import explain
 
     own = {key: cut for key, cut in source.overrides.items() if key not in overrides}
+    partition, all_overrides = options.partition or source.partition, {**overrides, **own}
+    all_layouts = {**source.layouts, **layouts}
+    verification: Verification | None = None
+    told: list[str] = []
     try:
         explanation = explain(
             source.model,
-            options.partition or source.partition,
-            {**overrides, **own},
-            partition_layouts={**source.layouts, **layouts},
+            partition,
+            all_overrides,
+            partition_layouts=all_layouts,
             exp_avg_dtype=source.exp_avg_dtype,
         )
     except ValueError as error:
         if not (own and overrides):
             raise
-        told = ", ".join(f"{key}={cut}" for key, cut in own.items())
-        raise ValueError(f"{error} (the recipe itself overrides {told}; --override with the same key wins)") from error
-    explanation = replace(explanation, warnings=(*source.warnings, *explanation.warnings))
-    return json.dumps(explanation.to_dict()) if options.json else explanation.table(full=options.full)
+        keys = ", ".join(f"{key}={cut}" for key, cut in own.items())
+        raise ValueError(f"{error} (the recipe itself overrides {keys}; --override with the same key wins)") from error
+    if options.verify:
+        verification, told = _verification(source, partition, all_overrides, all_layouts)
+        explanation = _with_verdicts(explanation, verification)
+    explanation = replace(explanation, warnings=(*source.warnings, *told, *explanation.warnings))
+    if options.json:
+        content = explanation.to_dict()
+        if verification is not None:
+            content["verification"] = verification.to_dict()
+        text = json.dumps(content)
+    else:
+        text = explanation.table(full=options.full)
+        if verification is not None:
+            text += f"\n\n{_summary(verification)}"
+    return text, int(verification is not None and bool(verification.contradicted))
+
+
+def _verification(
+    source: Source, partition: str, overrides: dict[str, str], layouts: Mapping[str, str]
+) -> tuple[Verification, list[str]]:
+    """The verdict of a forward pass on a model with random weights, and what that model lacks."""
+    from lightning_adam_mini import verify_partition
+
+    from .dummy_inputs import dummy_inputs
+    from .model_building import quiet
+
+    assert source.runnable is not None
+    model, told = source.runnable()
+    inputs = dummy_inputs(model)
+    with quiet():
+        try:
+            found = verify_partition(
+                model,
+                partition=partition,
+                partition_overrides=overrides,
+                partition_layouts=layouts,
+                **inputs,
+            )
+        except ValueError as error:
+            shapes = ", ".join(f"{name} {list(getattr(value, 'shape', ()))}" for name, value in inputs.items())
+            raise ValueError(f"--verify made up an input of {shapes}: {error}") from error
+    return found, told
+
+
+def _with_verdicts(explanation: Explanation, verification: Verification) -> Explanation:
+    """Rows with their verdicts; layers that were left out have those of their like."""
+    from lightning_adam_mini.measure.collapse import template
+
+    alike: dict[str, set[str]] = {}
+    for name, verdict in verification.parameters.items():
+        alike.setdefault(template(name), set()).add(verdict.status.value)
+
+    def status(name: str) -> str:
+        if name in verification.parameters:
+            return verification.parameters[name].status.value
+        found = alike.get(template(name), set())
+        return found.copy().pop() if len(found) == 1 else "not seen"
+
+    return replace(explanation, rows=tuple(replace(row, verified=status(row.name)) for row in explanation.rows))
+
+
+def _summary(verification: Verification) -> str:
+    """What the forward pass contradicts, and what would be right."""
+    from lightning_adam_mini.measure.collapse import collapse
+
+    counts = {status: len(verification.of_status(status)) for status in ("confirmed", "contradicted", "not seen")}
+    lines = ["verified  " + ", ".join(f"{count} {status}" for status, count in counts.items())]
+    lines += [f"note: {note}" for note in verification.notes]
+    groups = collapse(
+        verification.contradicted, name=lambda verdict: verdict.name, alike=lambda verdict: verdict.reason
+    )
+    lines += [f"contradicted: {name}: {members[0].reason}" for name, members in groups]
+    if verification.contradicted and (told := verification.as_python()):
+        lines += ["right would be:", told]
+    return "\n".join(lines)
 
 
 def _write(text: str) -> None:

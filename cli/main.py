@@ -91,8 +91,7 @@ def _dispatch(command: str, rest: list[str]) -> int:
     if command == "explain":
         from .explain import main as explain
 
-        explain(rest)
-        return 0
+        return explain(rest)
     if command == "compare":
         from .compare.command import main as compare
 

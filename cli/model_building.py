@@ -8,7 +8,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -31,6 +31,8 @@ class Source:
         layouts: Layouts for its classes.
         exp_avg_dtype: Dtype of the first moment.
         warnings: What may differ from the model that the user means.
+        runnable: Builds the model again with random weights on the CPU, with fewer layers where it is large; with what
+            was left out, one sentence each.
     """
 
     model: nn.Module
@@ -39,6 +41,7 @@ class Source:
     layouts: Mapping[str, str] = field(default_factory=dict)
     exp_avg_dtype: torch.dtype | None = None
     warnings: tuple[str, ...] = ()
+    runnable: Callable[[], tuple[nn.Module, list[str]]] | None = None
 
 
 def package(name: str, option: str, extra: str) -> Any:

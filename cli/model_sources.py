@@ -7,7 +7,9 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import nn
 
+from .dummy_inputs import built, check_size, shortened
 from .model_building import Source, building, config_file, is_subclass, near, package, quiet, read_json
 from .recipes import find_recipe, read_yaml
 from .transformers_models import of_transformers
@@ -47,7 +49,18 @@ def of_recipe(name: str) -> Source:
         layouts=factory.partition_layouts,
         exp_avg_dtype=dtype,
         warnings=tuple(told),
+        runnable=lambda: _runnable_task(task, application.datamodule),
     )
+
+
+def _runnable_task(task: Any, data: Any) -> tuple[nn.Module, list[str]]:
+    """The task of an outline, with random weights."""
+    if hasattr(task.model, "base_model_prefix"):  # a model of transformers
+        task.model, told = shortened(task.model)
+        return task, told
+    check_size(task)
+    task.outline(data, device="cpu")
+    return task, []
 
 
 def of_timm(name: str) -> Source:
@@ -61,7 +74,8 @@ def of_timm(name: str) -> Source:
     if ":" in name or "/" in name or not timm.is_model(known):
         raise ValueError(f"--timm {name}: timm has no model of that name{near(known, timm.list_models())}")
     with quiet(), building(f"--timm {name}"), torch.device("meta"):
-        return Source(timm.create_model(known, pretrained=False))
+        model = timm.create_model(known, pretrained=False)
+    return Source(model, runnable=lambda: built(lambda: timm.create_model(known, pretrained=False), model))
 
 
 def of_diffusers(name: str) -> Source:
@@ -87,7 +101,8 @@ def of_diffusers(name: str) -> Source:
             raise ValueError(f"--diffusers {name}: diffusers has no model {class_name}{hint}")
         remedy = "" if path else "; its defaults may be incomplete: give a config.json with _class_name"
         with building(f"--diffusers {name}", remedy), torch.device("meta"):
-            return Source(cls.from_config(options) if path else cls())
+            model = cls.from_config(options) if path else cls()
+    return Source(model, runnable=lambda: built(lambda: cls.from_config(model.config), model))
 
 
 SOURCES: Mapping[str, Callable[[str], Source]] = MappingProxyType(

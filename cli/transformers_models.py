@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .dummy_inputs import shortened
 from .model_building import Source, building, config_file, is_subclass, near, package, quiet, read_json
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def of_transformers(name: str) -> Source:
         "blocks"
         for part, size, value in _defaults(config, options)
     ]
-    return Source(model, warnings=tuple(told))
+    return Source(model, warnings=tuple(told), runnable=lambda: shortened(model))
 
 
 def _cached(name: str) -> Path:

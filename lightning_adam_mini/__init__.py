@@ -8,8 +8,9 @@ if TYPE_CHECKING:
     from lightning_adam_mini.measure import explain
     from lightning_adam_mini.optim import AdamMini
     from lightning_adam_mini.partition import partition_module, register_layout
+    from lightning_adam_mini.verify import verify_partition
 
-__all__ = ["AdamMini", "Blocks", "explain", "partition_module", "register_layout"]
+__all__ = ["AdamMini", "Blocks", "explain", "partition_module", "register_layout", "verify_partition"]
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -18,6 +19,7 @@ _HOMES = {
     "explain": "lightning_adam_mini.measure",
     "partition_module": "lightning_adam_mini.partition",
     "register_layout": "lightning_adam_mini.partition",
+    "verify_partition": "lightning_adam_mini.verify",
 }
 
 

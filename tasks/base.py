@@ -134,16 +134,17 @@ class Task(LightningModule):
         replicas = self.trainer.distributed_sampler_kwargs
         return 0 if replicas is None else int(replicas["rank"])
 
-    def outline(self, data: LightningDataModule) -> list[str]:
+    def outline(self, data: LightningDataModule, device: str = "meta") -> list[str]:
         """Make the network on the meta device, for whoever asks for its shapes alone; no data are read.
 
         Args:
             data: The data module as the recipe makes it, before its setup.
+            device: Another device, for a network with random weights.
 
         Returns:
             What may differ in a run, one sentence each.
         """
-        with torch.device("meta"):
+        with torch.device(device):
             self.configure_model()
         return []
 

@@ -58,10 +58,15 @@ class Entry:
 
     def loss(self, model: nn.Module) -> Tensor:
         """A scalar to take gradients of: the mean square of all floating outputs of one forward pass."""
+        positional, named = self.forward_inputs()
+        output = model(*positional, **named)
+        return sum(tensor.float().square().mean() for tensor in _tensors(output))
+
+    def forward_inputs(self) -> tuple[list[Any], dict[str, Any]]:
+        """Positional and keyword arguments of a forward pass, the same each time."""
         torch.manual_seed(1)
         inputs = _inputs(self.inputs)
-        output = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
-        return sum(tensor.float().square().mean() for tensor in _tensors(output))
+        return ([], inputs) if isinstance(inputs, dict) else (inputs, {})
 
     def expected(self, name: str) -> Expected:
         """What the parameter of this name must be.

@@ -44,6 +44,7 @@ class ExplainedParameter:
         state_bytes: Bytes of its state: the first moment, the second moment and a step of 4 bytes.
         adamw_state_bytes: Bytes that torch's AdamW keeps for it.
         known: Whether a rule told its role.
+        verified: What a forward pass says of it, where one was asked: `confirmed`, `contradicted` or `not seen`.
     """
 
     name: str
@@ -56,6 +57,7 @@ class ExplainedParameter:
     state_bytes: int
     adamw_state_bytes: int
     known: bool
+    verified: str | None = None
 
     @property
     def elements(self) -> int:
@@ -130,7 +132,7 @@ class Explanation:
         """All of it in what JSON can hold."""
         return {
             "partition": self.partition,
-            "rows": [{**asdict(row), "shape": list(row.shape)} for row in self.rows],
+            "rows": [_as_dict(row) for row in self.rows],
             "roles": {role: asdict(totals) for role, totals in self.role_totals.items()},
             "totals": asdict(self.totals),
             "frozen": {"tensors": self.frozen_tensors, "elements": self.frozen_elements},
@@ -147,6 +149,11 @@ class Explanation:
 
     def __str__(self) -> str:
         return self.table()
+
+
+def _as_dict(row: ExplainedParameter) -> dict[str, Any]:
+    fields = {**asdict(row), "shape": list(row.shape)}
+    return fields if row.verified else {key: value for key, value in fields.items() if key != "verified"}
 
 
 def explain(

@@ -38,19 +38,22 @@ def _rows(explanation: Explanation, *, full: bool) -> str:
     collapsed = collapse(explanation.rows, name=lambda row: row.name, alike=_likeness)
     if full:
         collapsed = [(row.name, [row]) for row in explanation.rows]
-    lines = [("parameter", "", "shape", "role", "cut", "blocks", "state", "why")]
+    is_verified = any(row.verified for row in explanation.rows)
+    lines = [("parameter", "", "shape", "role", "cut", "blocks", "state", *["verified"] * is_verified, "why")]
     for name, members in collapsed:
         row, count = members[0], len(members)
         shape = " x ".join(map(str, row.shape)) or "()"
         why = row.why if count == 1 else _without_other_numbers(members)
         state = format_bytes(row.state_bytes)
-        lines.append((name, f"x{count}" if count > 1 else "", shape, row.role, row.cut, f"{row.blocks:,}", state, why))
+        verified = [row.verified or ""] * is_verified
+        times = f"x{count}" if count > 1 else ""
+        lines.append((name, times, shape, row.role, row.cut, f"{row.blocks:,}", state, *verified, why))
     return _align(lines, right={1, 2, 5, 6})
 
 
 def _likeness(row: ExplainedParameter) -> tuple[object, ...]:
     """What equal layers have in common; names in the reason differ in numbers as their own do."""
-    return (row.shape, row.dtype, row.role, row.cut, row.blocks, _unnumbered(row.why))
+    return (row.shape, row.dtype, row.role, row.cut, row.blocks, row.verified, _unnumbered(row.why))
 
 
 def _unnumbered(why: str) -> str:

@@ -116,12 +116,14 @@ class Span:
     Args:
         role: Their role.
         count: Number of heads; None for the rows that others leave, in equal shares where several spans take them.
-        size: Rows of one head.
+        size: Rows of one head; of interleaved heads in one repeat.
+        interleaved: Whether the rows of a head lie apart, `size` of them in each repeat of the sequence of spans.
     """
 
     role: Role
     count: Size | None = None
     size: Size = "head_dim"
+    interleaved: bool = False
 
 
 @dataclass(frozen=True)
@@ -312,11 +314,14 @@ class ModuleLayout:
         if repeats * sum(lengths) != length or rest < 0:
             told = ", ".join(f"{name} {size}" for name, size in sizes.read.items())
             raise UnknownRowsError(f"its {length} rows are not what {type(module).__name__} tells ({told})")
-        return repeats, tuple(
-            Part(span.role, rows_of_span, _head_dim(span, sizes, rows_of_span))
-            for span, rows_of_span in zip(rows.spans, lengths, strict=True)
-            if rows_of_span
-        )
+        parts: list[Part] = []
+        for span, count, rows_of_span in zip(rows.spans, counts, lengths, strict=True):
+            if span.interleaved and count:
+                size = rows_of_span // count
+                parts += [Part(span.role, size, size * repeats)] * count
+            elif rows_of_span:
+                parts.append(Part(span.role, rows_of_span, _head_dim(span, sizes, rows_of_span)))
+        return repeats, tuple(parts)
 
 
 class _Sizes:

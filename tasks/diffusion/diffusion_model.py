@@ -142,9 +142,9 @@ class DiffusionModel(GeneratingTask):
         if self.model is None:
             self.build(lambda: self._build(self.data_module()), compile=self.compile_model)
 
-    def outline(self, data: LightningDataModule) -> list[str]:
+    def outline(self, data: LightningDataModule, device: str = "meta") -> list[str]:
         """See `Task.outline`."""
-        with torch.device("meta"):
+        with torch.device(device):
             self.model = self._build(data)
         return []
 

@@ -170,7 +170,7 @@ class LanguageModel(Task):
             checkpoint_activations(model)
         return model
 
-    def outline(self, data: LightningDataModule) -> list[str]:
+    def outline(self, data: LightningDataModule, device: str = "meta") -> list[str]:
         """See `Task.outline`: the vocabulary is the one that the settings of the data tell.
 
         Raises:
@@ -184,7 +184,7 @@ class LanguageModel(Task):
             if getattr(data, "trains_tokenizer", False):
                 told.append(f"the vocabulary has {planned:,} tokens at most: a tokenizer is trained on the text")
         config = read_config(self.init_from) if self.init_from else build_config(self.architecture, options)
-        with torch.device("meta"):
+        with torch.device(device):
             self.model = build_model(config, None, "eager")  # whose implementation of attention is always there
         return told
 

@@ -128,7 +128,7 @@ class ImageClassifier(Task):
             compile=self.compile_model,
         )
 
-    def outline(self, data: LightningDataModule) -> list[str]:
+    def outline(self, data: LightningDataModule, device: str = "meta") -> list[str]:
         """See `Task.outline`: the classes are those that the settings of the data tell.
 
         Raises:
@@ -138,7 +138,7 @@ class ImageClassifier(Task):
         if planned is None and self.num_classes is None:
             planned = _IMAGENET_CLASSES
             told.append(f"the data are not there, so their classes are unknown: {planned} are assumed")
-        with torch.device("meta"):
+        with torch.device(device):
             self.model = self._build(*self._sizes(data, planned))
         return told
 

@@ -20,6 +20,7 @@ _LIBRARY = {
     "optim": {"blocks", "partition"},
     "convert": {"blocks", "partition", "optim"},
     "hessian": {"blocks", "partition"},
+    "verify": {"blocks", "partition"},
     "measure": {"blocks", "partition", "optim"},
     "schedule": set(),
     "factory": {"blocks", "partition", "optim", "schedule"},

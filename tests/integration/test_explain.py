@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ pytest.importorskip("transformers")
 
 import tiny_models
 from lightning_adam_mini import AdamMini, explain
+from lightning_adam_mini.cli import dummy_inputs
 from lightning_adam_mini.cli import explain as command
 from lightning_adam_mini.cli.main import main
 from lightning_adam_mini.measure import adamw_state_bytes, optimizer_state_bytes
@@ -504,3 +506,39 @@ def test_a_model_of_70_billion_parameters_takes_no_memory(folder):
     assert totals["state_bytes"] == 4 * (totals["elements"] + totals["blocks"] + totals["tensors"])
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     assert peak < 2e9
+
+
+# Verified by a forward pass
+
+
+def test_a_recipe_is_verified(folder, capsys):
+    data = as_json(capsys, "llm/gpt2_tiny", "--verify")
+    name = "model.transformer.h.1.attn.c_attn.weight"
+    assert of_row(data, name)["verified"] == "confirmed"
+    assert "4 query heads" in data["verification"]["parameters"][name]["reason"]
+    assert not any(row["verified"] == "contradicted" for row in data["rows"])
+    assert "verified" not in of_row(as_json(capsys, "llm/gpt2_tiny"), name)
+
+
+def test_a_wrong_layout_is_contradicted(folder, capsys, monkeypatch):
+    """A large model is verified with fewer layers, and the rest as their like."""
+    monkeypatch.setattr(dummy_inputs, "LARGE", 0)
+    sizes = {"model_type": "gpt2", "n_embd": 24, "n_head": 4, "n_layer": 5, "vocab_size": 50}
+    write_json(folder / "config.json", sizes)
+    options = ["--hf", "config.json", "--verify"]
+    shown = as_text(capsys, *options)
+    assert re.search(r"h\.\{0\.\.4\}\.attn\.c_attn\.weight +x5 .* confirmed ", shown)
+    assert "warning: verified with 2 of 5 layers (num_hidden_layers)" in shown
+    assert main(["explain", *options, "--layout", "GPT2Attention=fused_per_head"]) == 1
+    shown = capsys.readouterr().out
+    assert re.search(r"c_attn\.weight +x5 .* contradicted ", shown)
+    assert "contradicted: transformer.h.{0,1}.attn.c_attn.weight: " in shown
+    assert "right would be:" in shown
+
+
+def test_an_input_that_nobody_can_make_up(folder, capsys):
+    config = {"model_type": "decision_transformer", "hidden_size": 8, "n_layer": 1, "n_head": 1}
+    assert main(["explain", "--hf", json.dumps(config), "--verify"]) == VALUE
+    told = error_line(capsys)
+    assert "DecisionTransformerModel: its forward pass asks for states, actions" in told
+    assert "verify_partition with an input of yours" in told

@@ -1,0 +1,232 @@
+"""From what was seen to layouts that say it, in the words of `partition_layouts`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+
+from torch import Tensor, nn
+
+from lightning_adam_mini.partition import ModuleLayout, Part, Role, Rows, Span
+from lightning_adam_mini.partition.layouts import ORDERS
+from lightning_adam_mini.verify.judging import Sight
+from lightning_adam_mini.verify.tracing import Operand
+
+__all__ = ["as_python", "layout_of", "rows_of"]
+
+_ROLES = {Operand.QUERY: Role.QUERY, Operand.KEY: Role.KEY, Operand.SCORE: Role.KEY, Operand.VALUE: Role.VALUE}
+_MATRICES = (Role.ATTENTION_OUTPUT, Role.MLP, Role.LINEAR, Role.EXPERT, Role.OUTPUT_HEAD, Role.VALUE)
+
+Label = tuple[Role, int]
+"""What one output does: its role and, for a query, key or value, its head."""
+
+
+def rows_of(sight: Sight, role: Role = Role.LINEAR) -> Rows | None:
+    """The rows of a parameter as they were seen; None where the vocabulary has no words for them.
+
+    Args:
+        sight: What was seen.
+        role: What its outputs do where they feed no attention.
+    """
+    if not sight.axes:
+        return None
+    *batch, axis = sight.axes
+    labels = _labels(sight, role)
+    if role is Role.EXPERT and axis and not batch and len(sight.shape) > 2:
+        batch = [0]  # experts that are summed over
+    roles = {found for found, _ in labels}
+    if len(roles) == 1 and not roles & {Role.QUERY, Role.KEY}:
+        return Rows(*roles, axis=axis or None, batch_axes=tuple(batch))
+    if not batch:
+        return _of_sequence(labels, axis)
+    # Heads on one dimension, their channels on others: a block spans the others.
+    along = [first for first in sight.axes if _varies_along_alone(sight, first)]
+    if len(along) == 1 and roles <= {Role.QUERY, Role.KEY}:
+        shape = [sight.shape[kept] for kept in sight.axes]
+        place = sight.axes.index(along[0])
+        step = math.prod(shape[place + 1 :])
+        return _of_sequence([labels[number * step] for number in range(shape[place])], along[0])
+    return None
+
+
+def _labels(sight: Sight, role: Role) -> list[Label]:
+    """One label for each output, with the last dimension running fastest."""
+    assert sight.axes is not None
+    count = math.prod(sight.shape[axis] for axis in sight.axes)
+    labels: list[Label] = [(role, 0)] * count
+    for operand in (Operand.VALUE, Operand.SCORE, Operand.KEY, Operand.QUERY):
+        numbers = sight.heads.get(operand)
+        if numbers is not None:
+            for place, number in enumerate(numbers.flatten().tolist()):
+                if number >= 0:
+                    labels[place] = (_ROLES[operand], number)
+    return labels
+
+
+def _varies_along_alone(sight: Sight, axis: int) -> bool:
+    """Whether heads depend on the place along one dimension and on no other."""
+    found: list[Tensor] = list(sight.heads.values())
+    same = all(
+        bool((numbers == numbers.amax([a for a in range(numbers.dim()) if a != axis], keepdim=True)).all())
+        for numbers in found
+    )
+    return same and bool(found)
+
+
+def _of_sequence(labels: Sequence[Label], axis: int) -> Rows | None:
+    """Rows of one dimension from their labels, in order."""
+    dimension = axis or None
+    runs = [(role, head, len(list(rows))) for (role, head), rows in groupby(labels)]
+    heads = [(role, head) for role, head, _ in runs if role in (Role.QUERY, Role.KEY)]
+    if len(heads) == len(set(heads)):
+        sequence = [(role, length) for role, _, length in runs]
+        period = _period(sequence)
+        if period == 1:
+            return Rows(Span(sequence[0][0], len(sequence), sequence[0][1]), axis=dimension)
+        return Rows(*_spans(sequence[:period]), repeats=len(sequence) // period, axis=dimension)
+    period = _period(labels)
+    runs = [(role, head, len(list(rows))) for (role, head), rows in groupby(labels[:period])]
+    heads = [(role, head) for role, head, _ in runs if role in (Role.QUERY, Role.KEY)]
+    if period == len(labels) or len(heads) != len(set(heads)):
+        return None
+    spans = _spans([(role, length) for role, _, length in runs], interleaved=True)
+    return Rows(*spans, repeats=len(labels) // period, axis=dimension)
+
+
+def _spans(sequence: Iterable[tuple[Role, int]], *, interleaved: bool = False) -> list[Span]:
+    spans = []
+    for (role, size), same in groupby(sequence):
+        count = len(list(same))
+        lies_apart = interleaved and role in (Role.QUERY, Role.KEY)
+        spans.append(Span(role, count, size, interleaved=True) if lies_apart else Span(role, count, size))
+    return spans
+
+
+def _period(sequence: Sequence[object]) -> int:
+    """Length of the shortest beginning that the sequence repeats."""
+    length = len(sequence)
+    return next(
+        period
+        for period in range(1, length + 1)
+        if length % period == 0 and all(sequence[place] == sequence[place - period] for place in range(period, length))
+    )
+
+
+def layout_of(
+    class_name: str, instances: Sequence[tuple[nn.Module, Mapping[str, tuple[Sight, Role]]]]
+) -> str | ModuleLayout | None:
+    """A layout for all modules of a class, or the name of a common one; None where none holds for all.
+
+    Args:
+        class_name: The class.
+        instances: Its modules, each with what was seen of its parameters by their names relative to it, and the role
+            of those that feed no attention.
+    """
+    found = []
+    for _, sights in instances:
+        rows = {name: rows_of(sight, role) for name, (sight, role) in sights.items()}
+        found.append({name: own for name, own in rows.items() if own is not None})
+    for order in ORDERS:
+        if all(_has_order(order, module, sights) for module, sights in instances):
+            return order.name
+    first = found[0]
+    if not first:
+        return None
+    name = f"{class_name.rpartition('.')[2]}_as_seen"
+    if all(other == first for other in found):
+        return ModuleLayout(name, first)
+    return _with_sizes(name, [module for module, _ in instances], found)
+
+
+def _has_order(order: ModuleLayout, module: nn.Module, sights: Mapping[str, tuple[Sight, Role]]) -> bool:
+    """Whether a common order says of every parameter what was seen."""
+    for name, (sight, role) in sights.items():
+        rows, seen = order.find(name), rows_of(sight, role)
+        if rows is None or seen is None or sight.axes != (0,):
+            return False
+        told = order.role(rows, module, sight.shape, 0, "")
+        own = ModuleLayout("seen", {name: seen}).role(seen, module, sight.shape, 0, "")
+        if told.problem or _heads(told.parts) * told.repeats != _heads(own.parts) * own.repeats:
+            return False
+    return True
+
+
+def _heads(parts: Sequence[Part]) -> list[tuple[Role, int | None]]:
+    """Rows of each role, and for queries and keys of each head; values are cut by row."""
+    return [
+        (part.role, size)
+        for part in parts
+        for size in (
+            [part.head_dim] * (part.length // (part.head_dim or part.length))
+            if part.role in (Role.QUERY, Role.KEY)
+            else [1] * part.length
+        )
+    ]
+
+
+def _with_sizes(name: str, modules: Sequence[nn.Module], found: Sequence[Mapping[str, Rows]]) -> ModuleLayout | None:
+    """A layout whose numbers are attributes of the modules, where those differ in size."""
+    if any(rows.keys() != found[0].keys() for rows in found):
+        return None
+    sizes: dict[str, str] = {}
+
+    def attribute(numbers: Sequence[int]) -> int | str | None:
+        if len(set(numbers)) == 1:
+            return numbers[0]
+        for key in vars(modules[0]):
+            values = [vars(module).get(key) for module in modules]
+            if all(type(value) is int for value in values) and values == list(numbers):
+                sizes[key] = key
+                return key
+        return None
+
+    parameters: dict[str, Rows | Role] = {}
+    for parameter, first in found[0].items():
+        others = [rows[parameter] for rows in found]
+        if any(len(o.spans) != len(first.spans) or o.roles != first.roles or o.axis != first.axis for o in others):
+            return None
+        spans = []
+        for place, span in enumerate(first.spans):
+            if span.count is None:
+                spans.append(span)
+                continue
+            count = attribute([int(o.spans[place].count or 0) for o in others])
+            size = attribute([int(o.spans[place].size) for o in others])
+            if span.role is Role.VALUE and (count is None or size is None):
+                spans.append(Span(span.role))
+                continue
+            if count is None or size is None:
+                return None
+            spans.append(Span(span.role, count, size, interleaved=span.interleaved))
+        repeats = attribute([int(o.repeats) for o in others])
+        if repeats is None:
+            return None
+        parameters[parameter] = Rows(*spans, repeats=repeats, axis=first.axis, batch_axes=first.batch_axes)
+    return ModuleLayout(name, parameters, sizes=sizes)
+
+
+def as_python(layout: str | ModuleLayout) -> str:
+    """A layout as one would write it."""
+    if isinstance(layout, str):
+        return repr(layout)
+    parameters = ", ".join(f"{name!r}: {_rows_as_python(rows)}" for name, rows in layout.parameters.items())
+    sizes = f", sizes={dict(layout.sizes)!r}" if layout.sizes else ""
+    return f"ModuleLayout({layout.name!r}, {{{parameters}}}{sizes})"
+
+
+def _rows_as_python(rows: Rows | Role) -> str:
+    if isinstance(rows, Role):
+        return str(f"Role.{rows.name}")
+    words = [_span_as_python(span) for span in rows.spans]
+    words += [f"repeats={rows.repeats!r}"] if rows.repeats != 1 else []
+    words += [f"axis={rows.axis}"] if rows.axis is not None else []
+    words += [f"batch_axes={rows.batch_axes}"] if rows.batch_axes else []
+    return f"Rows({', '.join(words)})"
+
+
+def _span_as_python(span: Span) -> str:
+    if span.count is None:
+        return f"Role.{span.role.name}"
+    apart = ", interleaved=True" if span.interleaved else ""
+    return f"Span(Role.{span.role.name}, {span.count!r}, {span.size!r}{apart})"
