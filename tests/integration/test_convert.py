@@ -91,7 +91,10 @@ def printed_command(capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "target"),
-    [([], "new.ckpt"), (["--to", "adamw", "--to", "folder"], "of mine & yours")],
+    [
+        ([], "of mine & yours.ckpt"),
+        pytest.param(["--to", "adamw", "--to", "folder"], "new", marks=pytest.mark.slow),
+    ],
 )
 def test_the_command_that_is_printed_trains_on(work_dir, trained, capsys, arguments, target):
     """As printed, also where the run was over."""
