@@ -178,6 +178,7 @@ class _Inference:
                 # The user says that rows of this order lie on one of the two dimensions: the one whose size allows it.
                 by_axis = [layout.role(rows, source, shape, axis, why, widths) for axis in (0, 1)]
                 fits = [role for role in by_axis if not role.problem]
+                fits = [role for role in fits if _num_queries(role) in (widths or ())] or fits
                 unplaced = replace(by_axis[0], problem=by_axis[0].problem or NO_AXIS)
                 self.roles[id(leaf.parameter)] = fits[0] if len(fits) == 1 else unplaced
                 continue
@@ -214,6 +215,11 @@ class _Inference:
                 self._settled.add(id(leaf.parameter))
                 self.roles[id(leaf.parameter)] = role
             self._check_heads([p.leaf.parameter for p in attention.found if not p.is_bare])
+
+
+def _num_queries(role: ParameterRole) -> int:
+    """Rows of all queries."""
+    return role.repeats * sum(part.length for part in role.parts if part.role is Role.QUERY)
 
 
 _PROJECTED = frozenset({Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUTPUT, Role.MLP, Role.LINEAR})

@@ -288,7 +288,7 @@ def test_a_memory_of_keys_and_values_is_no_attention():
 
 
 def test_what_is_taken_for_an_ordinary_matrix_is_told():
-    module = Attention({"q": 64, "k": 64, "v": 64, "o": 64, "side": 64, "q_norms_of": 64}, num_heads=4)
+    module = Attention({"W_q": 64, "W_k": 64, "W_v": 64, "W_o": 64, "side": 64, "q_norms_of": 64}, num_heads=4)
     with pytest.warns(UserWarning, match="module that attends|the module attends") as caught:
         optimizer = AdamMini(module)
     ordinary, unclear = sorted((str(warning.message) for warning in caught), key=lambda text: "full second" in text)
