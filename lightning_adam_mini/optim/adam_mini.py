@@ -199,7 +199,7 @@ class AdamMini(Optimizer):
             for doubt in doubts(
                 (cuts[name] for name, p in named.items() if p.requires_grad and name in cuts), strategy
             ):
-                warn(doubt, stacklevel=2)
+                warn_user(doubt)
         else:
             if partition_layouts:
                 raise ValueError("partition_layouts need the model: AdamMini(model, ...), or module= beside parameters")
