@@ -106,7 +106,7 @@ def test_finite_wherever_the_mean_is(name, value, implementation):
 
 
 @implementations
-@pytest.mark.parametrize("name", [name for name in SIZES if "short" not in name])
+@pytest.mark.parametrize("name", [name for name in SIZES if name not in ("short rows", "row and long column")])
 def test_a_square_that_overflows_in_a_mean_that_does_not(name, implementation):
     grad = torch.full(SIZES[name].shape, 1e-3)
     grad.view(-1)[grad.numel() // 2] = 4e19
