@@ -64,7 +64,7 @@ def other_strides(chance, data):
         lambda: torch.cat([flat.new_zeros(3), flat, flat.new_zeros(2)])[3 : 3 + numel].view(data.shape),
         lambda: flat[:1].expand(numel).view(data.shape) if data.dim() < 2 and numel else data[:1].expand(data.shape),
         lambda: flat.new_zeros(numel + 5).as_strided(data.shape, [1] * data.dim()),
-        lambda: data.clone(),
+        data.clone,
     ]
     return chance.choice(ways)()
 
@@ -98,7 +98,9 @@ def other_parameter(chance, optimizer, params):
 
 def other_gradient(chance, optimizer, params):
     param = chance.choice(params)
-    new = chance.choice([another_shape, other_strides, another_dtype, another_device])(chance, random_like(chance, param))
+    new = chance.choice([another_shape, other_strides, another_dtype, another_device])(
+        chance, random_like(chance, param)
+    )
     param.grad = None
     param.grad = torch.zeros_like(param)
     put(param.grad, new)
@@ -121,6 +123,7 @@ def another_size_of_the_storage(chance, optimizer, params):
         for _ in range(chance.randint(1, 2)):
             size = target.untyped_storage().nbytes()
             target.untyped_storage().resize_(chance.choice([0, 4, size // 2]))
+        target.untyped_storage().fill_(0)  # it may be whole again, with whatever lay there
 
 
 def one_buffer(chance, optimizer, params):

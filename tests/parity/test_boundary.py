@@ -138,7 +138,9 @@ def test_what_does_not_fit_is_named_before_anything_moves(change, implementation
     module, optimizer = trained(implementation)
     change(module.weight)
     has_memory = module.weight.untyped_storage().nbytes() >= module.weight.nbytes
-    tensors = [t for p in module.parameters() if p is module.first or has_memory for t in (p, *optimizer.state[p].values())]
+    tensors = [
+        t for p in module.parameters() if p is module.first or has_memory for t in (p, *optimizer.state[p].values())
+    ]
     before = [tensor.detach().clone() for tensor in tensors]
     with pytest.raises(ValueError, match=r"\bweight\b"):
         optimizer.step()
@@ -163,7 +165,7 @@ def test_a_gradient_that_is_not_dense(layout):
     param, blocks = torch.ones(3, 4), Blocks.rows((3, 4))
     state = init_state(param, blocks, exp_avg_dtype=None, capturable=False)
     grad = getattr(torch.ones(3, 4), layout)()
-    with pytest.raises(ValueError, match="it: its gradient has the (layout|dtype)"):
+    with pytest.raises(ValueError, match=r"it: its gradient has the (layout|dtype)"):
         CutTensor(param, grad, Shard(blocks), state["step"], state["exp_avg"], (state["exp_avg_sq"],), name="it")
 
 
@@ -399,7 +401,7 @@ def test_an_entry_whose_spans_are_of_other_rows():
     with pytest.raises(AssertionError):
         entry.words()
     entry.sizes = (1, 1, 6, 5)
-    with pytest.raises(ValueError, match="20|30"):
+    with pytest.raises(ValueError, match=r"20|30"):
         entry.words()
 
 

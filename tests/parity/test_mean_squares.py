@@ -9,8 +9,8 @@ from lightning_adam_mini import Blocks
 from lightning_adam_mini.optim import foreach, update
 from lightning_adam_mini.optim.cut_tensor import CutTensor
 from lightning_adam_mini.optim.kernels import cpu
-from lightning_adam_mini.optim.shards import Shard, flat_boxes, grid_boxes
 from lightning_adam_mini.optim.sharding import share_square_sums
+from lightning_adam_mini.optim.shards import Shard, flat_boxes, grid_boxes
 from lightning_adam_mini.optim.state import init_state
 from lightning_adam_mini.optim.step_options import StepOptions
 from lightning_adam_mini.optim.stochastic_rounding import Rounding
@@ -68,7 +68,7 @@ SIZES = {
     "row and long column": Blocks.row_column((2**17, 3)),
 }
 KINDS = {
-    "normal": lambda shape: torch.randn(shape),
+    "normal": torch.randn,
     "all alike": lambda shape: torch.full(shape, 0.1),  # whose roundings all go the same way
     "mostly zeros": lambda shape: torch.randn(shape) * (torch.rand(shape) < 0.01),
 }
@@ -86,7 +86,12 @@ def test_any_size_of_block(name, kind, implementation):
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
     "blocks",
-    [Blocks.whole((7000, 7000)), Blocks.rows((3, 2**22)), Blocks.rows((2**22, 3), axis=1), Blocks.whole((410, 1000, 1000))],
+    [
+        Blocks.whole((7000, 7000)),
+        Blocks.rows((3, 2**22)),
+        Blocks.rows((2**22, 3), axis=1),
+        Blocks.whole((410, 1000, 1000)),
+    ],
     ids=["49M", "rows of 4M", "columns of 4M", "410M"],
 )
 def test_large_blocks(blocks, threads, implementation):
