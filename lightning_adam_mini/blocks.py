@@ -429,7 +429,7 @@ def _sum_runs(tensor: Tensor, axes: tuple[int, ...], dtype: torch.dtype) -> Tens
     start = tensor.dim()
     while start - 1 in axes:
         start -= 1
-    kept, width = tensor.shape[:start], math.prod(tensor.shape[start:])
+    width = math.prod(tensor.shape[start:])
     if width == 1 or not tensor[(0,) * start].is_contiguous():
         return None
     runs = tensor.flatten(start) if start < tensor.dim() - 1 else tensor

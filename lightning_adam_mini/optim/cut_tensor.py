@@ -174,7 +174,7 @@ def lies_in_its_storage(tensor: Tensor) -> bool:
     """Whether there is memory for all elements: a storage may have been resized."""
     if not (tensor.is_cpu or tensor.is_cuda) or not tensor.numel():
         return True
-    return (tensor.storage_offset() + extent(tensor)) * tensor.itemsize <= tensor.untyped_storage().nbytes()
+    return bool((tensor.storage_offset() + extent(tensor)) * tensor.itemsize <= tensor.untyped_storage().nbytes())
 
 
 def extent(tensor: Tensor) -> int:

@@ -109,7 +109,11 @@ def init_state(
 
 def restore_state(state: Mapping[str, Tensor], saved: Mapping[str, Any]) -> None:
     """Copy a saved state into a fresh one, which keeps its dtypes and devices; a first moment changes its format."""
-    tensors = {key: torch.as_tensor(value) for key, value in saved.items() if key in (*state, *_FIRST_MOMENT)}
+    tensors = {
+        key: value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")  # and no default device
+        for key, value in saved.items()
+        if key in (*state, *_FIRST_MOMENT)
+    }
     is_converted = ("exp_avg_scale" in state) is not ("exp_avg_scale" in tensors)
     for key, tensor in state.items():
         if not (is_converted and key in _FIRST_MOMENT):

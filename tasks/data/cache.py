@@ -43,8 +43,8 @@ def only_one(folder: Path) -> Iterator[None]:
         logger.warning("%s is on a file system without locks: processes may prepare the same data twice.", folder)
     except OSError as error:
         raise PermissionError(
-            f"Cannot write prepared data to {folder} ({error.strerror}): set `cache_dir` or $LIGHTNING_ADAM_MINI_CACHE to a"
-            " folder that you may write."
+            f"Cannot write prepared data to {folder} ({error.strerror}): set `cache_dir` or"
+            " $LIGHTNING_ADAM_MINI_CACHE to a folder that you may write."
         ) from error
     try:
         if lock.is_locked:

@@ -28,6 +28,7 @@ from lightning_adam_mini.optim.kernels import gpu, triton_launches, triton_table
 from lightning_adam_mini.optim.shards import Shard, flat_boxes, grid_boxes
 from lightning_adam_mini.optim.state import init_state
 from lightning_adam_mini.optim.step_options import StepOptions
+from lightning_adam_mini.optim.stochastic_rounding import Rounding
 from random_blocks import cuts
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -445,10 +446,10 @@ def test_what_the_reference_updates_is_said(device):
         "rank-one": cut_tensor(BLOCKS["row and column"], device=device),
         "dtypes other": cut_tensor(BLOCKS["rows"], device=device, dtype=torch.float64),
         "not contiguous float32": replace(rows, moments=(rows.moments[0].double(),)),
-        "several devices": replace(rows, exp_avg=rows.exp_avg.to("meta")),
         "another order": replace(rows, grad=other_order),
         "four sizes": cut_tensor(BLOCKS["batch on both sides"], device=device),
-        "8 bits": replace(rows, exp_avg_scale=torch.ones(1, device=device)),
+        "8 bits": replace(rows, rounding=Rounding(7, tuple(rows.param.shape))),
+        "other sign": replace(rows, grad=torch.zeros_like(rows.param, dtype=torch.complex64).conj().imag),
     }
     for reason, tensor in refused.items():
         assert reason in gpu.supports(tensor)

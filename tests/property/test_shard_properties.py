@@ -67,10 +67,7 @@ def test_boxes_show_each_element_once(case, seed):
 def test_sums_of_parts_add_up_to_those_of_the_whole(case, seed, exact):
     blocks, shards, divide = case
     whole = random(blocks.shape, seed)
-    of_parts = [
-        shard.square_sums(part.clone(), exact=exact)
-        for shard, part in zip(shards, divide(whole), strict=True)
-    ]
+    of_parts = [shard.square_sums(part.clone(), exact=exact) for shard, part in zip(shards, divide(whole), strict=True)]
     for number, expected in enumerate(blocks.square_sums(whole)):
         torch.testing.assert_close(sum(sums[number] for sums in of_parts), expected, rtol=1e-12, atol=1e-12)
 

@@ -13,7 +13,9 @@ from lightning_adam_mini.tasks.llm.data import StdlibText, TokenDataModule
 def cache_dir(tmp_path_factory):
     # The parent folder is common to the processes of a parallel run: one trains the tokenizer, the others wait for it.
     common = tmp_path_factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else None
-    return os.environ.get("LIGHTNING_ADAM_MINI_CACHE") or str((common or tmp_path_factory.getbasetemp()) / "stdlib_cache")
+    return os.environ.get("LIGHTNING_ADAM_MINI_CACHE") or str(
+        (common or tmp_path_factory.getbasetemp()) / "stdlib_cache"
+    )
 
 
 @pytest.fixture(scope="session")

@@ -288,7 +288,9 @@ def test_ready_cache_is_only_read(tmp_path, cache_dir, monkeypatch):
 def test_cache_that_cannot_be_written(tmp_path):
     kind, settings = write_text(tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(PermissionError, match=r"Cannot write prepared data to .*set `cache_dir` or \$LIGHTNING_ADAM_MINI_CACHE"):
+    with pytest.raises(
+        PermissionError, match=r"Cannot write prepared data to .*set `cache_dir` or \$LIGHTNING_ADAM_MINI_CACHE"
+    ):
         opened(kind, settings, tmp_path / "file")
 
 

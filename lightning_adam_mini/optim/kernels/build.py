@@ -24,10 +24,8 @@ from functools import cache
 from pathlib import Path
 from warnings import warn
 
-try:
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # no Unix
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["library", "unavailable"]
 
@@ -159,7 +157,7 @@ def _lock(folder: Path) -> int | None:
         BlockingIOError: Another process has it.
         OSError: The folder is gone.
     """
-    if fcntl is None:
+    if sys.platform == "win32":
         return None
     opened = os.open(folder, os.O_RDONLY)
     try:

@@ -69,7 +69,9 @@ def supports(tensor: CutTensor) -> str | None:
         return "a step that is not float32 on the CPU"
     if not is_same_layout(param, tensor.exp_avg):
         return "a first moment that lies in memory in another order than the parameter"
-    if param.is_neg() or any(t.data_ptr() % t.element_size() for t in (param, tensor.exp_avg, *tensor.moments, tensor.step)):
+    if param.is_neg() or any(
+        t.data_ptr() % t.element_size() for t in (param, tensor.exp_avg, *tensor.moments, tensor.step)
+    ):
         return "addresses between two elements"
     if tensor.is_whole and tensor.square_sums is None:
         piece = _whole_piece(*_memory(tensor))

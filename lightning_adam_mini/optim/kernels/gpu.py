@@ -130,7 +130,9 @@ class _Prepared:
         names = ("the parameter", "the gradient", "the first moment", "the second moment")
         pointers = [
             [
-                address(f"{t.name}: {what}", tensor, dtypes=(tensor.dtype,), numel=tensor.numel(), device=t.param.device)
+                address(
+                    f"{t.name}: {what}", tensor, dtypes=(tensor.dtype,), numel=tensor.numel(), device=t.param.device
+                )
                 for what, tensor in zip(names, four, strict=True)
             ]
             for t, four in zip(tensors, memory, strict=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from operator import attrgetter, is_
 
 from torch import Tensor
@@ -55,8 +54,7 @@ class GroupPlan:
         for parameter, tensor in zip(members, tensors, strict=True):
             if tensor.param is not parameter or tensor.shard.groups or not tensor.is_whole or supports(tensor):
                 return None
-            own = state[parameter]
-            if type(own) is not dict or not all(isinstance(value, Tensor) for value in own.values()):
+            if not all(isinstance(value, Tensor) for value in state[parameter].values()):
                 return None
         return cls(params, state, tensors)
 
@@ -77,8 +75,10 @@ class GroupPlan:
         if [grad is not None for grad in grads] != self._has_grad:
             return None
         states = list(map(state.__getitem__, self._members))
-        kept = list(chain.from_iterable(map(dict.values, states)))
-        if not (all(map(is_, states, self._states)) and len(kept) == len(self._kept) and all(map(is_, kept, self._kept))):
+        kept = [value for own in states for value in own.values()]
+        if not (
+            all(map(is_, states, self._states)) and len(kept) == len(self._kept) and all(map(is_, kept, self._kept))
+        ):
             return None
         if not self._memory.is_in_place(self._members, kept):
             return None

@@ -54,7 +54,9 @@ class Layout:
     def is_elementwise(self) -> bool:
         """Whether every element is a block of its own, in the order of memory."""
         numbers = self.block_of_row
-        return self.row_length == 1 and (numbers is None or torch.equal(numbers, torch.arange(len(numbers), device="cpu")))
+        return self.row_length == 1 and (
+            numbers is None or torch.equal(numbers, torch.arange(len(numbers), device="cpu"))
+        )
 
     def runs(self) -> Tensor:
         """Runs of consecutive rows of one block, in the order of memory.
