@@ -303,7 +303,7 @@ class AdamMini(Optimizer):
         }
         if None in ready.values():
             self._follow_parameters()
-        # Until here, and with the next two, whatever is refused is refused before anything has moved.
+        # All that may be refused comes before the first write: the options and tensors of every group too.
         options = {number: options_of(self.param_groups[number]) for number in ready}
         anew = {
             number: [self._cut_tensor(p, group) for p in group["params"] if p.grad is not None or self._shares(p)]
@@ -440,10 +440,10 @@ class AdamMini(Optimizer):
             with_gradient = [parameter for *_, parameter in places if parameter.grad is not None]
             for parameter in with_gradient:
                 self._check_gradient(parameter, changes.get(parameter))
-            if not with_gradient:
-                self._check_against_module()
         if changes:
             self._apply(changes.values())
+        if check_gradients and not with_gradient:
+            self._check_against_module()
         self._names = [[self._cuts[parameter].name for parameter in group["params"]] for group in self.param_groups]
 
     def _find_replaced(self, unknown: list[tuple[int, int, Tensor]]) -> dict[Tensor, Tensor]:

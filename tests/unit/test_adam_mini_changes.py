@@ -255,6 +255,13 @@ def test_a_state_is_saved_and_loaded_right_after_a_replacement():
     assert all(state["step"] == 1 for state in other.state.values())
 
 
+def test_a_step_without_gradients_right_after_a_replacement():
+    optimizer = AdamMini(model())
+    swap(optimizer)
+    optimizer.step()
+    assert len(optimizer.state) == len(optimizer.partition)
+
+
 def test_another_tensor_in_the_place_of_one_is_refused():
     module = model()
     optimizer = AdamMini(module)
