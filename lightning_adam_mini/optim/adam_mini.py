@@ -39,7 +39,7 @@ from lightning_adam_mini.optim.state import (
     restore_state,
     steps_taken,
 )
-from lightning_adam_mini.optim.stochastic_rounding import MAX_STEP, Rounding, dtensor_positions, name_seed
+from lightning_adam_mini.optim.stochastic_rounding import MAX_STEP, UNCOUNTED, Rounding, dtensor_positions, name_seed
 from lightning_adam_mini.optim.validation import check_gradient, check_group, check_not_flat, check_parameter, warn_user
 from lightning_adam_mini.partition import (
     CutParameter,
@@ -57,9 +57,6 @@ from lightning_adam_mini.partition.tree import plain_names
 __all__ = ["AdamMini", "Params"]
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
-
-_UNCOUNTED = "steps_uncounted"
-"""Key of a group: its steps since float32, which `step` is, could no longer count them."""
 
 
 @dataclass(frozen=True)
@@ -256,6 +253,8 @@ class AdamMini(Optimizer):
         unknown = {name: tuple(p.shape) for name, p in named.items() if p not in self._cuts}
         if unknown:
             check_not_flat({name: named[name] for name in unknown})
+            if taken := unknown.keys() & {cut.name for cut in self._cuts.values()}:
+                raise ValueError(f"two parameters have the name {min(taken)!r}; give each a name of its own")
             strategy = self._strategy_of_unknown
             cuts = partition_tensors(unknown, strategy)
             warn_user(f"AdamMini was not told what {', '.join(unknown)} do: they are cut {strategy.otherwise}")
@@ -268,7 +267,7 @@ class AdamMini(Optimizer):
             self._check_trained(parameter, self._cut(parameter))
         group["partition"] = self._signatures(group["params"])
         if self.stochastic_rounding:
-            group.setdefault(_UNCOUNTED, 0)
+            group.setdefault(UNCOUNTED, 0)
         super().add_param_group(group)
         group = self.param_groups[-1]
         self._forms.update({parameter: form_of(parameter) for parameter in group["params"]})
@@ -309,7 +308,7 @@ class AdamMini(Optimizer):
         }
         if None in ready.values():
             self._follow_parameters()
-        # Until here, and with the next two, whatever is refused is refused before anything has moved.
+        # All that may be refused comes before the first write: the options and tensors of every group too.
         options = {number: options_of(self.param_groups[number]) for number in ready}
         anew = {
             number: [self._cut_tensor(p, group) for p in group["params"] if p.grad is not None or self._shares(p)]
@@ -326,7 +325,7 @@ class AdamMini(Optimizer):
             with_grad = [tensor for tensor in anew[number] if tensor.grad is not None]
             self._stepper.take(with_grad, group, number=None if number in uncounted else number, state=self.state)
             if number in uncounted:
-                group[_UNCOUNTED] = group.get(_UNCOUNTED, 0) + 1
+                group[UNCOUNTED] = group.get(UNCOUNTED, 0) + 1
         return loss
 
     @_disable_dynamo
@@ -352,7 +351,7 @@ class AdamMini(Optimizer):
         group = next(group for group in self.param_groups if any(p is parameter for p in group["params"]))
         self._stepper.take([self._cut_tensor(parameter, group)], group)
         if self._is_past_counting({**group, "params": [parameter]}):
-            group[_UNCOUNTED] = group.get(_UNCOUNTED, 0) + 1
+            group[UNCOUNTED] = group.get(UNCOUNTED, 0) + 1
 
     @_disable_dynamo
     def state_dict(self) -> dict[str, Any]:
@@ -397,7 +396,7 @@ class AdamMini(Optimizer):
         for group, saved in zip(self.param_groups, loaded["param_groups"], strict=True):
             group["partition"] = self._signatures(group["params"])  # older states have none
             if self.stochastic_rounding:
-                group.setdefault(_UNCOUNTED, 0)
+                group.setdefault(UNCOUNTED, 0)
             for parameter, number in zip(group["params"], saved["params"], strict=True):
                 if number in loaded["state"]:
                     # torch has cast all of it to the parameter's dtype, which would lose the float32 second moment.
@@ -446,10 +445,11 @@ class AdamMini(Optimizer):
             with_gradient = [parameter for *_, parameter in places if parameter.grad is not None]
             for parameter in with_gradient:
                 self._check_gradient(parameter, changes.get(parameter))
-            if not with_gradient:
-                self._check_against_module()
         if changes:
             self._apply(changes.values())
+        if check_gradients and not with_gradient:
+            self._check_against_module()
+        self._names = [[self._cuts[parameter].name for parameter in group["params"]] for group in self.param_groups]
 
     def _find_replaced(self, unknown: list[tuple[int, int, Tensor]]) -> dict[Tensor, Tensor]:
         """The parameters in whose places others stand now: those have their names in the model, or their shapes.
@@ -539,7 +539,6 @@ class AdamMini(Optimizer):
         self.state.update(states)
         for group in self.param_groups:
             group["partition"] = self._signatures(group["params"])
-        self._names = [[self._cuts[parameter].name for parameter in group["params"]] for group in self.param_groups]
 
     def _check_against_module(self) -> None:
         """Raise where a step would do nothing, since the model has got other parameters, which have the gradients."""
@@ -622,7 +621,7 @@ class AdamMini(Optimizer):
                 rounding = Rounding(seed, cut.blocks.shape)
             self._roundings[parameter] = rounding
         if not group["capturable"] and steps_taken(state) >= MAX_STEP:
-            return replace(rounding, seed=name_seed(name, group.get(_UNCOUNTED, 0)))
+            return replace(rounding, seed=name_seed(name, group.get(UNCOUNTED, 0)))
         return rounding
 
     def _saved_blocks(self, parameter: Tensor) -> Blocks:

@@ -289,8 +289,9 @@ def _laid_out_as(tensor: Tensor, values: Tensor) -> Tensor:
 def _check_values(name: str, key: str, value: object, *, is_codes: bool) -> None:
     """Check that saved numbers are as training makes them: of a fitting dtype, finite, and no sums below zero."""
     tensor = torch.as_tensor(value) if key == "step" and isinstance(value, int | float) else value
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"the saved {key} of {name!r} is a {type(value).__name__}, not a tensor. {_DAMAGED}")
+    if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+        found = tensor.layout if isinstance(tensor, Tensor) else f"a {type(value).__name__}"
+        raise ValueError(f"the saved {key} of {name!r} is {found}, not a dense tensor. {_DAMAGED}")
     if not (tensor.is_floating_point() or is_codes or (key == "step" and tensor.dtype in _INTEGERS)):
         raise ValueError(f"the saved {key} of {name!r} is {tensor.dtype}, not a floating dtype. {_DAMAGED}")
     here = local(tensor.detach())

@@ -41,10 +41,13 @@ from lightning_adam_mini.optim.shards import Box
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["MAX_STEP", "Rounding", "dtensor_positions", "name_seed", "random_bits", "round_to_bfloat16"]
+__all__ = ["MAX_STEP", "UNCOUNTED", "Rounding", "dtensor_positions", "name_seed", "random_bits", "round_to_bfloat16"]
 
 MAX_STEP = 2**24
 """Float32, as which torch's optimizers keep the step, cannot add one to it."""
+
+UNCOUNTED = "steps_uncounted"
+"""Key of a parameter group: its steps since some parameter was at `MAX_STEP`."""
 
 _MASK = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_adam_mini.optim.sharding import is_dtensor, is_flattened
+from lightning_adam_mini.optim.stochastic_rounding import UNCOUNTED
 
 _INTERNAL = ("lightning_adam_mini", "torch")
 
@@ -35,6 +36,12 @@ def check_group(group: Mapping[str, Any]) -> None:
     is_pair = isinstance(betas, Sequence | Tensor) and not isinstance(betas, str) and len(betas) == 2
     if not (is_pair and all(_is_number(beta) and 0.0 <= beta < 1.0 for beta in betas)):
         raise ValueError(f"betas must be two numbers in [0, 1), not {tuple(betas) if is_pair else betas}")
+    for option in ("maximize", "capturable"):
+        if not isinstance(group.get(option, False), bool):
+            raise ValueError(f"{option} must be True or False, not {group[option]!r}")
+    uncounted = group.get(UNCOUNTED, 0)
+    if not isinstance(uncounted, int) or uncounted < 0:
+        raise ValueError(f"{UNCOUNTED} must be a number of steps, not {uncounted!r}")
 
 
 def _is_number(value: object) -> bool:
@@ -75,9 +82,7 @@ def check_gradient(name: str, parameter: Tensor, grad: Tensor) -> None:
             that is none.
     """
     if grad.layout is not torch.strided:
-        if grad.layout is torch.sparse_coo:
-            raise ValueError(f"{name}: sparse gradients are not supported; use nn.Embedding(..., sparse=False)")
-        raise ValueError(f"{name}: gradients of layout {grad.layout} are not supported; use grad.to_dense()")
+        raise ValueError(f"{name}: sparse gradients are not supported; use nn.Embedding(..., sparse=False)")
     if not grad.is_floating_point():
         raise ValueError(f"{name}: the gradient must be of a floating dtype, not {grad.dtype}")
     if grad.shape != parameter.shape:

@@ -90,12 +90,10 @@ def test_every_backend_and_implementation(function, backend, implementation):
     check(function, backend, implementation)
 
 
-@pytest.mark.parametrize("is_recursive", [True, False])
-def test_more_optimizers_than_the_compiler_compiles_for(is_recursive):
+def test_more_optimizers_than_the_compiler_compiles_for():
     """Past its limit the compiler runs a function as it is, and may compile what that calls."""
-    config = {"recompile_limit": 1, "skip_code_recursive_on_recompile_limit_hit": is_recursive}
     step = torch.compile(lambda optimizer: optimizer.step(), backend="eager")
-    with torch._dynamo.config.patch(config):
+    with torch._dynamo.config.patch(recompile_limit=1):
         for _ in range(3):
             eager, compiled = model(), model()
             tiny_models.set_gradients(eager, compiled)

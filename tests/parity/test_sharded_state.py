@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from lightning_adam_mini import AdamMini
 from ranks import run_ranks
@@ -179,3 +180,25 @@ def test_frozen_parameters_that_train_later_under(layout, dcp):
     for name, weight in moved.named_parameters():
         torch.testing.assert_close(weights[name], alone[name], rtol=0, atol=WITHIN)
         assert not torch.equal(weights[name], weight), name
+
+
+def train_with_zero(rank):
+    model = build("llama")
+    options = {"lr": 3e-3, "weight_decay": 0.1, "partition": "transformer"}
+    train(model, ZeroRedundancyOptimizer(model.parameters(), AdamMini, module=model, **options), 2)
+    norms = [parameter for name, parameter in model.named_parameters() if "norm" in name]
+    others = [parameter for name, parameter in model.named_parameters() if "norm" not in name]
+    groups = [{"params": others}, {"params": norms, "weight_decay": 0.0}]
+    train(model, ZeroRedundancyOptimizer(groups, AdamMini, module=model, **options), 2, start=2)
+    return dict(model.named_parameters())
+
+
+def test_groups_of_zero_decay_as_they_say():
+    """Norms too, unlike those of `AdamMini(model)`, unless a group of their own spares them."""
+    weights, *_ = run_ranks(2, train_with_zero)
+    alone = build("llama")
+    options = {"lr": 3e-3, "weight_decay": 0.1, "partition": "transformer"}
+    train(alone, AdamMini(alone, weight_decay_policy="all", **options), 2)
+    train(alone, AdamMini(alone, **options), 2, start=2)
+    for name, weight in alone.named_parameters():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=WITHIN)

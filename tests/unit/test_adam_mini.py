@@ -290,6 +290,13 @@ def test_an_added_parameter_keeps_the_name_it_comes_with():
     assert "mine" in optimizer.partition
 
 
+def test_an_added_parameter_may_not_have_the_name_of_another():
+    optimizer = AdamMini(model())
+    with pytest.raises(ValueError, match=r"two parameters have the name '1\.bias'; give each a name of its own"):
+        optimizer.add_param_group({"params": [("1.bias", parameter())]})
+    assert len(optimizer.param_groups) == 2
+
+
 # What is refused
 
 

@@ -162,18 +162,12 @@ def sparse(module):
     module[0](torch.tensor([1])).sum().backward()
 
 
-def csr(module):
-    module[1].weight.grad = torch.ones(3, 4).to_sparse_csr()
-
-
 BAD_GRADIENTS = {
     "shape": (wrong_shape, r"2.weight: the gradient has the shape \(2,\), the parameter \(3,\)"),
     "sparse": (sparse, "0.weight: sparse gradients are not supported"),
-    "sparse rows": (csr, "1.weight: gradients of layout torch.sparse_csr are not supported; use grad.to_dense"),
 }
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("bad", BAD_GRADIENTS)
 @pytest.mark.parametrize("num_steps", [0, 2])
@@ -261,6 +255,13 @@ def test_a_state_is_saved_and_loaded_right_after_a_replacement():
     assert all(state["step"] == 1 for state in other.state.values())
 
 
+def test_a_step_without_gradients_right_after_a_replacement():
+    optimizer = AdamMini(model())
+    swap(optimizer)
+    optimizer.step()
+    assert len(optimizer.state) == len(optimizer.partition)
+
+
 def test_another_tensor_in_the_place_of_one_is_refused():
     module = model()
     optimizer = AdamMini(module)
@@ -280,6 +281,19 @@ def test_parameters_that_are_replaced_in_another_order_are_refused():
     optimizer.param_groups[0]["params"] = [module[1].weight, module[0].weight]
     tiny_models.set_gradients(module)
     assert_refused(optimizer, module, "1.weight of the model stands in the place of 0.weight in param_groups")
+
+
+def test_parameters_that_are_replaced_after_their_order_has_changed():
+    module = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    optimizer = AdamMini(module, partition="default")
+    step((module, optimizer))
+    optimizer.param_groups[0]["params"].reverse()
+    step((module, optimizer))
+    for layer in module:
+        layer.weight = nn.Parameter(layer.weight.detach().clone())
+    optimizer.param_groups[0]["params"] = [module[1].weight, module[0].weight]
+    step((module, optimizer))
+    assert [int(state["step"]) for state in optimizer.state.values()] == [3, 3]
 
 
 def test_parameters_that_are_replaced_in_the_model_alone_are_told():

@@ -376,16 +376,16 @@ DAMAGES = {
         "exp_avg_sq of '1.weight' is torch.int64, not a flo",
     ),
     "m is complex": (with_state("exp_avg", lambda m: m + 0j), "exp_avg of '1.weight' is torch.complex64, not a float"),
-    "m is a list": (with_state("exp_avg", lambda m: m.tolist()), "saved exp_avg of '1.weight' is a list, not a tensor"),
+    "m is a list": (with_state("exp_avg", lambda m: m.tolist()), "saved exp_avg of '1.weight' is a list, not a dense"),
     "v is None": (
         with_state("exp_avg_sq", lambda v: None),
-        "saved exp_avg_sq of '1.weight' is a NoneType, not a tenso",
+        "saved exp_avg_sq of '1.weight' is a NoneType, not a dense",
     ),
     "v of a shape": (with_state("exp_avg_sq", lambda v: v[:1]), r"saved exp_avg_sq of '1.weight' has shape \(1, 1\)"),
     "negative step": (with_state("step", full(-3.0)), "saved step of '1.weight' has negative numbers"),
     "half a step": (with_state("step", full(1.5)), "saved step of '1.weight' has 1.5, which is no number of steps"),
     "step is NaN": (with_state("step", full(NAN)), "saved step of '1.weight' has numbers that are not finite"),
-    "step is a text": (with_state("step", lambda step: "2"), "saved step of '1.weight' is a str, not a tensor"),
+    "step is a text": (with_state("step", lambda step: "2"), "saved step of '1.weight' is a str, not a dense"),
     "step is a pair": (with_state("step", lambda step: step.expand(2)), r"saved step of '1.weight' has shape \(2,\)"),
     "a state is a list": (
         lambda s: s["state"].update({1: [1.0]}),
@@ -414,6 +414,12 @@ DAMAGES = {
         with_option("weight_decay", -0.1),
         "group 1 .*: weight_decay must be a finite number of at least 0",
     ),
+    "maximize": (with_option("maximize", "no"), "group 1 .*: maximize must be True or False, not 'no'"),
+    "uncounted": (
+        with_option("steps_uncounted", "2"),
+        "group 1 .*: steps_uncounted must be a number of steps, not '2'",
+    ),
+    "m is sparse": (with_state("exp_avg", lambda m: m.to_sparse()), "exp_avg of '1.weight' is torch.sparse_coo, not a"),
     "cuts": (with_option("partition", 3), "group 1 of the optimizer state has the cuts of 0 parameters, here it has 3"),
 }
 
