@@ -151,7 +151,7 @@ def _get(config: Any, key: str) -> Any:
 
 def _graph(features: int) -> Any:
     """A ring of nodes."""
-    from lightning_adam_mini.tasks.graph.graph import Graph
+    from ..tasks.graph.graph import Graph
 
     nodes = torch.arange(6)
     edges = torch.stack([nodes, nodes.roll(1)])
