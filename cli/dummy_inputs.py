@@ -83,7 +83,8 @@ def dummy_inputs(model: Any) -> dict[str, Any]:
     signature = inspect.signature(model.forward).parameters
     if "graph" in signature:
         # Labels that the model is given stand beside the features.
-        width = next(p.shape[-1] for p in model.parameters() if p.dim() > 1)
+        widths = (getattr(module, "in_channels", None) for module in model.modules())
+        width = next(width for width in widths if isinstance(width, int) and width > 0)
         return {"graph": _graph(width - (model._num_classes if model.label_reuse else 0))}
     if hasattr(network, "pretrained_cfg"):
         size = network.pretrained_cfg.get("input_size", (3, SIDE, SIDE))
@@ -151,7 +152,7 @@ def _get(config: Any, key: str) -> Any:
 
 def _graph(features: int) -> Any:
     """A ring of nodes."""
-    from lightning_adam_mini.tasks.graph.graph import Graph
+    from ..tasks.graph.graph import Graph
 
     nodes = torch.arange(6)
     edges = torch.stack([nodes, nodes.roll(1)])

@@ -471,3 +471,19 @@ def test_what_cannot_run():
         verify_partition([], TOKENS)
     with pytest.raises(ValueError, match="no layout 'fused_contigous'"):
         verify_partition(transformer(Normed()), TOKENS, partition_layouts={"Normed": "fused_contigous"})
+
+
+def test_a_softmax_by_hand_and_a_norm_of_vectors():
+    class ByHand(Separate):
+        def heads(self, x):
+            return super().heads(x / torch.linalg.vector_norm(x, dim=-1)[..., None])
+
+        def forward(self, x):
+            q, k, v = (self.heads(getattr(self, name)(x)) for name in self.names)
+            scores = (torch.einsum("bhqd,bhkd->bhqk", q, k)).exp()
+            weights = scores / scores.sum(-1, keepdim=True)
+            return self.back(torch.einsum("bhqk,bhkd->bqhd", weights, v).flatten(2))
+
+    model = transformer(ByHand())
+    found = verify_partition(model, TOKENS)
+    assert heads_of(model, "1.alpha.weight", layouts=found.layouts) == HEADS
