@@ -17,6 +17,7 @@ from lightning_adam_mini.tasks.llm import LanguageModel
 from lightning_adam_mini.tasks.llm.data import StdlibText, TextFiles, TokenFiles
 from lightning_adam_mini.tasks.llm.data.tokenizer import load_tokenizer, tokenizer_texts, tokenizers_differ
 from lightning_adam_mini.tasks.resnet.data import FashionMnist, ImageFolders, Mnist5k, TorchvisionData, Transforms
+from lightning_adam_mini.tasks.resnet.data.image_sets import hash_images
 from tiny_images import write_fashion, write_tree
 from tiny_runs import write_text
 
@@ -285,3 +286,29 @@ def test_data_that_say_nothing_are_not_asked():
     digits = DigitImages()
     digits.meaning = dict
     digits.check_record(None, resumes=True)
+
+
+def test_images_of_a_class_of_ones_own_are_not_all_decoded():
+    class Counted:
+        def __init__(self):
+            self.read = 0
+
+        def __len__(self):
+            return 5000
+
+        def __getitem__(self, index):
+            self.read += 1
+            return torch.full((1, 2, 2), float(index))
+
+    images, data = Counted(), DigitImages()
+    first = data.digest(images)
+    assert images.read <= 1000
+    assert first == data.digest(Counted())
+
+
+def test_a_set_of_ones_own_is_known_by_its_labels():
+    class Labelled:
+        def __init__(self, *labels):
+            self.labels = torch.tensor(labels)
+
+    assert hash_images(Labelled(0, 1)) == hash_images(Labelled(0, 1)) != hash_images(Labelled(1, 0))
