@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..checkpoint_folder import read_rest
-from ..checkpoint_io import read_file
+from ..checkpoint_file import read_file
+from ..checkpoint_folder import read_outline
+from ..checkpoint_io import check_checkpoint
 from ..run_files import write_text
 
 __all__ = [
@@ -54,8 +55,9 @@ def read_record(checkpoint: str | Path, *, weights_only: bool | None = True) -> 
         ValueError: It is no checkpoint, or was cut off.
     """
     path = Path(checkpoint)
-    read = read_rest if path.is_dir() else read_file
-    return read(path, weights_only=weights_only).get(KEY)
+    if path.is_dir():
+        return read_outline(path, weights_only=weights_only).rest.get(KEY)
+    return check_checkpoint(read_file(path, weights_only=weights_only, mmap=True), path).get(KEY)
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
