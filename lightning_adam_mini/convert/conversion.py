@@ -15,7 +15,7 @@ from lightning_adam_mini.convert.matching import Wanted, match
 from lightning_adam_mini.convert.saved import SavedBy, SavedParameter, saved_by, saved_parameters, whole
 from lightning_adam_mini.convert.second_moment import second_moment
 from lightning_adam_mini.optim import AdamMini, momentum_8bit
-from lightning_adam_mini.optim.state import first_moment_dtype, second_moment_dtype
+from lightning_adam_mini.optim.state import first_moment_dtype, saved_tensor, second_moment_dtype
 
 __all__ = ["Conversion", "convert"]
 
@@ -138,7 +138,7 @@ def _converted(
         exp_avg = exp_avg.reshape(blocks.shape)
     moments = _in_format({**saved.state, "exp_avg": exp_avg}, dtypes[0])
     dtype = dtypes[1] or moments["exp_avg"].dtype
-    step = torch.as_tensor(saved.state["step"]).detach().to("cpu", torch.float32).clone()
+    step = saved_tensor(saved.state["step"]).detach().to("cpu", torch.float32).clone()
     return {"step": step, **moments, **second_moment(source, saved, name, blocks, dtype)}
 
 
@@ -153,7 +153,7 @@ def _in_format(saved: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor
     if dtype is not torch.uint8:
         return {"exp_avg": exp_avg}
     codes = torch.empty_like(exp_avg, dtype=torch.uint8)
-    scale = torch.empty(momentum_8bit.scale_shape(exp_avg.shape), device=exp_avg.device)
+    scale = torch.empty(momentum_8bit.scale_shape(exp_avg.shape), dtype=torch.float32, device=exp_avg.device)
     momentum_8bit.encode_tensor_(codes, scale, exp_avg)
     return {"exp_avg": codes, "exp_avg_scale": scale}
 
@@ -167,7 +167,11 @@ def _fresh(parameter: Tensor, blocks: Blocks, exp_avg_dtype: torch.dtype | None)
     }
     kept = first_moment_dtype(blocks.shape, parameter.dtype, exp_avg_dtype)
     numbers = torch.zeros(blocks.shape, dtype=parameter.dtype if kept is torch.uint8 else kept, device=device)
-    return {"step": torch.zeros(()), **_in_format({"exp_avg": numbers}, kept), **moments}
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device="cpu"),
+        **_in_format({"exp_avg": numbers}, kept),
+        **moments,
+    }
 
 
 def _as_adamw(group: dict[str, Any]) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_adam_mini.optim.sharding import is_dtensor
+from lightning_adam_mini.optim.state import saved_tensor
 
 __all__ = ["SavedBy", "SavedParameter", "saved_by", "saved_parameters", "whole"]
 
@@ -131,7 +131,7 @@ def saved_parameters(state_dict: Mapping[str, Any], names: Sequence[str] | None 
 
 def whole(value: Any) -> Tensor:
     """A tensor that is on this rank alone: a DTensor is gathered, on all of its ranks together."""
-    tensor = torch.as_tensor(value).detach()
+    tensor = saved_tensor(value).detach()
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 

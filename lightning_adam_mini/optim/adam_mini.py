@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
@@ -306,17 +307,19 @@ class AdamMini(Optimizer):
             number: None if number in uncounted else self._stepper.ready(number, group, self.state)
             for number, group in enumerate(self.param_groups)
         }
-        if None in ready.values():
-            self._follow_parameters()
         # All that may be refused comes before the first write: the options and tensors of every group too.
         options = {number: options_of(self.param_groups[number]) for number in ready}
-        anew = {
-            number: [self._cut_tensor(p, group) for p in group["params"] if p.grad is not None or self._shares(p)]
-            for number, group in enumerate(self.param_groups)
-            if ready[number] is None
-        }
-        everything = [tensor for tensors in anew.values() for tensor in tensors]
-        share_square_sums(everything, self._stepper.square_sums)
+        anew: dict[int, list[CutTensor]] = {}
+        if None in ready.values():
+            with self._unchanged_if_refused():
+                self._follow_parameters()
+                for number in (number for number, grads in ready.items() if grads is None):
+                    group = self.param_groups[number]
+                    anew[number] = [
+                        self._cut_tensor(p, group) for p in group["params"] if p.grad is not None or self._shares(p)
+                    ]
+                everything = [tensor for tensors in anew.values() for tensor in tensors]
+                share_square_sums(everything, self._stepper.square_sums)
         for number, grads in ready.items():
             group = self.param_groups[number]
             if grads is not None:
@@ -340,16 +343,20 @@ class AdamMini(Optimizer):
             ValueError: A parameter that other ranks hold parts of, whose blocks all ranks sum together; one without a
                 gradient; or what `step` refuses.
         """
-        if self._forms.get(parameter) != form_of(parameter):
-            self._follow_parameters(check_gradients=False)
-        cut = self._cut(parameter)
-        if self._shares(parameter):
-            raise ValueError(f"{cut.name} lies on several ranks, which step together: call step() for all parameters")
-        if parameter.grad is None:
-            raise ValueError(f"{cut.name} has no gradient to take a step with")
-        self._check_gradient(parameter)
-        group = next(group for group in self.param_groups if any(p is parameter for p in group["params"]))
-        self._stepper.take([self._cut_tensor(parameter, group)], group)
+        with self._unchanged_if_refused():
+            if self._forms.get(parameter) != form_of(parameter):
+                self._follow_parameters(check_gradients=False)
+            cut = self._cut(parameter)
+            if self._shares(parameter):
+                raise ValueError(
+                    f"{cut.name} lies on several ranks, which step together: call step() for all parameters"
+                )
+            if parameter.grad is None:
+                raise ValueError(f"{cut.name} has no gradient to take a step with")
+            self._check_gradient(parameter)
+            group = next(group for group in self.param_groups if any(p is parameter for p in group["params"]))
+            tensor = self._cut_tensor(parameter, group)
+        self._stepper.take([tensor], group)
         if self._is_past_counting({**group, "params": [parameter]}):
             group[UNCOUNTED] = group.get(UNCOUNTED, 0) + 1
 
@@ -377,8 +384,12 @@ class AdamMini(Optimizer):
             ValueError: The state of another optimizer, model or partition, or one that is damaged: numbers that are
                 missing, not finite, or out of their range. Nothing is changed then.
         """
-        loaded: dict[str, Any] = {}
         check_is_state(state_dict, is_wrapped=not self._ranges)
+        with self._unchanged_if_refused():
+            self._load(state_dict)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        loaded: dict[str, Any] = {}
         self._follow_parameters(check_gradients=False, keeps_state=False)
         if self._ranges:
             state_dict = compress_state(state_dict, self._flat_states(to_load=True))
@@ -413,6 +424,27 @@ class AdamMini(Optimizer):
         kept = {name: self.__dict__[name] for name in (*own, "_strategy_of_unknown")}
         made_anew = {"_forms": {}, "_shards": {}, "_roundings": {}, "_module": _no_module}
         return {**super().__getstate__(), **kept, **made_anew}
+
+    @contextmanager
+    def _unchanged_if_refused(self) -> Iterator[None]:
+        """Let what follows parameters be undone where something is refused: states that are replaced are kept aside.
+
+        Within, a new state takes the place of an old one, and nothing is written into one that was there before.
+        """
+        state, groups = self.state, self.param_groups
+        followed = ("_cuts", "_forms", "_shards", "_roundings", "_plain_names")
+        kept = {name: dict(getattr(self, name)) for name in followed}
+        states, names, entries = dict(state), self._names, [dict(group) for group in groups]
+        try:
+            yield
+        except BaseException:
+            state.clear()
+            state.update(states)
+            for group, before in zip(groups, entries, strict=True):
+                group.clear()
+                group.update(before)
+            self.__dict__.update(kept, state=state, param_groups=groups, _names=names)
+            raise
 
     def _follow_replaced(self) -> None:
         """Find parameters that were replaced in their groups, and nothing else."""

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_adam_mini.optim.shards import Shard
-from lightning_adam_mini.optim.state import check_keys, second_moment_dtype
+from lightning_adam_mini.optim.state import check_keys, saved_tensor, second_moment_dtype
 from lightning_adam_mini.partition import CutParameter
 
 __all__ = ["FlatState", "compress_moments", "compress_state", "expand_moments", "expand_state"]
@@ -72,14 +72,17 @@ def compress_state(state_dict: dict[str, Any], flat: Sequence[FlatState]) -> dic
             {
                 key: one.part.new_zeros(one.part.shape, dtype=like["dtype"])
                 if saved is None
-                else torch.as_tensor(saved[key]).reshape(-1).to(**like)
+                else saved_tensor(saved[key]).reshape(-1).to(**like)
                 for key in one.keys
             }
         )
     moments = compress_moments([one.shard for one in flat], expanded)
     for one, own, is_saved in zip(flat, moments, _saved_somewhere(flat, state), strict=True):
         if is_saved:
-            begun = one.state or {"step": torch.zeros((), device="cpu"), "exp_avg": torch.zeros_like(one.part)}
+            begun = one.state or {
+                "step": torch.zeros((), dtype=torch.float32, device="cpu"),
+                "exp_avg": torch.zeros_like(one.part),
+            }
             state[one.number] = {**begun, **state.get(one.number, {}), **own}
     return {**state_dict, "state": state}
 

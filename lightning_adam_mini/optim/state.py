@@ -32,6 +32,7 @@ __all__ = [
     "init_state",
     "is_laid_out_as",
     "restore_state",
+    "saved_tensor",
     "second_moment_dtype",
     "steps_taken",
 ]
@@ -107,13 +108,14 @@ def init_state(
     return state
 
 
+def saved_tensor(value: Any) -> Tensor:
+    """A saved tensor where it lies, or a saved number: whatever torch's default device is, which may be meta."""
+    return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+
+
 def restore_state(state: Mapping[str, Tensor], saved: Mapping[str, Any]) -> None:
     """Copy a saved state into a fresh one, which keeps its dtypes and devices; a first moment changes its format."""
-    tensors = {
-        key: value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")  # and no default device
-        for key, value in saved.items()
-        if key in (*state, *_FIRST_MOMENT)
-    }
+    tensors = {key: saved_tensor(value) for key, value in saved.items() if key in (*state, *_FIRST_MOMENT)}
     is_converted = ("exp_avg_scale" in state) is not ("exp_avg_scale" in tensors)
     for key, tensor in state.items():
         if not (is_converted and key in _FIRST_MOMENT):
@@ -288,7 +290,7 @@ def _laid_out_as(tensor: Tensor, values: Tensor) -> Tensor:
 
 def _check_values(name: str, key: str, value: object, *, is_codes: bool) -> None:
     """Check that saved numbers are as training makes them: of a fitting dtype, finite, and no sums below zero."""
-    tensor = torch.as_tensor(value) if key == "step" and isinstance(value, int | float) else value
+    tensor = saved_tensor(value) if key == "step" and isinstance(value, int | float) else value
     if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
         found = tensor.layout if isinstance(tensor, Tensor) else f"a {type(value).__name__}"
         raise ValueError(f"the saved {key} of {name!r} is {found}, not a dense tensor. {_DAMAGED}")

@@ -1,5 +1,6 @@
 """Nothing reaches a kernel that was not checked: exchanged memory gives the reference's result, or a ValueError."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -54,7 +55,7 @@ def trained(implementation, dtype=torch.float32, steps=2, **options):
 
 
 def bits(module, optimizer):
-    tensors = [t for p in module.parameters() for t in (p, *optimizer.state[p].values())]
+    tensors = [t for p in module.parameters() for t in (p, *optimizer.state.get(p, {}).values())]
     return [tensor.detach().clone() for tensor in tensors]
 
 
@@ -191,6 +192,77 @@ def test_a_state_of_another_shape(key, implementation):
     with pytest.raises(ValueError, match=rf"weight: {key} of its state"):
         optimizer.step()
     assert torch.equal(first, module.first)
+
+
+# A parameter that is followed first, beside another that is refused after it.
+
+
+def in_another_dtype(module, optimizer, parameter):
+    parameter.data = parameter.data.double()
+    parameter.grad = torch.ones_like(parameter)
+
+
+def without_a_state(module, optimizer, parameter):
+    optimizer.state.pop(parameter)
+
+
+def replaced(module, optimizer, parameter):
+    name = next(name for name, own in module.named_parameters() if own is parameter)
+    new = nn.Parameter(parameter.detach().clone())
+    new.grad = parameter.grad
+    setattr(module, name, new)
+    for group in optimizer.param_groups:
+        group["params"] = [new if own is parameter else own for own in group["params"]]
+
+
+def insides(optimizer):
+    """All that an optimizer knows, and which tensors its states are."""
+    followed = ("_cuts", "_forms", "_shards", "_roundings", "_plain_names", "_names")
+    kept = {name: copy.copy(getattr(optimizer, name)) for name in followed}
+    states = {parameter: {key: id(value) for key, value in own.items()} for parameter, own in optimizer.state.items()}
+    return kept, states, [dict(group) for group in optimizer.param_groups]
+
+
+@implementations
+@pytest.mark.parametrize("name", ["first", "weight"])
+@pytest.mark.parametrize("change", [in_another_dtype, without_a_state, replaced], ids=lambda change: change.__name__)
+def test_a_refused_step_leaves_what_it_had_followed(change, name, implementation):
+    module, optimizer = trained(None if implementation == "fused" else implementation)
+    other = module.first if name == "weight" else module.weight
+    change(module, optimizer, getattr(module, name))
+    old = other.data
+    other.data = other.data[:1].expand(other.shape)
+    before, numbers = insides(optimizer), bits(module, optimizer)
+    with pytest.raises(ValueError, match=r"\b(first|weight)\b"):
+        optimizer.step()
+    assert insides(optimizer) == before
+    for x, y in zip(bits(module, optimizer), numbers, strict=True):
+        assert torch.equal(x, y)
+    other.data = old
+    optimizer.step()
+    assert optimizer.state[getattr(module, name)]["step"] == (1 if change is without_a_state else 3)
+
+
+def test_a_refused_step_of_one_parameter_leaves_its_state():
+    module, optimizer = trained("reference")
+    in_another_dtype(module, optimizer, module.first)
+    optimizer.state[module.first]["step"] = torch.zeros(3)
+    before = insides(optimizer)
+    with pytest.raises((ValueError, RuntimeError)):
+        optimizer.step_parameter(module.first)
+    assert insides(optimizer) == before
+
+
+def test_a_refused_load_leaves_the_moments():
+    module, optimizer = trained("reference")
+    saved, whole = copy.deepcopy(optimizer.state_dict()), module.weight.data
+    module.weight.data = whole[:2]
+    before = insides(optimizer)
+    with pytest.raises(ValueError, match="weight"):
+        optimizer.load_state_dict(saved)
+    assert insides(optimizer) == before
+    module.weight.data = whole
+    assert optimizer.state[module.weight]["exp_avg"].any()
 
 
 # What goes on, with the result of the reference.

@@ -628,3 +628,26 @@ def test_a_state_of_as_many_numbers_in_another_order_is_refused():
     saved["param_groups"][0]["partition"] = "mean a1 4/1; " + saved["param_groups"][0]["partition"].partition("; ")[2]
     with pytest.raises(ValueError, match=r"another partition: '0\.weight' was cut 'mean a1 4/1' and is cut"):
         optimizer.load_state_dict(saved)
+
+
+@pytest.fixture
+def _other_defaults():
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+
+
+@pytest.mark.usefixtures("_other_defaults")
+@pytest.mark.parametrize("step", [-1, 2.5, float("nan")])
+def test_a_number_of_steps_is_looked_at_whatever_the_default_device(step):
+    with torch.device("cpu"):
+        _, optimizer = trained()
+    saved = optimizer.state_dict()
+    saved["state"][0] = {**saved["state"][0], "step": step}
+    with pytest.raises(ValueError, match="the saved step"):
+        optimizer.load_state_dict(saved)
+    saved["state"][0]["step"] = 7
+    optimizer.load_state_dict(saved)
+    assert next(iter(optimizer.state.values()))["step"].item() == 7

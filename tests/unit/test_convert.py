@@ -266,6 +266,30 @@ def test_parameters_without_a_gradient_and_frozen_ones():
     assert module[0].weight not in optimizer.state
 
 
+@pytest.mark.parametrize("exp_avg_dtype", [None, torch.uint8])
+def test_defaults_of_torch_change_no_bit(exp_avg_dtype):
+    module = nn.Sequential(nn.Linear(64, 70), nn.Linear(70, 2))
+    adamw = AdamW(module.parameters(), **OPTIONS)
+    module[0].weight.grad = torch.rand(70, 64)
+    adamw.step()
+    adamw.state[module[0].weight]["step"] = 1  # as older releases of torch have saved it
+    optimizer = AdamMini(module, partition="default", exp_avg_dtype=exp_avg_dtype, **OPTIONS)
+    expected = from_adamw(adamw.state_dict(), optimizer)
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        found = from_adamw(adamw.state_dict(), optimizer)
+        back = to_adamw(found, optimizer)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    for number, state in expected["state"].items():
+        for key, tensor in state.items():
+            assert found["state"][number][key].dtype is tensor.dtype
+            assert torch.equal(found["state"][number][key], tensor)
+    assert str(back) == str(to_adamw(expected, optimizer))
+
+
 def test_bfloat16_and_meta():
     """A model without memory is enough to convert for; the second moment of half precision becomes float32."""
     module = model().to(torch.bfloat16)

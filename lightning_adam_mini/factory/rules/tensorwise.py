@@ -69,6 +69,6 @@ class TensorwiseOptimizer(RuleOptimizer):
                     continue
                 state = self.state[param]
                 if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
                 state["step"] += 1
                 self.update_(param, param.grad, state, group)

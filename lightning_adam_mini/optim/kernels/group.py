@@ -74,11 +74,10 @@ class GroupPlan:
         grads = list(map(_grad, params))
         if [grad is not None for grad in grads] != self._has_grad:
             return None
-        states = list(map(state.__getitem__, self._members))
-        kept = [value for own in states for value in own.values()]
-        if not (
-            all(map(is_, states, self._states)) and len(kept) == len(self._kept) and all(map(is_, kept, self._kept))
-        ):
+        if not all(map(is_, map(state.get, self._members), self._states)):
+            return None
+        kept = [value for own in self._states for value in own.values()]
+        if len(kept) != len(self._kept) or not all(map(is_, kept, self._kept)):
             return None
         if not self._memory.is_in_place(self._members, kept):
             return None
