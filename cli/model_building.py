@@ -81,7 +81,8 @@ def building(what: str, remedy: str = "") -> Iterator[None]:
         # A configuration that checks itself tells the place first, and what is wrong last, with an error's name.
         is_checked = len(lines) > 1 and "validation" in lines[0].lower()
         cause = lines[-1] if is_checked else f"{type(error).__name__}: {next(iter(lines), '')}"
-        raise ValueError(f"{what}: cannot be built: {cause[:200]}{remedy}") from error
+        missing = isinstance(error, ImportError)  # which no other configuration mends
+        raise ValueError(f"{what}: cannot be built: {cause[:200]}{'' if missing else remedy}") from error
 
 
 def config_file(option: str, name: str) -> Path | None:

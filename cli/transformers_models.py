@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,13 +44,22 @@ def of_transformers(name: str) -> Source:
                 f"--hf {path}: {architecture} is the base of all models; name one, such as LlamaForCausalLM"
             )
         config = _transformers_config(path, options)
-        with building(f"--hf {path}"), torch.device("meta"):
+        says_sizes = options.keys() - {"model_type", "architectures"}
+        remedy = "" if says_sizes else "; its defaults may be incomplete: give the config.json of a model"
+        with building(f"--hf {path}", remedy), torch.device("meta"):
             if is_subclass(cls, transformers.PreTrainedModel):
                 model = cls(config)
+            elif type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+                model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype())
+            elif type(config) in transformers.MODEL_MAPPING:
+                model = transformers.AutoModel.from_config(config, dtype=torch.get_default_dtype())
             else:
-                mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-                auto = transformers.AutoModelForCausalLM if type(config) in mapping else transformers.AutoModel
-                model = auto.from_config(config, dtype=torch.get_default_dtype())
+                model = None
+        if model is None:
+            raise ValueError(
+                f"--hf {path}: AutoModel of transformers has no class for model_type {config.model_type!r}; "
+                f"{_classes_of(config)}"
+            )
     told = [] if architecture in ("", type(model).__name__) else [_other_class(architecture, model)]
     where = "the configuration" if isinstance(path, str) else path.name
     told += [
@@ -103,6 +114,21 @@ def _transformers_config(path: Path | str, options: dict[str, Any]) -> PreTraine
         # Attention never runs, so what it would run with, also in parts, need not be here.
         config._attn_implementation = "eager"
     return config
+
+
+def _classes_of(config: Any) -> str:
+    """What to name in place of the class that `AutoModel` lacks for a configuration, for the end of a message."""
+    from transformers import PreTrainedModel
+
+    found = []
+    with contextlib.suppress(ImportError):
+        module = import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+        for name in getattr(module, "__all__", ()):
+            cls = getattr(module, name, None)
+            is_model = is_subclass(cls, PreTrainedModel) and not name.endswith("PreTrainedModel")
+            if is_model and cls.config_class is type(config):
+                found.append(name)
+    return f"name one in architectures: {' or '.join(found)}" if found else "it describes a part of a model"
 
 
 def _defaults(config: Any, options: Mapping[str, Any]) -> Iterator[tuple[Any, str, int]]:

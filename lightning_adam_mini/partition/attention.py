@@ -217,9 +217,14 @@ class Attention:
 
     @property
     def is_convolutional(self) -> bool:
-        """Whether convolutions of a single head attend over pixels, which makes no Transformer of a model."""
+        """Whether convolutions attend over pixels, which makes no Transformer of a model.
+
+        Convolutions that a module with heads names as query, key and value one by one do.
+        """
         lettered = [p for p in self.found if self._parts(p)]
-        return not self.counts_heads and all(isinstance(p.leaf.owner, _ConvNd) for p in lettered)
+        if not all(isinstance(p.leaf.owner, _ConvNd) for p in lettered or self.open):
+            return False
+        return not (self.counts_heads and lettered and all(len(self._parts(p)) == 1 for p in lettered))
 
     @cached_property
     def widths(self) -> frozenset[int]:

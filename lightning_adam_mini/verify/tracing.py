@@ -272,7 +272,7 @@ class Tracer(TorchFunctionMode):
             result = _Attach.apply(result, graph)
         scores = self._mark_of(others[0])
         mark = _Mark(False, sources)
-        if scores is not None and name == "linear" and others[0].dim() >= 4:  # mixes the scores of heads
+        if scores is not None and name in ("linear", "conv2d") and others[0].dim() >= 4:  # mixes the scores of heads
             mark = _Mark(False, sources, scores.products, scores.is_softmax)
         for tensor in tensors_in(result):
             self._mark(tensor, mark)

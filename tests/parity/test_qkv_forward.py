@@ -28,10 +28,6 @@ UNSEEN = {
         "every other block attends over channels, and weighs what it calls the query",
         r"stages\.0\.blocks\.0\.1\.attn\.qkv\.weight: contradicted: rows that are cut as query feed the value",
     ),
-    "timm_maxvit": (
-        "some of its queries, keys and values are 1x1 convolutions",
-        r"stages\.1\.blocks\.0\.attn\.qkv\.weight: contradicted: 18 of its 54 rows are the query of 3 heads",
-    ),
 }
 """Entries of the zoo that the forward pass does not confirm, why, and what it then says."""
 

@@ -77,6 +77,11 @@ LAYOUTS: list[ModuleLayout] = [
         attends=False,
     ),
     ModuleLayout(
+        "diffusers_attention_1d",
+        classes=("diffusers.models.unets.unet_1d_blocks.SelfAttention1d",),
+        parameters={"query.weight": Q, "key.weight": K, "value.weight": V, "proj_attn.weight": OUT},
+    ),
+    ModuleLayout(
         "diffusers_hidream",
         classes=("diffusers.models.transformers.transformer_hidream_image.HiDreamAttention",),
         parameters={

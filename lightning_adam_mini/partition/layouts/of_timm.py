@@ -195,11 +195,11 @@ LAYOUTS: list[ModuleLayout] = [
         classes=_classes("layers.attention2d.MultiQueryAttentionV2"),
         parameters={
             "query_proj": Rows(Span(Q, size=1)),
-            "key_proj": Rows(K, axis=1),
+            "key_proj": Rows(Span(K, 1, "key_dim"), axis=1),
             "value_proj": Rows(V, axis=1),
             "out_proj": OUT,
         },
-        sizes={"heads": (), "kv_heads": 1, "head_dim": ()},
+        sizes={"heads": (), "kv_heads": (), "head_dim": (), "key_dim": "key_dim"},
     ),
     ModuleLayout(
         "timm_efficientformer_v2",

@@ -273,6 +273,31 @@ LAYOUTS: list[ModuleLayout] = [
         parameters={"position_embeddings.weight": Role.POSITION_EMBEDDING},
     ),
     ModuleLayout(
+        "funnel",  # (width, heads, head size): relative positions have keys of their own
+        classes=_classes("funnel.FunnelRelMultiheadAttention"),
+        parameters={
+            "q_head.weight": Q,
+            "k_head.weight": K,
+            "v_head.weight": V,
+            "r_kernel": Rows(Span(K, "heads", 1), axis=1),
+            "post_proj.weight": OUT,
+            "r_*_bias": Role.BIAS,
+            "seg_embed": Role.BIAS,
+        },
+    ),
+    ModuleLayout(
+        "convbert",  # a kernel for each head and token, which weighs values of its own
+        classes=_classes("convbert.ConvBertSelfAttention"),
+        parameters={
+            "query.weight": Q,
+            "key.weight": K,
+            "value.weight": V,
+            "key_conv_attn_layer.pointwise.weight": LINEAR,
+            "conv_kernel_layer.weight": LINEAR,
+            "conv_out_layer.weight": LINEAR,
+        },
+    ),
+    ModuleLayout(
         "funnel_feed_forward",
         classes=_classes("funnel.FunnelPositionwiseFFN"),
         parameters={"linear_1.weight": MLP, "linear_2.weight": MLP},
