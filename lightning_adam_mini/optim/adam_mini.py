@@ -646,7 +646,7 @@ class AdamMini(Optimizer):
         if cut.problem and not self.state.get(parameter):
             warn_user(
                 f"{cut.name} was frozen when AdamMini was built, and is trained as by AdamW now, since it cannot be "
-                f"cut: {cut.problem}"
+                f"cut: {cut.problem.removeprefix(f'{cut.name}: ')}"
             )
         self.state[parameter] = self._fresh_state(parameter, cut, self._shard(parameter), capturable=capturable)
 
