@@ -41,6 +41,7 @@ class Verification:
         num_attention_calls: Attention calls that were seen.
         layouts: Layouts to pass as `partition_layouts`: those that were given, and those that would be right.
         overrides: The same for `partition_overrides`, where no layout has the words.
+        is_changed: Whether these are other than what was given.
         notes: What else there is to say.
     """
 
@@ -49,6 +50,7 @@ class Verification:
     num_attention_calls: int
     layouts: Mapping[str, str | ModuleLayout]
     overrides: Mapping[str, str]
+    is_changed: bool = False
     notes: tuple[str, ...] = ()
 
     def of_status(self, status: Status | str) -> tuple[VerifiedParameter, ...]:
@@ -59,6 +61,11 @@ class Verification:
     def contradicted(self) -> tuple[VerifiedParameter, ...]:
         """The verdicts on parameters that are cut otherwise than the model uses them."""
         return self.of_status(Status.CONTRADICTED)
+
+    @property
+    def remedy(self) -> str:
+        """The same, where it is other than what was given, else empty."""
+        return self.as_python() if self.is_changed else ""
 
     def as_python(self) -> str:
         """The arguments of `AdamMini` that would be right, as one would write them."""
@@ -88,8 +95,8 @@ class Verification:
         lines = [f"{self.partition}: {counts}; {self.num_attention_calls} attention calls", *self.notes]
         for status in (Status.CONTRADICTED, Status.NOT_SEEN):
             lines += [f"{verdict.name}: {status}: {verdict.reason}" for verdict in self.of_status(status)]
-        if self.contradicted and (self.layouts or self.overrides):
-            lines += ["right would be:", self.as_python()]
+        if self.remedy:
+            lines += ["right would be:", self.remedy]
         return "\n".join(lines)
 
 
@@ -140,7 +147,13 @@ def verify_partition(
     notes += judged.made_elsewhere()
     remedy = case.remedy(judged)
     return Verification(
-        strategy.name, judged.verdicts, len(tracer.calls), remedy.layouts, remedy.overrides, tuple(notes)
+        strategy.name,
+        judged.verdicts,
+        len(tracer.calls),
+        remedy.layouts,
+        remedy.overrides,
+        is_changed=remedy is not judged,
+        notes=tuple(notes),
     )
 
 
@@ -170,8 +183,9 @@ class _Judged:
         return {name for name, verdict in self.verdicts.items() if verdict.status is Status.CONTRADICTED}
 
     def unknown(self, names: Iterable[str]) -> set[str]:
-        """Those parameters whose role no rule knows."""
-        return {name for name in names if name in self.cuts and not self.cuts[name].role.known}
+        """Those parameters whose role no rule knows, and no override cuts."""
+        cuts = (self.cuts[name] for name in names if name in self.cuts)
+        return {cut.name for cut in cuts if not cut.role.known and cut.why == cut.role.why}
 
     def made_elsewhere(self) -> list[str]:
         """A sentence for each operand of attention that comes from parameters of other roles alone."""
@@ -271,9 +285,9 @@ class _Case:
         for class_name, layout in self._suggested(wrong, judged).items():
             layouts = {class_name: layout, **{key: own for key, own in best.layouts.items() if key != class_name}}
             best = self._better(best, best.overrides, layouts)
-        for name in sorted(best.contradicted):
+        for name in sorted(best.contradicted | best.unknown(self._owners)):
             for cut in (Cut.ROW, Cut.ELEMENT):
-                if name in best.contradicted:
+                if name in best.contradicted | best.unknown(self._owners):
                     overrides = {name: cut.value, **{key: own for key, own in best.overrides.items() if key != name}}
                     best = self._better(best, overrides, best.layouts)
         return best
