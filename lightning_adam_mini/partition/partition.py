@@ -15,7 +15,7 @@ from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
 from lightning_adam_mini.partition.strategies import STRATEGIES, Cut, Strategy, UncutError, cut_parameter
 from lightning_adam_mini.partition.tree import plain_names
 
-__all__ = ["CutParameter", "partition_module", "partition_tensors", "recut", "resolve_strategy"]
+__all__ = ["CutParameter", "cut_parameters", "partition_module", "partition_tensors", "recut", "resolve_strategy"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def partition_module(
     frozen = {name for name, parameter in named.items() if not parameter.requires_grad}
     table = resolve_strategy(strategy, module, layouts)
     plain = plain_names(module)
-    cuts, uncut = _cut_parameters(shapes, roles, table, Overrides(overrides or {}, plain), frozen)
+    cuts, uncut = cut_parameters(shapes, roles, table, Overrides(overrides or {}, plain), frozen)
 
     def message(failed: Mapping[str, UncutError]) -> str:
         unclear = [name for name in failed if roles[name].problem and Role.FUSED_QKV in roles[name].roles]
@@ -114,7 +114,7 @@ def partition_tensors(
         for name, shape in shapes.items()
     }
     plain = {name: name for name in shapes}
-    cuts, failed = _cut_parameters(shapes, roles, table, Overrides(overrides or {}, plain))
+    cuts, failed = cut_parameters(shapes, roles, table, Overrides(overrides or {}, plain))
     if failed:
         raise ValueError(refusal(failed, roles, None, _acceptance(shapes, roles, table, overrides, plain)))
     return cuts
@@ -133,7 +133,7 @@ def _acceptance(
     def is_accepted(advised: Mapping[str, str]) -> bool:
         for others in (overrides or {}, {}):
             try:
-                _, failed = _cut_parameters(shapes, roles, strategy, Overrides({**advised, **others}, plain), frozen)
+                _, failed = cut_parameters(shapes, roles, strategy, Overrides({**advised, **others}, plain), frozen)
             except ValueError:
                 continue
             if failed.keys() <= frozen:
@@ -143,7 +143,7 @@ def _acceptance(
     return is_accepted
 
 
-def _cut_parameters(
+def cut_parameters(
     shapes: Mapping[str, tuple[int, ...]],
     roles: Mapping[str, ParameterRole],
     strategy: Strategy,

@@ -97,12 +97,10 @@ class Call:
 
     Args:
         modules: The modules whose forward pass was running, outer ones first.
-        heads: Number of heads of each operand, as far as they come from parameters.
         factors: The operands, for whoever looks at them while the call runs.
     """
 
     modules: tuple[nn.Module, ...]
-    heads: Mapping[Operand, int]
     factors: Mapping[Operand, Factor] = field(default_factory=dict)
 
 
@@ -204,7 +202,7 @@ class Tracer(TorchFunctionMode):
                 return function(*args, **kwargs)
         if name == "scaled_dot_product_attention":
             operands = arguments(("query", "key", "value"), args, kwargs)
-            query, key, value = (_leading(operand) for operand in operands)
+            query, key, value = (Factor(operand, tuple(range(operand.dim() - 2))) for operand in operands)
             return self.attend(function, (query, key, value), args, kwargs)
         if name in LAYERS or name in PRODUCTS or name in ("einsum", "__rmatmul__"):
             return self._product(name, function, args, kwargs)
@@ -255,7 +253,7 @@ class Tracer(TorchFunctionMode):
             weights = [factor for factor in factors if (mark := self._mark_of(factor)) and mark.is_weight]
         marks = [mark for mark in map(self._mark_of, weights) if mark and mark.is_weight]
         others = [factor for factor in factors if not any(factor is weight for weight in weights)]
-        if not marks or not others or _is_depthwise(name, factors, args, kwargs):
+        if not marks or not others or _is_depthwise(name, factors):
             if not weights and (pair := activations_of_product(name, args, factors)):
                 return self._product_of_activations(function, args, kwargs, pair)
             result = function(*args, **kwargs)
@@ -358,22 +356,20 @@ class Tracer(TorchFunctionMode):
 
     def _record(self, query: Factor, key: Factor, value: Factor, *more: _Product) -> None:
         """Note one attention call."""
-        number, heads = len(self.calls), {}
+        number = len(self.calls)
         factors = {Operand.QUERY: query, Operand.KEY: key, Operand.VALUE: value}
         content: set[str] = set()
         for operand, factor in factors.items():
             found = self._heads_of(factor)
             content |= found.keys()
             self._keep(number, operand, found)
-            if found:
-                heads[operand] = max(len(masks) for masks in found.values())
         for product in more:
             for factor in (product.left, product.right):
                 found = {name: masks for name, masks in self._heads_of(factor).items() if name not in content}
                 self._keep(number, Operand.SCORE, found)
-        self.calls.append(Call(tuple(self.running), heads))
+        self.calls.append(Call(tuple(self.running)))
         if self._on_call is not None:
-            self._on_call(Call(tuple(self.running), heads, factors))
+            self._on_call(Call(tuple(self.running), factors))
 
     def _keep(self, call: int, operand: Operand, found: Mapping[str, Tensor]) -> None:
         for name, masks in found.items():
@@ -457,12 +453,7 @@ def _operands(
     return (left, right, other) if is_left else (right, left, other)
 
 
-def _leading(operand: Tensor, heads: int | None = None) -> Factor:
-    dimensions = range(operand.dim() - 2) if heads is None else (0, heads)
-    return Factor(operand, tuple(dimensions))
-
-
-def _is_depthwise(name: str, factors: Sequence[Tensor], args: Any, kwargs: Any) -> bool:
+def _is_depthwise(name: str, factors: Sequence[Tensor]) -> bool:
     """Whether a convolution treats each channel by itself, so that heads pass through it."""
     return (
         name.startswith("conv")
