@@ -202,7 +202,7 @@ class Tracer(TorchFunctionMode):
                 return function(*args, **kwargs)
         if name == "scaled_dot_product_attention":
             operands = arguments(("query", "key", "value"), args, kwargs)
-            query, key, value = (Factor(operand, tuple(range(operand.dim() - 2))) for operand in operands)
+            query, key, value = (Factor(operand, tuple(range(operand.dim() - 2))).over_tokens() for operand in operands)
             return self.attend(function, (query, key, value), args, kwargs)
         if name in LAYERS or name in PRODUCTS or name in ("einsum", "__rmatmul__"):
             return self._product(name, function, args, kwargs)
@@ -270,7 +270,8 @@ class Tracer(TorchFunctionMode):
             result = _Attach.apply(result, graph)
         scores = self._mark_of(others[0])
         mark = _Mark(False, sources)
-        if scores is not None and name == "linear" and others[0].dim() >= 4:  # mixes the scores of heads
+        is_pointwise = name == "linear" or (name.startswith("conv") and factors[1].shape[2:].numel() == 1)
+        if scores is not None and is_pointwise and others[0].dim() >= 4:  # mixes the scores of heads
             mark = _Mark(False, sources, scores.products, scores.is_softmax)
         for tensor in tensors_in(result):
             self._mark(tensor, mark)
@@ -442,15 +443,24 @@ def _operands(
     """
     product = mark.products[0]
     left, right = product.left, product.right
-    if mark.is_softmax:
-        return left, right, other
-    axis = left.contracted[0]
-    size = left.tensor.shape[axis]
-    first, last = mask(left, axis, 0), mask(left, axis, size - 1)
-    if first and size > 1 and _equal(first, last):
+    contracted, rows = left.contracted[0], left.rows
+    sums_over_tokens = False
+    if not mark.is_softmax:
+        if left.tensor.shape[contracted] > 1:
+            sums_over_tokens = _is_of_tokens(left, contracted, mask)
+        elif rows and left.tensor.shape[rows[0]] > 1:  # a single token, or heads of one channel
+            sums_over_tokens = not _is_of_tokens(left, rows[0], mask)
+    if sums_over_tokens:
         key, value = (right, left) if is_left else (left, right)
-        return other, key, value
-    return (left, right, other) if is_left else (right, left, other)
+        return other.over_tokens(), key, value
+    query, key = (left, right) if is_left or mark.is_softmax else (right, left)
+    return query.over_tokens(), key.over_tokens(), other
+
+
+def _is_of_tokens(factor: Factor, axis: int, mask: Callable[[Factor, int, int], dict[str, Tensor]]) -> bool:
+    """Whether all places along a dimension come from the same rows."""
+    first, last = mask(factor, axis, 0), mask(factor, axis, factor.tensor.shape[axis] - 1)
+    return bool(first) and _equal(first, last)
 
 
 def _is_depthwise(name: str, factors: Sequence[Tensor]) -> bool:
