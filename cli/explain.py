@@ -201,8 +201,8 @@ def _summary(verification: Verification) -> str:
         verification.contradicted, name=lambda verdict: verdict.name, alike=lambda verdict: verdict.reason
     )
     lines += [f"contradicted: {name}: {members[0].reason}" for name, members in groups]
-    if verification.contradicted and (told := verification.as_python()):
-        lines += ["right would be:", told]
+    if verification.remedy:
+        lines += ["right would be:", verification.remedy]
     return "\n".join(lines)
 
 

@@ -132,7 +132,7 @@ class Explanation:
         """All of it in what JSON can hold."""
         return {
             "partition": self.partition,
-            "rows": [_as_dict(row) for row in self.rows],
+            "rows": [{**asdict(row), "shape": list(row.shape)} for row in self.rows],
             "roles": {role: asdict(totals) for role, totals in self.role_totals.items()},
             "totals": asdict(self.totals),
             "frozen": {"tensors": self.frozen_tensors, "elements": self.frozen_elements},
@@ -149,11 +149,6 @@ class Explanation:
 
     def __str__(self) -> str:
         return self.table()
-
-
-def _as_dict(row: ExplainedParameter) -> dict[str, Any]:
-    fields = {**asdict(row), "shape": list(row.shape)}
-    return fields if row.verified else {key: value for key, value in fields.items() if key != "verified"}
 
 
 def explain(

@@ -188,11 +188,10 @@ class AdamMini(Optimizer):
                 raise ValueError("AdamMini got an empty parameter list")
 
         named = dict(module.named_parameters()) if module is not None else named_parameters(entries)
-        strategy = resolve_strategy(partition, module, partition_layouts)
-        self._strategy_of_unknown = Strategy(strategy.name, {}, otherwise=strategy.cut(Role.OTHER))
         if module is not None:
             self._ranges = flat_ranges(module)
             with whole_shapes(self._ranges):
+                strategy = resolve_strategy(partition, module, partition_layouts)
                 cuts = partition_module(module, strategy, partition_overrides, partition_layouts)
             for doubt in doubts(
                 (cuts[name] for name, p in named.items() if p.requires_grad and name in cuts), strategy
@@ -202,6 +201,7 @@ class AdamMini(Optimizer):
             if partition_layouts:
                 raise ValueError("partition_layouts need the model: AdamMini(model, ...), or module= beside parameters")
             check_not_flat(named)
+            strategy = resolve_strategy(partition, None)
             shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
             cuts = partition_tensors(shapes, strategy, partition_overrides)
             if partition == "auto":
@@ -210,6 +210,7 @@ class AdamMini(Optimizer):
                     "no Transformers. Pass the model, AdamMini(model, ...), or AdamMini(params, ..., module=model); "
                     "partition='default' says that this is meant."
                 )
+        self._strategy_of_unknown = Strategy(strategy.name, {}, otherwise=strategy.cut(Role.OTHER))
         self._cuts = {parameter: cuts[name] for name, parameter in named.items()}
         if module is not None:
             self._module = weakref.ref(module)
@@ -678,7 +679,7 @@ class AdamMini(Optimizer):
         if cut.problem and not self.state.get(parameter):
             warn_user(
                 f"{cut.name} was frozen when AdamMini was built, and is trained as by AdamW now, since it cannot be "
-                f"cut: {cut.problem}"
+                f"cut: {cut.problem.removeprefix(f'{cut.name}: ')}"
             )
         self.state[parameter] = self._fresh_state(parameter, cut, self._shard(parameter), capturable=capturable)
 

@@ -61,7 +61,7 @@ def found_output_axis(layer: nn.Module, name: str) -> int | None:
     The layer runs alone, on random values of its own shapes: one row or column of the matrix is changed, and one output
     changes or all. Layers with hooks are left alone, since what those do is not known.
     """
-    weight = layer._parameters.get(name)
+    weight = dict(layer.named_parameters(recurse=False)).get(name)
     if weight is None or weight.dim() != 2 or layer._forward_hooks or layer._forward_pre_hooks:
         return None
     if sum(parameter.dim() > 1 for parameter in layer.parameters()) > 1:

@@ -10,12 +10,12 @@ from torch import nn
 from lightning_adam_mini.blocks import Blocks
 from lightning_adam_mini.partition.inference import Layouts, has_tokens, infer_roles
 from lightning_adam_mini.partition.overrides import Overrides
-from lightning_adam_mini.partition.remedies import advise_layouts, refusal
+from lightning_adam_mini.partition.remedies import advise_layouts, of_every_layer, refusal
 from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
 from lightning_adam_mini.partition.strategies import STRATEGIES, Cut, Strategy, UncutError, cut_parameter
 from lightning_adam_mini.partition.tree import plain_names
 
-__all__ = ["CutParameter", "partition_module", "partition_tensors", "recut", "resolve_strategy"]
+__all__ = ["CutParameter", "cut_parameters", "partition_module", "partition_tensors", "recut", "resolve_strategy"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class CutParameter:
         cuts: The cut of each of its parts.
         blocks: How it is cut.
         why: The rule or override that decided.
-        problem: Why a frozen parameter cannot be cut as asked; should it come to train, it is trained as by AdamW.
+        problem: Why a frozen parameter cannot be cut as asked, and what would help; should it come to train, it is
+            trained as by AdamW.
     """
 
     name: str
@@ -76,11 +77,21 @@ def partition_module(
     frozen = {name for name, parameter in named.items() if not parameter.requires_grad}
     table = resolve_strategy(strategy, module, layouts)
     plain = plain_names(module)
-    cuts, failed = _cut_parameters(shapes, roles, table, Overrides(overrides or {}, plain), frozen)
-    if failed:
+    cuts, uncut = cut_parameters(shapes, roles, table, Overrides(overrides or {}, plain), frozen)
+
+    def message(failed: Mapping[str, UncutError]) -> str:
         unclear = [name for name in failed if roles[name].problem and Role.FUSED_QKV in roles[name].roles]
-        advice = advise_layouts(module, layouts or {}, unclear)
-        raise ValueError(refusal(failed, roles, advice, _acceptance(shapes, roles, table, overrides, plain, frozen)))
+        is_accepted = _acceptance(shapes, roles, table, overrides, plain, frozen - failed.keys())
+        return refusal(failed, roles, advise_layouts(module, layouts or {}, unclear), is_accepted)
+
+    if trained := {name: error for name, error in uncut.items() if name not in frozen}:
+        raise ValueError(message(trained))
+    of_like: dict[tuple[str, str], str] = {}  # in other layers the same is advised
+    for name, error in uncut.items():
+        like = of_every_layer(name), error.problem
+        if like not in of_like:
+            of_like[like] = message({name: error}).removeprefix(name)
+        cuts[name] = replace(cuts[name], problem=f"{name}{of_like[like]}")
     return cuts
 
 
@@ -103,7 +114,7 @@ def partition_tensors(
         for name, shape in shapes.items()
     }
     plain = {name: name for name in shapes}
-    cuts, failed = _cut_parameters(shapes, roles, table, Overrides(overrides or {}, plain))
+    cuts, failed = cut_parameters(shapes, roles, table, Overrides(overrides or {}, plain))
     if failed:
         raise ValueError(refusal(failed, roles, None, _acceptance(shapes, roles, table, overrides, plain)))
     return cuts
@@ -122,37 +133,35 @@ def _acceptance(
     def is_accepted(advised: Mapping[str, str]) -> bool:
         for others in (overrides or {}, {}):
             try:
-                _, failed = _cut_parameters(shapes, roles, strategy, Overrides({**advised, **others}, plain), frozen)
+                _, failed = cut_parameters(shapes, roles, strategy, Overrides({**advised, **others}, plain), frozen)
             except ValueError:
                 continue
-            if not failed:
+            if failed.keys() <= frozen:
                 return True
         return False
 
     return is_accepted
 
 
-def _cut_parameters(
+def cut_parameters(
     shapes: Mapping[str, tuple[int, ...]],
     roles: Mapping[str, ParameterRole],
     strategy: Strategy,
     overrides: Overrides,
     frozen: Set[str] = frozenset(),
 ) -> tuple[dict[str, CutParameter], dict[str, UncutError]]:
-    """The cut of each parameter, and those that cannot be cut as asked."""
+    """The cut of each parameter, and why some cannot be cut as asked, which are cut by element."""
     partition, failed = {}, {}
     for name, role in roles.items():
         by_role, why = overrides.cuts(name, role, strategy)
-        cuts, problem = tuple(by_role[part_role] for part_role in role.roles), ""
+        cuts = tuple(by_role[part_role] for part_role in role.roles)
         try:
             blocks = cut_parameter(shapes[name], role, by_role, is_overridden=why != role.why)
         except UncutError as error:
-            if name not in frozen:
-                failed[name] = error
-                continue
-            cuts, blocks, problem = (Cut.ELEMENT,) * len(cuts), Blocks.element(shapes[name]), error.problem
-        partition[name] = CutParameter(name, role, cuts, blocks, why, problem)
-    if not failed:
+            failed[name] = error
+            cuts, blocks = (Cut.ELEMENT,) * len(cuts), Blocks.element(shapes[name])
+        partition[name] = CutParameter(name, role, cuts, blocks, why)
+    if failed.keys() <= frozen:
         overrides.raise_if_unused(roles)
     return partition, failed
 

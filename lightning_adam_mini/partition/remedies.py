@@ -23,7 +23,7 @@ from lightning_adam_mini.partition.tree import Leaf, Node, Tree
 if TYPE_CHECKING:
     from lightning_adam_mini.partition.partition import CutParameter
 
-__all__ = ["Advice", "advise_layouts", "doubts", "refusal"]
+__all__ = ["Advice", "advise_layouts", "doubts", "of_every_layer", "refusal"]
 
 _LAYERS = (nn.Linear, _ConvNd)
 SHOWN = 12
@@ -64,12 +64,12 @@ def doubts(cuts: Iterable[CutParameter], strategy: Strategy) -> list[str]:
 def _listed(cuts: Sequence[CutParameter]) -> str:
     patterns: dict[str, list[str]] = {}
     for cut in cuts:
-        patterns.setdefault(_of_every_layer(cut.name), []).append(cut.name)
+        patterns.setdefault(of_every_layer(cut.name), []).append(cut.name)
     return ", ".join(f"{names[0]}{_and_like(names[1:])}" for names in patterns.values())
 
 
 def _overriding(cuts: Sequence[CutParameter], how: str) -> dict[str, str]:
-    return {_of_every_layer(cut.name): how for cut in cuts}
+    return {of_every_layer(cut.name): how for cut in cuts}
 
 
 class Advice:
@@ -111,7 +111,7 @@ def refusal(
     """
     patterns: dict[str, list[str]] = {}
     for name in failed:
-        patterns.setdefault(_of_every_layer(name), []).append(name)
+        patterns.setdefault(of_every_layer(name), []).append(name)
     told = [f"{names[0]}: {failed[names[0]].problem}{_and_like(names[1:])}" for names in patterns.values()]
     if len(told) > SHOWN:
         told = [*told[:SHOWN], f"and {', '.join(names[0] for names in list(patterns.values())[SHOWN:])} alike"]
@@ -213,7 +213,7 @@ def _class_key(tree: Tree, node: Node) -> str:
     return kind.__name__ if len(alike) == 1 else qualified_name(kind)
 
 
-def _of_every_layer(name: str) -> str:
+def of_every_layer(name: str) -> str:
     """An override for a parameter and its like in other layers."""
     escaped = re.sub(r"(?<![^.\\])\d+(?![^.\\])", r"\\d+", re.escape(name))
     return name if escaped == re.escape(name) else f"re:{escaped}"

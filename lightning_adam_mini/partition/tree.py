@@ -208,7 +208,7 @@ def _own(module: nn.Module) -> Iterator[_Own]:
 
 def _parametrized(module: nn.Module) -> Iterator[_Own]:
     """Parameters from which a module's own are computed."""
-    lists = module._modules.get("parametrizations")
+    lists = dict(module.named_children()).get("parametrizations")  # `_modules` of scripted modules is no dictionary
     for name, originals in lists.items() if isinstance(lists, nn.ModuleDict) else ():
         is_weight_norm = isinstance(next(iter(originals.children()), None), _WeightNorm)
         for suffix, parameter in originals._parameters.items():

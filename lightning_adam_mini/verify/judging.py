@@ -14,16 +14,14 @@ from lightning_adam_mini.blocks import Kind
 from lightning_adam_mini.partition import Cut, CutParameter, Role
 from lightning_adam_mini.verify.tracing import Heads, Operand, Outputs
 
-__all__ = ["NONE", "SEVERAL", "Claim", "Sight", "Status", "VerifiedParameter", "judge"]
+__all__ = ["Observation", "Status", "VerifiedParameter", "judge"]
 
 NONE, SEVERAL = -1, -2
 """In place of the number of a head: the row feeds none, or more than one."""
 
 _OPERANDS = {Role.QUERY: Operand.QUERY, Role.KEY: Operand.KEY, Role.VALUE: Operand.VALUE}
-_ROW_BY_CHOICE = frozenset({Role.EXPERT, Role.LORA})
-"""Roles that say more than that a row is one of a query, key or value."""
-
-
+_NOT_ALONE = frozenset({Role.QUERY, Role.KEY, Role.EXPERT, Role.LORA})
+"""Roles of what may feed a head; of other parameters the partition says that they do not."""
 _TABLES = frozenset({Role.TOKEN_EMBEDDING, Role.POSITION_EMBEDDING})
 
 
@@ -51,7 +49,7 @@ class VerifiedParameter:
 
 
 @dataclass(frozen=True)
-class Sight:
+class Observation:
     """What the forward pass shows of one parameter.
 
     Args:
@@ -70,7 +68,7 @@ class Sight:
     problem: str = ""
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], outputs: Sequence[Outputs], heads: Sequence[Heads]) -> Sight:
+    def of(cls, shape: tuple[int, ...], outputs: Sequence[Outputs], heads: Sequence[Heads]) -> Observation:
         """Bring together what several products and attention calls show."""
         lookups = {seen.axes for seen in outputs if seen.is_lookup}
         of_products = {seen.axes for seen in outputs if not seen.is_lookup} or lookups
@@ -79,14 +77,14 @@ class Sight:
         if len(of_products) > 1:
             return cls(shape, problem="its products sum over different dimensions")
         by_operand: dict[Operand, Tensor] = {}
-        for seen in heads:
-            numbers = _numbers(seen.masks)
-            known = by_operand.get(seen.operand)
+        for found in heads:
+            numbers = _numbers(found.masks)
+            known = by_operand.get(found.operand)
             merged = numbers if known is None else _merged(known, numbers)
             if merged is None:
-                problem = f"attention calls take different heads of the {seen.operand} from the same rows"
+                problem = f"attention calls take different heads of the {found.operand} from the same rows"
                 return cls(shape, problem=problem)
-            by_operand[seen.operand] = merged
+            by_operand[found.operand] = merged
         return cls(shape, next(iter(of_products)), bool(lookups), by_operand)
 
     def of_role(self, role: Role) -> Tensor | None:
@@ -98,160 +96,141 @@ class Sight:
     @property
     def feeds(self) -> str:
         """The operands that it feeds, for a sentence."""
-        told = [
-            f"{int(numbers.max()) + 1} {operand} head{'s' if numbers.max() else ''}"
+        return " and ".join(
+            _counted(int(numbers.max()) + 1, f"{operand} head")
             for operand, numbers in self.heads.items()
             if numbers.max() >= 0
-        ]
-        return " and ".join(told)
+        )
 
 
-@dataclass(frozen=True)
-class Claim:
-    """What a partition says of one parameter.
+def judge(
+    cut: CutParameter, seen: Observation, *, problem: str = "", checks_heads: bool = True, is_only_source: bool = True
+) -> VerifiedParameter:
+    """The verdict on one parameter.
 
     Args:
         cut: Its row of the partition; where the partition refuses it, as if each element were a block.
+        seen: What the forward pass shows of it.
         problem: Why the partition refuses it; empty where it does not.
-        is_own: Whether the user's override decided.
-        wants_heads: Whether queries are cut by head in this partition.
-        is_in_attention: Whether it belongs to the module that attends with it, and the heads that it feeds come from
-            no other parameter that is cut as theirs.
+        checks_heads: Whether the partition cuts queries by head, and no override of the user's decided here.
+        is_only_source: Whether it belongs to the module that attends with it, and the heads that it feeds come from no
+            other parameter that is cut as theirs.
     """
-
-    cut: CutParameter
-    problem: str = ""
-    is_own: bool = False
-    wants_heads: bool = True
-    is_in_attention: bool = True
+    status, reason = _verdict(cut, seen, problem, checks_heads, is_only_source)
+    return VerifiedParameter(cut.name, status, reason)
 
 
-def judge(claim: Claim, sight: Sight) -> VerifiedParameter:
-    """The verdict on one parameter."""
-    status, reason = _verdict(claim, sight)
-    return VerifiedParameter(claim.cut.name, status, reason)
-
-
-def _verdict(claim: Claim, sight: Sight) -> tuple[Status, str]:
-    cut, blocks = claim.cut, claim.cut.blocks
-    if claim.problem:
-        seen = f"; it feeds {sight.feeds}" if sight.feeds else ""
-        return Status.CONTRADICTED, f"the partition refuses it: {claim.problem}{seen}"
+def _verdict(
+    cut: CutParameter, seen: Observation, problem: str, checks_heads: bool, is_only_source: bool
+) -> tuple[Status, str]:
+    blocks, roles = cut.blocks, set(cut.role.roles)
+    if problem:
+        feeds = f"; it feeds {seen.feeds}" if seen.feeds else ""
+        return Status.CONTRADICTED, f"the partition refuses it: {problem}{feeds}"
     if blocks.kind is Kind.ELEMENT:
-        seen = f", though it feeds {sight.feeds}" if sight.feeds and not claim.is_own else ""
-        return Status.CONFIRMED, f"its elements share nothing{seen}"
-    if sight.problem:
-        return Status.NOT_SEEN, sight.problem
-    if sight.axes is None:
-        kind = "a vector" if sum(size > 1 for size in sight.shape) < 2 else "it"
+        feeds = f", though it feeds {seen.feeds}" if seen.feeds and checks_heads else ""
+        return Status.CONFIRMED, f"its elements share nothing{feeds}"
+    if seen.problem:
+        return Status.NOT_SEEN, seen.problem
+    if seen.axes is None:
+        kind = "a vector" if sum(size > 1 for size in seen.shape) < 2 else "it"
         return Status.NOT_SEEN, f"{kind} meets no activation in a product"
-    heads = _heads_elsewhere(claim, sight)
-    if heads:
-        return Status.CONTRADICTED, heads
+    if checks_heads and is_only_source and not roles & _NOT_ALONE and (reason := _unnamed_heads(cut, seen)):
+        return Status.CONTRADICTED, reason
     if blocks.axis is None:
         return Status.NOT_SEEN, "one block by the partition, whatever its rows do"
-    if not sight.axes and sight.shape != (1,) * len(sight.shape):
+    if not seen.axes and seen.shape[blocks.axis] > 1:
         return Status.NOT_SEEN, "products sum over all of it, as of a factor that is multiplied into another weight"
     # Matrices that are kept apart may be summed over, as experts are: no block mixes them.
-    if sight.shape[blocks.axis] > 1 and blocks.axis not in sight.axes:
-        if _TABLES & set(cut.role.roles):
+    if seen.shape[blocks.axis] > 1 and blocks.axis not in seen.axes:
+        if roles & _TABLES:
             return Status.NOT_SEEN, f"products sum over dimension {blocks.axis}, perhaps to pick its rows"
-        outputs = _listed(sight.axes) or "none"
+        outputs = _listed(seen.axes)
         return Status.CONTRADICTED, f"cut along dimension {blocks.axis}, which products sum over: outputs are {outputs}"
     if blocks.kind is Kind.ROW_COLUMN:
-        return Status.CONFIRMED, _outputs_told(sight)
-    if sight.is_lookup:
+        return Status.CONFIRMED, _outputs_of(seen)
+    if seen.is_lookup:
         return Status.CONFIRMED, "its rows are looked up"
-    return _rows_verdict(claim, sight)
+    return _rows_verdict(cut, seen, checks_heads)
 
 
-def _outputs_told(sight: Sight) -> str:
-    axes = sight.axes or ()
+def _outputs_of(seen: Observation) -> str:
+    axes = seen.axes or ()
     if len(axes) > 1:
         return f"dimensions {_listed(axes)} are outputs"
-    return f"dimension {axes[0]} is the output" if axes else "one number"
+    return f"dimension {axes[0]} is the output" if axes else "it has one output"
 
 
-def _heads_elsewhere(claim: Claim, sight: Sight) -> str:
+def _unnamed_heads(cut: CutParameter, seen: Observation) -> str:
     """Why a parameter that is cut as no query or key should be one; empty where it should not."""
-    roles = set(claim.cut.role.roles)
-    if claim.is_own or not claim.wants_heads or not claim.is_in_attention or roles & _ROW_BY_CHOICE:
-        return ""
-    if roles & {Role.QUERY, Role.KEY}:
-        return ""
     for operand in (Operand.QUERY, Operand.KEY, Operand.SCORE):
-        numbers = sight.heads.get(operand)
+        numbers = seen.heads.get(operand)
         if numbers is not None and (numbers >= 0).any():
-            count = int(numbers.max()) + 1
-            rows = int((numbers >= 0).sum())
+            count, rows = int(numbers.max()) + 1, int((numbers >= 0).sum())
             some = "its" if rows == numbers.numel() else f"{rows} of its {numbers.numel()}"
-            heads = f"{count} head{'s' if count > 1 else ''}"
-            return f"{some} rows are the {operand} of {heads}, but it is cut as {claim.cut.role.name}"
+            return f"{some} rows are the {operand} of {_counted(count, 'head')}, but it is cut as {cut.role.name}"
     return ""
 
 
-def _rows_verdict(claim: Claim, sight: Sight) -> tuple[Status, str]:
+def _rows_verdict(cut: CutParameter, seen: Observation, checks_heads: bool) -> tuple[Status, str]:
     """Compare blocks of outputs with the heads that they feed."""
-    cut, blocks = claim.cut, claim.cut.blocks
-    assert sight.axes is not None
+    blocks, axes = cut.blocks, seen.axes
+    assert axes is not None
     assert blocks.axis is not None
-    kept = tuple(size if axis in sight.axes else 1 for axis, size in enumerate(sight.shape))
-    kept = tuple(blocks.shape[axis] if axis == blocks.axis else size for axis, size in enumerate(kept))
+    kept = tuple(size if axis in axes else 1 for axis, size in enumerate(seen.shape))
     index = replace(blocks, shape=kept).block_index()
     roles = list(dict.fromkeys(cut.role.roles))
-    lengths = [(roles.index(part.role), part.length) for part in cut.role.parts]
-    numbers = [number for number, length in lengths for _ in range(length)] * cut.role.repeats
+    numbers = [roles.index(part.role) for part in cut.role.parts for _ in range(part.length)] * cut.role.repeats
     role_of = torch.tensor(numbers).view([-1 if axis == blocks.axis else 1 for axis in range(len(kept))]).expand(kept)
     batch = None
     if blocks.batch_axes:
         sizes = [size if axis in blocks.batch_axes else 1 for axis, size in enumerate(kept)]
         batch = torch.arange(math.prod(sizes)).view(sizes).expand(kept)
-    told: list[str] = []
-    unseen: list[str] = []
+    reasons: dict[Status, list[str]] = {status: [] for status in Status}
     for number, role in enumerate(roles):
-        rows = role_of == number
-        cut_of_role = cut.cuts[cut.role.roles.index(role)]
-        if role in _OPERANDS and (cut_of_role is Cut.HEAD or not claim.is_own):
-            status, reason = _heads_verdict(role, cut_of_role, sight, rows, index, batch)
-            if status is Status.CONTRADICTED:
-                return status, reason
-            (told if status is Status.CONFIRMED else unseen).append(reason)
-        else:
-            own = index[rows]
-            if cut_of_role is Cut.ROW and own.unique().numel() != own.numel():
-                per_block = own.numel() // own.unique().numel()
-                return (
-                    Status.CONTRADICTED,
-                    f"a row holds {per_block} outputs: dimensions {_listed(sight.axes)} are outputs",
-                )
-            if reason := _other_rows(role, claim, sight, rows, kept):
-                return Status.CONTRADICTED, reason
-    if unseen:
-        return Status.NOT_SEEN, "; ".join(unseen)
-    return Status.CONFIRMED, "; ".join(told) or _outputs_told(sight)
+        rows, cut_of_role = role_of == number, cut.cuts[cut.role.roles.index(role)]
+        if role in _OPERANDS and (cut_of_role is Cut.HEAD or checks_heads):
+            status, reason = _heads_verdict(role, cut_of_role, seen, rows, index, batch)
+            reasons[status].append(reason)
+            continue
+        own = index[rows]
+        if cut_of_role is Cut.ROW and own.unique().numel() != own.numel():
+            per_row = own.numel() // own.unique().numel()
+            reasons[Status.CONTRADICTED].append(f"a row holds {per_row} outputs: {_outputs_of(seen)}")
+        elif checks_heads and {Role.QUERY, Role.KEY} & set(roles):
+            reasons[Status.CONTRADICTED] += [
+                f"rows that are cut as {role} feed the {operand}"
+                for operand in (Operand.QUERY, Operand.KEY)
+                if (numbers_of := seen.heads.get(operand)) is not None and (numbers_of.expand(kept)[rows] >= 0).any()
+            ]
+    for status in (Status.CONTRADICTED, Status.NOT_SEEN, Status.CONFIRMED):
+        if reasons[status]:
+            return status, "; ".join(reasons[status])
+    return Status.CONFIRMED, _outputs_of(seen)
 
 
 def _heads_verdict(
     role: Role,
     cut: Cut,
-    sight: Sight,
+    seen: Observation,
     rows: Tensor,
     index: Tensor,
     batch: Tensor | None,
 ) -> tuple[Status, str]:
     """Whether the rows of a query, key or value feed it, head by head."""
     kept = index.shape
-    numbers = sight.of_role(role)
+    numbers = seen.of_role(role)
     others = [
         operand
-        for operand, seen in sight.heads.items()
-        if operand not in (_OPERANDS[role], Operand.SCORE) and (seen.expand(kept)[rows] >= 0).any()
+        for operand, other in seen.heads.items()
+        if operand not in (_OPERANDS[role], Operand.SCORE) and (other.expand(kept)[rows] >= 0).any()
     ]
     if numbers is None or (numbers.expand(kept)[rows] == NONE).all():
         if others:
             return Status.CONTRADICTED, f"rows that are cut as {role} feed the {others[0]}"
         return Status.NOT_SEEN, f"no attention call takes a {role} from it"
-    rows = rows & ~_unused(numbers, sight).expand(kept)
+    if len(seen.axes or ()) > 1:  # of matrices that took no part, such as experts that no token chose, nothing is known
+        rows = rows & ~(numbers == NONE).all(seen.axes[-1], keepdim=True).expand(kept)
     own, blocks = numbers.expand(kept)[rows], index[rows]
     if (own == NONE).any():
         return Status.CONTRADICTED, f"{int((own == NONE).sum())} of {own.numel()} rows that are cut as {role} feed none"
@@ -272,25 +251,7 @@ def _heads_verdict(
             f"blocks hold rows of several {role} heads" if pairs > num_blocks else f"{role} heads are cut into parts"
         )
         return Status.CONTRADICTED, f"{mixed}: {num_blocks} blocks, {heads} heads"
-    return Status.CONFIRMED, f"{heads} {role} head{'s' if heads > 1 else ''}"
-
-
-def _unused(numbers: Tensor, sight: Sight) -> Tensor:
-    """Matrices that took no part, such as experts that no token chose."""
-    assert sight.axes is not None
-    *batch, axis = sight.axes
-    return (numbers == NONE).all(axis, keepdim=True) if batch else torch.zeros_like(numbers, dtype=torch.bool)
-
-
-def _other_rows(role: Role, claim: Claim, sight: Sight, rows: Tensor, kept: tuple[int, ...]) -> str:
-    """Why rows beside those of queries and keys should be some of them; empty where they should not."""
-    if claim.is_own or not claim.wants_heads or not {Role.QUERY, Role.KEY} & set(claim.cut.role.roles):
-        return ""
-    for operand in (Operand.QUERY, Operand.KEY):
-        numbers = sight.heads.get(operand)
-        if numbers is not None and (numbers.expand(kept)[rows] >= 0).any():
-            return f"rows that are cut as {role} feed the {operand}"
-    return ""
+    return Status.CONFIRMED, _counted(heads, f"{role} head")
 
 
 def _numbers(masks: Tensor) -> Tensor:
@@ -315,6 +276,10 @@ def _merged(known: Tensor, more: Tensor) -> Tensor | None:
     if known.shape != more.shape or ((known != NONE) & (more != NONE)).any():
         return None
     return known.where(known != NONE, more + (int(known.max()) + 1) * (more >= 0))
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number > 1 else ''}"
 
 
 def _listed(numbers: Iterable[int]) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import random
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import FunctionType
@@ -16,10 +18,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import checkpoint
 
-from lightning_adam_mini.verify.products import Factor, arguments
+from lightning_adam_mini.verify.products import Factor, arguments, tensors_in
 from lightning_adam_mini.verify.tracing import Call, Tracer
 
 __all__ = ["traced"]
+
+_CONTAINERS = (list, dict, set, deque)
 
 FUNCTIONS = ("flash_attn_func", "flex_attention")
 """Functions of attention that any file may import; the delta rules of linear attention stand beside their models."""
@@ -49,13 +53,25 @@ def traced(
     _check(model)
     with _as_it_was(model), torch.inference_mode(False), torch.enable_grad():
         tracer = Tracer(_swap_parameters(model), on_call=on_call)
-        tracer.mark_inputs([inputs, keyword_inputs])
+        args, kwargs = _copied((inputs, keyword_inputs))
+        tracer.mark_inputs([args, kwargs])
         try:
             with _watched(model, tracer), tracer:
-                getattr(model, "_orig_mod", model)(*inputs, **keyword_inputs)  # not what torch.compile made of it
+                getattr(model, "_orig_mod", model)(*args, **kwargs)  # not what torch.compile made of it
         except Exception as error:
             raise _explained(error, model, inputs, keyword_inputs) from error
     return tracer
+
+
+def _copied(inputs: tuple[Sequence[Any], Mapping[str, Any]]) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Inputs that the model may write to; one that is given twice stays one."""
+    memo: dict[int, Any] = {
+        id(tensor): tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in tensors_in(inputs)
+    }
+    try:
+        return copy.deepcopy(inputs, memo)
+    except Exception:  # noqa: BLE001 - other people's classes
+        return inputs
 
 
 def _check(model: nn.Module) -> None:
@@ -95,7 +111,12 @@ def _explained(
 def _as_it_was(model: nn.Module) -> Iterator[None]:
     """Leave weights, buffers, attributes, modes and random numbers as they were."""
     modules = list(model.modules())
-    members = [(module, dict(vars(module)), dict(module._parameters), dict(module._buffers)) for module in modules]
+    modes = [module.training for module in modules]
+    attributes = [(vars(module), dict(vars(module))) for module in modules]
+    # Parameters and buffers among them, and whatever lists of its own a model appends to.
+    contents = [
+        (value, copy.copy(value)) for _, own in attributes for value in own.values() if isinstance(value, _CONTAINERS)
+    ]
     python_state, numpy = random.getstate(), sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy else None
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
@@ -104,20 +125,19 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
             torch.manual_seed(0)
             for module in modules:
                 module.training = False
-                for name, buffer in module._buffers.items():
+                for name, buffer in () if isinstance(module, torch.jit.ScriptModule) else module._buffers.items():
                     module._buffers[name] = None if buffer is None else buffer.detach().clone()
             yield
     finally:
         random.setstate(python_state)
         if numpy:
             numpy.random.set_state(numpy_state)
-        for module, attributes, parameters, buffers in members:
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._parameters.clear()
-            module._parameters.update(parameters)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+        for container, content in [*attributes, *contents]:
+            container.clear()
+            (container.extend if isinstance(container, list | deque) else container.update)(content)
+        for module, mode in zip(modules, modes, strict=True):
+            if module.training != mode:  # which scripted modules keep elsewhere
+                module.training = mode
 
 
 def _swap_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -129,7 +149,7 @@ def _swap_parameters(model: nn.Module) -> dict[str, Tensor]:
     copies: dict[int, nn.Parameter] = {}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for module in model.modules():
-        for name, parameter in module._parameters.items():
+        for name, parameter in () if isinstance(module, torch.jit.ScriptModule) else module._parameters.items():
             if parameter is None or not parameter.is_floating_point():
                 continue
             if id(parameter) not in copies:

@@ -8,32 +8,30 @@ from itertools import groupby
 
 from torch import Tensor, nn
 
-from lightning_adam_mini.partition import ModuleLayout, Part, Role, Rows, Span
-from lightning_adam_mini.partition.layouts import ORDERS
-from lightning_adam_mini.verify.judging import Sight
+from lightning_adam_mini.partition import ModuleLayout, Role, Rows, Span
+from lightning_adam_mini.verify.judging import Observation
 from lightning_adam_mini.verify.tracing import Operand
 
 __all__ = ["as_python", "layout_of", "rows_of"]
 
 _ROLES = {Operand.QUERY: Role.QUERY, Operand.KEY: Role.KEY, Operand.SCORE: Role.KEY, Operand.VALUE: Role.VALUE}
-_MATRICES = (Role.ATTENTION_OUTPUT, Role.MLP, Role.LINEAR, Role.EXPERT, Role.OUTPUT_HEAD, Role.VALUE)
 
 Label = tuple[Role, int]
 """What one output does: its role and, for a query, key or value, its head."""
 
 
-def rows_of(sight: Sight, role: Role = Role.LINEAR) -> Rows | None:
+def rows_of(seen: Observation, role: Role = Role.LINEAR) -> Rows | None:
     """The rows of a parameter as they were seen; None where the vocabulary has no words for them.
 
     Args:
-        sight: What was seen.
+        seen: What was seen.
         role: What its outputs do where they feed no attention.
     """
-    if not sight.axes:
+    if not seen.axes:
         return None
-    *batch, axis = sight.axes
-    labels = _labels(sight, role)
-    if role is Role.EXPERT and axis and not batch and len(sight.shape) > 2:
+    *batch, axis = seen.axes
+    labels = _labels(seen, role)
+    if role is Role.EXPERT and axis and not batch and len(seen.shape) > 2:
         batch = [0]  # experts that are summed over
     roles = {found for found, _ in labels}
     if len(roles) == 1 and not roles & {Role.QUERY, Role.KEY}:
@@ -41,22 +39,22 @@ def rows_of(sight: Sight, role: Role = Role.LINEAR) -> Rows | None:
     if not batch:
         return _of_sequence(labels, axis)
     # Heads on one dimension, their channels on others: a block spans the others.
-    along = [first for first in sight.axes if _varies_along_alone(sight, first)]
+    along = [first for first in seen.axes if _varies_along_alone(seen, first)]
     if len(along) == 1 and roles <= {Role.QUERY, Role.KEY}:
-        shape = [sight.shape[kept] for kept in sight.axes]
-        place = sight.axes.index(along[0])
+        shape = [seen.shape[kept] for kept in seen.axes]
+        place = seen.axes.index(along[0])
         step = math.prod(shape[place + 1 :])
         return _of_sequence([labels[number * step] for number in range(shape[place])], along[0])
     return None
 
 
-def _labels(sight: Sight, role: Role) -> list[Label]:
+def _labels(seen: Observation, role: Role) -> list[Label]:
     """One label for each output, with the last dimension running fastest."""
-    assert sight.axes is not None
-    count = math.prod(sight.shape[axis] for axis in sight.axes)
+    assert seen.axes is not None
+    count = math.prod(seen.shape[axis] for axis in seen.axes)
     labels: list[Label] = [(role, 0)] * count
     for operand in (Operand.VALUE, Operand.SCORE, Operand.KEY, Operand.QUERY):
-        numbers = sight.heads.get(operand)
+        numbers = seen.heads.get(operand)
         if numbers is not None:
             for place, number in enumerate(numbers.flatten().tolist()):
                 if number >= 0:
@@ -64,9 +62,9 @@ def _labels(sight: Sight, role: Role) -> list[Label]:
     return labels
 
 
-def _varies_along_alone(sight: Sight, axis: int) -> bool:
+def _varies_along_alone(seen: Observation, axis: int) -> bool:
     """Whether heads depend on the place along one dimension and on no other."""
-    found: list[Tensor] = list(sight.heads.values())
+    found: list[Tensor] = list(seen.heads.values())
     same = all(
         bool((numbers == numbers.amax([a for a in range(numbers.dim()) if a != axis], keepdim=True)).all())
         for numbers in found
@@ -114,9 +112,9 @@ def _period(sequence: Sequence[object]) -> int:
 
 
 def layout_of(
-    class_name: str, instances: Sequence[tuple[nn.Module, Mapping[str, tuple[Sight, Role]]]]
-) -> str | ModuleLayout | None:
-    """A layout for all modules of a class, or the name of a common one; None where none holds for all.
+    class_name: str, instances: Sequence[tuple[nn.Module, Mapping[str, tuple[Observation, Role]]]]
+) -> ModuleLayout | None:
+    """A layout for all modules of a class; None where none holds for all.
 
     Args:
         class_name: The class.
@@ -124,12 +122,9 @@ def layout_of(
             of those that feed no attention.
     """
     found = []
-    for _, sights in instances:
-        rows = {name: rows_of(sight, role) for name, (sight, role) in sights.items()}
+    for _, parameters_seen in instances:
+        rows = {name: rows_of(seen, role) for name, (seen, role) in parameters_seen.items()}
         found.append({name: own for name, own in rows.items() if own is not None})
-    for order in ORDERS:
-        if all(_has_order(order, module, sights) for module, sights in instances):
-            return order.name
     first = found[0]
     if not first:
         return None
@@ -137,32 +132,6 @@ def layout_of(
     if all(other == first for other in found):
         return ModuleLayout(name, first)
     return _with_sizes(name, [module for module, _ in instances], found)
-
-
-def _has_order(order: ModuleLayout, module: nn.Module, sights: Mapping[str, tuple[Sight, Role]]) -> bool:
-    """Whether a common order says of every parameter what was seen."""
-    for name, (sight, role) in sights.items():
-        rows, seen = order.find(name), rows_of(sight, role)
-        if rows is None or seen is None or sight.axes != (0,):
-            return False
-        told = order.role(rows, module, sight.shape, 0, "")
-        own = ModuleLayout("seen", {name: seen}).role(seen, module, sight.shape, 0, "")
-        if told.problem or _heads(told.parts) * told.repeats != _heads(own.parts) * own.repeats:
-            return False
-    return True
-
-
-def _heads(parts: Sequence[Part]) -> list[tuple[Role, int | None]]:
-    """Rows of each role, and for queries and keys of each head; values are cut by row."""
-    return [
-        (part.role, size)
-        for part in parts
-        for size in (
-            [part.head_dim] * (part.length // (part.head_dim or part.length))
-            if part.role in (Role.QUERY, Role.KEY)
-            else [1] * part.length
-        )
-    ]
 
 
 def _with_sizes(name: str, modules: Sequence[nn.Module], found: Sequence[Mapping[str, Rows]]) -> ModuleLayout | None:

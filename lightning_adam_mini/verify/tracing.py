@@ -97,12 +97,10 @@ class Call:
 
     Args:
         modules: The modules whose forward pass was running, outer ones first.
-        heads: Number of heads of each operand, as far as they come from parameters.
         factors: The operands, for whoever looks at them while the call runs.
     """
 
     modules: tuple[nn.Module, ...]
-    heads: Mapping[Operand, int]
     factors: Mapping[Operand, Factor] = field(default_factory=dict)
 
 
@@ -204,7 +202,7 @@ class Tracer(TorchFunctionMode):
                 return function(*args, **kwargs)
         if name == "scaled_dot_product_attention":
             operands = arguments(("query", "key", "value"), args, kwargs)
-            query, key, value = (_leading(operand) for operand in operands)
+            query, key, value = (Factor(operand, tuple(range(operand.dim() - 2))).over_tokens() for operand in operands)
             return self.attend(function, (query, key, value), args, kwargs)
         if name in LAYERS or name in PRODUCTS or name in ("einsum", "__rmatmul__"):
             return self._product(name, function, args, kwargs)
@@ -255,7 +253,7 @@ class Tracer(TorchFunctionMode):
             weights = [factor for factor in factors if (mark := self._mark_of(factor)) and mark.is_weight]
         marks = [mark for mark in map(self._mark_of, weights) if mark and mark.is_weight]
         others = [factor for factor in factors if not any(factor is weight for weight in weights)]
-        if not marks or not others or _is_depthwise(name, factors, args, kwargs):
+        if not marks or not others or _is_depthwise(name, factors):
             if not weights and (pair := activations_of_product(name, args, factors)):
                 return self._product_of_activations(function, args, kwargs, pair)
             result = function(*args, **kwargs)
@@ -272,7 +270,8 @@ class Tracer(TorchFunctionMode):
             result = _Attach.apply(result, graph)
         scores = self._mark_of(others[0])
         mark = _Mark(False, sources)
-        if scores is not None and name in ("linear", "conv2d") and others[0].dim() >= 4:  # mixes the scores of heads
+        is_pointwise = name == "linear" or (name.startswith("conv") and factors[1].shape[2:].numel() == 1)
+        if scores is not None and is_pointwise and others[0].dim() >= 4:  # mixes the scores of heads
             mark = _Mark(False, sources, scores.products, scores.is_softmax)
         for tensor in tensors_in(result):
             self._mark(tensor, mark)
@@ -358,22 +357,20 @@ class Tracer(TorchFunctionMode):
 
     def _record(self, query: Factor, key: Factor, value: Factor, *more: _Product) -> None:
         """Note one attention call."""
-        number, heads = len(self.calls), {}
+        number = len(self.calls)
         factors = {Operand.QUERY: query, Operand.KEY: key, Operand.VALUE: value}
         content: set[str] = set()
         for operand, factor in factors.items():
             found = self._heads_of(factor)
             content |= found.keys()
             self._keep(number, operand, found)
-            if found:
-                heads[operand] = max(len(masks) for masks in found.values())
         for product in more:
             for factor in (product.left, product.right):
                 found = {name: masks for name, masks in self._heads_of(factor).items() if name not in content}
                 self._keep(number, Operand.SCORE, found)
-        self.calls.append(Call(tuple(self.running), heads))
+        self.calls.append(Call(tuple(self.running)))
         if self._on_call is not None:
-            self._on_call(Call(tuple(self.running), heads, factors))
+            self._on_call(Call(tuple(self.running), factors))
 
     def _keep(self, call: int, operand: Operand, found: Mapping[str, Tensor]) -> None:
         for name, masks in found.items():
@@ -446,23 +443,27 @@ def _operands(
     """
     product = mark.products[0]
     left, right = product.left, product.right
-    if mark.is_softmax:
-        return left, right, other
-    axis = left.contracted[0]
-    size = left.tensor.shape[axis]
-    first, last = mask(left, axis, 0), mask(left, axis, size - 1)
-    if first and size > 1 and _equal(first, last):
+    contracted, rows = left.contracted[0], left.rows
+    sums_over_tokens = False
+    if not mark.is_softmax:
+        if left.tensor.shape[contracted] > 1:
+            sums_over_tokens = _is_of_tokens(left, contracted, mask)
+        elif rows and left.tensor.shape[rows[0]] > 1:  # a single token, or heads of one channel
+            sums_over_tokens = not _is_of_tokens(left, rows[0], mask)
+    if sums_over_tokens:
         key, value = (right, left) if is_left else (left, right)
-        return other, key, value
-    return (left, right, other) if is_left else (right, left, other)
+        return other.over_tokens(), key, value
+    query, key = (left, right) if is_left or mark.is_softmax else (right, left)
+    return query.over_tokens(), key.over_tokens(), other
 
 
-def _leading(operand: Tensor, heads: int | None = None) -> Factor:
-    dimensions = range(operand.dim() - 2) if heads is None else (0, heads)
-    return Factor(operand, tuple(dimensions))
+def _is_of_tokens(factor: Factor, axis: int, mask: Callable[[Factor, int, int], dict[str, Tensor]]) -> bool:
+    """Whether all places along a dimension come from the same rows."""
+    first, last = mask(factor, axis, 0), mask(factor, axis, factor.tensor.shape[axis] - 1)
+    return bool(first) and _equal(first, last)
 
 
-def _is_depthwise(name: str, factors: Sequence[Tensor], args: Any, kwargs: Any) -> bool:
+def _is_depthwise(name: str, factors: Sequence[Tensor]) -> bool:
     """Whether a convolution treats each channel by itself, so that heads pass through it."""
     return (
         name.startswith("conv")

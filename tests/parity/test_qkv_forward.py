@@ -99,6 +99,11 @@ WRONG = {
     "keys before values": ("codegen", "qkv_proj", Rows(Q, K, V, repeats=4)),
     "no gate": ("qwen3_next", "q_proj", Rows(Span(Q, "heads", 16))),
     "gate first": ("qwen3_next", "q_proj", Rows(Span(Role.LINEAR, 1), Span(Q, 1), repeats="heads")),
+    "by head, of a delta rule": (
+        "lara_mini",
+        "in_proj_qkv",
+        Rows(Span(Q, 1, 5), Span(K, 1, 5), Span(V, 2, 3), repeats=2),
+    ),
     "two heads in one": ("llama", "q_proj", Rows(Span(Q, 2, 12))),
     "half heads": ("llama", "k_proj", Rows(Span(K, 4, 3))),
     "all heads in one": ("mpt", "Wqkv", Rows(Span(Q, 1, 24), Span(K, 1, 24), V)),
@@ -127,6 +132,20 @@ def test_a_wrong_layout_is_found(mistake, monkeypatch):
     assert found.contradicted
     again = verified(entry, partition_layouts=found.layouts, partition_overrides=found.overrides)
     assert again.contradicted == ()
+
+
+def test_state_spaces_and_gates_are_not_contradicted():
+    """Mamba-2 has the products of linear attention, and gates of graphs have the names of queries and keys."""
+    found = verified(model_zoo.entries()["mamba2"])
+    assert found.contradicted == ()
+    assert not found.is_changed
+    assert found.parameters["backbone.layers.0.mixer.in_proj.weight"].status == "not seen"
+    assert any("takes a query from backbone.layers.0.mixer.in_proj.weight" in note for note in found.notes)
+    gates = pytest.importorskip("torch_geometric.nn").ResGatedGraphConv(6, 5)
+    edges = torch.tensor([[0, 1, 2, 3], [1, 2, 3, 0]])
+    found = verify_partition(gates, torch.randn(4, 6), edges, partition="transformer")
+    assert (found.num_attention_calls, found.contradicted) == (0, ())
+    assert found.parameters["lin_query.weight"].status == "confirmed"
 
 
 class Attention(nn.Module):

@@ -210,6 +210,7 @@ def test_a_frozen_matrix_that_cannot_be_cut_is_trained_as_by_adamw():
     module = nn.Module()
     module.embedding = nn.Embedding(5, 4)
     module.attention = nn.Module()
+    module.attention.num_heads = 2
     module.attention.qkv = nn.Linear(4, 12, bias=False)
     module.attention.qkv.requires_grad_(False)
     optimizer = AdamMini(module)
