@@ -173,7 +173,6 @@ class AdamMini(Optimizer):
         self._forms: dict[Tensor, Form] = {}
         self._names: list[list[str]] = []
         self._shards: dict[Tensor, Shard] = {}
-        self._ranges: dict[Tensor, FlatRange] = {}
         self._plain_names: dict[Tensor, str] = {}
         self._roundings: dict[Tensor, Rounding] = {}
 
@@ -187,10 +186,11 @@ class AdamMini(Optimizer):
                 raise ValueError("AdamMini got an empty parameter list")
 
         named = dict(module.named_parameters()) if module is not None else named_parameters(entries)
-        strategy = resolve_strategy(partition, module, partition_layouts)
+        self._ranges: dict[Tensor, FlatRange] = {} if module is None else flat_ranges(module)
+        with whole_shapes(self._ranges):
+            strategy = resolve_strategy(partition, module, partition_layouts)
         self._strategy_of_unknown = Strategy(strategy.name, {}, otherwise=strategy.cut(Role.OTHER))
         if module is not None:
-            self._ranges = flat_ranges(module)
             with whole_shapes(self._ranges):
                 cuts = partition_module(module, strategy, partition_overrides, partition_layouts)
             for doubt in doubts(
