@@ -39,6 +39,7 @@ from ..tasks.callbacks.checkpoint import HEADLINE
 from ..tasks.checkpoint_io import AtomicCheckpointIO
 from ..tasks.data.module import SampledDataModule
 from ..tasks.metrics_file import MetricsFile
+from ..tasks.run_files import cannot_write
 from .messages import failed_import, is_about_a_class, load_domains, must_be, near_option, type_of
 from .recipes import check_keys
 from .run_folder import RUN_DIR, choose_run_dir, forget_run_dir, holds_run, lock_for_run, resolve_checkpoint
@@ -135,9 +136,8 @@ class Application(LightningCLI):
         except Exception as error:
             self._leave_nothing(error)
             if isinstance(error, OSError) and error.errno in _DISK_IS_FULL and error.filename is None:
-                place = os.environ.get(RUN_DIR)
-                told = f"cannot write to {place}: {error.strerror}; free space or set another --run_dir"
-                raise OSError(told) from error
+                place = f"to {os.environ.get(RUN_DIR)}"
+                raise cannot_write(place, error, "free space or set another --run_dir") from error
             raise
         finally:
             forget_run_dir()
@@ -173,7 +173,7 @@ class Application(LightningCLI):
         parser.add_lightning_class_args(PerformanceMonitor, "performance")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, say which option comes near to one that does not exist, and refuse null where it is no value."""
+        """Parse, say which option comes near to one that does not exist, and refuse null and blanks."""
         parsers = [parser, *getattr(self, "_subcommand_parsers", {}).values()]
         try:
             try:
@@ -193,8 +193,8 @@ class Application(LightningCLI):
                 raise
             raise ArgumentError(None, told) from error
         config = self.config[command] if (command := self.config.get("subcommand")) else self.config
-        for option, hint in _nulls(parsers[-1], config):
-            if told := must_be(option, hint):
+        for option, value, hint in _values(parsers[-1], config):
+            if told := must_be(option, value, hint):
                 raise ArgumentError(None, told)
 
     def before_instantiate_classes(self) -> None:
@@ -302,22 +302,23 @@ _read = get_loader("yaml")
 set_loader("yaml", _load_yaml, exceptions=(yaml.YAMLError,))
 
 
-def _nulls(parser: Any, config: Namespace) -> Iterator[tuple[str, Any]]:
-    """Options that are null, with their types: jsonargparse takes null for an option that was not given."""
+def _values(parser: Any, config: Namespace) -> Iterator[tuple[str, Any, Any]]:
+    """Options with their values and types: jsonargparse takes null for an option that was not given."""
     hints = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
     for option, hint in hints.items():
         if hint is not None and option in config:
-            yield from _nulls_within(option, config[option], hint, linked=hints)
+            yield from _values_within(option, config[option], hint, linked=hints)
 
 
-def _nulls_within(option: str, value: Any, hint: Any, *, linked: Container[str] = ()) -> Iterator[tuple[str, Any]]:
-    if value is None:
-        yield option, hint
+def _values_within(
+    option: str, value: Any, hint: Any, *, linked: Container[str] = ()
+) -> Iterator[tuple[str, Any, Any]]:
+    yield option, value, hint
     for each in value if isinstance(value, list) else [value]:
         if isinstance(each, Namespace) and isinstance(options := each.get("init_args"), Namespace):
             for name, own in vars(options).items():
                 if name not in linked:  # the optimizer of a model is the one beside it
-                    yield from _nulls_within(f"{option}.{name}", own, type_of(each.class_path, name))
+                    yield from _values_within(f"{option}.{name}", own, type_of(each.class_path, name))
 
 
 def _with_parents(folder: str | Path) -> list[Path]:

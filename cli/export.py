@@ -41,6 +41,8 @@ def main(arguments: Sequence[str]) -> None:
     if options.out is not None:
         check_place(options.out)
 
+    from lightning.pytorch.trainer.states import TrainerFn
+
     from .application import Application
     from .run_folder import resolve_checkpoint
 
@@ -50,9 +52,9 @@ def main(arguments: Sequence[str]) -> None:
     task, data, trainer = application.model, application.datamodule, application.trainer
     if not hasattr(task, "export"):
         raise ValueError(f"{type(task).__name__} has no export; language models and diffusion models have")
+    trainer.state.fn = TrainerFn.PREDICTING
+    cast("Any", trainer).datamodule, data.trainer, task.trainer = data, trainer, trainer  # as predict does
     open_data(data, checkpoint, "predict")
-    cast("Any", trainer).datamodule = data  # as fit does
-    task.trainer = trainer
     task.configure_model()
     load_weights(task, checkpoint)
     folder = options.out or options.run_dir / getattr(task, "export_folder", "hf")

@@ -28,6 +28,9 @@ _NOISE = (
     "Problem with given class_path",
 )
 _WORDS = {"float": "a number", "int": "a whole number", "bool": "true or false", "tuple": "a list", "str": "a text"}
+_PLACE = re.compile(r"(\A|[._])(path|dir|root|folder|init_from|tokenizer)\Z")
+"""Options that name a file or a folder: an empty text would be the working directory to Python."""
+
 _OWN = {
     "Task": "derive it from lightning_adam_mini.tasks.base.Task, which gives it optimizer, schedule and checkpoints",
     "LightningDataModule": "derive it from lightning.pytorch.LightningDataModule",
@@ -76,14 +79,19 @@ def one_line(message: str) -> str:
     return f"{option}: {text}" if option and told else text
 
 
-def must_be(option: str, hint: Any) -> str | None:
-    """That an option must not be null, and what it must be; None where its type holds None.
+def must_be(option: str, value: Any, hint: Any) -> str | None:
+    """What an option must be whose value is null or empty; None where that is a value, or where it has another one.
 
     Args:
         option: Its name, such as `optimizer.lr`.
+        value: What was given.
         hint: Its type.
     """
-    return None if _holds_none(hint) else f"{option} must be {_words(hint)}, not null"
+    if value is None:
+        return None if _holds_none(hint) else f"{option} must be {_words(hint)}, not null"
+    if isinstance(value, str) and not value.strip() and _PLACE.search(option):
+        return f"{option} must be a file or a folder, not an empty text; `.` is the working directory"
+    return None
 
 
 def _holds_none(hint: Any) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import re
 from argparse import ArgumentError
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-__all__ = ["check_keys", "find_recipe", "list_recipes", "read_yaml", "resolve_configs"]
+__all__ = ["check_keys", "find_recipe", "list_recipes", "name_of", "read_yaml", "resolve_configs"]
 
 SECTIONS = ("model", "data", "optimizer", "schedule", "trainer", "checkpoint", "performance")
 """What a recipe holds options below, and never a null."""
@@ -47,11 +48,17 @@ def find_recipe(name: str, *, given_as: str = "--config") -> Path:
     raise ValueError(f"{given_as} {name}: no such file, and no recipe of that name; {hint}")
 
 
+def name_of(recipe: Path) -> str:
+    """What is made of a recipe is called as its file; of the `config.yaml` of a run, or an older one, as its folder."""
+    of_run = re.fullmatch(r"config(\.\d+)?", recipe.stem)
+    return (recipe.absolute().parent.name if of_run else "") or recipe.stem
+
+
 def resolve_configs(arguments: Sequence[str]) -> tuple[list[str], str | None]:
     """Replace recipe names after `--config` or `-c` by files.
 
     Returns:
-        The arguments, and the stem of the first configuration, which names the run.
+        The arguments, and the name of the first configuration, which is that of the run.
 
     Raises:
         ValueError: As `find_recipe`.
@@ -65,7 +72,7 @@ def resolve_configs(arguments: Sequence[str]) -> tuple[list[str], str | None]:
         if expects_value or (equals and option in ("--config", "-c")):
             path = find_recipe(name := argument if expects_value else value)
             _check_file(path, f"--config {name}", is_recipe=True)
-            first = first or path.stem
+            first = first or name_of(path)
             resolved.append(str(path) if expects_value else f"{option}={path}")
             expects_value = False
         else:

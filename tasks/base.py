@@ -296,7 +296,8 @@ class Task(LightningModule):
         if isinstance(data := self.data_module(), SampledDataModule):
             evaluates = self.trainer.validating or self.trainer.testing
             data.check_record(checkpoint.get(DATA_RECORD), resumes=self._is_training(), evaluates=evaluates)
-        _check_weights(checkpoint.get("state_dict", {}), self.state_dict())
+        if self._trainer is None or not isinstance(self.trainer.strategy, FSDPStrategy):  # which sees its own parts
+            _check_weights(checkpoint.get("state_dict", {}), self.state_dict())
         averages = self._trainer is not None and any(
             isinstance(c, WeightAveraging) for c in cast("Any", self.trainer).callbacks
         )

@@ -8,11 +8,11 @@ from typing import Any
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from .checkpoint_file import read_file, write_file
-from .checkpoint_folder import check_parts, load_tensors, read_folder, read_outline
+from .checkpoint_folder import read_folder
 from .in_place import beside, put_in_place, remove
 from .run_files import error_line
 
-__all__ = ["AtomicCheckpointIO", "cannot_save", "check_checkpoint", "verify"]
+__all__ = ["AtomicCheckpointIO", "cannot_save", "check_checkpoint", "read_checkpoint"]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -53,8 +53,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return super().load_checkpoint(path, *args, **kwargs)
         if args or kwargs:
             raise TypeError("AtomicCheckpointIO loads to the CPU: it takes no map_location")
-        read = read_folder if Path(path).is_dir() else read_file
-        return check_checkpoint(read(Path(path), weights_only=weights_only), path)
+        return read_checkpoint(Path(path), weights_only=weights_only)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a file, a folder, or a link without what it leads to."""
@@ -72,22 +71,20 @@ def check_checkpoint(content: Any, path: str | Path) -> dict[str, Any]:
     return content
 
 
-def verify(path: Path, *, weights_only: bool | None = None) -> None:
-    """Refuse what `load_checkpoint` would refuse, for whoever reads a checkpoint otherwise; tensors are not kept.
+def read_checkpoint(path: Path, *, weights_only: bool | None = None, mmap: bool = False) -> dict[str, Any]:
+    """A file or folder with whole tensors on the CPU.
 
     Args:
         path: The file or folder.
         weights_only: As for `read_file`.
+        mmap: Leave the tensors of a file on the disk until they are used.
 
     Raises:
         ValueError: It is no checkpoint, is damaged or cut off, or would run code.
     """
-    if not path.is_dir():
-        check_checkpoint(read_file(path, weights_only=weights_only, mmap=True), path)
-        return
-    outline = read_outline(path, weights_only=weights_only)
-    check_parts(path, outline.checks)
-    load_tensors({key: None for key in outline.entries if outline.empty(key, "meta") is None}, path, alone=True)
+    if path.is_dir():
+        return check_checkpoint(read_folder(path, weights_only=weights_only), path)
+    return check_checkpoint(read_file(path, weights_only=weights_only, mmap=mmap), path)
 
 
 def cannot_save(target: Path, error: BaseException) -> OSError:

@@ -12,6 +12,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from .run_files import cannot_write
+
 __all__ = ["MetricsFile", "read_metrics"]
 
 FILE_NAME = "metrics.jsonl"
@@ -66,9 +68,7 @@ class MetricsFile(Logger):
             with path.open("ab") as file:
                 file.write(f"{self._line_end(path)}{json.dumps(row)}\n".encode())
         except OSError as error:
-            raise OSError(
-                f"cannot write the metrics {path}: {error.strerror}; free space or set another --run_dir"
-            ) from error
+            raise cannot_write(f"the metrics {path}", error, "free space or set another --run_dir") from error
 
     def _line_end(self, path: Path) -> str:
         """What ends a line that a kill or a full disk cut off before this process; nothing after the first row."""

@@ -1,4 +1,7 @@
-"""Files of a run folder: written beside their place and renamed, so that others see all of a file or none."""
+"""Files of a run folder: written beside their place and renamed, so that others see all of a file or none.
+
+And how errors are worded and marked for the command line, which tells them in one line.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,14 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["error_line", "replacing", "save_figure", "write_text"]
+__all__ = ["cannot_write", "error_line", "on_all_ranks", "replacing", "save_figure", "write_text"]
+
+E = TypeVar("E", bound=Exception)
 
 
 @contextlib.contextmanager
@@ -32,7 +37,7 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         if error.strerror is None:  # it says more than the system
             raise
-        raise OSError(f"cannot write {path}: {error.strerror}; free space there, or choose another folder") from error
+        raise cannot_write(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             beside.unlink()
@@ -42,6 +47,19 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8."""
     with replacing(path) as beside:
         beside.write_text(text, "utf-8")
+
+
+def cannot_write(
+    what: str | Path, error: BaseException, remedy: str = "free space there, or choose another folder"
+) -> OSError:
+    """The error where something cannot be written, because the disk is full, say."""
+    return OSError(f"cannot write {what}: {error_line(error)}; {remedy}")
+
+
+def on_all_ranks(error: E) -> E:
+    """Mark an error that every rank raises: the command line tells it once."""
+    cast("Any", error).is_on_all_ranks = True
+    return error
 
 
 def error_line(error: BaseException) -> str:

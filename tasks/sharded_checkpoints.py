@@ -28,6 +28,7 @@ from .checkpoint_folder import (
 from .checkpoint_io import cannot_save, check_checkpoint
 from .in_place import beside, put_in_place, remove
 from .optimizer_names import drop_unsaved, name_parameters, number_parameters
+from .run_files import on_all_ranks
 
 __all__ = ["AtomicFolderCheckpoint"]
 
@@ -102,7 +103,7 @@ class AtomicFolderCheckpoint(ModelParallelStrategy):
             checksums = {name: told for of_rank in written for name, told in of_rank.items()}
             self._on_rank_zero(finish)
         except OSError as error:
-            raise _on_all_ranks(cannot_save(target, error)) from error
+            raise on_all_ranks(cannot_save(target, error)) from error
         finally:
             if self.is_global_zero:
                 remove(folder)
@@ -129,7 +130,7 @@ class AtomicFolderCheckpoint(ModelParallelStrategy):
         except (OSError, ValueError) as error:
             failure = str(error)
         if told := [found for found in self._from_all_ranks(failure) if found is not None]:
-            raise _on_all_ranks(ValueError(told[0]))
+            raise on_all_ranks(ValueError(told[0]))
         return {**checkpoint, **mapped}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -188,7 +189,7 @@ class AtomicFolderCheckpoint(ModelParallelStrategy):
         result, failure = self.broadcast((result, failure))
         if failure is not None:
             kind, message = failure
-            raise _on_all_ranks(kind(message))
+            raise on_all_ranks(kind(message))
         return cast("T", result)
 
     def _from_all_ranks(self, value: T) -> list[T]:
@@ -197,12 +198,6 @@ class AtomicFolderCheckpoint(ModelParallelStrategy):
         if self.world_size > 1:
             torch.distributed.all_gather_object(values, value)
         return values
-
-
-def _on_all_ranks(error: T) -> T:
-    """Mark an error that every rank raises: the command line tells it once."""
-    cast("Any", error).is_on_all_ranks = True
-    return error
 
 
 def _outline_folder(path: Path, weights_only: bool | None) -> tuple[dict[str, Any], Mapping[str, Any]]:

@@ -115,5 +115,5 @@ def error_line(capsys):
     """The one line that tells an error; there must be no traceback."""
     err = capsys.readouterr().err
     (line,) = [line for line in err.splitlines() if line.startswith("adam-mini: error: ")]
-    assert "Traceback" not in err
+    assert "Traceback" not in err, err
     return line

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..arguments import cpu_threads, make_folder
-from ..recipes import find_recipe
+from ..recipes import find_recipe, name_of
 from .options import parse
 
 __all__ = ["main"]
@@ -35,9 +35,7 @@ def main(arguments: Sequence[str]) -> int:
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"hessian needs {package}; install it with pip install 'lightning-adam-mini[app]'")
     if options.out is None:
-        # The configuration of a run is named after its folder.
-        name = recipe.absolute().parent.name if recipe.name == "config.yaml" else recipe.stem
-        options.out = Path("runs") / "hessian" / name / options.command
+        options.out = Path("runs") / "hessian" / name_of(recipe) / options.command
     make_folder(options.out)
     if options.command in ("spectrum", "js"):
         from .spectra import run

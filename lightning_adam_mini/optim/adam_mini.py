@@ -174,7 +174,6 @@ class AdamMini(Optimizer):
         self._forms: dict[Tensor, Form] = {}
         self._names: list[list[str]] = []
         self._shards: dict[Tensor, Shard] = {}
-        self._ranges: dict[Tensor, FlatRange] = {}
         self._plain_names: dict[Tensor, str] = {}
         self._roundings: dict[Tensor, Rounding] = {}
 
@@ -188,8 +187,8 @@ class AdamMini(Optimizer):
                 raise ValueError("AdamMini got an empty parameter list")
 
         named = dict(module.named_parameters()) if module is not None else named_parameters(entries)
+        self._ranges: dict[Tensor, FlatRange] = {} if module is None else flat_ranges(module)
         if module is not None:
-            self._ranges = flat_ranges(module)
             with whole_shapes(self._ranges):
                 strategy = resolve_strategy(partition, module, partition_layouts)
                 cuts = partition_module(module, strategy, partition_overrides, partition_layouts)

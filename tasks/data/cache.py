@@ -13,6 +13,8 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock
 
+from ..run_files import cannot_write
+
 logger = logging.getLogger(__name__)
 
 # A file that changed this recently may change again within its time stamp's resolution (seconds).
@@ -73,8 +75,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.strerror and error.filename is None:
-            told = f"cannot write {path}: {error.strerror}; free space there, or choose another cache folder"
-            raise OSError(told) from error
+            raise cannot_write(path, error, "free space there, or choose another cache folder") from error
         raise
 
 

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
+from ..run_files import on_all_ranks
 from .record import names_differ, read_record, values_differ
 from .sampling import ResumableLoader, TrainSampler, ValidationSampler
 
@@ -126,16 +127,18 @@ class SampledDataModule(LightningDataModule):
                 )
             return
         if difference := self.meaning_differs(record["meaning"]):
-            raise _on_all_ranks(f"the data {self.describe()} are not the run's: {difference}")
+            raise on_all_ranks(ValueError(f"the data {self.describe()} are not the run's: {difference}"))
         if not resumes and not evaluates:
             return
         difference = values_differ(record["samples"], self.record()["samples"])
         if difference is None:
             return
         if resumes and not self.allow_changed:
-            raise _on_all_ranks(
-                f"the data {self.describe()} changed since the run began ({difference}): restore them, or go on with "
-                "these by --allow_changed_data true"
+            raise on_all_ranks(
+                ValueError(
+                    f"the data {self.describe()} changed since the run began ({difference}): restore them, or go on "
+                    "with these by --allow_changed_data true"
+                )
             )
         if resumes:
             rank_zero_warn(f"the run goes on with other data than it began with: {difference}")
@@ -198,10 +201,3 @@ class SampledDataModule(LightningDataModule):
             # Loaders draw a seed for their workers: from here, so that reading data leaves the model's dropout alone.
             "generator": torch.Generator(),
         }
-
-
-def _on_all_ranks(message: str) -> ValueError:
-    """An error that each rank raises, so that the command line tells it once."""
-    error = ValueError(message)
-    error.is_on_all_ranks = True  # type: ignore[attr-defined]
-    return error

@@ -1,14 +1,19 @@
-"""Lightning's own FSDP strategy (torch's FSDP1): which modules it wraps, and how it clips."""
+"""Lightning's own FSDP strategy (torch's FSDP1): which modules it wraps, and how it reads checkpoints."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp._common_utils import clean_tensor_name
+from torch.optim import Optimizer
 
-from ..checkpoint_io import verify
+from ..checkpoint_io import read_checkpoint
+from ..optimizer_names import name_parameters
+from ..run_files import error_line
 from .units import repeated_blocks
 
 if TYPE_CHECKING:
@@ -18,7 +23,7 @@ __all__ = ["prepare_fsdp1"]
 
 
 def prepare_fsdp1(strategy: FSDPStrategy, model: nn.Module) -> None:
-    """Have the strategy wrap the repeated blocks of a network, where the user names no others, and verify checkpoints.
+    """Have the strategy wrap the repeated blocks of a network, where the user names no others, and read as we do.
 
     Args:
         strategy: It wraps the whole task after this.
@@ -38,11 +43,52 @@ def prepare_fsdp1(strategy: FSDPStrategy, model: nn.Module) -> None:
         blocks = {id(block) for block in repeated_blocks(model).values()}
         policy = partial(lambda_auto_wrap_policy, lambda_fn=lambda module: id(module) in blocks)
         strategy.kwargs["auto_wrap_policy"] = policy
-    load = strategy.load_checkpoint
+    options: Any = strategy  # Lightning's own loading runs code of a file, hides its weights and mistakes its numbers
+    options.load_checkpoint = partial(_read, strategy)
+    options.load_model_state_dict = partial(_load, strategy)
 
-    def verify_and_load(checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        path = Path(strategy.broadcast(checkpoint_path))
-        verify(path, weights_only=weights_only)  # Lightning's own reading unpickles any class and compares nothing
-        return load(path, weights_only=weights_only)
 
-    strategy.load_checkpoint = verify_and_load  # type: ignore[method-assign]
+def _read(strategy: FSDPStrategy, path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    """A file or folder with whole tensors, on every rank; those of a file stay on the disk until they are used."""
+    return read_checkpoint(Path(strategy.broadcast(path)), weights_only=weights_only, mmap=True)
+
+
+def _load(strategy: FSDPStrategy, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+    """Load weights and, where training goes on, the states of optimizers, which Lightning leaves to the strategy.
+
+    Raises:
+        ValueError: The state of another optimizer, or one that was saved in another layout; nothing is changed then.
+    """
+    from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
+
+    model = cast("FullyShardedDataParallel", strategy.model)
+    weights = checkpoint["state_dict"]
+    states = checkpoint.get("optimizer_states", []) if strategy.optimizers else []
+    named = [
+        _named(state, optimizer, model, weights) for state, optimizer in zip(states, strategy.optimizers, strict=False)
+    ]
+    with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT):
+        try:
+            model.load_state_dict(weights, strict=strict)
+        except RuntimeError as error:
+            told = " ".join(line.strip() for line in str(error).splitlines()[1:2]) or error_line(error)
+            raise ValueError(f"the checkpoint belongs to another model: {told}") from error
+        for state, optimizer in zip(named, strategy.optimizers, strict=False):
+            optimizer.load_state_dict(FullyShardedDataParallel.optim_state_dict_to_load(model, optimizer, state))
+
+
+def _named(
+    state: Mapping[str, Any], optimizer: Optimizer, model: nn.Module, weights: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """The state of an optimizer by names, which is found to have the shapes of the weights."""
+    names = {parameter: clean_tensor_name(name) for name, parameter in model.named_parameters()}
+    groups = [{"params": [names[parameter] for parameter in group["params"]]} for group in optimizer.param_groups]
+    named = name_parameters(state, groups)
+    for name, values in named["state"].items():
+        for key, value in values.items():
+            if isinstance(value, Tensor) and value.dim() and value.shape != weights.get(name, value).shape:
+                raise ValueError(
+                    f"the saved {key} of {name!r} has shape {tuple(value.shape)}, and the first FSDP keeps one an "
+                    "element: go on with the strategy that saved it, or with --trainer.strategy fsdp2 or ddp"
+                )
+    return named

@@ -86,6 +86,11 @@ COMMANDS = [
     # The data.
     (["--data.batch_size", "null"], COMMAND, "data.batch_size must be a whole number, not null"),
     (["--data.path", "null"], COMMAND, "data.path must be a text: it is missing, or null"),
+    (["--data.path", ""], COMMAND, "data.path must be a file or a folder, not an empty text; `.` is the working"),
+    (["--data.path= "], COMMAND, "data.path must be a file or a folder, not an empty text"),
+    (["--model.init_from", ""], COMMAND, "model.init_from must be a file or a folder, not an empty text"),
+    (["--run_dir", ""], COMMAND, "run_dir must be a file or a folder, not an empty text"),
+    (["--ckpt_path", ""], COMMAND, "ckpt_path must be a file or a folder, not an empty text"),
     (["--data.path.more", 3], COMMAND, "data.path has no options of its own, such as more"),
     (["--data", "torch.utils.data.Dataset"], COMMAND, "torch.utils.data.Dataset is no LightningDataModule"),
     (["--data", "TextFile"], COMMAND, "no class 'TextFile'; did you mean TextFiles?"),

@@ -19,6 +19,7 @@ from lightning_adam_mini.factory import AdamMini
 from lightning_adam_mini.schedule import Schedule
 from lightning_adam_mini.tasks.base import Task
 from lightning_adam_mini.tasks.callbacks import WeightEMA
+from lightning_adam_mini.tasks.in_place import remove
 from lightning_adam_mini.tasks.parallel import FSDP2, HSDP
 from lightning_adam_mini.tasks.parallel.activation_checkpointing import checkpoint_activations
 from lightning_adam_mini.tasks.parallel.checks import check_strategy
@@ -44,6 +45,11 @@ class FSDP1(FSDPStrategy):
 
         with mock.patch.object(FullyShardedDataParallel, "__init__", on_cpu):
             return super()._setup_model(model)
+
+    def optimizer_state(self, optimizer):
+        # torch gathers all moments in one buffer, and copies each from there to the CPU.
+        with mock.patch.object(torch.Tensor, "cpu", torch.Tensor.clone):
+            return super().optimizer_state(optimizer)
 
 
 LAYOUTS = {
@@ -71,6 +77,7 @@ class Training(Task):
     def __init__(self, network="llama", *, average=None, recompute=False):
         super().__init__(AdamMini(lr=3e-3, betas=(0.9, 0.95)), Schedule(shape="cosine", warmup=2, horizon=STEPS))
         self.network, self.average, self.recompute = network, average, recompute
+        self.save_hyperparameters({"optimizer": self.optimizer_factory, "schedule": self.schedule})  # as all tasks do
         self.losses, self.weights = [], {}
 
     def configure_model(self):
@@ -245,12 +252,27 @@ def test_a_checkpoint_goes_on_in_one_process(layout, tmp_path):
     assert distance(found, alone()[0]) < WITHIN
 
 
-def test_a_file_of_the_first_fsdp_is_refused_in_one_process(tmp_path):
-    """It holds second moments in the parameters' shapes, which `adam-mini convert` makes means of blocks again."""
+def test_a_run_of_the_first_fsdp_goes_on(tmp_path):
+    """There alone: its second moments have the shapes of parameters, until `adam-mini convert` makes means of them."""
     train("fsdp1", folder=tmp_path, steps=STEPS // 2)
-    options = {"folder": tmp_path, "load": tmp_path / "saved.ckpt"}
+    saved = tmp_path / "saved.ckpt"
+    assert distance(train("fsdp1", load=saved)[0], alone()[0]) < WITHIN
     with pytest.raises(AssertionError, match=r"the saved exp_avg_sq of .* has shape .*adam-mini convert"):
-        run_ranks(1, _train, 1, lambda: "auto", {}, {}, options)
+        run_ranks(1, _train, 1, lambda: "auto", {}, {}, {"load": saved})
+
+
+@pytest.mark.slow
+def test_the_first_fsdp_goes_on_from_its_folder_and_from_no_other_layout(tmp_path):
+    saved = tmp_path / "saved.ckpt"
+    train("fsdp1", of_strategy=(("state_dict_type", "sharded"),), folder=tmp_path, steps=STEPS // 2)
+    assert saved.is_dir()
+    assert distance(train("fsdp1", load=saved)[0], alone()[0]) < WITHIN
+    remove(saved)
+    train("ddp", folder=tmp_path, steps=STEPS // 2)
+    with pytest.raises(AssertionError, match=r"has shape \(11, 1\), and the first FSDP keeps one an element"):
+        train("fsdp1", load=saved)
+    with pytest.raises(AssertionError, match="belongs to another model"):
+        train("fsdp1", (("network", "convolutions"),), load=saved)
 
 
 def test_offloading_goes_without_tensor_parallelism():

@@ -14,7 +14,7 @@ from lightning_adam_mini.cli.checkpoint_folder import write_folder
 from lightning_adam_mini.cli.run_folder import last_checkpoint, resolve_checkpoint
 from lightning_adam_mini.tasks import in_place
 from lightning_adam_mini.tasks.checkpoint_folder import read_folder, read_outline
-from lightning_adam_mini.tasks.checkpoint_io import AtomicCheckpointIO, verify
+from lightning_adam_mini.tasks.checkpoint_io import AtomicCheckpointIO
 from lightning_adam_mini.tasks.in_place import beside, put_in_place, recover, remove, sweep
 from lightning_adam_mini.tasks.optimizer_names import drop_unsaved, name_parameters, number_parameters
 
@@ -216,7 +216,7 @@ def test_every_flipped_bit_and_every_cut_of_a_folder_is_found(ours, name):
         path.write_bytes(data[:length])
         assert_refused(ours, f"{ours}/{name} is damaged")
     path.write_bytes(data)
-    verify(ours)
+    AtomicCheckpointIO().load_checkpoint(ours)
 
 
 @pytest.mark.parametrize("name", [".metadata", "meta.pt", "__0_0.distcp"])
@@ -228,8 +228,7 @@ def test_a_file_of_an_earlier_save_is_found(ours, name):
     write_folder(checkpoint | {"global_step": 8, "pytorch-lightning_version": "2"}, ours)
     assert AtomicCheckpointIO().load_checkpoint(ours)["global_step"] == 8
     shutil.copy(earlier / name, ours / name)
-    for load in (None, verify):
-        assert_refused(ours, "its checksum is not the one that it was saved with", load)
+    assert_refused(ours, "its checksum is not the one that it was saved with")
 
 
 def test_checksums_that_another_program_has_carried_along_are_not_those_of_its_folder(ours, folder):
@@ -273,8 +272,7 @@ HARMS = {
 def test_an_outline_that_would_run_code(folder, monkeypatch, harm):
     monkeypatch.chdir(folder.parent)
     (folder / ".metadata").write_bytes(HARMS[harm])
-    for load in (None, verify):
-        assert_refused(folder, "metadata is none of a checkpoint: it asks for .* could run code", load)
+    assert_refused(folder, "metadata is none of a checkpoint: it asks for .* could run code")
 
 
 @pytest.mark.parametrize("forced", [False, True])
@@ -292,8 +290,7 @@ def test_a_folder_that_would_run_code(folder, monkeypatch, where, forced):
         shutil.rmtree(folder)
         dcp.save({"optimizer_0": {"x": harm}, "state_dict": STATE["state_dict"]}, checkpoint_id=folder, no_dist=True)
         shutil.move(folder.parent / "meta.pt", folder / "meta.pt")
-    for load in (None, verify):
-        assert_refused(folder, r"could run code", load)
+    assert_refused(folder, r"could run code")
 
 
 def test_an_outline_that_leads_out_of_the_folder(folder):

@@ -82,3 +82,22 @@ def test_a_text_that_is_no_yaml_is_for_its_reader():
 
 def test_every_packaged_recipe_is_read():
     assert all(resolve_configs(["--config", name]) for name in list_recipes())
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("runs/gpt2_tiny-2/config.yaml", "gpt2_tiny-2"),
+        ("runs/gpt2_tiny-2/config.1.yaml", "gpt2_tiny-2"),
+        ("config.yaml", "here"),
+        ("runs/other/config_of_mine.yaml", "config_of_mine"),
+        ("small.yaml", "small"),
+    ],
+)
+def test_a_run_is_named_after_its_recipe_or_the_run_that_this_is_of(tmp_path, monkeypatch, path, name):
+    (here := tmp_path / "here").mkdir()
+    monkeypatch.chdir(here)
+    (here / path).parent.mkdir(parents=True, exist_ok=True)
+    (here / path).write_text("trainer: {}\n", "utf-8")
+    for options in (["--config", path], [f"-c={path}"], ["--config", str(here / path)]):
+        assert resolve_configs(options)[1] == name

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -16,7 +17,7 @@ from ...data.module import SampledDataModule
 from ...data.record import TOKENIZER
 from .statistics import hash_tokens, unigram_loss
 from .token_stream import TokenStream
-from .tokenizer import load_tokenizer, tokenizer_texts, tokenizers_differ
+from .tokenizer import keep_tokenizer, load_tokenizer, tokenizer_texts, tokenizers_differ
 from .windows import TrainWindows, ValidationWindows, collate_windows
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ class TokenDataModule(SampledDataModule, ABC):
         "set data.tokenizer to null, which takes the run's, or to the folder `tokenizer` of the run; other tokens need "
         "a new run"
     )
+    tokenizer_spec: str | None = None
+    """The tokenizer that the user has named."""
     default_prompts: tuple[str, ...] = ("The", "In the beginning", "Once upon a time")
 
     def __init__(
@@ -107,7 +110,8 @@ class TokenDataModule(SampledDataModule, ABC):
 
     def prepare_data(self) -> None:
         """Prepare the tokens, once per node."""
-        self.open_source()
+        if self._for_prompts() is None:
+            self.open_source()
 
     def setup(self, stage: str | None = None) -> None:
         """Open the tokens, on every rank.
@@ -115,9 +119,10 @@ class TokenDataModule(SampledDataModule, ABC):
         Raises:
             ValueError: If a part is shorter than one window.
         """
-        source = self.open_source()
+        prompts_alone = self._for_prompts()
+        source = prompts_alone or self.open_source()
         for name, stream in {"training": source.train, "validation": source.val}.items():
-            if len(stream) < self.context_length + 1:
+            if prompts_alone is None and len(stream) < self.context_length + 1:
                 raise ValueError(
                     f"The {name} part of {self.describe()} has {len(stream)} tokens, too few for one window of"
                     f" context_length + 1 = {self.context_length + 1}: lower `context_length` or give more data."
@@ -125,6 +130,14 @@ class TokenDataModule(SampledDataModule, ABC):
         self._source = source
         self.__dict__.pop("tokenizer", None)
         super().setup(stage)
+
+    def _for_prompts(self) -> TokenSource | None:
+        """All that prompts need of a run, which its checkpoint has, without any text; None where text is read."""
+        predicts = self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING
+        if not predicts or not {TOKENIZER, "data.vocab_size"} <= self.kept.keys():
+            return None
+        spec, nothing = self.tokenizer_spec or keep_tokenizer(self.kept[TOKENIZER], self.cache_dir), TokenStream([])
+        return TokenSource(train=nothing, val=nothing, vocab_size=self.kept["data.vocab_size"], tokenizer=spec)
 
     @property
     def vocab_size(self) -> int:

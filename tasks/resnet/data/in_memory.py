@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 
 import torch
 
@@ -18,13 +17,6 @@ _MOST_IMAGES, _MOST_NUMBERS = 10_000, 32_000_000
 
 class InMemoryImages(ImageDataModule):
     """Base of sets in memory. Subclasses set `_classes` and open `ImageTensors`."""
-
-    _classes: Sequence[str] = ()
-
-    @property
-    def class_names(self) -> Sequence[str]:
-        """Names of the classes, by their number."""
-        return self._classes
 
     def baseline(self) -> tuple[str, float]:
         """Logistic regression on the pixels, where these are few; else the share of the largest class."""

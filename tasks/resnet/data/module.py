@@ -67,6 +67,7 @@ class ImageDataModule(SampledDataModule, ABC):
         self._sets: dict[str, ImageSet] = {}
         self._scaling: tuple[Tensor, Tensor] | None = None
 
+    _classes: Sequence[str] = ()
     other_data = "give data of the same classes in the same order, or start a new run"
 
     @abstractmethod
@@ -74,9 +75,9 @@ class ImageDataModule(SampledDataModule, ABC):
         """The parts `train` and `val`, and `test` where there is one of its own."""
 
     @property
-    @abstractmethod
     def class_names(self) -> Sequence[str]:
         """Names of the classes, by their number."""
+        return self._classes
 
     @property
     def num_classes(self) -> int:
@@ -114,17 +115,18 @@ class ImageDataModule(SampledDataModule, ABC):
     def setup(self, stage: str | None = None) -> None:
         """Open the images, on every rank."""
         super().setup(stage)
-        if not self._sets:
-            self._sets = self.open_images()
-        if stage == "predict":
-            self.part("predict")  # what is wrong with its path is told before the network is made
+        if stage == "predict" and self.predict_path is not None:  # its errors are told before the network is made
+            self._sets.setdefault("predict", _files_to_predict(self.predict_path, "L" if self.channels == 1 else "RGB"))
+            if classes := self.kept.get("classes"):  # so the images that the run was trained on are not needed
+                self._classes = tuple(classes)
+                return
+        if not self._sets.keys() - {"predict"}:
+            self._sets |= self.open_images()
 
     def part(self, name: str) -> ImageSet:
         """The images of `train`, `val`, `test` or `predict`, after `setup`."""
         if not self._sets:
             raise RuntimeError(f"{type(self).__name__} is not set up: call `setup()` first.")
-        if name == "predict" and self.predict_path is not None and name not in self._sets:
-            self._sets[name] = _files_to_predict(self.predict_path, "L" if self.channels == 1 else "RGB")
         return self._sets[name if name in self._sets else "val"]
 
     def baseline(self) -> tuple[str, float]:
