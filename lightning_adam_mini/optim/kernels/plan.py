@@ -151,7 +151,9 @@ class Entry:
         return self.sizes[2] if self.mode is Mode.RANK_ONE else self.sizes[0] * self.sizes[2]
 
     def _moment_sizes(self) -> tuple[int, ...]:
-        """Elements of each second moment."""
+        """Elements of each second moment; those of an empty tensor, which nothing reads, are as they are."""
+        if not math.prod(self.sizes):
+            return tuple(moment.numel() for moment in self.moments)
         batches, outer, rows, inner = self.sizes
         if self.spans is None:
             return (math.prod(self.sizes),)
