@@ -101,7 +101,7 @@ def test_one_rank_of_many(capsys):
         assert share == pytest.approx(0.25, rel=0.02)
     assert [row["collectives"] for row in sharded["rows"]] == [0, 1, 1, 1]
     assert row_of(sharded, "adamw-fused")["collective_bytes"] == 0
-    # The present flags of the parameters that share blocks, and sums of squares: one a head, one a norm's scale. In float64.
+    # In float64: flags of the parameters that share blocks, and sums of squares, one a head, one a norm's scale.
     assert 0 < row_of(sharded, "adam-mini-foreach")["collective_bytes"] < 50 * 8
     assert row_of(sharded, "adamw-fused")["streams"] == pytest.approx(7, abs=0.05)
     assert "one of 4 ranks" in capsys.readouterr().out
