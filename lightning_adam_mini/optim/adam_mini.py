@@ -302,11 +302,9 @@ class AdamMini(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        uncounted = {number for number, group in enumerate(self.param_groups) if self._is_past_counting(group)}
-        ready = {
-            number: None if number in uncounted else self._stepper.ready(number, group, self.state)
-            for number, group in enumerate(self.param_groups)
-        }
+        numbered = enumerate(self.param_groups) if self.stochastic_rounding else ()
+        uncounted = {number for number, group in numbered if self._is_past_counting(group)}
+        ready = self._stepper.ready(self.param_groups, self.state, apart_from=uncounted)
         # All that may be refused comes before the first write: the options and tensors of every group too.
         options = {number: options_of(self.param_groups[number]) for number in ready}
         anew: dict[int, list[CutTensor]] = {}

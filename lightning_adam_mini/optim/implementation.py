@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
+from operator import is_
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -41,10 +42,12 @@ class Stepper:
             raise ValueError(f"implementation must be {names} or None, not {requested!r}")
         self.requested = requested
         self._plans: dict[int, GroupPlan] = {}
+        self._stepped: list[Tensor] = []  # the keys and values of the state that the plans are of
+        self._states: list[Mapping[str, Tensor]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles make plans of their own."""
-        return {"requested": self.requested, "_plans": {}}
+        return {"requested": self.requested, "_plans": {}, "_stepped": [], "_states": []}
 
     def check(self, parameters: Iterable[Tensor], *, capturable: bool) -> None:
         """Check that the implementation that was asked for can take the steps of these parameters.
@@ -80,22 +83,35 @@ class Stepper:
         return tensor.local_square_sums()
 
     def ready(
-        self, number: int, group: Mapping[str, Any], state: Mapping[Tensor, Mapping[str, Tensor]]
-    ) -> tuple[list[Tensor], list[int]] | None:
-        """Gradients of a group that can be stepped as it was last; None where it has to be looked at anew.
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        state: Mapping[Tensor, Mapping[str, Tensor]],
+        *,
+        apart_from: Container[int] = (),
+    ) -> dict[int, tuple[list[Tensor], list[int]] | None]:
+        """Gradients of groups that can be stepped as they were last; None for one that has to be looked at anew.
 
         Nothing is written: the steps of all groups are checked before the first is taken.
 
         Args:
-            number: Of the group.
-            group: Its parameters and options.
+            groups: Their parameters and options.
             state: State of the optimizer.
+            apart_from: Numbers of groups that are to be looked at anew.
         """
-        plan = self._plans.get(number)
-        gradients = None if plan is None or group["capturable"] else plan.gradients(group["params"], state)
-        if gradients is None:
-            self._plans.pop(number, None)
-        return gradients
+        # Identities in the order of the dict: looking up each parameter would cost a third of all checks.
+        if self._plans and not (
+            len(state) == len(self._states)
+            and all(map(is_, state, self._stepped))
+            and all(map(is_, state.values(), self._states))
+        ):
+            self._plans.clear()
+        found = {}
+        for number, group in enumerate(groups):
+            plan = None if number in apart_from or group["capturable"] else self._plans.get(number)
+            found[number] = None if plan is None else plan.gradients(group["params"])
+            if plan is None or found[number] is None:
+                self._plans.pop(number, None)
+        return found
 
     def repeat(self, number: int, options: StepOptions, gradients: tuple[list[Tensor], list[int]]) -> None:
         """Take a group's step as the last one was taken, with what `ready` gave."""
@@ -135,6 +151,7 @@ class Stepper:
             plan = GroupPlan.of(group["params"], state, tensors)
             if plan is not None:
                 self._plans[number] = plan
+                self._stepped, self._states = list(state), list(state.values())
 
     def _best(self, device: torch.device, dtype: torch.dtype, *, capturable: bool) -> Implementation:
         if capturable:

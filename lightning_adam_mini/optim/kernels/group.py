@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain, compress
 from operator import attrgetter, is_
+from typing import Any
 
 from torch import Tensor
 
@@ -36,7 +38,7 @@ class GroupPlan:
         self._params = list(params)
         self._has_grad = [parameter.grad is not None for parameter in params]
         self._members = [tensor.param for tensor in tensors]
-        self._states = [state[parameter] for parameter in self._members]
+        self._states: list[Any] = [state[parameter] for parameter in self._members]
         self._kept = [value for own in self._states for value in own.values()]
         grads = [tensor.grad for tensor in tensors if tensor.grad is not None]
         self._is_copied = [not is_laid_out_as(p, grad) for p, grad in zip(self._members, grads, strict=True)]
@@ -54,34 +56,30 @@ class GroupPlan:
         for parameter, tensor in zip(members, tensors, strict=True):
             if tensor.param is not parameter or tensor.shard.groups or not tensor.is_whole or supports(tensor):
                 return None
-            if not all(isinstance(value, Tensor) for value in state[parameter].values()):
+            own = state[parameter]
+            if not isinstance(own, dict) or not all(isinstance(value, Tensor) for value in own.values()):
                 return None
         return cls(params, state, tensors)
 
-    def gradients(
-        self, params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Tensor]]
-    ) -> tuple[list[Tensor], list[int]] | None:
+    def gradients(self, params: Sequence[Tensor]) -> tuple[list[Tensor], list[int]] | None:
         """Gradients of a step, laid out as the plan takes them, with their addresses; None where it does not hold.
 
         Nothing is written.
 
         Args:
-            params: Parameters of the group now.
-            state: State of the optimizer now.
+            params: Parameters of the group now, whose states are the same dicts as when the plan was made.
         """
         if len(params) != len(self._params) or not all(map(is_, params, self._params)):
             return None
         grads = list(map(_grad, params))
         if [grad is not None for grad in grads] != self._has_grad:
             return None
-        if not all(map(is_, map(state.get, self._members), self._states)):
-            return None
-        kept = [value for own in self._states for value in own.values()]
+        kept = list(chain.from_iterable(map(dict.values, self._states)))
         if len(kept) != len(self._kept) or not all(map(is_, kept, self._kept)):
             return None
         if not self._memory.is_in_place(self._members, kept):
             return None
-        members = [grad for grad in grads if grad is not None]
+        members = list(compress(grads, self._has_grad))
         addresses = self._memory_of_grads.addresses(members, apart_from=self._memory)
         if addresses is None:
             return None
