@@ -53,7 +53,7 @@ def shortened(outline: Any) -> tuple[nn.Module, list[str]]:
     Args:
         outline: The model on the meta device.
     """
-    config, told = copy.deepcopy(outline.config), []
+    config, remarks = copy.deepcopy(outline.config), []
     if sum(parameter.numel() for parameter in outline.parameters()) > LARGE:
         for part in (config, *(getattr(config, name) for name in config.sub_configs)):
             for name in LAYERS:
@@ -65,11 +65,11 @@ def shortened(outline: Any) -> tuple[nn.Module, list[str]]:
                         if isinstance(value, list) and len(value) == count:
                             setattr(part, key, value[:kept])
                     setattr(part, name, kept)
-                    told.append(f"verified with {kept} of {count} layers ({name})")
+                    remarks.append(f"verified with {kept} of {count} layers ({name})")
     with quiet():
         with torch.device("meta"):
             check_size(type(outline)(config))
-        return type(outline)(config), told
+        return type(outline)(config), remarks
 
 
 def dummy_inputs(model: Any) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def dummy_inputs(model: Any) -> dict[str, Any]:
 
 
 def _value(name: str, config: Any, network: Any) -> Tensor | None:
-    """A random tensor for an argument of this name; None where its shape cannot be told."""
+    """A random tensor for an argument of this name; None where its shape is unknown."""
     parts = [config, *(getattr(config, part, None) for part in ("text_config", "vision_config", "audio_config"))]
 
     def size(*names: str) -> Any:

@@ -116,7 +116,7 @@ def _explanation(
     partition, all_overrides = options.partition or source.partition, {**overrides, **own}
     all_layouts = {**source.layouts, **layouts}
     verification: Verification | None = None
-    told: list[str] = []
+    remarks: list[str] = []
     try:
         explanation = explain(
             source.model,
@@ -131,9 +131,9 @@ def _explanation(
         keys = ", ".join(f"{key}={cut}" for key, cut in own.items())
         raise ValueError(f"{error} (the recipe itself overrides {keys}; --override with the same key wins)") from error
     if options.verify:
-        verification, told = _verification(source, partition, all_overrides, all_layouts)
+        verification, remarks = _verification(source, partition, all_overrides, all_layouts)
         explanation = _with_verdicts(explanation, verification)
-    explanation = replace(explanation, warnings=(*source.warnings, *told, *explanation.warnings))
+    explanation = replace(explanation, warnings=(*source.warnings, *remarks, *explanation.warnings))
     if options.json:
         content = explanation.to_dict()
         if verification is not None:
@@ -156,7 +156,7 @@ def _verification(
     from .model_building import quiet
 
     assert source.runnable is not None
-    model, told = source.runnable()
+    model, remarks = source.runnable()
     inputs = dummy_inputs(model)
     with quiet():
         try:
@@ -170,7 +170,7 @@ def _verification(
         except ValueError as error:
             shapes = ", ".join(f"{name} {list(getattr(value, 'shape', ()))}" for name, value in inputs.items())
             raise ValueError(f"--verify made up an input of {shapes}: {error}") from error
-    return found, told
+    return found, remarks
 
 
 def _with_verdicts(explanation: Explanation, verification: Verification) -> Explanation:

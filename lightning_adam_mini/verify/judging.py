@@ -58,7 +58,7 @@ class Observation:
         is_lookup: Whether its rows are looked up.
         heads: For each operand of attention that it feeds the number of the head of each output, or `NONE` or
             `SEVERAL`, in a tensor of `shape` with size one on the other dimensions.
-        problem: Why nothing can be told.
+        problem: Why nothing is known.
     """
 
     shape: tuple[int, ...]
@@ -229,7 +229,7 @@ def _heads_verdict(
         if others:
             return Status.CONTRADICTED, f"rows that are cut as {role} feed the {others[0]}"
         return Status.NOT_SEEN, f"no attention call takes a {role} from it"
-    if len(seen.axes or ()) > 1:  # of matrices that took no part, such as experts that no token chose, nothing is known
+    if seen.axes and len(seen.axes) > 1:  # nothing is known of matrices that took no part, as experts without a token
         rows = rows & ~(numbers == NONE).all(seen.axes[-1], keepdim=True).expand(kept)
     own, blocks = numbers.expand(kept)[rows], index[rows]
     if (own == NONE).any():

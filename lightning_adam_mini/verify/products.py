@@ -153,7 +153,7 @@ def factors_of_product(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
 
 
 def activations_of_product(name: str, args: Sequence[Any], factors: Sequence[Tensor]) -> tuple[Factor, Factor] | None:
-    """Both factors with their dimensions told apart; None for what cannot be a product of queries and keys."""
+    """Both factors with what their dimensions are; None for what cannot be a product of queries and keys."""
     if len(factors) != 2 or min(tensor.dim() for tensor in factors) < 3:
         return None
     if name == "einsum":

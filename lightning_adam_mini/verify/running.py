@@ -98,13 +98,13 @@ def _explained(
     error: Exception, model: nn.Module, inputs: Sequence[Any], keyword_inputs: Mapping[str, Any]
 ) -> Exception:
     """What to say of a forward pass that failed: whether it fails by itself, or only while it is watched."""
-    told = f"{type(error).__name__}: {error}"
+    message = f"{type(error).__name__}: {error}"
     try:
         with torch.no_grad():
             model(*inputs, **keyword_inputs)
     except Exception:  # noqa: BLE001 - other people's code may raise anything
-        return ValueError(f"the forward pass of {type(model).__name__} does not take this input:\n{told}")
-    return ValueError(f"the forward pass of {type(model).__name__} runs, but cannot be traced:\n{told}")
+        return ValueError(f"the forward pass of {type(model).__name__} does not take this input:\n{message}")
+    return ValueError(f"the forward pass of {type(model).__name__} runs, but cannot be traced:\n{message}")
 
 
 @contextmanager

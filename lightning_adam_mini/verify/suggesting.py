@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, fields
 from itertools import groupby
 
 from torch import Tensor, nn
@@ -96,8 +97,7 @@ def _spans(sequence: Iterable[tuple[Role, int]], *, interleaved: bool = False) -
     spans = []
     for (role, size), same in groupby(sequence):
         count = len(list(same))
-        lies_apart = interleaved and role in (Role.QUERY, Role.KEY)
-        spans.append(Span(role, count, size, interleaved=True) if lies_apart else Span(role, count, size))
+        spans.append(Span(role, count, size, interleaved=interleaved and role in (Role.QUERY, Role.KEY)))
     return spans
 
 
@@ -175,27 +175,21 @@ def _with_sizes(name: str, modules: Sequence[nn.Module], found: Sequence[Mapping
     return ModuleLayout(name, parameters, sizes=sizes)
 
 
-def as_python(layout: str | ModuleLayout) -> str:
-    """A layout as one would write it."""
-    if isinstance(layout, str):
-        return repr(layout)
-    parameters = ", ".join(f"{name!r}: {_rows_as_python(rows)}" for name, rows in layout.parameters.items())
-    sizes = f", sizes={dict(layout.sizes)!r}" if layout.sizes else ""
-    return f"ModuleLayout({layout.name!r}, {{{parameters}}}{sizes})"
-
-
-def _rows_as_python(rows: Rows | Role) -> str:
-    if isinstance(rows, Role):
-        return str(f"Role.{rows.name}")
-    words = [_span_as_python(span) for span in rows.spans]
-    words += [f"repeats={rows.repeats!r}"] if rows.repeats != 1 else []
-    words += [f"axis={rows.axis}"] if rows.axis is not None else []
-    words += [f"batch_axes={rows.batch_axes}"] if rows.batch_axes else []
-    return f"Rows({', '.join(words)})"
-
-
-def _span_as_python(span: Span) -> str:
-    if span.count is None:
-        return f"Role.{span.role.name}"
-    apart = ", interleaved=True" if span.interleaved else ""
-    return f"Span(Role.{span.role.name}, {span.count!r}, {span.size!r}{apart})"
+def as_python(value: object) -> str:
+    """A layout, or a part of one, as one would write it."""
+    if isinstance(value, Role) or (isinstance(value, Span) and value == Span(value.role)):
+        return f"Role.{(value if isinstance(value, Role) else value.role).name}"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key!r}: {as_python(item)}' for key, item in value.items())}}}"
+    if not isinstance(value, ModuleLayout | Rows | Span):
+        return repr(value)
+    words = [as_python(span) for span in value.spans] if isinstance(value, Rows) else []
+    for known in fields(value):
+        item = getattr(value, known.name)
+        if known.name == "spans" or not known.init:
+            continue
+        if known.default is MISSING and known.default_factory is MISSING:
+            words.append(as_python(item))
+        elif item != (known.default if known.default_factory is MISSING else known.default_factory()):
+            words.append(f"{known.name}={as_python(item)}")
+    return f"{type(value).__name__}({', '.join(words)})"

@@ -256,7 +256,7 @@ class _Verifier:
         shapes = {name: seen.shape for name, seen in self._seen.items()}
         cuts, uncut = cut_parameters(shapes, roles, strategy, Overrides(overrides, self._plain), self._seen.keys())
         # An adapter adds to what the projection gives, which alone is cut by head.
-        unclaimed = {
+        unclaimed: dict[tuple[int, Operand], set[str]] = {
             (call, operand): names
             for (call, operand), names in self._feeders.items()
             if operand is not Operand.SCORE and not any(operand.value in cuts[name].role.roles for name in names)
@@ -280,11 +280,11 @@ class _Verifier:
         wrong = trial.contradicted | trial.unknown(self._attending)
         for class_name, layout in self._as_seen(wrong, trial).items() if wrong else ():
             others = {key: own for key, own in best.layouts.items() if key != class_name}
-            candidates = [*(order.name for order in ORDERS), layout]
+            candidates: list[str | ModuleLayout] = [*(order.name for order in ORDERS), layout]
             best = self._best(best, [(best.overrides, {class_name: candidate, **others}) for candidate in candidates])
         for name in sorted(best.contradicted | best.unknown(self._attending)):
-            others = {key: own for key, own in best.overrides.items() if key != name}
-            best = self._best(best, [({name: cut.value, **others}, best.layouts) for cut in (Cut.ROW, Cut.ELEMENT)])
+            rest = {key: own for key, own in best.overrides.items() if key != name}
+            best = self._best(best, [({name: cut.value, **rest}, best.layouts) for cut in (Cut.ROW, Cut.ELEMENT)])
         return best
 
     def _best(

@@ -571,6 +571,18 @@ class Called(nn.Module):
         return torch.func.functional_call(self.inner, weights, (x,))
 
 
+class Forces(nn.Module):
+    """The derivative of an energy, in its forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.energy = Projected()
+
+    def forward(self, x):
+        x = x.detach().requires_grad_()
+        return x + torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
+
+
 def hooked():
     model = transformer(Projected())
     model[1].q_proj.register_forward_hook(lambda _module, _inputs, output: 2 * output + 1)
@@ -592,6 +604,7 @@ def scripted():
 ODD = {
     "in place": (lambda: transformer(InPlace()), HEADS),
     "functional call": (lambda: transformer(Called()), HEADS),
+    "forces": (lambda: transformer(Forces()), HEADS),
     "hooks that return": (hooked, HEADS),
     "tied weights": (tied, HEADS),
     "data parallel": (lambda: nn.DataParallel(transformer(Projected())), HEADS),
