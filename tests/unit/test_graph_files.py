@@ -2,6 +2,7 @@
 
 import gzip
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -161,12 +162,23 @@ def test_planetoids_missing_and_damaged_files_are_named(cora, tmp_path):
             b"\x80\x04\x8c\x05numpy\x8c\x0ef2py.os.system\x93\x8c\x04true\x85R.",
             "UnpicklingError: unsupported class numpy",
         ),
+        (b"cposix\nsystem\n(Vtouch harmed\ntR.", "UnpicklingError: unsupported class posix.system"),
+        (
+            b"ccollections\ndefaultdict\n(cos\nsystem\ntR.",
+            "UnpicklingError: unsupported class os.system",
+        ),
         (b"cbuiltins\nlist\n(I1\ntR.", "TypeError"),
     ],
 )
-def test_pickles_that_cannot_be_read_are_told(content, told, cora, tmp_path):
-    """Also where the error has no text."""
+def test_pickles_that_cannot_be_read_are_told(content, told, cora, tmp_path, monkeypatch):
+    """Also where the error has no text; and none of them runs code, whichever of the files it is."""
+    monkeypatch.chdir(tmp_path)
     write_planetoid(tmp_path / "data")
-    (tmp_path / "data" / "Cora" / "raw" / "ind.cora.tx").write_bytes(content)
-    with pytest.raises(ValueError, match=rf"Cora in .*: the files cannot be read \({told}.*\): get them again"):
-        cora()
+    raw = tmp_path / "data" / "Cora" / "raw"
+    for part in ("tx", "graph"):
+        whole = (raw / f"ind.cora.{part}").read_bytes()
+        (raw / f"ind.cora.{part}").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"Cora in .*: the files cannot be read \({told}.*\): get them again"):
+            cora()
+        (raw / f"ind.cora.{part}").write_bytes(whole)
+    assert not Path("harmed").exists()

@@ -115,16 +115,18 @@ class ImageDataModule(SampledDataModule, ABC):
     def setup(self, stage: str | None = None) -> None:
         """Open the images, on every rank."""
         super().setup(stage)
-        if stage == "predict" and self.predict_path is not None:  # its errors are told before the network is made
-            self._sets.setdefault("predict", _files_to_predict(self.predict_path, "L" if self.channels == 1 else "RGB"))
-            if classes := self.kept.get("classes"):  # so the images that the run was trained on are not needed
-                self._classes = tuple(classes)
-                return
-        if not self._sets.keys() - {"predict"}:
+        predicts_files = stage == "predict" and self.predict_path is not None
+        if predicts_files and (classes := self.kept.get("classes")):  # images of training are not needed then
+            self._classes = tuple(classes)
+        elif not self._sets.keys() - {"predict"}:
             self._sets |= self.open_images()
+        if predicts_files:
+            self.part("predict")  # what is wrong with its path is told before the network is made
 
     def part(self, name: str) -> ImageSet:
         """The images of `train`, `val`, `test` or `predict`, after `setup`."""
+        if name == "predict" and self.predict_path is not None and name not in self._sets:
+            self._sets[name] = _files_to_predict(self.predict_path, "L" if self.channels == 1 else "RGB")
         if not self._sets:
             raise RuntimeError(f"{type(self).__name__} is not set up: call `setup()` first.")
         return self._sets[name if name in self._sets else "val"]
