@@ -6,7 +6,7 @@ Shapes: `...` leading dimensions, of which heads are some.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -112,15 +112,8 @@ class Factor:
     def rows(self) -> tuple[int, ...]:
         """The other dimensions."""
         size = self.tensor.dim()
-        return tuple(
-            axis
-            for axis in range(size)
-            if axis not in self.leading and axis - size not in self.contracted and axis not in self.contracted
-        )
-
-    def over_tokens(self) -> Factor:
-        """The same where rows are tokens, among which heads may be folded."""
-        return replace(self, leading=(*self.rows, *self.leading))
+        others = {*self.leading, *(axis % size for axis in self.contracted)}
+        return tuple(axis for axis in range(size) if axis not in others)
 
 
 def is_statistic(name: str, operand: Any, result: Any) -> bool:

@@ -6,7 +6,7 @@ import copy
 import inspect
 import random
 import sys
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import FunctionType
@@ -23,7 +23,7 @@ from lightning_adam_mini.verify.tracing import Call, Tracer
 
 __all__ = ["traced"]
 
-_CONTAINERS = (list, dict, set, deque)
+_CONTAINERS = (list, dict, OrderedDict, defaultdict, set, deque)
 
 FUNCTIONS = ("flash_attn_func", "flex_attention")
 """Functions of attention that any file may import; the delta rules of linear attention stand beside their models."""
@@ -115,7 +115,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
     attributes = [(vars(module), dict(vars(module))) for module in modules]
     # Parameters and buffers among them, and whatever lists of its own a model appends to.
     contents = [
-        (value, copy.copy(value)) for _, own in attributes for value in own.values() if isinstance(value, _CONTAINERS)
+        (value, copy.copy(value)) for _, own in attributes for value in own.values() if type(value) in _CONTAINERS
     ]
     python_state, numpy = random.getstate(), sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy else None

@@ -176,8 +176,8 @@ class Tracer(TorchFunctionMode):
         self, function: Callable[..., Any], operands: tuple[Factor, Factor, Factor], args: Any, kwargs: Any
     ) -> Any:
         """Run a function that computes attention from a query, key and value, and look at nothing inside."""
-        self._record(*operands)
         self._paused += 1
+        self._record(*operands)
         args = [_detached(argument) for argument in args]
         kwargs = {key: _detached(argument) for key, argument in kwargs.items()}
         try:
@@ -202,7 +202,7 @@ class Tracer(TorchFunctionMode):
                 return function(*args, **kwargs)
         if name == "scaled_dot_product_attention":
             operands = arguments(("query", "key", "value"), args, kwargs)
-            query, key, value = (Factor(operand, tuple(range(operand.dim() - 2))).over_tokens() for operand in operands)
+            query, key, value = (Factor(operand, tuple(range(operand.dim() - 2))) for operand in operands)
             return self.attend(function, (query, key, value), args, kwargs)
         if function is torch.autograd.grad:  # forces of an energy, whose way to the inputs ends at products here
             wanted = list(tensors_in([arguments(("outputs", "inputs"), args, kwargs)[1]]))
@@ -422,6 +422,8 @@ class Tracer(TorchFunctionMode):
 
         sizes = {axis: tensor.shape[axis] for axis in factor.leading if tensor.shape[axis] > 1}
         varying = [axis for axis, size in sizes.items() if not _equal(at({axis: 0}), at({axis: size - 1}))]
+        if not varying and (row := _row_of_heads(factor, at)) is not None:
+            varying, sizes[row] = [row], tensor.shape[row]
         found: dict[bytes, dict[str, Tensor]] = {}
         covered = {name: torch.zeros_like(mask) for name, mask in total.items()}
         for number, places in enumerate(itertools.product(*(range(sizes[axis]) for axis in varying))):
@@ -435,6 +437,21 @@ class Tracer(TorchFunctionMode):
                 break
         # Heads that share a key, or a part of it, have the same rows.
         return {name: torch.stack([masks[name] for masks in found.values()]).unique(dim=0) for name in sources}
+
+
+def _row_of_heads(factor: Factor, at: Callable[[Mapping[int, int]], dict[str, Tensor]]) -> int | None:
+    """The dimension of tokens in which a query has its heads too, where all of them take one key; None for others."""
+    row, contracted = next(iter(factor.rows), None), factor.contracted[0] % factor.tensor.dim()
+    if row is None:
+        return None
+    first, last = (at({row: place}) for place in (0, factor.tensor.shape[row] - 1))
+    are_apart = first.keys() == last.keys() and all(
+        mask.any() and last[name].any() and not (mask & last[name]).any() for name, mask in first.items()
+    )
+    # Where tokens are summed over, rows are channels.
+    if not are_apart or _equal(at({contracted: 0}), at({contracted: factor.tensor.shape[contracted] - 1})):
+        return None
+    return row
 
 
 def _operands(
@@ -456,9 +473,9 @@ def _operands(
             sums_over_tokens = not _is_of_tokens(left, rows[0], mask)
     if sums_over_tokens:
         key, value = (right, left) if is_left else (left, right)
-        return other.over_tokens(), key, value
+        return other, key, value
     query, key = (left, right) if is_left or mark.is_softmax else (right, left)
-    return query.over_tokens(), key.over_tokens(), other
+    return query, key, other
 
 
 def _is_of_tokens(factor: Factor, axis: int, mask: Callable[[Factor, int, int], dict[str, Tensor]]) -> bool:
