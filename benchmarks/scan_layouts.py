@@ -6,7 +6,7 @@ Default configurations, one model for each type of configuration (transformers),
 (diffusers). For each: the partition that `auto` takes, whether `transformer` raises, the share of elements in
 parameters that no rule knows, and how many elements lie in modules that attend, with those among them that nothing but
 the names of a module's children decided. A family that its library cannot build from defaults alone, or not within a
-minute, is counted as not built. About twenty minutes on one core; nothing is allocated or downloaded.
+minute of computing, is counted as not built. About twenty minutes on one core; nothing is allocated or downloaded.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.CRITICAL)
-    signal.signal(signal.SIGALRM, _stop)
+    signal.signal(signal.SIGPROF, _stop)
     report: dict[str, Any] = {
         "versions": {name: version(name) for name in ("torch", *options.libraries)},
         "families": {name: dict(_scan(LIBRARIES[name])) for name in options.libraries},
@@ -90,7 +90,7 @@ def _stop(*_: object) -> None:
 
 def _scan(models: Callable[[], Iterator[tuple[str, Callable[[], nn.Module]]]]) -> Iterator[tuple[str, dict[str, Any]]]:
     for name, build in models():
-        signal.alarm(SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
             with torch.device("meta"):
                 model = build()
@@ -98,7 +98,7 @@ def _scan(models: Callable[[], Iterator[tuple[str, Callable[[], nn.Module]]]]) -
             yield name, {"not_built": type(error).__name__}
             continue
         finally:
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
         yield name, _explained(model)
 
 

@@ -124,7 +124,7 @@ def _classes_of(config: Any) -> str:
     with contextlib.suppress(ImportError):
         module = import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
         for name in getattr(module, "__all__", ()):
-            cls = getattr(module, name, None)
+            cls: Any = getattr(module, name, None)
             is_model = is_subclass(cls, PreTrainedModel) and not name.endswith("PreTrainedModel")
             if is_model and cls.config_class is type(config):
                 found.append(name)

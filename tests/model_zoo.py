@@ -17,6 +17,7 @@ import yaml
 from torch import Tensor, nn
 
 FOLDER = Path(__file__).parent / "zoo"
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 UNSEEN = FOLDER / "unseen"
 """Entries whose attention a forward pass does not tell apart."""
 
@@ -85,7 +86,7 @@ def entries(folder: Path = FOLDER) -> dict[str, Entry]:
     """All entries of a folder's files by name."""
     found: dict[str, Entry] = {}
     for path in sorted(folder.glob("*.yaml")):
-        for name, fields in (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).items():
+        for name, fields in (yaml.load(path.read_text(encoding="utf-8"), LOADER) or {}).items():
             assert name not in found, f"{path.name}: {name} is in the zoo twice"
             parameters = {pattern: _expected(words) for pattern, words in fields["parameters"].items()}
             found[name] = Entry(

@@ -119,6 +119,60 @@ llama2c = _of_tokens(
 )
 
 
+class MiniMind:
+    class Attention(nn.Module):
+        def __init__(self, width: int, n_heads: int, n_kv_heads: int):
+            super().__init__()
+            self.num_key_value_heads = self.n_local_kv_heads = n_kv_heads
+            self.n_local_heads, self.n_rep, self.head_dim = n_heads, n_heads // n_kv_heads, width // n_heads
+            self.q_proj = nn.Linear(width, n_heads * self.head_dim, bias=False)
+            self.k_proj, self.v_proj = (nn.Linear(width, n_kv_heads * self.head_dim, bias=False) for _ in range(2))
+            self.o_proj = nn.Linear(n_heads * self.head_dim, width, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q = _split(self.q_proj(x), self.n_local_heads)
+            k, v = (_split(layer(x), self.n_local_kv_heads) for layer in (self.k_proj, self.v_proj))
+            return self.o_proj(_merge(_attend(q, k, v)))
+
+    class FeedForward(nn.Module):
+        def __init__(self, width: int, hidden: int):
+            super().__init__()
+            self.gate_proj, self.up_proj = (nn.Linear(width, hidden, bias=False) for _ in range(2))
+            self.down_proj = nn.Linear(hidden, width, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    class MoEGate(nn.Module):
+        def __init__(self, width: int, num_experts: int):
+            super().__init__()
+            self.n_routed_experts = num_experts
+            self.weight = nn.Parameter(torch.randn(num_experts, width) / width)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight).softmax(-1)
+
+    class MOEFeedForward(nn.Module):
+        """Experts that all tokens choose, each with its own weight, and one more beside them."""
+
+        def __init__(self, width: int, hidden: int, num_experts: int):
+            super().__init__()
+            self.experts = nn.ModuleList(MiniMind.FeedForward(width, hidden) for _ in range(num_experts))
+            self.gate = MiniMind.MoEGate(width, num_experts)
+            self.shared_experts = nn.ModuleList([MiniMind.FeedForward(width, hidden)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            chosen = zip(self.gate(x).split(1, -1), self.experts, strict=True)
+            return sum(weight * expert(x) for weight, expert in chosen) + self.shared_experts[0](x)
+
+
+minimind = _of_tokens(
+    lambda width, hidden, num_experts, **heads: nn.Sequential(
+        MiniMind.Attention(width, **heads), MiniMind.MOEFeedForward(width, hidden, num_experts)
+    )
+)
+
+
 class Nanochat:
     class CausalSelfAttention(nn.Module):
         def __init__(self, n_embd: int, n_head: int, n_kv_head: int):

@@ -84,7 +84,11 @@ def test_convolutional_networks_stay_what_they_were():
     unknown = nn.Sequential(nn.Conv2d(3, 32, 3), _attention(nn.Conv2d(32, 96, 1), num_heads=4)[1])
     single = nn.Module()
     single.q, single.k, single.v = (nn.Conv2d(8, 8, 1) for _ in range(3))
-    for model in (unknown, nn.Sequential(nn.Conv2d(3, 8, 3), single), zoo_scripts.latent_diffusion(8)):
+    nameless = nn.Module()
+    nameless.num_heads = 4
+    nameless.a, nameless.b, nameless.c, nameless.d = (nn.Conv2d(8, 8, 1) for _ in range(4))
+    blocks = (nn.Sequential(nn.Conv2d(3, 8, 3), block) for block in (single, nameless))
+    for model in (unknown, *blocks, zoo_scripts.latent_diffusion(8)):
         assert resolve_strategy("auto", model).name == "default"
         cuts = partition_module(model)
         assert all(cut.blocks.num_values == 1 for cut in cuts.values())

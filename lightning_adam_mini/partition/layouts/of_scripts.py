@@ -325,4 +325,10 @@ LAYOUTS: list[ModuleLayout] = [
         sizes={"heads": 1, "kv_heads": 1},
         attends=False,
     ),
+    ModuleLayout(
+        "moe_gate",  # DeepSeek's own code, MiniMind: a bare matrix that chooses experts
+        classes=("*.MoEGate",),
+        parameters={"weight": LINEAR},
+        only_if="n_routed_experts",
+    ),
 ]
