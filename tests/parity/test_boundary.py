@@ -412,7 +412,7 @@ def sharded_steps(rank, default, implementation):
     return [parameter.full_tensor().detach() for parameter in module.parameters()]
 
 
-@pytest.mark.parametrize("implementation", [None, "foreach"])
+@pytest.mark.parametrize("implementation", [None, pytest.param("foreach", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
 def test_defaults_of_torch_on_two_ranks(default, implementation):
     expected, _ = run_ranks(2, sharded_steps, None, implementation)
@@ -500,7 +500,7 @@ def fuzz(tmp_path, seed, count):
 
 
 def test_random_exchanges(tmp_path):
-    fuzz(tmp_path, 7, 40)
+    fuzz(tmp_path, 7, 15)
 
 
 @pytest.mark.slow

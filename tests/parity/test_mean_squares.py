@@ -75,7 +75,9 @@ KINDS = {
 
 
 @implementations
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["all alike", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("normal", "mostly zeros"))]
+)
 @pytest.mark.parametrize("name", SIZES)
 def test_any_size_of_block(name, kind, implementation):
     assert_right(implementation, SIZES[name], KINDS[kind](SIZES[name].shape))
