@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..tasks.in_place import recover
-from ..tasks.run_files import write_text
+from ..tasks.run_files import has_no_locks, write_text
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -54,8 +53,6 @@ _RANKS = (
 _ORPHANS_SECONDS = 10.0
 """Loaders see every few seconds whether the process that reads from them is still there."""
 
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-
 _locks: dict[Path, BaseFileLock] = {}  # a lock that is collected is released
 _of_this_run: list[BaseFileLock] = []
 
@@ -91,7 +88,7 @@ def lock_run(folder: Path, *, wait: float = 0.0) -> BaseFileLock:
             f"{folder}: another process still trains there{told}; wait for it, end it, or choose another --run_dir"
         ) from None
     except (NotImplementedError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+        if not has_no_locks(error):
             raise
         told = f"{folder} is on a file system without locks: a second run there would not be noticed"
         warnings.warn(told, stacklevel=2)

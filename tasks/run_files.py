@@ -6,6 +6,7 @@ And how errors are worded and marked for the command line, which tells them in o
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["cannot_write", "error_line", "on_all_ranks", "replacing", "save_figure", "write_text"]
+__all__ = ["cannot_write", "error_line", "has_no_locks", "on_all_ranks", "replacing", "save_figure", "write_text"]
 
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 E = TypeVar("E", bound=Exception)
 
 
@@ -54,6 +56,11 @@ def cannot_write(
 ) -> OSError:
     """The error where something cannot be written, because the disk is full, say."""
     return OSError(f"cannot write {what}: {error_line(error)}; {remedy}")
+
+
+def has_no_locks(error: Exception) -> bool:
+    """Whether a lock could not be taken because the file system has none."""
+    return getattr(error, "errno", None) in _NO_LOCKS or isinstance(error, NotImplementedError)
 
 
 def on_all_ranks(error: E) -> E:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock
 
-from ..run_files import cannot_write
+from ..run_files import cannot_write, error_line, has_no_locks
 
 logger = logging.getLogger(__name__)
 
@@ -40,14 +40,14 @@ def only_one(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except NotImplementedError:
-        # Some network file systems have no locks. Work is then done twice; renaming keeps the result whole.
+    except (NotImplementedError, OSError) as error:
+        if not has_no_locks(error):
+            raise PermissionError(
+                f"Cannot write prepared data to {folder} ({error_line(error)}): set `cache_dir` or"
+                " $LIGHTNING_ADAM_MINI_CACHE to a folder that you may write."
+            ) from error
+        # As on some network file systems. Work is then done twice; renaming keeps the result whole.
         logger.warning("%s is on a file system without locks: processes may prepare the same data twice.", folder)
-    except OSError as error:
-        raise PermissionError(
-            f"Cannot write prepared data to {folder} ({error.strerror}): set `cache_dir` or"
-            " $LIGHTNING_ADAM_MINI_CACHE to a folder that you may write."
-        ) from error
     try:
         if lock.is_locked:
             # Nobody else writes here now: what looks half written is left over from a process that was killed.

@@ -4,6 +4,7 @@ import itertools
 import os
 import socket
 
+import lightning.pytorch  # noqa: F401 - its log keeps the standard error of its first import, be it that of a test
 import pytest
 
 from tiny_runs import write_recipe

@@ -123,6 +123,7 @@ def test_a_checkpoint_of_an_older_version_is_used_with_one_warning(work_dir):
     assert "data_record" in checkpoint("run")
 
 
+@pytest.mark.slow
 def test_a_new_run_from_exported_weights_reads_their_tokens(grown, capsys):
     assert main(["export", "run"]) == 0
     kept = json.loads((grown / "run" / "hf" / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]

@@ -21,6 +21,7 @@ from lightning_adam_mini.cli.run_folder import (
     lock_run,
     resolve_checkpoint,
 )
+from lightning_adam_mini.tasks.data.cache import only_one
 
 
 @pytest.fixture(autouse=True)
@@ -214,13 +215,15 @@ def test_a_folder_without_a_word_of_its_holder_is_locked_too():
 
 
 @pytest.mark.parametrize("error", [NotImplementedError(), OSError(errno.ENOLCK, "No locks available")])
-def test_a_file_system_without_locks_is_told(monkeypatch, error):
+def test_a_file_system_without_locks_is_told(monkeypatch, caplog, error):
     def refused(*_, **__):
         raise error
 
     monkeypatch.setattr("filelock.BaseFileLock.acquire", refused)
     with pytest.warns(UserWarning, match="mine is on a file system without locks: a second run there"):
         start(run_dir="mine")
+    with only_one(Path("cache")):
+        assert "cache is on a file system without locks: processes may prepare the same data twice" in caplog.text
 
 
 def test_runs_that_start_together_get_folders_of_their_own():
