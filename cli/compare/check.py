@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -72,8 +72,6 @@ def _error(command: list[str], seen: set[str]) -> str:
     try:
         with redirect_stdout(out), redirect_stderr(err):
             _set_up(command, seen)
-    except _EnoughError:
-        pass
     except Exception as error:  # noqa: BLE001 - what is not for users may be a fault of this check alone
         return one_line(str(error)) if is_for_users(error) else ""
     return ""
@@ -99,15 +97,16 @@ def _set_up(command: list[str], seen: set[str]) -> None:
         name = command[command.index("--config") + 1]
         if name not in seen:
             seen.add(name)
-            with _for_seconds(PATIENCE):
-                data.prepare_data()
-                data.setup("fit")
-            trainer.datamodule, task.trainer = data, trainer  # as fit does
-            with torch.device("meta"):
-                task.configure_model()
-        elif task.model is None:
+            with suppress(_EnoughError):
+                with _for_seconds(PATIENCE):
+                    data.prepare_data()
+                    data.setup("fit")
+                trainer.datamodule, task.trainer = data, trainer  # as fit does
+                with torch.device("meta"):
+                    task.configure_model()
+        if task.model is None:
             task.outline(data)
-        task.optimizer_factory.trainable(task)
+        task.optimizer_factory.refuse_frozen(task)
         task.optimizer_factory.predict_state_bytes(task)
 
 
