@@ -199,6 +199,7 @@ def explain(
             Totals.of(rows),
             len(frozen),
             lambda names: str(advise_layouts(model, partition_layouts or {}, names)) or "partition_layouts",
+            is_auto=partition == "auto",
         ),
         frozen_tensors=len(frozen),
         frozen_elements=sum(parameter.numel() for parameter in frozen),

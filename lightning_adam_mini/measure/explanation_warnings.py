@@ -24,6 +24,7 @@ def find_warnings(
     totals: Totals,
     frozen: int,
     advise: Callable[[Sequence[str]], str],
+    is_auto: bool,
 ) -> tuple[str, ...]:
     """Warnings about the trainable parameters of a model.
 
@@ -33,11 +34,12 @@ def find_warnings(
         totals: Sums over them.
         frozen: Number of parameters that are left out.
         advise: Layouts, as text, that tell the order of fused matrices by their names.
+        is_auto: Whether `auto` chose the strategy.
     """
     found = [
         _nothing_trained(cuts, frozen),
         _unknown(strategy, cuts, totals),
-        *doubts(cuts, strategy),
+        *doubts(cuts, strategy, is_auto=is_auto),
         *_unknown_heads(strategy, cuts, advise),
         _collapsed(strategy, cuts),
         _larger_than_adamw(strategy, totals),

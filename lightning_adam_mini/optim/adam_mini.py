@@ -192,9 +192,8 @@ class AdamMini(Optimizer):
             with whole_shapes(self._ranges):
                 strategy = resolve_strategy(partition, module, partition_layouts)
                 cuts = partition_module(module, strategy, partition_overrides, partition_layouts)
-            for doubt in doubts(
-                (cuts[name] for name, p in named.items() if p.requires_grad and name in cuts), strategy
-            ):
+            trained = [cuts[name] for name, parameter in named.items() if parameter.requires_grad]
+            for doubt in doubts(trained, strategy, is_auto=partition == "auto"):
                 warn_user(doubt)
         else:
             if partition_layouts:

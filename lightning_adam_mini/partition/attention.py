@@ -219,8 +219,11 @@ class Attention:
     def is_convolutional(self) -> bool:
         """Whether convolutions attend over pixels, which makes no Transformer of a model.
 
-        Convolutions that a module with heads names as query, key and value one by one do.
+        Convolutions that a module with heads names as query, key and value one by one do; and so do those of a module
+        with heads where no other convolution of the model looks further than one place.
         """
+        if self.counts_heads and not self.tree.looks_around:
+            return False
         lettered = [p for p in self.found if self._parts(p)]
         if not all(isinstance(p.leaf.owner, _ConvNd) for p in lettered or self.open):
             return False

@@ -30,18 +30,27 @@ SHOWN = 12
 """Parameters that a message names with their problem; of equal layers, the first counts for all."""
 
 
-def doubts(cuts: Iterable[CutParameter], strategy: Strategy) -> list[str]:
+def doubts(cuts: Iterable[CutParameter], strategy: Strategy, *, is_auto: bool) -> list[str]:
     """What a user should know of modules that attend in classes of their own, each in one sentence with its remedy.
 
     Args:
         cuts: The trainable parameters.
         strategy: The strategy that cut them, where no override did.
+        is_auto: Whether `auto` chose the strategy, and not the user.
 
     Returns:
-        Nothing where the strategy cuts nothing by head.
+        Where the strategy cuts nothing by head, nothing but what `auto` should not have taken for a convolution.
     """
     if Cut.HEAD not in strategy.cuts.values():
-        return []
+        fused = [cut for cut in cuts if is_auto and cut.role.problem and Role.FUSED_QKV in cut.role.roles]
+        fused = [cut for cut in fused if cut.why == cut.role.why]
+        if not fused:
+            return []
+        return [
+            f"{_listed(fused)}: queries, keys and values of several heads in one block, since auto takes the model for "
+            "a convolutional network; partition='default' says that this is meant, partition='transformer' that it is "
+            "not"
+        ]
     doubted = [cut for cut in cuts if cut.role.doubt and cut.why == cut.role.why]
     ordinary = [cut for cut in doubted if cut.role.known]
     unclear = [cut for cut in doubted if not cut.role.known]

@@ -14,6 +14,7 @@ from operator import itemgetter
 from types import MappingProxyType
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -149,6 +150,11 @@ class Tree:
     def modules(self) -> dict[str, Node]:
         """Modules by their plain names; of a wrapper and what it wraps, the wrapped one."""
         return {node.plain_name: node for node in self.nodes}
+
+    @cached_property
+    def looks_around(self) -> bool:
+        """Whether a convolution takes more than one place at a time."""
+        return any(isinstance(node.module, _ConvNd) and max(node.module.kernel_size) > 1 for node in self.nodes)
 
     def below(self, node: Node) -> Iterator[tuple[str, Leaf]]:
         """Parameters below a module, by their plain names relative to it."""

@@ -39,6 +39,7 @@ def test_a_grid_from_the_command_to_the_report(work_dir, capsys):
         assert len(list(csv.DictReader(file))) == 2
 
 
+@pytest.mark.slow
 def test_what_fit_would_refuse_is_refused_before_any_run(work_dir, capsys):
     options = ["--optimizers", "AdamW", "--lr", "1e-3", "--set", "trainer.max_stepz=3"]
     assert main(["compare", "tiny.yaml", *options, "--out", "out"]) == 1
@@ -91,6 +92,7 @@ def test_data_that_take_long_to_prepare_are_there(work_dir, monkeypatch):
     assert time.monotonic() - began < 50
 
 
+@pytest.mark.slow
 def test_a_dry_run_refuses_what_the_start_refuses(work_dir, capsys):
     options = ["--optimizers", "AdamW", "--lr", "1e-3", "--set", "data.path=nowhere", "--dry-run"]
     assert main(["compare", "tiny.yaml", *options, "--out", "out"]) == 1

@@ -108,7 +108,8 @@ def test_an_average_is_resumed_after_an_interrupt(images, monkeypatch):
     assert_same_state(checkpoint("parts"), checkpoint("whole"))
 
 
-@pytest.mark.parametrize("batch_size", [7, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [7, 4])
 def test_two_processes_count_as_one(images, batch_size):
     """15 images in batches of 7 and 4 on each of two ranks: the last ones are short, and empty on one rank."""
     assert run("fit", "--run_dir", "run", "--trainer.max_steps", 4, "--checkpoint.save_last", "true") == 0

@@ -82,6 +82,7 @@ def test_two_ranks_train_as_one(work_dir):
 TWO = ["--trainer.strategy", "fsdp2", "--trainer.devices", 2]
 
 
+@pytest.mark.slow
 def test_an_image_classifier_is_sharded(tmp_path, monkeypatch):
     """With the statistics of batch norm, which are each rank's own, and an average of the weights."""
     pytest.importorskip("torchvision")
@@ -100,6 +101,7 @@ def test_an_image_classifier_is_sharded(tmp_path, monkeypatch):
     assert (tmp_path / "two/confusion_matrix.png").exists()
 
 
+@pytest.mark.slow
 def test_a_diffusion_model_is_sharded(tmp_path, monkeypatch):
     """Each image has noise of its own in validation, so the checkpoint has the same loss in one process."""
     pytest.importorskip("diffusers")
@@ -126,6 +128,7 @@ def test_a_diffusion_model_is_sharded(tmp_path, monkeypatch):
     assert read_metrics("two")["val_loss"][4] == pytest.approx(seen[4], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_graph_network_is_sharded(tmp_path, monkeypatch):
     pytest.importorskip("torch_geometric")
     from tiny_graphs import write_ogb, write_recipe

@@ -48,7 +48,11 @@ def _check_each_element_lies_in_one_block(blocks: Blocks) -> None:
     assert sizes.sum() == index.numel()
 
 
+SOME = [pytest.param(name, marks=() if number % 3 == 0 else pytest.mark.slow) for number, name in enumerate(ENTRIES)]
+
+
 @pytest.mark.filterwarnings("error:.*partition_overrides:UserWarning")
+@pytest.mark.parametrize("entry", SOME, indirect=True)
 def test_the_model_takes_three_steps(entry):
     model = entry.build()
     optimizer = AdamMini(model, lr=1e-3)

@@ -1,5 +1,6 @@
 """Rows of the table of layouts: convolutions of size 1, classes of scripts, and what looks like them."""
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 import zoo_scripts
-from lightning_adam_mini import AdamMini, partition_module
+from lightning_adam_mini import AdamMini, explain, partition_module
 from lightning_adam_mini.partition import ModuleLayout, Role, layouts, resolve_strategy
 from lightning_adam_mini.partition.inference import infer_roles
 
@@ -92,6 +93,16 @@ def test_convolutional_networks_stay_what_they_were():
         assert resolve_strategy("auto", model).name == "default"
         cuts = partition_module(model)
         assert all(cut.blocks.num_values == 1 for cut in cuts.values())
+
+
+def test_heads_that_auto_takes_for_convolutions_are_named():
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), _attention(nn.Conv2d(32, 96, 1), num_heads=4)[1])
+    with pytest.warns(UserWarning, match=r"1\.qkv\.weight: queries, keys and values of several heads in one block"):
+        AdamMini(model)
+    assert "1.qkv.weight" in " ".join(explain(model).warnings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AdamMini(model, partition="default")
 
 
 def test_a_convolutional_attention_that_counts_its_heads_attends():

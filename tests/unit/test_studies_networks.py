@@ -126,6 +126,7 @@ def test_the_best_rate_and_whether_it_is_at_the_end_of_the_grid():
     assert best_rate({0.1: 2.0, 0.2: 1.0}, larger_is_better=True) == (0.1, False)
 
 
+@pytest.mark.slow
 def test_sgd_falls_where_layers_are_unlike_and_adam_does_not():
     pytest.importorskip("mlxtend")
     sizes = ("seeds=[0,1]", "heterogeneity=[1,300]", "width=32", "steps=250", "batch_size=32")
@@ -215,6 +216,7 @@ def test_sensitivity_is_told_cell_by_cell():
     assert "50 % of cells" in claims_of(outcome, "no fewer cells")[0].measured
 
 
+@pytest.mark.slow
 def test_adaptive_rates_a_block_beat_one_rate():
     rates = ("rates=[0.01,0.03]", "sgd_rates=[0.3,1.0]", "probe_rate=0.01")
     outcome = outcome_of("blockwise_gd", *SMALL, *rates, "seeds=[0,1,2,3]", "steps=25")

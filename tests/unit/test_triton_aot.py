@@ -99,8 +99,15 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "capability"),
+    [
+        (torch.float32, 80),
+        pytest.param(torch.float32, 90, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, 80, marks=pytest.mark.slow),
+        (torch.bfloat16, 90),
+    ],
+)
 def test_no_kernel_spills_registers(dtype, capability):
     names = [assert_no_spill(launch, capability) for launch in launches(BLOCKS, dtype)]
     assert set(names) == {
@@ -128,6 +135,7 @@ def test_other_dtypes_and_devices(dtype, exp_avg_dtype, capability):
         assert_no_spill(launch, capability)
 
 
+@pytest.mark.slow
 def test_a_kernel_that_spills_is_found():
     """The test can fail: 16 times as many elements a thread do not fit into its registers."""
     (launch,) = (x for x in launches(["rows of 11008"], torch.float32) if x.kernel.__name__ == "update_runs")
