@@ -198,3 +198,26 @@ def test_gates_named_query_and_key_have_no_heads():
         assert resolve_strategy("auto", model).name == "default"
         for name in ("key", "query", "value"):
             assert _cut(model, f"lin_{name}.weight") == ("linear", "row", 5)
+
+
+def test_deformable_attention_has_no_keys():
+    """Where to look and how much are computed from the query alone: ordinary rows."""
+    module = nn.Module()
+    module.n_heads = 2
+    module.sampling_offsets, module.attention_weights = nn.Linear(8, 32), nn.Linear(8, 16)
+    module.value_proj, module.output_proj = nn.Linear(8, 8), nn.Linear(8, 8)
+    model = nn.Sequential(nn.Embedding(5, 8), module)
+    assert _cut(model, "1.sampling_offsets.weight") == ("linear", "row", 32)
+    assert _cut(model, "1.attention_weights.weight") == ("linear", "row", 16)
+    assert _cut(model, "1.value_proj.weight") == ("value", "row", 8)
+
+
+@pytest.mark.parametrize(("family", "blocks"), [("ibert", 12), ("mobilevitv2", 1 + 1 + 128)])
+def test_families_with_layers_of_their_own(family, blocks):
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(family))
+    cuts = partition_module(model, "transformer")
+    assert all(cut.role.known for cut in cuts.values())
+    first = next(cut for cut in cuts.values() if {Role.QUERY, Role.KEY} & set(cut.role.roles))
+    assert first.blocks.num_values == blocks

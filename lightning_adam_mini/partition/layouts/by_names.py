@@ -118,6 +118,16 @@ LAYOUTS: list[ModuleLayout] = [
         sizes={"head_dim": "out_channels"},
     ),
     ModuleLayout(
+        "deformable_attention",  # Zhu et al. 2021, "Deformable DETR": where to look, and how much, instead of keys
+        children=("sampling_offsets", "attention_weights"),
+        parameters={
+            "sampling_offsets.weight": LINEAR,
+            "attention_weights.weight": LINEAR,
+            "value_proj.weight": V,
+            **OUTPUTS,
+        },
+    ),
+    ModuleLayout(
         "experts_transposed_flag",
         children=("gate_up_proj", "down_proj"),
         parameters={

@@ -46,6 +46,11 @@ LAYOUTS: list[ModuleLayout] = [
         parameters={"weight": Rows(LINEAR, axis=1)},  # (inputs, outputs)
     ),
     ModuleLayout(
+        "quantised_linear",  # I-BERT's, which does not run without the scales of its inputs
+        classes=("transformers.models.ibert.quant_modules.QuantLinear",),
+        parameters={"weight": LINEAR},
+    ),
+    ModuleLayout(
         "recurrent",
         classes=("torch.nn.modules.rnn.RNNBase", "torch.nn.modules.rnn.RNNCellBase"),
         parameters={"weight_*": LINEAR, "bias_*": Role.BIAS},

@@ -263,11 +263,15 @@ LAYOUTS: list[ModuleLayout] = [
     ),
     ModuleLayout(
         "timm_separable",  # one score a token, from one row
-        classes=_classes("models.mobilevit.LinearSelfAttention"),
-        parameters={
-            "qkv_proj.weight": Rows(Span(Q, 1, 1), Span(K, 1, "embed_dim"), Span(V, 1, "embed_dim")),
-            "out_proj.weight": OUT,
-        },
+        classes=(
+            *_classes("models.mobilevit.LinearSelfAttention"),
+            "transformers.models.mobilevitv2.modeling_mobilevitv2.MobileViTV2LinearSelfAttention",
+        ),
+        parameters=dict.fromkeys(
+            ("qkv_proj.weight", "qkv_proj.convolution.weight"),
+            Rows(Span(Q, 1, 1), Span(K, 1, "embed_dim"), Span(V, 1, "embed_dim")),
+        )
+        | dict.fromkeys(("out_proj.weight", "out_proj.convolution.weight"), OUT),
         sizes={"embed_dim": "embed_dim"},
     ),
     ModuleLayout(
