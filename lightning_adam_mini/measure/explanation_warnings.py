@@ -57,7 +57,7 @@ def _nothing_trained(cuts: Sequence[CutParameter], frozen: int) -> str:
 def _unknown(strategy: Strategy, cuts: Sequence[CutParameter], totals: Totals) -> str:
     """That a strategy which goes by roles met parameters without one."""
     told = Cut.HEAD in strategy.cuts.values()  # `doubts` speaks of those
-    unknown = [c for c in cuts if not c.role.known and not _is_overridden(c) and not (told and c.role.doubt)]
+    unknown = [c for c in cuts if not c.role.known and not c.is_overridden and not (told and c.role.doubt)]
     if not unknown or not strategy.cuts:
         return ""
     share = 100 * sum(math.prod(cut.blocks.shape) for cut in unknown) / max(totals.elements, 1)
@@ -76,7 +76,7 @@ def _unknown_heads(
     by_problem: dict[tuple[str, str, bool], list[CutParameter]] = {}
     for cut in cuts:
         if cut.role.problem and cut.blocks.kind is not Kind.ELEMENT:
-            by_problem.setdefault((cut.role.problem, cut.cut, _is_overridden(cut)), []).append(cut)
+            by_problem.setdefault((cut.role.problem, cut.cut, cut.is_overridden), []).append(cut)
     return [
         f"{_names(members)}: {problem}; "
         + ("your override" if overridden else f"{strategy.name!r}")
@@ -89,8 +89,8 @@ def _collapsed(strategy: Strategy, cuts: Sequence[CutParameter]) -> str:
     """That one number a tensor, the rule for models that are no Transformers, met what belongs to Transformers."""
     if strategy.cuts or strategy.otherwise is not Cut.WHOLE:
         return ""
-    tables = [cut for cut in cuts if not _is_overridden(cut) and TABLES & set(cut.role.roles)]
-    unknown = [cut for cut in cuts if not _is_overridden(cut) and not cut.role.known and len(cut.blocks.shape) > 1]
+    tables = [cut for cut in cuts if not cut.is_overridden and TABLES & set(cut.role.roles)]
+    unknown = [cut for cut in cuts if not cut.is_overridden and not cut.role.known and len(cut.blocks.shape) > 1]
     if not tables and not unknown:
         return ""
     what = [f"the embeddings and heads {_names(tables)}"] if tables else []
@@ -109,10 +109,6 @@ def _larger_than_adamw(strategy: Strategy, totals: Totals) -> str:
         f"{strategy.name!r} keeps more than AdamW here: a second moment is float32 or wider, whatever the parameters "
         "are, and few are shared"
     )
-
-
-def _is_overridden(cut: CutParameter) -> bool:
-    return cut.why != cut.role.why
 
 
 def _names(cuts: Sequence[CutParameter]) -> str:

@@ -40,6 +40,11 @@ class CutParameter:
     problem: str = ""
 
     @property
+    def is_overridden(self) -> bool:
+        """Whether an override decided, and not the role."""
+        return self.why != self.role.why
+
+    @property
     def cut(self) -> str:
         """The cut; for a fused parameter the cuts of its different roles in order, joined by `+` where they differ."""
         by_role = dict(zip(self.role.roles, self.cuts, strict=True))
@@ -188,7 +193,7 @@ def recut(cut: CutParameter, shape: tuple[int, ...]) -> CutParameter:
         role = replace(role, parts=(replace(role.parts[0], length=shape[role.axis]),))
     try:
         by_role = dict(zip(role.roles, cut.cuts, strict=True))
-        blocks = cut_parameter(shape, role, by_role, is_overridden=cut.why != cut.role.why)
+        blocks = cut_parameter(shape, role, by_role, is_overridden=cut.is_overridden)
     except ValueError as error:
         raise ValueError(f"{message}: {error}") from error
     return replace(cut, role=role, blocks=blocks)

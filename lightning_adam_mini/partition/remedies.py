@@ -43,7 +43,7 @@ def doubts(cuts: Iterable[CutParameter], strategy: Strategy, *, is_auto: bool) -
     """
     if Cut.HEAD not in strategy.cuts.values():
         fused = [cut for cut in cuts if is_auto and cut.role.problem and Role.FUSED_QKV in cut.role.roles]
-        fused = [cut for cut in fused if cut.why == cut.role.why]
+        fused = [cut for cut in fused if not cut.is_overridden]
         if not fused:
             return []
         return [
@@ -51,7 +51,7 @@ def doubts(cuts: Iterable[CutParameter], strategy: Strategy, *, is_auto: bool) -
             "a convolutional network; partition='default' says that this is meant, partition='transformer' that it is "
             "not"
         ]
-    doubted = [cut for cut in cuts if cut.role.doubt and cut.why == cut.role.why]
+    doubted = [cut for cut in cuts if cut.role.doubt and not cut.is_overridden]
     ordinary = [cut for cut in doubted if cut.role.known]
     unclear = [cut for cut in doubted if not cut.role.known]
     found = []

@@ -192,7 +192,7 @@ class _Trial:
     def unknown(self, names: Iterable[str]) -> set[str]:
         """Those parameters whose role no rule knows, and no override cuts."""
         cuts = (self.cuts[name] for name in names)
-        return {cut.name for cut in cuts if not cut.role.known and cut.why == cut.role.why}
+        return {cut.name for cut in cuts if not cut.role.known and not cut.is_overridden}
 
     def mistakes(self) -> tuple[int, int, int]:
         """How many parameters are contradicted, unknown and not seen, to compare partitions by."""
