@@ -75,7 +75,7 @@ PARTITIONS: dict[str, tuple[str, dict[str, str]]] = {
     "early": ("transformer_early", {}),
     "final": ("transformer", {}),
     "value whole": ("transformer", {"value": "whole"}),
-    "rank one": ("transformer_rank_one", {}),
+    "factored": ("factored", {}),
 }
 
 # What the paper prints, as far as we have its text. Memory in GB; shares in percent.
@@ -89,9 +89,9 @@ NOT_GIVEN = "not given"
 
 MEMORY_HEADER = (
     *("model", "parameters", "AdamW", "the paper's", "`transformer_early`", "the paper's"),
-    *("`transformer`", "the paper's", "value `whole`", "`transformer_rank_one`"),
+    *("`transformer`", "the paper's", "value `whole`", "`factored`"),
 )
-KEPT_HEADER = ("model", "`transformer_early`", "`transformer`", "value `whole`", "`transformer_rank_one`")
+KEPT_HEADER = ("model", "`transformer_early`", "`transformer`", "value `whole`", "`factored`")
 SHARE_HEADER = (
     *("model", "vocabulary x width", "output head", "parameters", "embedding", "with output head"),
     *("embedding at width 4,096", "the paper's"),
@@ -169,7 +169,7 @@ def memory_row(name: str, figures: Figures) -> list[str]:
     return [
         *(name, f"{figures.parameters:,}", f"{figures.adamw_bytes / 1e9:.2f}", PAPER_ADAMW.get(name, NOT_GIVEN)),
         *(gigabytes["early"], PAPER_EARLY.get(name, NOT_GIVEN), gigabytes["final"], PAPER_FINAL.get(name, NOT_GIVEN)),
-        *(gigabytes["value whole"], gigabytes["rank one"]),
+        *(gigabytes["value whole"], gigabytes["factored"]),
     ]
 
 

@@ -29,7 +29,7 @@ from children import measure, save, tell
 from lightning_adam_mini.cli.application import Application
 from lightning_adam_mini.cli.recipes import find_recipe
 
-STEPS = {"llm/gpt2_tiny": 150, "resnet/mnist5k": 60, "diffusion/digits": 100, "graph/gcn": 40, "graph/gat": 30}
+STEPS = {"llm/gpt2_tiny": 150, "vision/mnist5k": 60, "diffusion/digits": 100, "graph/gcn": 40, "graph/gat": 30}
 WARM_UP = 10
 
 
@@ -98,7 +98,7 @@ def plain_loop(app: Application, steps: int) -> list[Moment]:
     task, data, trainer = app.model, app.datamodule, app.trainer
     losses = {
         "llm": lambda: language_loss,
-        "resnet": lambda: ImageLoss(data.transforms.mean, data.transforms.std),
+        "vision": lambda: ImageLoss(data.transforms.mean, data.transforms.std),
         "diffusion": DenoisingLoss,
         "graph": NodeLoss,
     }

@@ -33,8 +33,8 @@ class Kind(StrEnum):
     """One mean a block (Adam-mini)."""
     ELEMENT = "element"
     """Every element, as in AdamW."""
-    ROW_COLUMN = "row_column"
-    """A mean a row and a mean a column, whose product over the mean is a rank-one second moment (Adafactor, Sec. 3)."""
+    FACTORED = "factored"
+    """A mean a row and a mean a column, whose product over the mean is a factored second moment (Adafactor, Sec. 3)."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class Segment:
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a tensor of `shape` is cut. Build one through `element`, `whole`, `rows`, `segmented` or `row_column`.
+    """How a tensor of `shape` is cut. Build one through `element`, `whole`, `rows`, `segmented` or `factored`.
 
     Args:
         shape: Shape of the tensor.
         kind: What is kept of the squared gradients.
-        axis: Cut axis; None where a block spans all of it (`whole`) or nothing is shared (`element`).
+        axis: The axis of the blocks; None where a block spans all of it (`whole`) or nothing is shared (`element`).
         batch_axes: Axes that every block keeps apart, before the cut axis.
         segments: Rows along the cut axis, in order; empty without a cut axis.
         repeats: How often the sequence of segments repeats along the cut axis.
@@ -123,7 +123,7 @@ class Blocks:
         return cls(tuple(shape), Kind.MEAN, axis, batch_axes, segments, repeats)
 
     @classmethod
-    def row_column(
+    def factored(
         cls,
         shape: torch.Size | tuple[int, ...],
         *,
@@ -135,7 +135,7 @@ class Blocks:
         """A row mean and a column mean; each segment (Q, K, V of a fused matrix) has columns of its own."""
         lengths = segment_lengths or (shape[axis],)
         segments = tuple(Segment(length, length * repeats) for length in lengths)
-        return cls(tuple(shape), Kind.ROW_COLUMN, axis, batch_axes, segments, repeats)
+        return cls(tuple(shape), Kind.FACTORED, axis, batch_axes, segments, repeats)
 
     @cached_property
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -190,10 +190,10 @@ class Blocks:
             An int64 tensor of `shape`.
 
         Raises:
-            ValueError: A rank-one cut has no blocks.
+            ValueError: A factored second moment has no blocks.
         """
-        if self.kind is Kind.ROW_COLUMN:
-            raise ValueError("a row_column cut shares a row mean and a column mean: it has no blocks to number")
+        if self.kind is Kind.FACTORED:
+            raise ValueError("a factored cut shares a row mean and a column mean: it has no blocks to number")
         (state_shape,) = self.state_shapes.values()
         numbers = torch.arange(math.prod(state_shape), device="cpu").view(state_shape)
         return self.expand_rows(numbers).expand(self.shape)
@@ -202,7 +202,7 @@ class Blocks:
         """Means of the squares: one a block, or one a row and one a column.
 
         They are right to 1e-6 whatever the size of a block, and finite where the means are: sums are in float64. No
-        temporary of the tensor's size is made for `Kind.MEAN` and `Kind.ROW_COLUMN`.
+        temporary of the tensor's size is made for `Kind.MEAN` and `Kind.FACTORED`.
 
         Args:
             tensor: A tensor of `shape`, of any floating dtype.
@@ -280,7 +280,7 @@ class Blocks:
 
         Returns:
             For `Kind.MEAN` one value a row, of size 1 on the reduced axes; else a tensor of `shape`. For
-            `Kind.ROW_COLUMN` it is `row * column / mean(row)`, Adafactor's estimate (Shazeer and Stern 2018, Alg. 1).
+            `Kind.FACTORED` it is `row * column / mean(row)`, Adafactor's estimate (Shazeer and Stern 2018, Alg. 1).
         """
         return self._product(self.factors(*moments))
 
@@ -290,7 +290,7 @@ class Blocks:
 
     def factors(self, *moments: Tensor) -> Sequence[Tensor]:
         """Tensors whose product, expanded, is the second moment: the moments; or rows over their mean, and columns."""
-        if self.kind is not Kind.ROW_COLUMN:
+        if self.kind is not Kind.FACTORED:
             return moments
         rows, columns = moments
         assert self.axis is not None

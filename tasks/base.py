@@ -1,4 +1,4 @@
-"""What all tasks share: an optimizer factory, a schedule, a headline, and checkpoints that say what they are."""
+"""What all tasks share: an optimizer factory, a schedule, a primary_metric, and checkpoints that say what they are."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from lightning_adam_mini.schedule import Schedule
 
 from .data.module import SampledDataModule
 from .data.record import KEY as DATA_RECORD
-from .headline import Headline
 from .parallel.building import Recipe, build_for
 from .parallel.checks import check_strategy
 from .parallel.clipping import clip_grad_norm_
 from .parallel.sharding import keep_after_forward, running_statistics, share_running_statistics
 from .parallel.strategies import FSDP2, register_strategies
 from .parallel.units import repeated_blocks
+from .primary_metric import PrimaryMetric
 from .seeds import seed_of
 
 __all__ = ["Task"]
@@ -60,7 +60,7 @@ class Task(LightningModule):
     unit: ClassVar[str] = "samples"
     """What throughput counts: samples, tokens, nodes."""
 
-    headline: Headline = Headline()
+    primary_metric: PrimaryMetric = PrimaryMetric()
     """The figure that runs are compared by; the options of a task may word it."""
 
     batch_kind: ClassVar[str | None] = None

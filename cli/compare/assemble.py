@@ -12,7 +12,7 @@ from .grid import Grid, Run, expand
 from .notes import notes_of
 from .plan import Plan, read_plan
 from .recipe import copy_of, read_recipe
-from .results import Metrics, read_run, task_headline
+from .results import Metrics, read_run, task_primary_metric
 from .run_result import RunResult
 from .selection import best_learning_rates
 from .statistics import profiles, target_of
@@ -75,23 +75,23 @@ def _task(
     read_metrics: Callable[[Path], Metrics],
 ) -> TaskComparison:
     runs = {label: _runs(grid, recipe, label, best.get((recipe, label)), out) for label in grid.optimizers}
-    headline = task_headline(out / grid.folder(run) for own in runs.values() for run in own)
+    primary_metric = task_primary_metric(out / grid.folder(run) for own in runs.values() for run in own)
     sides = {
         label: Side(
             label,
-            tuple(read_run(grid, run, out, headline, read_metrics) for run in own),
+            tuple(read_run(grid, run, out, primary_metric, read_metrics) for run in own),
             best.get((recipe, label)),
         )
         for label, own in runs.items()
     }
     reference = sides[grid.reference]
-    target = target_of(_last_values(reference.at_best), headline.mode)
+    target = target_of(_last_values(reference.at_best), primary_metric.mode)
     return TaskComparison(
         recipe=recipe,
         title=grid.recipes[recipe].title,
-        headline=headline,
+        primary_metric=primary_metric,
         target=target,
-        entries=tuple(make_entry(grid, side, reference, target, headline.mode) for side in sides.values()),
+        entries=tuple(make_entry(grid, side, reference, target, primary_metric.mode) for side in sides.values()),
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .outcomes import Estimate, Profile, ToTarget, Verdict
-from .run_result import Costs, Headline, RunResult, Status
+from .run_result import Costs, PrimaryMetric, RunResult, Status
 
 __all__ = ["Comparison", "Entry", "LearningRate", "Ratios", "TaskComparison"]
 
@@ -18,7 +18,7 @@ class LearningRate:
 
     Args:
         lr: The peak learning rate.
-        values: Headline figure by seed, of all seeds that ran with it; None where a run did not come to its end.
+        values: PrimaryMetric figure by seed, of all seeds that ran with it; None where a run did not come to its end.
         statuses: How each of them ended, by seed.
         tuning: Estimate of the figure that chooses, over the tuning seeds that came to their end; None where none did.
         unfinished: Tuning seeds that neither came to their end nor diverged: the rate was not tried as planned.
@@ -53,7 +53,7 @@ class Entry:
         lrs: What each learning rate came to, in rising order.
         best_lr: The best of them; None where no run came to its end.
         runs: All its runs, by learning rate and seed.
-        final: Headline figure at the best learning rate, over all seeds.
+        final: PrimaryMetric figure at the best learning rate, over all seeds.
         steps_to_target: Optimizer steps to the target.
         seconds_to_target: Seconds of training to the target.
         costs: Medians over the seeds at the best learning rate.
@@ -88,7 +88,7 @@ class TaskComparison:
     Args:
         recipe: The recipe as the user named it.
         title: First line of the recipe.
-        headline: What runs are compared by.
+        primary_metric: What runs are compared by.
         target: Median over the seeds of the last value of the reference's curve at its best learning rate, of an even
             number the worse of the middle two; a seed that diverged is worse than any other. So half of its seeds at
             least reach it. None where the reference has none.
@@ -97,7 +97,7 @@ class TaskComparison:
 
     recipe: str
     title: str
-    headline: Headline
+    primary_metric: PrimaryMetric
     target: float | None
     entries: tuple[Entry, ...]
 
@@ -107,7 +107,7 @@ class TaskComparison:
 
     @property
     def selection_differs(self) -> bool:
-        """Whether learning rates were chosen by another figure than the headline, so that this one was held out."""
+        """Whether the learning rates were chosen by another figure than the primary metric."""
         runs = (run for entry in self.entries for run in entry.runs if run.status == "done")
         return any(run.selection != run.value for run in runs)
 

@@ -39,7 +39,7 @@ class Side:
 
     @property
     def values(self) -> list[float]:
-        """Headline figures at the best learning rate."""
+        """PrimaryMetric figures at the best learning rate."""
         return [run.value for run in self.at_best if run.value is not None]
 
 

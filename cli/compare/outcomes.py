@@ -40,7 +40,7 @@ class Verdict:
         word: `better`, `worse` and `within the spread` say where the interval of the difference lies; `reference`
             stands for itself; `failed` where every run failed; `no verdict` where the runs do not allow one.
         text: The verdict for readers, with the reason where there is none.
-        difference: Mean headline figure less the reference's.
+        difference: Mean primary metric less the reference's.
         interval: 95 % confidence interval of the difference, by Welch's t (Welch 1947).
         p_value: Two-sided, of no difference.
     """

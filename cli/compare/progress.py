@@ -9,7 +9,7 @@ from typing import Any
 
 from .grid import format_lr
 from .job import Job
-from .results import headline_value
+from .results import primary_metric_value
 
 __all__ = ["Progress", "say"]
 
@@ -51,7 +51,7 @@ class Progress:
         """Say how a run ended, and when all will have."""
         self._num_ended += 1
         self.statuses.append(str(status["status"]))
-        value = headline_value(job.folder)
+        value = primary_metric_value(job.folder)
         told = f"{value:.5g}" if value is not None else str(status.get("message") or "")
         left = self._total - self._num_ended
         elapsed = time.monotonic() - self._start

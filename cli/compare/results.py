@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from .grid import Grid, Run
-from .run_result import Costs, Headline, Point, RunResult, Status
+from .run_result import Costs, Point, PrimaryMetric, RunResult, Status
 from .status import read_json, read_status
 
-__all__ = ["headline_value", "read_run", "selection_value", "task_headline"]
+__all__ = ["primary_metric_value", "read_run", "selection_value", "task_primary_metric"]
 
 Metrics = dict[str, dict[int, float]]
 
@@ -25,14 +25,16 @@ STATUSES: Mapping[str, Status] = {
 }
 
 
-def read_run(grid: Grid, run: Run, out: Path, headline: Headline, read_metrics: Callable[[Path], Metrics]) -> RunResult:
+def read_run(
+    grid: Grid, run: Run, out: Path, primary_metric: PrimaryMetric, read_metrics: Callable[[Path], Metrics]
+) -> RunResult:
     """A run of the grid, whether it has come to its end or not.
 
     Args:
         grid: The grid.
         run: The run.
         out: Folder of the comparison.
-        headline: That of the task, which a run that diverged may not have written.
+        primary_metric: That of the task, which a run that diverged may not have written.
         read_metrics: Reads `metrics.jsonl` of a run folder.
     """
     folder = out / grid.folder(run)
@@ -48,10 +50,10 @@ def read_run(grid: Grid, run: Run, out: Path, headline: Headline, read_metrics: 
         folder=folder,
         status=status,
         message=str(told.get("message") or ""),
-        value=headline_value(folder),
+        value=primary_metric_value(folder),
         selection=selection_value(folder),
         steps=result.get("steps") if done else None,
-        curve=_curve(read_metrics(folder), headline.curve),
+        curve=_curve(read_metrics(folder), primary_metric.curve),
         costs=_costs(result.get("costs") or {}) if done else Costs(),
         hardware=result.get("hardware") or {},
         versions=result.get("versions") or {},
@@ -63,34 +65,37 @@ def read_run(grid: Grid, run: Run, out: Path, headline: Headline, read_metrics: 
     )
 
 
-def headline_value(folder: Path) -> float | None:
-    """The headline figure of a run; None unless it is done."""
+def primary_metric_value(folder: Path) -> float | None:
+    """The primary metric of a run; None unless it is done."""
     return _finite(_told(folder).get("value"))
 
 
 def selection_value(folder: Path) -> float | None:
     """The figure of a run that learning rates are chosen by; None unless it is done.
 
-    That is the headline figure where `result.json` names no other.
+    That is the primary metric where `result.json` names no other.
     """
     told = _told(folder)
     return _finite(told.get("selection", told.get("value")))
 
 
-def task_headline(folders: Iterable[Path]) -> Headline:
-    """The headline of a task, from the first of its runs that tells it; validation loss where none does."""
+def task_primary_metric(folders: Iterable[Path]) -> PrimaryMetric:
+    """The primary metric of a task, from the first of its runs that tells it; validation loss where none does."""
     results = (read_json(folder / "result.json") for folder in folders)
-    return next((_headline_of(result) for result in results if isinstance(result.get("headline"), dict)), Headline())
+    return next(
+        (_primary_metric_of(result) for result in results if isinstance(result.get("primary_metric"), dict)),
+        PrimaryMetric(),
+    )
 
 
-def _headline_of(result: Mapping[str, Any]) -> Headline:
-    """The headline that a `result.json` names; validation loss where there is none."""
-    told = result.get("headline")
+def _primary_metric_of(result: Mapping[str, Any]) -> PrimaryMetric:
+    """The primary metric that a `result.json` names; validation loss where there is none."""
+    told = result.get("primary_metric")
     if not isinstance(told, dict):
-        return Headline()
+        return PrimaryMetric()
     metric = str(told["metric"])
     label = str(told.get("label") or metric)
-    return Headline(
+    return PrimaryMetric(
         metric=metric,
         mode="max" if told.get("mode") == "max" else "min",
         label=label,
@@ -100,10 +105,10 @@ def _headline_of(result: Mapping[str, Any]) -> Headline:
 
 
 def _told(folder: Path) -> Mapping[str, Any]:
-    """What a run that is done says of its headline."""
+    """What a run that is done says of its primary metric."""
     if read_status(folder)["status"] != "done":
         return {}
-    return read_json(folder / "result.json").get("headline") or {}
+    return read_json(folder / "result.json").get("primary_metric") or {}
 
 
 def _finite(value: Any) -> float | None:

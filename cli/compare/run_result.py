@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["Costs", "Headline", "Point", "RunResult", "Status"]
+__all__ = ["Costs", "Point", "PrimaryMetric", "RunResult", "Status"]
 
 Status = Literal["done", "diverged", "failed", "timeout", "interrupted", "pending"]
 """How a run ended; `pending` has not begun, or is not yet over."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Headline:
+class PrimaryMetric:
     """The figure that runs of a task are compared by.
 
     Args:
@@ -97,10 +97,10 @@ class RunResult:
         folder: The run folder.
         status: How it ended.
         message: Why it did not end well; empty otherwise.
-        value: Headline figure; None unless the run is done.
+        value: PrimaryMetric figure; None unless the run is done.
         selection: Figure that learning rates are chosen by, which is never one of a test; None unless the run is done.
         steps: Optimizer steps taken; None where it left no result.
-        curve: The headline's curve, one point a validation.
+        curve: The curve of the primary metric, one point a validation.
         costs: What it cost.
         hardware: As `result.json` has it.
         versions: As `result.json` has it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .grid import Grid, Run
-from .results import selection_value, task_headline
+from .results import selection_value, task_primary_metric
 from .statistics import best_of, estimate
 
 __all__ = ["best_learning_rates"]
@@ -14,7 +14,7 @@ __all__ = ["best_learning_rates"]
 def best_learning_rates(grid: Grid, out: Path) -> dict[tuple[str, str], float]:
     """The best learning rate of each recipe and label on the tuning seeds; none where no run came to its end.
 
-    The figure that chooses is one of validation, also where the headline is one of a test.
+    The figure that chooses is one of validation, also where the primary metric is one of a test.
 
     Args:
         grid: The grid.
@@ -26,7 +26,7 @@ def best_learning_rates(grid: Grid, out: Path) -> dict[tuple[str, str], float]:
             lr: [out / grid.folder(Run(recipe, label, lr, seed)) for seed in grid.plan.tuning_seeds] for lr in lrs
         }
         tuning = {lr: estimate(_known(own)) for lr, own in folders.items()}
-        mode = task_headline(folder for own in folders.values() for folder in own).mode
+        mode = task_primary_metric(folder for own in folders.values() for folder in own).mode
         if (chosen := best_of(tuning, mode)) is not None:
             best[recipe, label] = chosen
     return best

@@ -109,7 +109,7 @@ def verdict(
     """Whether one optimizer's figures differ from the reference's by more than their spread over seeds.
 
     Args:
-        ours: Headline figures of the seeds, at the best learning rate.
+        ours: PrimaryMetric figures of the seeds, at the best learning rate.
         reference: The same of the reference.
         mode: Whether less (`min`) or more (`max`) is better.
         missing: Seeds of either that did not come to their end: what is left would flatter.

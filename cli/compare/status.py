@@ -96,10 +96,10 @@ def last_error(log: Path, start: int = 0, limit: int = 400) -> str:
 
 def _of_result(folder: Path) -> tuple[str, str]:
     result = read_json(folder / "result.json")
-    headline = result.get("headline")
-    if not isinstance(headline, dict):
+    primary_metric = result.get("primary_metric")
+    if not isinstance(primary_metric, dict):
         return "failed", "it ended without a result.json"
-    value, metric = headline.get("value"), headline.get("metric")
+    value, metric = primary_metric.get("value"), primary_metric.get("metric")
     if isinstance(value, int | float) and math.isfinite(value):
         return "done", ""
     if metric in (result.get("metrics") or {}):

@@ -89,7 +89,7 @@ def _tables(found: Advice) -> list[Table]:
             row.runner_up,
             "-" if row.parts else f"{row.scores[row.runner_up].information:.2f}",
             f"{row.spreads[row.best].explained:.2f}",
-            row.cut or "-",
+            row.structure or "-",
             f"{row.state_bytes:,}",
         ]
         for row in found.rows
@@ -112,7 +112,7 @@ def _figures(row: CutAdvice) -> dict[str, Any]:
         "best": row.best,
         "runner_up": row.runner_up,
         "is_clear": row.is_clear,
-        "cut": row.cut,
+        "cut": row.structure,
         "state_bytes": row.state_bytes,
         "reason": row.reason,
         "scores": _scores(row.scores),

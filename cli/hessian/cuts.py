@@ -9,13 +9,13 @@ from torch import nn
 from lightning_adam_mini.blocks import Blocks
 from lightning_adam_mini.factory import AdamMini
 from lightning_adam_mini.hessian.cut_advice import KEEP
-from lightning_adam_mini.partition import Cut, partition_module
+from lightning_adam_mini.partition import Structure, partition_module
 from lightning_adam_mini.partition.inference import infer_roles
-from lightning_adam_mini.partition.strategies import cut_parameter
+from lightning_adam_mini.partition.strategies import partition_parameter
 
 __all__ = ["expressible_cuts", "own_cuts", "with_own_overrides"]
 
-ASKED = (Cut.HEAD, Cut.ROW, Cut.WHOLE, Cut.ELEMENT)
+ASKED = (Structure.HEAD, Structure.ROW, Structure.WHOLE, Structure.ELEMENT)
 
 
 def own_cuts(model: nn.Module, factory: AdamMini) -> dict[str, Blocks]:
@@ -46,7 +46,7 @@ def expressible_cuts(model: nn.Module, factory: AdamMini) -> dict[str, dict[str,
         for cut in ASKED:
             try:
                 by_role = dict.fromkeys(roles[name].roles, cut)
-                blocks = cut_parameter(tuple(parameter.shape), roles[name], by_role, is_overridden=True)
+                blocks = partition_parameter(tuple(parameter.shape), roles[name], by_role, is_overridden=True)
             except ValueError:  # no head that a layout knows
                 continue
             found[name][str(cut)] = blocks

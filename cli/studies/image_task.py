@@ -75,7 +75,7 @@ class ImageTask:
     @cached_property
     def _data(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Normalised pixels `(N, 784)` and labels."""
-        from ...tasks.resnet.data import Mnist5k
+        from ...tasks.vision.data import Mnist5k
 
         sets = Mnist5k().open_images()
         pixels = {part: torch.stack([images[n] for n in range(len(images))]) for part, images in sets.items()}

@@ -103,8 +103,8 @@ def to_adamw(
 ) -> dict[str, Any]:
     """A state of an AdamMini as the state of AdamW: each element gets the value of its block.
 
-    A rank-one cut gives the product of its row and column. What the blocks averaged does not come back: the first
-    steps of AdamW have the step sizes of Adam-mini.
+    A factored second moment gives the product of its row and column. What the blocks averaged does not come back: the
+    first steps of AdamW have the step sizes of Adam-mini.
 
     Args:
         state_dict: `state_dict()` of an AdamMini.

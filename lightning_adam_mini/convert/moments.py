@@ -17,7 +17,7 @@ __all__ = ["block_means", "blocks_of_shapes", "blocks_of_signature", "elements"]
 
 
 def block_means(blocks: Blocks, values: Tensor, *, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Means of values over blocks; for a rank-one cut, over rows and over columns.
+    """Means of values over blocks; for a factored second moment, over rows and over columns.
 
     Args:
         blocks: How the tensor is cut.

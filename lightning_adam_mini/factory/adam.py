@@ -15,10 +15,10 @@ from lightning_adam_mini.optim.implementation import Implementation
 from lightning_adam_mini.optim.state import first_moment_bytes, second_moment_dtype
 from lightning_adam_mini.partition import partition_module
 
-__all__ = ["STEP_BYTES", "Adam", "AdamMini", "AdamW", "CutName", "PartitionName", "adam_state_bytes"]
+__all__ = ["STEP_BYTES", "Adam", "AdamMini", "AdamW", "PartitionName", "StructureName", "adam_state_bytes"]
 
-PartitionName = Literal["auto", "transformer", "transformer_early", "transformer_rank_one", "default", "element"]
-CutName = Literal["head", "row", "whole", "element", "row_column"]
+PartitionName = Literal["auto", "transformer", "transformer_early", "factored", "default", "element"]
+StructureName = Literal["head", "row", "whole", "element", "factored"]
 
 STEP_BYTES = 4
 """A float32 number for each parameter."""
@@ -32,10 +32,10 @@ class AdamMini(OptimizerFactory):
         betas: Decay rates of the first and second moment.
         eps: Added to the root of the second moment.
         partition: How parameters are cut into blocks: `auto` (`transformer` for models that look tokens up or attend
-            over them, else `default`), `transformer`, `transformer_early`, `transformer_rank_one`, `default` or
+            over them, else `default`), `transformer`, `transformer_early`, `factored`, `default` or
             `element`.
         partition_overrides: Cuts by role, parameter name or `re:` pattern: `head`, `row`, `whole`, `element` or
-            `row_column`. The first that matches wins.
+            `factored`. The first that matches wins.
         partition_layouts: Names of layouts by the class of a module that the library does not know, such as
             `{my_package.Attention: fused_per_head}`.
         exp_avg_dtype: Dtype of the first moment; the parameter's by default. `uint8` keeps matrices of 4096 elements or
@@ -48,7 +48,7 @@ class AdamMini(OptimizerFactory):
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     partition: PartitionName = "auto"
-    partition_overrides: dict[str, CutName] = field(default_factory=dict)
+    partition_overrides: dict[str, StructureName] = field(default_factory=dict)
     partition_layouts: dict[str, str] = field(default_factory=dict)
     exp_avg_dtype: Literal["float32", "bfloat16", "uint8"] | None = None
     stochastic_rounding: bool = False

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_adam_mini.optim.groups import WeightDecayPolicy, decay_groups
 from lightning_adam_mini.optim.sharding import is_dtensor, is_flattened
-from lightning_adam_mini.partition import CutParameter, partition_module
+from lightning_adam_mini.partition import ParameterPartition, partition_module
 
 __all__ = ["OptimizerFactory", "from_pytorch_optimizer", "require"]
 
@@ -81,11 +81,11 @@ class OptimizerFactory(ABC):
         """
         return self.grouped(self.members(module))
 
-    def grouped(self, members: list[tuple[nn.Parameter, CutParameter]]) -> list[dict[str, Any]]:
+    def grouped(self, members: list[tuple[nn.Parameter, ParameterPartition]]) -> list[dict[str, Any]]:
         """Parameters in a group that decays and one that does not; an empty one is left out."""
         return decay_groups(members, weight_decay=self.weight_decay, policy=self.weight_decay_policy)
 
-    def members(self, module: nn.Module) -> list[tuple[nn.Parameter, CutParameter]]:
+    def members(self, module: nn.Module) -> list[tuple[nn.Parameter, ParameterPartition]]:
         """The parameters of the optimizer, frozen ones too, each with what it does in the module.
 
         Raises:

@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 from lightning_adam_mini.factory import rules
 from lightning_adam_mini.factory.adam import adam_state_bytes
 from lightning_adam_mini.factory.base import OptimizerFactory, require
-from lightning_adam_mini.partition import CutParameter, Role
+from lightning_adam_mini.partition import ParameterPartition, Role
 
 __all__ = ["Muon"]
 
-_Member = tuple[nn.Parameter, CutParameter]
+_Member = tuple[nn.Parameter, ParameterPartition]
 
 HIDDEN = frozenset(
     {
@@ -115,7 +115,7 @@ class Muon(OptimizerFactory):
         return hidden, rest
 
 
-def _matches(entry: str, cut: CutParameter) -> bool:
+def _matches(entry: str, cut: ParameterPartition) -> bool:
     if entry.startswith("re:"):
         return re.fullmatch(entry.removeprefix("re:"), cut.name) is not None
     return entry == cut.name or entry in cut.role.roles

@@ -53,7 +53,9 @@ class Advice:
     @property
     def overrides(self) -> dict[str, str]:
         """What `AdamMini(model, partition_overrides=...)` takes, beside the partition that the rows keep."""
-        asked = {row.parameter: row.cut for row in self.rows if row.cut is not None and row.cut != KEEP}
+        asked = {
+            row.parameter: row.structure for row in self.rows if row.structure is not None and row.structure != KEEP
+        }
         return {f"re:^{re.escape(name)}$": cut for name, cut in asked.items()}
 
     @property
@@ -165,4 +167,4 @@ def _all_cuts(shape: tuple[int, ...], expressible: Mapping[str, Blocks]) -> dict
 
 
 def _with_blocks(expressible: Mapping[str, Blocks]) -> dict[str, Blocks]:
-    return {name: blocks for name, blocks in expressible.items() if blocks.kind is not Kind.ROW_COLUMN}
+    return {name: blocks for name, blocks in expressible.items() if blocks.kind is not Kind.FACTORED}

@@ -110,7 +110,7 @@ def exact_scores(matrix: Tensor, cuts: Mapping[str, Blocks]) -> dict[str, Score]
 
     Args:
         matrix: `(n, n)`, symmetric.
-        cuts: By name; those without blocks (`row_column`) are left out by the caller.
+        cuts: By name; those without blocks (`factored`) are left out by the caller.
 
     Raises:
         ValueError: The matrix is not of the parameter that is cut, or is zero (`ZeroHessianError`).

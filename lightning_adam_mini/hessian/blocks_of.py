@@ -60,7 +60,7 @@ def block_of(parameter: str, blocks: Blocks, number: int, *, name: str | None = 
         name: Of the block; `parameter[number]` by default.
 
     Raises:
-        ValueError: The cut has no such block, or is a rank-one cut, which has none.
+        ValueError: The cut has no such block, or is a factored second moment, which has none.
     """
     index = blocks.block_index()
     if not 0 <= number < blocks.num_values:

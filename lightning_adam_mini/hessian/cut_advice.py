@@ -30,8 +30,8 @@ class CutAdvice:
         runner_up: The next one, or that with the most information of the whole where there are `parts`.
         is_clear: Whether the best is ahead of the next by more than two standard errors; always for exact scores and
             for `parts`.
-        cut: What to ask AdamMini for: `keep` where no other is better by more than two standard errors; None where
-            nothing can be asked for.
+        structure: What to ask AdamMini for: `keep` where no other is better by more than two standard errors; None
+            where nothing can be asked for.
         blocks: The cut that this is.
         reason: Why, in a sentence.
         spreads: By the name of the cut, of squared gradients; empty without gradients.
@@ -44,7 +44,7 @@ class CutAdvice:
     best: str
     runner_up: str
     is_clear: bool
-    cut: str | None
+    structure: str | None
     blocks: Blocks | None
     reason: str
     spreads: Mapping[str, Spread] = field(default_factory=dict)
@@ -141,7 +141,14 @@ def advise_in_parts(
         reason += f"; {_in_words(cut)} tells the most of what can be asked for ({rated[cut].information:.2f})"
     blocks = None if cut is None else expressible[cut]
     return replace(
-        row, best=into_parts, runner_up=row.best, is_clear=True, cut=cut, blocks=blocks, reason=reason, parts=parts
+        row,
+        best=into_parts,
+        runner_up=row.best,
+        is_clear=True,
+        structure=cut,
+        blocks=blocks,
+        reason=reason,
+        parts=parts,
     )
 
 

@@ -54,10 +54,10 @@ def spread_sums(blocks: Blocks, squares: Tensor) -> Tensor:
         squares: Squared gradients of the parameter's shape, or means of them over batches.
 
     Raises:
-        ValueError: A rank-one cut, which has no blocks.
+        ValueError: A factored second moment, which has no blocks.
     """
-    if blocks.kind is Kind.ROW_COLUMN:
-        raise ValueError("a row_column cut has no blocks whose squared gradients share a mean: leave it out")
+    if blocks.kind is Kind.FACTORED:
+        raise ValueError("a factored cut has no blocks whose squared gradients share a mean: leave it out")
     values = squares.detach()
     counted = values > 0
     logs = torch.where(counted, values, 1).to(torch.float32).log_()

@@ -16,8 +16,8 @@ from lightning_adam_mini.optim.formats import check_exp_avg_dtype
 from lightning_adam_mini.optim.state import first_moment_bytes, second_moment_dtype
 from lightning_adam_mini.optim.validation import check_parameter
 from lightning_adam_mini.partition import (
-    CutParameter,
     ModuleLayout,
+    ParameterPartition,
     Strategy,
     advise_layouts,
     partition_module,
@@ -39,7 +39,7 @@ class ExplainedParameter:
         dtype: Its dtype, such as `float32`.
         role: What it does; for a fused parameter the roles joined by `+`.
         why: The rule or override that decided, and the other names of a shared parameter.
-        cut: How it is cut.
+        structure: Its block structure.
         blocks: Numbers that are kept of its second moment: one a block, or one a row and one a column.
         state_bytes: Bytes of its state: the first moment, the second moment and a step of 4 bytes.
         adamw_state_bytes: Bytes that torch's AdamW keeps for it.
@@ -52,7 +52,7 @@ class ExplainedParameter:
     dtype: str
     role: str
     why: str
-    cut: str
+    structure: str
     blocks: int
     state_bytes: int
     adamw_state_bytes: int
@@ -219,7 +219,7 @@ def _check(model: object, exp_avg_dtype: torch.dtype | None) -> None:
 
 
 def _row(
-    parameter: Tensor, cut: CutParameter, other_names: list[str], exp_avg_dtype: torch.dtype | None
+    parameter: Tensor, cut: ParameterPartition, other_names: list[str], exp_avg_dtype: torch.dtype | None
 ) -> ExplainedParameter:
     exp_avg_bytes = first_moment_bytes(parameter.shape, parameter.dtype, exp_avg_dtype)
     return ExplainedParameter(
@@ -228,7 +228,7 @@ def _row(
         dtype=str(parameter.dtype).removeprefix("torch."),
         role=cut.role.name,
         why=f"{cut.why}; also {', '.join(other_names)}" if other_names else cut.why,
-        cut=cut.cut,
+        structure=cut.structure,
         blocks=cut.blocks.num_values,
         state_bytes=STEP_BYTES + exp_avg_bytes + cut.blocks.num_bytes(second_moment_dtype(parameter)),
         adamw_state_bytes=adamw_state_bytes([parameter]),

@@ -47,13 +47,13 @@ def _rows(explanation: Explanation, *, full: bool) -> str:
         state = format_bytes(row.state_bytes)
         verified = [row.verified or ""] * is_verified
         times = f"x{count}" if count > 1 else ""
-        lines.append((name, times, shape, row.role, row.cut, f"{row.blocks:,}", state, *verified, why))
+        lines.append((name, times, shape, row.role, row.structure, f"{row.blocks:,}", state, *verified, why))
     return _align(lines, right={1, 2, 5, 6})
 
 
 def _likeness(row: ExplainedParameter) -> tuple[object, ...]:
     """What equal layers have in common; names in the reason differ in numbers as their own do."""
-    return (row.shape, row.dtype, row.role, row.cut, row.blocks, row.verified, _unnumbered(row.why))
+    return (row.shape, row.dtype, row.role, row.structure, row.blocks, row.verified, _unnumbered(row.why))
 
 
 def _unnumbered(why: str) -> str:

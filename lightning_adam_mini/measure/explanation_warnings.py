@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lightning_adam_mini.blocks import Kind
 from lightning_adam_mini.measure.collapse import collapse_names
-from lightning_adam_mini.partition import Cut, CutParameter, Role, Strategy, doubts
+from lightning_adam_mini.partition import ParameterPartition, Role, Strategy, Structure, doubts
 
 if TYPE_CHECKING:
     from lightning_adam_mini.measure.explanation import Totals
@@ -20,7 +20,7 @@ TABLES = frozenset({Role.TOKEN_EMBEDDING, Role.POSITION_EMBEDDING, Role.OUTPUT_H
 
 def find_warnings(
     strategy: Strategy,
-    cuts: Sequence[CutParameter],
+    cuts: Sequence[ParameterPartition],
     totals: Totals,
     frozen: int,
     advise: Callable[[Sequence[str]], str],
@@ -47,22 +47,22 @@ def find_warnings(
     return tuple(warning for warning in found if warning)
 
 
-def _nothing_trained(cuts: Sequence[CutParameter], frozen: int) -> str:
+def _nothing_trained(cuts: Sequence[ParameterPartition], frozen: int) -> str:
     if cuts:
         return ""
     why = "every parameter is frozen" if frozen else "the model has no parameters"
     return f"{why}: there is nothing to train, and AdamMini refuses the model"
 
 
-def _unknown(strategy: Strategy, cuts: Sequence[CutParameter], totals: Totals) -> str:
+def _unknown(strategy: Strategy, cuts: Sequence[ParameterPartition], totals: Totals) -> str:
     """That a strategy which goes by roles met parameters without one."""
-    told = Cut.HEAD in strategy.cuts.values()  # `doubts` speaks of those
+    told = Structure.HEAD in strategy.structures.values()  # `doubts` speaks of those
     unknown = [c for c in cuts if not c.role.known and not c.is_overridden and not (told and c.role.doubt)]
-    if not unknown or not strategy.cuts:
+    if not unknown or not strategy.structures:
         return ""
     share = 100 * sum(math.prod(cut.blocks.shape) for cut in unknown) / max(totals.elements, 1)
-    cut = strategy.cut(Role.OTHER)
-    kept = "keep a full second moment" if cut is Cut.ELEMENT else f"are cut {cut}"
+    cut = strategy.structure(Role.OTHER)
+    kept = "keep a full second moment" if cut is Structure.ELEMENT else f"are cut {cut}"
     return (
         f"no rule knows {_names(unknown)} ({share:.2g} % of the parameters), which {kept}; tell what they do with "
         f"partition_layouts, or cut them with partition_overrides={{{unknown[0].name!r}: 'row'}}"
@@ -70,13 +70,13 @@ def _unknown(strategy: Strategy, cuts: Sequence[CutParameter], totals: Totals) -
 
 
 def _unknown_heads(
-    strategy: Strategy, cuts: Sequence[CutParameter], advise: Callable[[Sequence[str]], str]
+    strategy: Strategy, cuts: Sequence[ParameterPartition], advise: Callable[[Sequence[str]], str]
 ) -> list[str]:
     """That heads, or the order of a fused matrix, cannot be told, where the cut did not need them."""
-    by_problem: dict[tuple[str, str, bool], list[CutParameter]] = {}
+    by_problem: dict[tuple[str, str, bool], list[ParameterPartition]] = {}
     for cut in cuts:
         if cut.role.problem and cut.blocks.kind is not Kind.ELEMENT:
-            by_problem.setdefault((cut.role.problem, cut.cut, cut.is_overridden), []).append(cut)
+            by_problem.setdefault((cut.role.problem, cut.structure, cut.is_overridden), []).append(cut)
     return [
         f"{_names(members)}: {problem}; "
         + ("your override" if overridden else f"{strategy.name!r}")
@@ -85,9 +85,9 @@ def _unknown_heads(
     ]
 
 
-def _collapsed(strategy: Strategy, cuts: Sequence[CutParameter]) -> str:
+def _collapsed(strategy: Strategy, cuts: Sequence[ParameterPartition]) -> str:
     """That one number a tensor, the rule for models that are no Transformers, met what belongs to Transformers."""
-    if strategy.cuts or strategy.otherwise is not Cut.WHOLE:
+    if strategy.structures or strategy.otherwise is not Structure.WHOLE:
         return ""
     tables = [cut for cut in cuts if not cut.is_overridden and TABLES & set(cut.role.roles)]
     unknown = [cut for cut in cuts if not cut.is_overridden and not cut.role.known and len(cut.blocks.shape) > 1]
@@ -111,5 +111,5 @@ def _larger_than_adamw(strategy: Strategy, totals: Totals) -> str:
     )
 
 
-def _names(cuts: Sequence[CutParameter]) -> str:
+def _names(cuts: Sequence[ParameterPartition]) -> str:
     return collapse_names(cut.name for cut in cuts)

@@ -14,7 +14,6 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from lightning_adam_mini.blocks import Blocks
-from lightning_adam_mini.optim.cut_tensor import CutTensor, check_memory
 from lightning_adam_mini.optim.entries import Form, form_of, listed, named_parameters, parameter_of
 from lightning_adam_mini.optim.fingerprint import NO_STATE
 from lightning_adam_mini.optim.flat_state import FlatState, compress_state, expand_state
@@ -22,6 +21,7 @@ from lightning_adam_mini.optim.formats import check_exp_avg_dtype, check_format,
 from lightning_adam_mini.optim.fsdp1 import FlatRange, flat_ranges, whole_shapes
 from lightning_adam_mini.optim.groups import WeightDecayPolicy, decay_groups
 from lightning_adam_mini.optim.implementation import Implementation, Stepper, options_of
+from lightning_adam_mini.optim.parameter_view import ParameterView, check_memory
 from lightning_adam_mini.optim.sharding import (
     is_dtensor,
     is_flattened,
@@ -43,8 +43,8 @@ from lightning_adam_mini.optim.state import (
 from lightning_adam_mini.optim.stochastic_rounding import MAX_STEP, UNCOUNTED, Rounding, dtensor_positions, name_seed
 from lightning_adam_mini.optim.validation import check_gradient, check_group, check_not_flat, check_parameter, warn_user
 from lightning_adam_mini.partition import (
-    CutParameter,
     Layouts,
+    ParameterPartition,
     Role,
     Strategy,
     doubts,
@@ -74,7 +74,7 @@ class _Change:
 
     old: Tensor
     new: Tensor
-    cut: CutParameter
+    cut: ParameterPartition
     shard: Shard
     group: int
 
@@ -99,7 +99,7 @@ class AdamMini(Optimizer):
         eps: Added to the root of the second moment.
         weight_decay: Decoupled weight decay coefficient.
         module: The model, where `params` are parameters or groups of it.
-        partition: How parameters are cut: `auto`, `transformer`, `transformer_early`, `transformer_rank_one`,
+        partition: How parameters are cut: `auto`, `transformer`, `transformer_early`, `factored`,
             `default`, `element`, or a `Strategy`.
         partition_overrides: Cuts by role, name or `re:` pattern; the first that matches wins.
         partition_layouts: Layouts for classes of the model, as in `partition_module`.
@@ -170,7 +170,7 @@ class AdamMini(Optimizer):
         self.exp_avg_dtype = exp_avg_dtype
         self.stochastic_rounding = stochastic_rounding
         self._module: Callable[[], nn.Module | None] = _no_module
-        self._cuts: dict[Tensor, CutParameter] = {}
+        self._cuts: dict[Tensor, ParameterPartition] = {}
         self._forms: dict[Tensor, Form] = {}
         self._names: list[list[str]] = []
         self._shards: dict[Tensor, Shard] = {}
@@ -208,7 +208,7 @@ class AdamMini(Optimizer):
                     "no Transformers. Pass the model, AdamMini(model, ...), or AdamMini(params, ..., module=model); "
                     "partition='default' says that this is meant."
                 )
-        self._strategy_of_unknown = Strategy(strategy.name, {}, otherwise=strategy.cut(Role.OTHER))
+        self._strategy_of_unknown = Strategy(strategy.name, {}, otherwise=strategy.structure(Role.OTHER))
         self._cuts = {parameter: cuts[name] for name, parameter in named.items()}
         if module is not None:
             self._module = weakref.ref(module)
@@ -229,7 +229,7 @@ class AdamMini(Optimizer):
         return self._stepper.on(group["params"][0], capturable=group["capturable"])
 
     @property
-    def partition(self) -> dict[str, CutParameter]:
+    def partition(self) -> dict[str, ParameterPartition]:
         """Parameters of all groups by name, with their roles and blocks."""
         self._follow_replaced()
         cuts = (self._cut(parameter) for group in self.param_groups for parameter in group["params"])
@@ -306,7 +306,7 @@ class AdamMini(Optimizer):
         ready = self._stepper.ready(self.param_groups, self.state, apart_from=uncounted)
         # All that may be refused comes before the first write: the options and tensors of every group too.
         options = {number: options_of(self.param_groups[number]) for number in ready}
-        anew: dict[int, list[CutTensor]] = {}
+        anew: dict[int, list[ParameterView]] = {}
         if None in ready.values():
             with self._unchanged_if_refused():
                 self._follow_parameters()
@@ -588,7 +588,7 @@ class AdamMini(Optimizer):
         if not self.state.get(parameter):
             self._check_trained(parameter, cut)
 
-    def _check_trained(self, parameter: Tensor, cut: CutParameter) -> None:
+    def _check_trained(self, parameter: Tensor, cut: ParameterPartition) -> None:
         """Raise where a parameter cannot be trained, or does not go with the formats that are asked for."""
         check_parameter(cut.name, parameter)
         check_format(
@@ -599,7 +599,7 @@ class AdamMini(Optimizer):
             stochastic_rounding=self.stochastic_rounding,
         )
 
-    def _cut(self, parameter: Tensor) -> CutParameter:
+    def _cut(self, parameter: Tensor) -> ParameterPartition:
         cut = self._cuts.get(parameter)
         if cut is None:
             raise ValueError(_unknown(parameter))
@@ -618,7 +618,7 @@ class AdamMini(Optimizer):
             shard = self._shards[parameter] = self._make_shard(parameter, self._cut(parameter))
         return shard
 
-    def _make_shard(self, parameter: Tensor, cut: CutParameter) -> Shard:
+    def _make_shard(self, parameter: Tensor, cut: ParameterPartition) -> Shard:
         if parameter in self._ranges:
             return self._ranges[parameter].shard(cut.blocks, parameter.device.type)
         if is_dtensor(parameter):
@@ -655,7 +655,7 @@ class AdamMini(Optimizer):
 
     def _saved_blocks(self, parameter: Tensor) -> Blocks:
         """How the second moments in a state dict are cut: DTensors are whole, flattened parameters are this rank's."""
-        return self._shard(parameter).frame if parameter in self._ranges else self._cut(parameter).blocks
+        return self._shard(parameter).local_blocks if parameter in self._ranges else self._cut(parameter).blocks
 
     def _shares(self, parameter: Tensor) -> bool:
         """Whether other ranks wait for this one's part of the sums of squares, also where it has no gradient."""
@@ -680,11 +680,11 @@ class AdamMini(Optimizer):
         self.state[parameter] = self._fresh_state(parameter, cut, self._shard(parameter), capturable=capturable)
 
     def _fresh_state(
-        self, parameter: Tensor, cut: CutParameter, shard: Shard, *, capturable: bool
+        self, parameter: Tensor, cut: ParameterPartition, shard: Shard, *, capturable: bool
     ) -> dict[str, Tensor]:
         return init_state(parameter, cut.blocks, shard, exp_avg_dtype=self.exp_avg_dtype, capturable=capturable)
 
-    def _cut_tensor(self, parameter: Tensor, group: Mapping[str, Any]) -> CutTensor:
+    def _cut_tensor(self, parameter: Tensor, group: Mapping[str, Any]) -> ParameterView:
         """A parameter with its gradient and state; the state follows a parameter that changed its device or dtype."""
         cut = self._cut(parameter)
         grad = parameter.grad
@@ -702,7 +702,7 @@ class AdamMini(Optimizer):
         shard = self._shard(parameter)
         exact = self._stepper.on(parameter, capturable=group["capturable"]) == "reference"
         scale = state.get("exp_avg_scale")
-        return CutTensor(
+        return ParameterView(
             local(parameter),
             grad,
             shard,

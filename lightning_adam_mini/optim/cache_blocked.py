@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_adam_mini.blocks import Blocks, Kind
 from lightning_adam_mini.optim import update
-from lightning_adam_mini.optim.cut_tensor import CutTensor
+from lightning_adam_mini.optim.parameter_view import ParameterView
 from lightning_adam_mini.optim.shards import Shard
 from lightning_adam_mini.optim.step_options import StepOptions
 
@@ -20,7 +20,7 @@ SLICE_ELEMENTS = 2**19
 """Elements of a slice. Three of them, in float32, fit the cache of most CPUs, and a call costs little beside them."""
 
 
-def takes(tensor: CutTensor) -> bool:
+def takes(tensor: ParameterView) -> bool:
     """Whether a tensor is worth it, and its denominators can be had slice by slice."""
     blocks = tensor.blocks
     return (
@@ -29,11 +29,11 @@ def takes(tensor: CutTensor) -> bool:
         and tensor.param.dim() > 1
         and tensor.param.numel() > SLICE_ELEMENTS
         and tensor.is_whole
-        and (blocks.kind is not Kind.ROW_COLUMN or len(blocks.segments) == 1)
+        and (blocks.kind is not Kind.FACTORED or len(blocks.segments) == 1)
     )
 
 
-def update_(tensor: CutTensor, options: StepOptions) -> None:
+def update_(tensor: ParameterView, options: StepOptions) -> None:
     """One step of Adam-mini on one tensor, in place.
 
     Args:
@@ -56,7 +56,7 @@ def update_(tensor: CutTensor, options: StepOptions) -> None:
         if by_slice:
             own = [tensor.moments[0][start:stop]]
             blocks = Blocks.element if tensor.blocks.kind is Kind.ELEMENT else Blocks.rows
-            part = CutTensor(param, grad, Shard(blocks(param.shape)), tensor.step, exp_avg, tuple(own))
+            part = ParameterView(param, grad, Shard(blocks(param.shape)), tensor.step, exp_avg, tuple(own))
             update.accumulate_(part, options.beta2)
         else:
             own = [factor if factor.shape[0] == 1 else factor[start:stop] for factor in factors]
@@ -68,13 +68,13 @@ def update_(tensor: CutTensor, options: StepOptions) -> None:
         param.addcdiv_(exp_avg, denom.div_(root).add_(options.eps), value=step_size)
 
 
-def _is_sum_of_slice(tensor: CutTensor) -> bool:
+def _is_sum_of_slice(tensor: ParameterView) -> bool:
     """Whether the second moments of a slice follow from its own gradient alone."""
     blocks = tensor.blocks
     return blocks.kind is Kind.ELEMENT or (blocks.cuts_rows and blocks.axis == 0 and tensor.square_sums is None)
 
 
-def _broadcast_factors(tensor: CutTensor) -> list[Tensor]:
+def _broadcast_factors(tensor: ParameterView) -> list[Tensor]:
     """Factors of the second moment, one or two, that broadcast against the tensor."""
     factors = tensor.blocks.factors(*tensor.moments)
     return [tensor.blocks.expand_rows(*factors)] if tensor.blocks.kind is Kind.MEAN else list(factors)

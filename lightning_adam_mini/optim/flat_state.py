@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_adam_mini.optim.shards import Shard
 from lightning_adam_mini.optim.state import check_keys, saved_tensor, second_moment_dtype
-from lightning_adam_mini.partition import CutParameter
+from lightning_adam_mini.partition import ParameterPartition
 
 __all__ = ["FlatState", "compress_moments", "compress_state", "expand_moments", "expand_state"]
 
@@ -35,7 +35,7 @@ class FlatState:
 
     number: int
     part: Tensor
-    cut: CutParameter
+    cut: ParameterPartition
     shard: Shard
     state: Mapping[str, Tensor] | None
 
@@ -130,7 +130,7 @@ def compress_moments(shards: Iterable[Shard], expanded: Iterable[Mapping[str, Te
 def _compress(shard: Shard, key: str, values: Tensor) -> Tensor:
     """Each block's value where this rank has one of its elements, else zero."""
     assert shard.boxes is not None
-    moment = values.new_zeros(shard.frame.state_shapes[key])
+    moment = values.new_zeros(shard.local_blocks.state_shapes[key])
     numbers = torch.arange(prod(moment.shape), device=values.device).view(moment.shape)
     for index, box in enumerate(shard.boxes):
         target = box.within(shard.expand(key, numbers, index))  # which value of the moment each row or column is

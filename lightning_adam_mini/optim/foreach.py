@@ -15,13 +15,13 @@ from torch import Tensor
 
 from lightning_adam_mini.blocks import Kind
 from lightning_adam_mini.optim import cache_blocked, update
-from lightning_adam_mini.optim.cut_tensor import CutTensor
+from lightning_adam_mini.optim.parameter_view import ParameterView
 from lightning_adam_mini.optim.step_options import StepOptions
 
 __all__ = ["update_"]
 
 
-def update_(tensors: Sequence[CutTensor], options: StepOptions) -> None:
+def update_(tensors: Sequence[ParameterView], options: StepOptions) -> None:
     """One step of Adam-mini on many tensors, in place.
 
     Args:
@@ -59,7 +59,7 @@ def update_(tensors: Sequence[CutTensor], options: StepOptions) -> None:
         torch._foreach_addcdiv_(params, exp_avgs, denoms, step_sizes)
 
 
-def _denominators(tensors: Sequence[CutTensor], beta2: float) -> list[Tensor]:
+def _denominators(tensors: Sequence[ParameterView], beta2: float) -> list[Tensor]:
     """Update the second moments; return their roots, shaped to broadcast against the parameters."""
     moments = [moment for t in tensors for moment in t.moments]
     torch._foreach_mul_(moments, beta2)
@@ -72,13 +72,13 @@ def _denominators(tensors: Sequence[CutTensor], beta2: float) -> list[Tensor]:
     return [t.blocks.root_second_moment(*t.moments) for t in tensors]
 
 
-def _joins_a_list(tensor: CutTensor) -> bool:
-    return tensor.is_plain and tensor.blocks.kind is not Kind.ROW_COLUMN and not cache_blocked.takes(tensor)
+def _joins_a_list(tensor: ParameterView) -> bool:
+    return tensor.is_plain and tensor.blocks.kind is not Kind.FACTORED and not cache_blocked.takes(tensor)
 
 
-def _alike(tensors: Sequence[CutTensor]) -> list[list[CutTensor]]:
+def _alike(tensors: Sequence[ParameterView]) -> list[list[ParameterView]]:
     """Tensors that one foreach call can take together."""
-    groups: dict[tuple[object, ...], list[CutTensor]] = defaultdict(list)
+    groups: dict[tuple[object, ...], list[ParameterView]] = defaultdict(list)
     for t in tensors:
         kind = t.blocks.kind
         if _joins_a_list(t):

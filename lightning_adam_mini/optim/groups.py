@@ -7,14 +7,14 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lightning_adam_mini.partition import CutParameter, Role
+from lightning_adam_mini.partition import ParameterPartition, Role
 
 __all__ = ["WeightDecayPolicy", "decay_groups", "decays"]
 
 WeightDecayPolicy = Literal["matrices", "all"]
 
 
-def decays(cut: CutParameter, policy: WeightDecayPolicy) -> bool:
+def decays(cut: ParameterPartition, policy: WeightDecayPolicy) -> bool:
     """Whether weight decay applies to a parameter.
 
     Args:
@@ -31,7 +31,7 @@ def decays(cut: CutParameter, policy: WeightDecayPolicy) -> bool:
 
 
 def decay_groups(
-    parameters: Iterable[tuple[Tensor, CutParameter]], *, weight_decay: float, policy: WeightDecayPolicy
+    parameters: Iterable[tuple[Tensor, ParameterPartition]], *, weight_decay: float, policy: WeightDecayPolicy
 ) -> list[dict[str, Any]]:
     """Split parameters into a group that decays and one that does not; an empty one is left out."""
     groups: dict[bool, list[Tensor]] = {True: [], False: []}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_adam_mini.optim import foreach, update
-from lightning_adam_mini.optim.cut_tensor import CutTensor, extent
+from lightning_adam_mini.optim.parameter_view import ParameterView, extent
 from lightning_adam_mini.optim.step_options import StepOptions
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Stepper:
         """What takes the steps of a parameter where it is now."""
         return self.requested or self._best(parameter.device, parameter.dtype, capturable=capturable)
 
-    def square_sums(self, tensor: CutTensor) -> tuple[Tensor, ...]:
+    def square_sums(self, tensor: ParameterView) -> tuple[Tensor, ...]:
         """Sums of squares over this rank's part of a parameter, by what takes its steps."""
         if tensor.param.is_cpu and not tensor.exact and self.on(tensor.param, capturable=False) == "fused":
             from lightning_adam_mini.optim.kernels import cpu
@@ -119,7 +119,7 @@ class Stepper:
 
     def take(
         self,
-        tensors: Sequence[CutTensor],
+        tensors: Sequence[ParameterView],
         group: Mapping[str, Any],
         *,
         number: int | None = None,
@@ -134,7 +134,7 @@ class Stepper:
             state: State of the optimizer, in that case.
         """
         capturable = group["capturable"]
-        by_device: dict[tuple[str, Implementation], list[CutTensor]] = {}
+        by_device: dict[tuple[str, Implementation], list[ParameterView]] = {}
         entangled = _entangled(tensors)
         for place, tensor in enumerate(tensors):
             how = "reference" if place in entangled else self.on(tensor.param, capturable=capturable)
@@ -185,7 +185,7 @@ def options_of(group: Mapping[str, Any]) -> StepOptions:
     return StepOptions(lr, beta1, beta2, group["eps"], group["weight_decay"], group["maximize"])
 
 
-def _entangled(tensors: Sequence[CutTensor]) -> set[int]:
+def _entangled(tensors: Sequence[ParameterView]) -> set[int]:
     """Places in the list of parameters that lie in memory where others do, or gradients: these take turns.
 
     Whole ranges are compared, so that what lies between the elements of another counts too.
@@ -208,7 +208,7 @@ def _entangled(tensors: Sequence[CutTensor]) -> set[int]:
     return found
 
 
-def _update(tensors: Sequence[CutTensor], group: Mapping[str, Any], how: Implementation, device_type: str) -> None:
+def _update(tensors: Sequence[ParameterView], group: Mapping[str, Any], how: Implementation, device_type: str) -> None:
     options, capturable = options_of(group), group["capturable"]
     if how == "fused" and device_type == "cuda":
         from lightning_adam_mini.optim.kernels import gpu

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import Placement
 
-    from lightning_adam_mini.optim.cut_tensor import CutTensor
+    from lightning_adam_mini.optim.parameter_view import ParameterView
 
 __all__ = [
     "copy_global_",
@@ -110,7 +110,7 @@ def shard_dtensor(name: str, param: DTensor, blocks: Blocks) -> Shard:
     reduced = set(range(len(blocks.shape))) - {blocks.axis, *blocks.batch_axes}
     if blocks.kind is Kind.MEAN and sharded - kept <= reduced:  # all rows of the frame are here, if not all of each
         return Shard(frame, None, groups, mesh.device_type)
-    if blocks.kind is Kind.ROW_COLUMN and not sharded - kept:
+    if blocks.kind is Kind.FACTORED and not sharded - kept:
         return Shard(frame, None, groups, mesh.device_type)
     return Shard(frame, grid_boxes(runs), groups, mesh.device_type)
 
@@ -148,7 +148,7 @@ def copy_global_(target: Tensor, source: Tensor) -> None:
 
 
 def share_square_sums(
-    tensors: Sequence[CutTensor], local_square_sums: Callable[[CutTensor], tuple[Tensor, ...]]
+    tensors: Sequence[ParameterView], local_square_sums: Callable[[ParameterView], tuple[Tensor, ...]]
 ) -> None:
     """Add up sums of squares over the ranks that share blocks: one all-reduce for each group of ranks.
 

@@ -2,9 +2,9 @@
 
 A parameter is split into local tensors in many ways: along a dimension, evenly or not; along two at once; in strides;
 or as a range of its flattened elements. Each local tensor is a few rectangles (`Box`) of the whole, and that is all
-that the update has to know. The second moments of a rank lie on a *frame*: the tensor's `Blocks`, cut down along those
-axes on which the second moment is sharded as the parameter is. Along all others each rank keeps the whole second
-moment, which is small, and the ranks add up their sums of squares.
+that the update has to know. The second moments of a rank lie on the *local blocks*: the tensor's `Blocks`, cut down
+along those axes on which the second moment is sharded as the parameter is. Along all others each rank keeps the whole
+second moment, which is small, and the ranks add up their sums of squares.
 """
 
 from __future__ import annotations
@@ -72,30 +72,30 @@ class Shard:
     """A rank's part of a parameter.
 
     Args:
-        frame: How the part is cut on which this rank keeps second moments.
+        local_blocks: How the part is cut on which this rank keeps second moments.
         boxes: The rectangles of the local tensor; None where it covers all rows of the frame.
         groups: Ranks that share blocks with this one: sums of squares are reduced over each, one after the other.
         device_type: Type of device that these groups communicate on.
     """
 
-    frame: Blocks
+    local_blocks: Blocks
     boxes: tuple[Box, ...] | None = None
     groups: tuple[ProcessGroup, ...] = ()
     device_type: str | None = None
     _segments: tuple[int, ...] = field(init=False, repr=False, compare=False, default=())
 
     def __post_init__(self) -> None:
-        """Keep each box of a rank-one cut within one segment, whose columns are its own."""
-        if self.boxes is None or self.frame.kind is not Kind.ROW_COLUMN:
+        """Keep each box of a factored second moment within one segment, whose columns are its own."""
+        if self.boxes is None or self.local_blocks.kind is not Kind.FACTORED:
             return
-        assert self.frame.axis is not None
-        pieces = [piece for box in self.boxes for piece in _split_by_segment(box, self.frame)]
+        assert self.local_blocks.axis is not None
+        pieces = [piece for box in self.boxes for piece in _split_by_segment(box, self.local_blocks)]
         object.__setattr__(self, "boxes", tuple(box for box, _ in pieces))
         object.__setattr__(self, "_segments", tuple(segment for _, segment in pieces))
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether this can be the rank's part of a local tensor of `shape`."""
-        frame = self.frame
+        frame = self.local_blocks
         if self.boxes is not None:
             return all(box.lies_in(shape) for box in self.boxes)
         if frame.kind is Kind.ELEMENT:
@@ -108,7 +108,7 @@ class Shard:
 
     def square_sums(self, grad: Tensor, *, exact: bool = False) -> tuple[Tensor, ...]:
         """This rank's part of the sums of squares, in the shapes of `frame.state_shapes` and in `wide_dtype`."""
-        frame, dtype = self.frame, wide_dtype(grad.device)
+        frame, dtype = self.local_blocks, wide_dtype(grad.device)
         if self.boxes is None:
             return frame.square_sums(grad, exact=exact)
         rows = torch.zeros(frame.row_shape, dtype=dtype, device=grad.device)
@@ -125,20 +125,20 @@ class Shard:
 
     def expand(self, key: str, moment: Tensor, number: int) -> Tensor:
         """A second moment, or any tensor of its shape, as it broadcasts on the frame for the rectangle `number`."""
-        if self.frame.kind is Kind.MEAN:
-            return self.frame.expand_rows(moment)
+        if self.local_blocks.kind is Kind.MEAN:
+            return self.local_blocks.expand_rows(moment)
         if key == "exp_avg_sq_row":
             return moment
-        assert self.frame.axis is not None
-        return moment.narrow(self.frame.axis, self._segments[number], 1)
+        assert self.local_blocks.axis is not None
+        return moment.narrow(self.local_blocks.axis, self._segments[number], 1)
 
-    def rank_one_roots(self, moments: Sequence[Tensor]) -> Iterator[tuple[Box, Tensor]]:
-        """Roots of a rank-one second moment, rectangle by rectangle, as new tensors."""
+    def factored_roots(self, moments: Sequence[Tensor]) -> Iterator[tuple[Box, Tensor]]:
+        """Roots of a factored second moment, rectangle by rectangle, as new tensors."""
         assert self.boxes is not None
-        assert self.frame.axis is not None
-        rows, columns = (factor.sqrt() for factor in self.frame.factors(*moments))
+        assert self.local_blocks.axis is not None
+        rows, columns = (factor.sqrt() for factor in self.local_blocks.factors(*moments))
         for box, segment in zip(self.boxes, self._segments, strict=True):
-            yield box, box.within(rows) * box.within(columns.narrow(self.frame.axis, segment, 1))
+            yield box, box.within(rows) * box.within(columns.narrow(self.local_blocks.axis, segment, 1))
 
 
 def grid_boxes(runs: Sequence[Sequence[tuple[int, int, int]]]) -> tuple[Box, ...]:
@@ -185,19 +185,19 @@ def _rectangles(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple
             start = end
 
 
-def _split_by_segment(box: Box, frame: Blocks) -> Iterator[tuple[Box, int]]:
+def _split_by_segment(box: Box, local_blocks: Blocks) -> Iterator[tuple[Box, int]]:
     """Cut a box where another segment of the cut axis begins; with the number of each part's segment."""
-    axis = frame.axis
+    axis = local_blocks.axis
     assert axis is not None
-    if len(frame.segments) == 1:
+    if len(local_blocks.segments) == 1:
         yield box, 0
         return
     begin, end = box.start[axis], box.start[axis] + box.sizes[axis]
     position = 0
-    for number in range(frame.repeats * len(frame.segments)):
-        segment = number % len(frame.segments)
-        low, high = max(begin, position), min(end, position + frame.segments[segment].length)
-        position += frame.segments[segment].length
+    for number in range(local_blocks.repeats * len(local_blocks.segments)):
+        segment = number % len(local_blocks.segments)
+        low, high = max(begin, position), min(end, position + local_blocks.segments[segment].length)
+        position += local_blocks.segments[segment].length
         if low >= high:
             continue
         start = (*box.start[:axis], low, *box.start[axis + 1 :])

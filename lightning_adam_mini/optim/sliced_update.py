@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_adam_mini.blocks import Kind
 from lightning_adam_mini.optim import momentum_8bit
-from lightning_adam_mini.optim.cut_tensor import CutTensor
+from lightning_adam_mini.optim.parameter_view import ParameterView
 from lightning_adam_mini.optim.rectangles import intersect, split, whole_box
 from lightning_adam_mini.optim.shards import Box, Shard
 from lightning_adam_mini.optim.step_options import StepOptions
@@ -24,7 +24,7 @@ from lightning_adam_mini.optim.stochastic_rounding import round_to_bfloat16
 __all__ = ["apply_"]
 
 
-def apply_(tensor: CutTensor, options: StepOptions, *, step_size: float | Tensor, root: float | Tensor) -> None:
+def apply_(tensor: ParameterView, options: StepOptions, *, step_size: float | Tensor, root: float | Tensor) -> None:
     """Move the first moment and the parameter, with the step and the second moments as they are after this step.
 
     Args:
@@ -54,7 +54,7 @@ def apply_(tensor: CutTensor, options: StepOptions, *, step_size: float | Tensor
             _store_(box.view(tensor.exp_avg), exp_avg, None if noise is None else noise >> 16)
 
 
-def _exp_avg(tensor: CutTensor, box: Box) -> Tensor:
+def _exp_avg(tensor: ParameterView, box: Box) -> Tensor:
     """A copy of a slice of the first moment."""
     if tensor.exp_avg_scale is not None:
         return momentum_8bit.read(tensor.exp_avg, tensor.exp_avg_scale, box)
@@ -68,7 +68,7 @@ def _store_(target: Tensor, numbers: Tensor, noise: Tensor | None) -> None:
     target.copy_(numbers)
 
 
-def _slices(tensor: CutTensor) -> Iterator[tuple[Box, tuple[Box, ...]]]:
+def _slices(tensor: ParameterView) -> Iterator[tuple[Box, tuple[Box, ...]]]:
     """Slices of the local tensor, each with its rectangles of the frame, counted within the slice."""
     boxes = tensor.shard.boxes
     if boxes is not None and any(box.flat is not None for box in boxes):
@@ -84,13 +84,13 @@ def _slices(tensor: CutTensor) -> Iterator[tuple[Box, tuple[Box, ...]]]:
 class _Denominators:
     """Denominators `root of the second moment / root + eps` of rectangles, made where they are needed."""
 
-    def __init__(self, tensor: CutTensor, root: float | Tensor, eps: float) -> None:
+    def __init__(self, tensor: ParameterView, root: float | Tensor, eps: float) -> None:
         self._tensor, self._root, self._eps = tensor, root, eps
         kind = tensor.blocks.kind
         self._kept = self._finish(tensor.blocks.root_second_moment(*tensor.moments)) if kind is Kind.MEAN else None
 
     def of(self, pieces: tuple[Box, ...]) -> Iterator[tuple[Box, Tensor]]:
-        """Rectangles of one slice with what broadcasts against them; segments of a rank-one cut apart."""
+        """Rectangles of one slice with what broadcasts against them; segments of a factored second moment apart."""
         if self._kept is not None:
             for piece in pieces:
                 yield piece, piece.within(self._kept)
@@ -98,7 +98,7 @@ class _Denominators:
             for piece in pieces:
                 yield piece, self._finish(piece.within(self._tensor.moments[0]).sqrt())
         else:
-            for piece, root in Shard(self._tensor.blocks, pieces).rank_one_roots(self._tensor.moments):
+            for piece, root in Shard(self._tensor.blocks, pieces).factored_roots(self._tensor.moments):
                 yield piece, self._finish(root)
 
     def _finish(self, root: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from lightning_adam_mini.optim.fingerprint import NO_STATE, check_partition, sav
 from lightning_adam_mini.optim.sharding import copy_global_, is_dtensor, local, place_moment
 from lightning_adam_mini.optim.shards import Shard
 from lightning_adam_mini.optim.validation import check_group
-from lightning_adam_mini.partition import CutParameter
+from lightning_adam_mini.partition import ParameterPartition
 
 __all__ = [
     "check_is_state",
@@ -102,7 +102,7 @@ def init_state(
     if kept is torch.uint8:
         local(state["exp_avg"]).fill_(momentum_8bit.ZERO_CODE)
         state["exp_avg_scale"] = momentum_8bit.init_scale(parameter)
-    for key, shape in (shard or Shard(blocks)).frame.state_shapes.items():
+    for key, shape in (shard or Shard(blocks)).local_blocks.state_shapes.items():
         moment = torch.zeros(shape, dtype=moment_dtype, device=parameter.device)
         state[key] = place_moment(moment, parameter, blocks, key) if is_dtensor(parameter) else moment
     return state
@@ -195,7 +195,7 @@ def check_is_state(state_dict: object, *, is_wrapped: bool = False) -> None:
 def check_state(
     state_dict: Mapping[str, Any],
     param_groups: Sequence[Mapping[str, Any]],
-    cuts: Mapping[Tensor, CutParameter],
+    cuts: Mapping[Tensor, ParameterPartition],
     options: Iterable[str],
     *,
     saved_blocks: Callable[[Tensor], Blocks],

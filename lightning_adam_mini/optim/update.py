@@ -22,13 +22,13 @@ from lightning_adam_mini.blocks import Kind
 from lightning_adam_mini.optim import sliced_update
 
 if TYPE_CHECKING:
-    from lightning_adam_mini.optim.cut_tensor import CutTensor
+    from lightning_adam_mini.optim.parameter_view import ParameterView
     from lightning_adam_mini.optim.step_options import StepOptions
 
 __all__ = ["accumulate_", "update_"]
 
 
-def update_(tensor: CutTensor, options: StepOptions, *, capturable: bool = False) -> None:
+def update_(tensor: ParameterView, options: StepOptions, *, capturable: bool = False) -> None:
     """One step of Adam-mini on one tensor, in place.
 
     Args:
@@ -55,7 +55,7 @@ def update_(tensor: CutTensor, options: StepOptions, *, capturable: bool = False
             param.addcdiv_(exp_avg, denom, value=-float(step_size))
 
 
-def accumulate_(tensor: CutTensor, beta2: float) -> None:
+def accumulate_(tensor: ParameterView, beta2: float) -> None:
     """Move the second moments of a tensor towards the mean squares of its gradient."""
     if tensor.blocks.kind is Kind.ELEMENT:  # as torch's AdamW to the last bit, and without a temporary
         assert tensor.grad is not None

@@ -4,7 +4,7 @@ from lightning_adam_mini.partition.inference import Layouts
 from lightning_adam_mini.partition.layouts import register_layout
 from lightning_adam_mini.partition.module_layout import ModuleLayout, Rows, Span
 from lightning_adam_mini.partition.partition import (
-    CutParameter,
+    ParameterPartition,
     partition_module,
     partition_tensors,
     recut,
@@ -12,20 +12,20 @@ from lightning_adam_mini.partition.partition import (
 )
 from lightning_adam_mini.partition.remedies import advise_layouts, doubts
 from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
-from lightning_adam_mini.partition.strategies import STRATEGIES, Cut, Strategy
+from lightning_adam_mini.partition.strategies import STRATEGIES, Strategy, Structure
 
 __all__ = [
     "STRATEGIES",
-    "Cut",
-    "CutParameter",
     "Layouts",
     "ModuleLayout",
+    "ParameterPartition",
     "ParameterRole",
     "Part",
     "Role",
     "Rows",
     "Span",
     "Strategy",
+    "Structure",
     "advise_layouts",
     "doubts",
     "partition_module",

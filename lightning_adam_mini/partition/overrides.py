@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 
 from lightning_adam_mini.partition.roles import ParameterRole, Role
-from lightning_adam_mini.partition.strategies import Cut, Strategy
+from lightning_adam_mini.partition.strategies import Strategy, Structure
 
 __all__ = ["Overrides"]
 
@@ -16,7 +16,7 @@ class Overrides:
     """Cuts by role, name or pattern, in order; it remembers which were used.
 
     Args:
-        rules: Cut by role, name or `re:` pattern.
+        rules: Structure by role, name or `re:` pattern.
         plain_names: Names without what wrappers add, by the full names of parameters; both match.
 
     Raises:
@@ -25,15 +25,17 @@ class Overrides:
 
     def __init__(self, rules: Mapping[str, str], plain_names: Mapping[str, str]) -> None:
         self._plain_names = plain_names
-        self._rules: dict[str, Cut] = {}
+        self._rules: dict[str, Structure] = {}
         self._patterns: dict[str, re.Pattern[str]] = {}
         self._used: set[str] = set()
         for key, cut in rules.items():
             if not isinstance(key, str):
                 raise ValueError(f"partition_overrides: {key!r} is no role, name or pattern")
-            if cut not in list(Cut):
-                raise ValueError(f"partition_overrides: unknown cut {cut!r} for {key!r}; choose from {', '.join(Cut)}")
-            self._rules[key] = Cut(cut)
+            if cut not in list(Structure):
+                raise ValueError(
+                    f"partition_overrides: unknown cut {cut!r} for {key!r}; choose from {', '.join(Structure)}"
+                )
+            self._rules[key] = Structure(cut)
             if key.startswith("re:"):
                 try:
                     self._patterns[key] = re.compile(key.removeprefix("re:"))
@@ -41,13 +43,13 @@ class Overrides:
                     raise ValueError(f"partition_overrides: {key!r} is no regular expression: {error}") from error
         self._raise_if_contradictory()
 
-    def cuts(self, name: str, role: ParameterRole, strategy: Strategy) -> tuple[dict[Role, Cut], str]:
+    def cuts(self, name: str, role: ParameterRole, strategy: Strategy) -> tuple[dict[Role, Structure], str]:
         """The cut of each part of a parameter, and why."""
         cuts, reasons = {}, []
         for part_role in role.roles:
             key = next((key for key in self._rules if self._matches(key, name, part_role)), None)
             if key is None:
-                cuts[part_role] = strategy.cut(part_role)
+                cuts[part_role] = strategy.structure(part_role)
             else:
                 self._used.add(key)
                 cuts[part_role] = self._rules[key]

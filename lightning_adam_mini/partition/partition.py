@@ -12,20 +12,26 @@ from lightning_adam_mini.partition.inference import Layouts, has_tokens, infer_r
 from lightning_adam_mini.partition.overrides import Overrides
 from lightning_adam_mini.partition.remedies import advise_layouts, of_every_layer, refusal
 from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
-from lightning_adam_mini.partition.strategies import STRATEGIES, Cut, Strategy, UncutError, cut_parameter
+from lightning_adam_mini.partition.strategies import (
+    STRATEGIES,
+    Strategy,
+    Structure,
+    StructureError,
+    partition_parameter,
+)
 from lightning_adam_mini.partition.tree import plain_names
 
-__all__ = ["CutParameter", "cut_parameters", "partition_module", "partition_tensors", "recut", "resolve_strategy"]
+__all__ = ["ParameterPartition", "cut_parameters", "partition_module", "partition_tensors", "recut", "resolve_strategy"]
 
 
 @dataclass(frozen=True)
-class CutParameter:
+class ParameterPartition:
     """One row of a partition: a parameter, what it does and how it is cut.
 
     Args:
         name: Its name in `module.named_parameters()`.
         role: What it does.
-        cuts: The cut of each of its parts.
+        structures: The block structure of each of its parts.
         blocks: How it is cut.
         why: The rule or override that decided.
         problem: Why a frozen parameter cannot be cut as asked, and what would help; should it come to train, it is
@@ -34,7 +40,7 @@ class CutParameter:
 
     name: str
     role: ParameterRole
-    cuts: tuple[Cut, ...]
+    structures: tuple[Structure, ...]
     blocks: Blocks
     why: str
     problem: str = ""
@@ -45,10 +51,10 @@ class CutParameter:
         return self.why != self.role.why
 
     @property
-    def cut(self) -> str:
+    def structure(self) -> str:
         """The cut; for a fused parameter the cuts of its different roles in order, joined by `+` where they differ."""
-        by_role = dict(zip(self.role.roles, self.cuts, strict=True))
-        return self.cuts[0] if len(set(self.cuts)) == 1 else "+".join(by_role.values())
+        by_role = dict(zip(self.role.roles, self.structures, strict=True))
+        return self.structures[0] if len(set(self.structures)) == 1 else "+".join(by_role.values())
 
 
 def partition_module(
@@ -56,7 +62,7 @@ def partition_module(
     strategy: str | Strategy = "auto",
     overrides: Mapping[str, str] | None = None,
     layouts: Layouts | None = None,
-) -> dict[str, CutParameter]:
+) -> dict[str, ParameterPartition]:
     """Cut every parameter of a model.
 
     Args:
@@ -84,7 +90,7 @@ def partition_module(
     plain = plain_names(module)
     cuts, uncut = cut_parameters(shapes, roles, table, Overrides(overrides or {}, plain), frozen)
 
-    def message(failed: Mapping[str, UncutError]) -> str:
+    def message(failed: Mapping[str, StructureError]) -> str:
         unclear = [name for name in failed if roles[name].problem and Role.FUSED_QKV in roles[name].roles]
         is_accepted = _acceptance(shapes, roles, table, overrides, plain, frozen - failed.keys())
         return refusal(failed, roles, advise_layouts(module, layouts or {}, unclear), is_accepted)
@@ -102,14 +108,14 @@ def partition_module(
 
 def partition_tensors(
     shapes: Mapping[str, tuple[int, ...]], strategy: str | Strategy = "auto", overrides: Mapping[str, str] | None = None
-) -> dict[str, CutParameter]:
+) -> dict[str, ParameterPartition]:
     """Cut parameters of which nothing but names and shapes is known: all have `Role.OTHER`.
 
     Raises:
         ValueError: The strategy decides by role, or as for `partition_module`.
     """
     table = resolve_strategy(strategy, None)
-    if table.cuts:
+    if table.structures:
         raise ValueError(
             f"partition {table.name!r} needs to know what each parameter does: pass the model itself, as in "
             f"AdamMini(model, ...), or beside your groups, as in AdamMini(groups, ..., module=model)"
@@ -154,24 +160,24 @@ def cut_parameters(
     strategy: Strategy,
     overrides: Overrides,
     frozen: Set[str] = frozenset(),
-) -> tuple[dict[str, CutParameter], dict[str, UncutError]]:
+) -> tuple[dict[str, ParameterPartition], dict[str, StructureError]]:
     """The cut of each parameter, and why some cannot be cut as asked, which are cut by element."""
     partition, failed = {}, {}
     for name, role in roles.items():
         by_role, why = overrides.cuts(name, role, strategy)
         cuts = tuple(by_role[part_role] for part_role in role.roles)
         try:
-            blocks = cut_parameter(shapes[name], role, by_role, is_overridden=why != role.why)
-        except UncutError as error:
+            blocks = partition_parameter(shapes[name], role, by_role, is_overridden=why != role.why)
+        except StructureError as error:
             failed[name] = error
-            cuts, blocks = (Cut.ELEMENT,) * len(cuts), Blocks.element(shapes[name])
-        partition[name] = CutParameter(name, role, cuts, blocks, why)
+            cuts, blocks = (Structure.ELEMENT,) * len(cuts), Blocks.element(shapes[name])
+        partition[name] = ParameterPartition(name, role, cuts, blocks, why)
     if failed.keys() <= frozen:
         overrides.raise_if_unused(roles)
     return partition, failed
 
 
-def recut(cut: CutParameter, shape: tuple[int, ...]) -> CutParameter:
+def recut(cut: ParameterPartition, shape: tuple[int, ...]) -> ParameterPartition:
     """The same parameter, cut in the same way, after its shape has changed.
 
     Args:
@@ -184,7 +190,7 @@ def recut(cut: CutParameter, shape: tuple[int, ...]) -> CutParameter:
     before, role = cut.blocks.shape, cut.role
     message = f"{cut.name} had the shape {before} and has {shape}, of which its blocks are not known"
     if len(shape) != len(before):
-        if cut.cut not in (Cut.WHOLE, Cut.ELEMENT) or role.batch_axes:
+        if cut.structure not in (Structure.WHOLE, Structure.ELEMENT) or role.batch_axes:
             raise ValueError(f"{message}; build AdamMini after changing it")
         role = replace(role, axis=0 if shape else None)
     elif role.axis is not None and shape and shape[role.axis] != before[role.axis]:
@@ -192,8 +198,8 @@ def recut(cut: CutParameter, shape: tuple[int, ...]) -> CutParameter:
             raise ValueError(f"{message}; build AdamMini after changing it")
         role = replace(role, parts=(replace(role.parts[0], length=shape[role.axis]),))
     try:
-        by_role = dict(zip(role.roles, cut.cuts, strict=True))
-        blocks = cut_parameter(shape, role, by_role, is_overridden=cut.is_overridden)
+        by_role = dict(zip(role.roles, cut.structures, strict=True))
+        blocks = partition_parameter(shape, role, by_role, is_overridden=cut.is_overridden)
     except ValueError as error:
         raise ValueError(f"{message}: {error}") from error
     return replace(cut, role=role, blocks=blocks)

@@ -17,11 +17,11 @@ from lightning_adam_mini.partition.inference import Layouts, infer_roles
 from lightning_adam_mini.partition.layouts import ORDERS, OrderLayout, named_layouts
 from lightning_adam_mini.partition.module_layout import ModuleLayout, qualified_name
 from lightning_adam_mini.partition.roles import ParameterRole, Role
-from lightning_adam_mini.partition.strategies import Cut, Strategy, UncutError
+from lightning_adam_mini.partition.strategies import Strategy, Structure, StructureError
 from lightning_adam_mini.partition.tree import Leaf, Node, Tree
 
 if TYPE_CHECKING:
-    from lightning_adam_mini.partition.partition import CutParameter
+    from lightning_adam_mini.partition.partition import ParameterPartition
 
 __all__ = ["Advice", "advise_layouts", "doubts", "of_every_layer", "refusal"]
 
@@ -30,7 +30,7 @@ SHOWN = 12
 """Parameters that a message names with their problem; of equal layers, the first counts for all."""
 
 
-def doubts(cuts: Iterable[CutParameter], strategy: Strategy, *, is_auto: bool) -> list[str]:
+def doubts(cuts: Iterable[ParameterPartition], strategy: Strategy, *, is_auto: bool) -> list[str]:
     """What a user should know of modules that attend in classes of their own, each in one sentence with its remedy.
 
     Args:
@@ -41,7 +41,7 @@ def doubts(cuts: Iterable[CutParameter], strategy: Strategy, *, is_auto: bool) -
     Returns:
         Where the strategy cuts nothing by head, nothing but what `auto` should not have taken for a convolution.
     """
-    if Cut.HEAD not in strategy.cuts.values():
+    if Structure.HEAD not in strategy.structures.values():
         fused = [cut for cut in cuts if is_auto and cut.role.problem and Role.FUSED_QKV in cut.role.roles]
         fused = [cut for cut in fused if not cut.is_overridden]
         if not fused:
@@ -65,19 +65,19 @@ def doubts(cuts: Iterable[CutParameter], strategy: Strategy, *, is_auto: bool) -
         found.append(
             f"{_listed(ordinary)}: taken for ordinary matrices by their names alone, in a module that attends; if one "
             f"is a query or a key, say so with a ModuleLayout in partition_layouts, else with "
-            f"partition_overrides={_overriding(ordinary, str(ordinary[0].cut))}"
+            f"partition_overrides={_overriding(ordinary, str(ordinary[0].structure))}"
         )
     return found
 
 
-def _listed(cuts: Sequence[CutParameter]) -> str:
+def _listed(cuts: Sequence[ParameterPartition]) -> str:
     patterns: dict[str, list[str]] = {}
     for cut in cuts:
         patterns.setdefault(of_every_layer(cut.name), []).append(cut.name)
     return ", ".join(f"{names[0]}{_and_like(names[1:])}" for names in patterns.values())
 
 
-def _overriding(cuts: Sequence[CutParameter], how: str) -> dict[str, str]:
+def _overriding(cuts: Sequence[ParameterPartition], how: str) -> dict[str, str]:
     return {of_every_layer(cut.name): how for cut in cuts}
 
 
@@ -105,7 +105,7 @@ class Advice:
 
 
 def refusal(
-    failed: Mapping[str, UncutError],
+    failed: Mapping[str, StructureError],
     roles: Mapping[str, ParameterRole],
     advice: Advice | None,
     is_accepted: Callable[[Mapping[str, str]], bool],
@@ -131,11 +131,13 @@ def refusal(
         told.append(f"no usual order fits: {advice.obstacle}")
     fused = [name for name in failed if roles[name].roles == (Role.FUSED_QKV,)]
     by_role = {Role.FUSED_QKV.value: "row"} if len(fused) == len(failed) else {}
-    by_name = {pattern: str(failed[names[0]].cuts[0]) for pattern, names in patterns.items()}
-    exact = {name: str(error.cuts[0]) for name, error in failed.items()}
+    by_name = {pattern: str(failed[names[0]].structures[0]) for pattern, names in patterns.items()}
+    exact = {name: str(error.structures[0]) for name, error in failed.items()}
     overrides = next((rules for rules in (by_role, by_name, exact) if rules and is_accepted(rules)), None)
     if overrides:
-        one_head = [name for name, error in failed.items() if len(error.cuts) > 1 and "tells neither" in error.problem]
+        one_head = [
+            name for name, error in failed.items() if len(error.structures) > 1 and "tells neither" in error.problem
+        ]
         whole = " (or 'whole' where there is one head)" if one_head else ""
         remedies.append(f"override the cut, for example partition_overrides={overrides}{whole}")
     return f"{'; '.join(told)}; {', or '.join(remedies)}" if remedies else "; ".join(told)

@@ -15,23 +15,23 @@ from types import MappingProxyType
 from lightning_adam_mini.blocks import Blocks, Segment
 from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
 
-__all__ = ["STRATEGIES", "Cut", "Strategy", "UncutError", "cut_parameter"]
+__all__ = ["STRATEGIES", "Strategy", "Structure", "StructureError", "partition_parameter"]
 
 
-class UncutError(ValueError):
+class StructureError(ValueError):
     """A parameter that cannot be cut as asked.
 
     Args:
         problem: Why not.
-        cuts: Cuts that it can have, the one to advise first.
+        structures: Those that it can have, the one to advise first.
     """
 
-    def __init__(self, problem: str, *cuts: Cut) -> None:
+    def __init__(self, problem: str, *structures: Structure) -> None:
         super().__init__(problem)
-        self.problem, self.cuts = problem, cuts
+        self.problem, self.structures = problem, structures
 
 
-class Cut(StrEnum):
+class Structure(StrEnum):
     """How a parameter of some role is cut."""
 
     HEAD = "head"
@@ -39,7 +39,7 @@ class Cut(StrEnum):
     WHOLE = "whole"
     """The tensor as one block; in a fused tensor whose other parts are cut otherwise, the part as one block."""
     ELEMENT = "element"
-    ROW_COLUMN = "row_column"
+    FACTORED = "factored"
 
 
 @dataclass(frozen=True)
@@ -48,17 +48,17 @@ class Strategy:
 
     Args:
         name: The name that recipes use.
-        cuts: The cut of each role.
+        structures: The block structure of each role.
         otherwise: The cut of roles that the table does not list.
     """
 
     name: str
-    cuts: Mapping[Role, Cut]
-    otherwise: Cut = Cut.ELEMENT
+    structures: Mapping[Role, Structure]
+    otherwise: Structure = Structure.ELEMENT
 
-    def cut(self, role: Role) -> Cut:
-        """The cut of a role."""
-        return self.cuts.get(role, self.otherwise)
+    def structure(self, role: Role) -> Structure:
+        """The block structure of a role."""
+        return self.structures.get(role, self.otherwise)
 
 
 MATRICES = (
@@ -76,7 +76,7 @@ MATRICES = (
     Role.CONV,
     Role.FUSED_QKV,
 )
-_HEADS = {Role.QUERY: Cut.HEAD, Role.KEY: Cut.HEAD, Role.FUSED_QKV: Cut.HEAD}
+_HEADS = {Role.QUERY: Structure.HEAD, Role.KEY: Structure.HEAD, Role.FUSED_QKV: Structure.HEAD}
 
 STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
     {
@@ -86,31 +86,36 @@ STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
             # and norms one number, as in the authors' released code.
             Strategy(
                 "transformer",
-                {**dict.fromkeys(MATRICES, Cut.ROW), **_HEADS, Role.CONV: Cut.WHOLE, Role.NORM: Cut.WHOLE},
+                {
+                    **dict.fromkeys(MATRICES, Structure.ROW),
+                    **_HEADS,
+                    Role.CONV: Structure.WHOLE,
+                    Role.NORM: Structure.WHOLE,
+                },
             ),
             # Embedding and output head keep a full second moment; query and key by head; the rest whole.
             Strategy(
                 "transformer_early",
                 {
-                    **dict.fromkeys(MATRICES, Cut.WHOLE),
+                    **dict.fromkeys(MATRICES, Structure.WHOLE),
                     **_HEADS,
-                    Role.TOKEN_EMBEDDING: Cut.ELEMENT,
-                    Role.OUTPUT_HEAD: Cut.ELEMENT,
-                    Role.NORM: Cut.WHOLE,
-                    Role.BIAS: Cut.WHOLE,
+                    Role.TOKEN_EMBEDDING: Structure.ELEMENT,
+                    Role.OUTPUT_HEAD: Structure.ELEMENT,
+                    Role.NORM: Structure.WHOLE,
+                    Role.BIAS: Structure.WHOLE,
                 },
             ),
-            # Ours, not the paper's: a rank-one second moment for matrices, a full one for vectors.
-            Strategy("transformer_rank_one", dict.fromkeys(MATRICES, Cut.ROW_COLUMN)),
-            Strategy("default", {}, otherwise=Cut.WHOLE),
-            Strategy("element", {}, otherwise=Cut.ELEMENT),
+            # Ours, not the paper's: a factored second moment for matrices, a full one for vectors.
+            Strategy("factored", dict.fromkeys(MATRICES, Structure.FACTORED)),
+            Strategy("default", {}, otherwise=Structure.WHOLE),
+            Strategy("element", {}, otherwise=Structure.ELEMENT),
         )
     }
 )
 
 
-def cut_parameter(
-    shape: tuple[int, ...], role: ParameterRole, cuts: Mapping[Role, Cut], *, is_overridden: bool = False
+def partition_parameter(
+    shape: tuple[int, ...], role: ParameterRole, cuts: Mapping[Role, Structure], *, is_overridden: bool = False
 ) -> Blocks:
     """Cut one parameter.
 
@@ -124,42 +129,44 @@ def cut_parameter(
         The blocks of the parameter.
 
     Raises:
-        UncutError: A cut by head without a known head size, or parts of a fused parameter with cuts that one tensor
+        StructureError: A cut by head without a known head size, or parts of a fused parameter with cuts that one tensor
             cannot hold together.
     """
     wanted = {cuts[part.role] for part in role.parts}
-    if Cut.HEAD in wanted and (role.problem or any(_lacks_head(part, cuts[part.role]) for part in role.parts)):
-        of_one_role = (Cut.ROW, Cut.WHOLE) if role.roles in ((Role.QUERY,), (Role.KEY,)) else (Cut.ROW,)
-        raise UncutError(role.problem or f"{role.name} has no heads to cut by", *of_one_role)
-    if role.axis is None or wanted == {Cut.ELEMENT} or (len(shape) <= 1 and wanted == {Cut.ROW_COLUMN}):
+    if Structure.HEAD in wanted and (role.problem or any(_lacks_head(part, cuts[part.role]) for part in role.parts)):
+        of_one_role = (
+            (Structure.ROW, Structure.WHOLE) if role.roles in ((Role.QUERY,), (Role.KEY,)) else (Structure.ROW,)
+        )
+        raise StructureError(role.problem or f"{role.name} has no heads to cut by", *of_one_role)
+    if role.axis is None or wanted == {Structure.ELEMENT} or (len(shape) <= 1 and wanted == {Structure.FACTORED}):
         return Blocks.element(shape)
-    if wanted == {Cut.WHOLE}:
+    if wanted == {Structure.WHOLE}:
         # A strategy of one block a tensor means it; a user who speaks of stacked matrices means each of them.
         is_one = role.roles == (Role.CONV,) or (role.roles == (Role.OTHER,) and not is_overridden)
         return Blocks.whole(shape, batch_axes=() if is_one else role.batch_axes)
-    if wanted == {Cut.ROW}:
+    if wanted == {Structure.ROW}:
         return Blocks.rows(shape, axis=role.axis, batch_axes=role.batch_axes)
-    if wanted == {Cut.ROW_COLUMN}:
+    if wanted == {Structure.FACTORED}:
         lengths = tuple(part.length for part in role.parts)
-        return Blocks.row_column(
+        return Blocks.factored(
             shape, axis=role.axis, batch_axes=role.batch_axes, segment_lengths=lengths, repeats=role.repeats
         )
-    if wanted & {Cut.ELEMENT, Cut.ROW_COLUMN}:
-        raise UncutError(
-            f"the parts of a fused parameter ({role.name}) cannot mix element or row_column with other cuts; all of "
+    if wanted & {Structure.ELEMENT, Structure.FACTORED}:
+        raise StructureError(
+            f"the parts of a fused parameter ({role.name}) cannot mix element or factored with other cuts; all of "
             f"them need the same",
-            Cut.ROW_COLUMN,
+            Structure.FACTORED,
         )
     segments = tuple(_segment(part, cuts[part.role], role.repeats) for part in role.parts)
     return Blocks.segmented(shape, segments, axis=role.axis, repeats=role.repeats, batch_axes=role.batch_axes)
 
 
-def _lacks_head(part: Part, cut: Cut) -> bool:
-    return cut is Cut.HEAD and part.head_dim is None
+def _lacks_head(part: Part, cut: Structure) -> bool:
+    return cut is Structure.HEAD and part.head_dim is None
 
 
-def _segment(part: Part, cut: Cut, repeats: int) -> Segment:
-    if cut is Cut.HEAD:
+def _segment(part: Part, cut: Structure, repeats: int) -> Segment:
+    if cut is Structure.HEAD:
         assert part.head_dim is not None
         return Segment(part.length, part.head_dim)
-    return Segment(part.length, 1 if cut is Cut.ROW else part.length * repeats)
+    return Segment(part.length, 1 if cut is Structure.ROW else part.length * repeats)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_adam_mini.blocks import Kind
-from lightning_adam_mini.partition import Cut, CutParameter, Role
+from lightning_adam_mini.partition import ParameterPartition, Role, Structure
 from lightning_adam_mini.verify.tracing import Heads, Operand, Outputs
 
 __all__ = ["Observation", "Status", "VerifiedParameter", "judge"]
@@ -104,7 +104,12 @@ class Observation:
 
 
 def judge(
-    cut: CutParameter, seen: Observation, *, problem: str = "", checks_heads: bool = True, is_only_source: bool = True
+    cut: ParameterPartition,
+    seen: Observation,
+    *,
+    problem: str = "",
+    checks_heads: bool = True,
+    is_only_source: bool = True,
 ) -> VerifiedParameter:
     """The verdict on one parameter.
 
@@ -121,7 +126,7 @@ def judge(
 
 
 def _verdict(
-    cut: CutParameter, seen: Observation, problem: str, checks_heads: bool, is_only_source: bool
+    cut: ParameterPartition, seen: Observation, problem: str, checks_heads: bool, is_only_source: bool
 ) -> tuple[Status, str]:
     blocks, roles = cut.blocks, set(cut.role.roles)
     if problem:
@@ -147,7 +152,7 @@ def _verdict(
             return Status.NOT_SEEN, f"products sum over dimension {blocks.axis}, perhaps to pick its rows"
         outputs = _listed(seen.axes)
         return Status.CONTRADICTED, f"cut along dimension {blocks.axis}, which products sum over: outputs are {outputs}"
-    if blocks.kind is Kind.ROW_COLUMN:
+    if blocks.kind is Kind.FACTORED:
         return Status.CONFIRMED, _outputs_of(seen)
     if seen.is_lookup:
         return Status.CONFIRMED, "its rows are looked up"
@@ -161,7 +166,7 @@ def _outputs_of(seen: Observation) -> str:
     return f"dimension {axes[0]} is the output" if axes else "it has one output"
 
 
-def _unnamed_heads(cut: CutParameter, seen: Observation) -> str:
+def _unnamed_heads(cut: ParameterPartition, seen: Observation) -> str:
     """Why a parameter that is cut as no query or key should be one; empty where it should not."""
     for operand in (Operand.QUERY, Operand.KEY, Operand.SCORE):
         numbers = seen.heads.get(operand)
@@ -172,7 +177,7 @@ def _unnamed_heads(cut: CutParameter, seen: Observation) -> str:
     return ""
 
 
-def _rows_verdict(cut: CutParameter, seen: Observation, checks_heads: bool) -> tuple[Status, str]:
+def _rows_verdict(cut: ParameterPartition, seen: Observation, checks_heads: bool) -> tuple[Status, str]:
     """Compare blocks of outputs with the heads that they feed."""
     blocks, axes = cut.blocks, seen.axes
     assert axes is not None
@@ -188,13 +193,13 @@ def _rows_verdict(cut: CutParameter, seen: Observation, checks_heads: bool) -> t
         batch = torch.arange(math.prod(sizes)).view(sizes).expand(kept)
     reasons: dict[Status, list[str]] = {status: [] for status in Status}
     for number, role in enumerate(roles):
-        rows, cut_of_role = role_of == number, cut.cuts[cut.role.roles.index(role)]
-        if role in _OPERANDS and (cut_of_role is Cut.HEAD or checks_heads):
+        rows, cut_of_role = role_of == number, cut.structures[cut.role.roles.index(role)]
+        if role in _OPERANDS and (cut_of_role is Structure.HEAD or checks_heads):
             status, reason = _heads_verdict(role, cut_of_role, seen, rows, index, batch)
             reasons[status].append(reason)
             continue
         own = index[rows]
-        if cut_of_role is Cut.ROW and own.unique().numel() != own.numel():
+        if cut_of_role is Structure.ROW and own.unique().numel() != own.numel():
             per_row = own.numel() // own.unique().numel()
             reasons[Status.CONTRADICTED].append(f"a row holds {per_row} outputs: {_outputs_of(seen)}")
         elif checks_heads and {Role.QUERY, Role.KEY} & set(roles):
@@ -211,7 +216,7 @@ def _rows_verdict(cut: CutParameter, seen: Observation, checks_heads: bool) -> t
 
 def _heads_verdict(
     role: Role,
-    cut: Cut,
+    cut: Structure,
     seen: Observation,
     rows: Tensor,
     index: Tensor,
@@ -242,11 +247,11 @@ def _heads_verdict(
         own = own + (int(own.max()) + 1) * batch[rows]
     heads, num_blocks = own.unique().numel(), blocks.unique().numel()
     pairs = torch.stack([own, blocks]).unique(dim=1).shape[1]
-    if cut is Cut.ROW:
+    if cut is Structure.ROW:
         if num_blocks != own.numel():
             return Status.CONTRADICTED, f"a row holds {own.numel() // num_blocks} outputs of the {role}"
         return Status.CONFIRMED, f"{own.numel()} rows of {heads} {role} heads"
-    if cut is Cut.HEAD and not pairs == heads == num_blocks:
+    if cut is Structure.HEAD and not pairs == heads == num_blocks:
         mixed = (
             f"blocks hold rows of several {role} heads" if pairs > num_blocks else f"{role} heads are cut into parts"
         )

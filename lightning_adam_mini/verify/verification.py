@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from lightning_adam_mini.partition import (
-    CutParameter,
     Layouts,
     ModuleLayout,
+    ParameterPartition,
     Role,
     Strategy,
     resolve_strategy,
@@ -22,7 +22,7 @@ from lightning_adam_mini.partition.layouts import ORDERS
 from lightning_adam_mini.partition.module_layout import qualified_name
 from lightning_adam_mini.partition.overrides import Overrides
 from lightning_adam_mini.partition.partition import cut_parameters
-from lightning_adam_mini.partition.strategies import STRATEGIES, Cut
+from lightning_adam_mini.partition.strategies import STRATEGIES, Structure
 from lightning_adam_mini.partition.tree import Node, plain_names, walk
 from lightning_adam_mini.verify.judging import Observation, Status, VerifiedParameter, judge
 from lightning_adam_mini.verify.running import traced
@@ -169,7 +169,7 @@ class _Trial:
         strategy: The strategy.
         overrides: Its overrides.
         layouts: Its layouts.
-        cuts: How it cuts each parameter; by element what it refuses.
+        partition: Of each parameter; by element what it refuses.
         verdicts: The verdicts by name.
         unclaimed: Parameters by the attention call and operand that come from them, and from none of their role.
     """
@@ -177,7 +177,7 @@ class _Trial:
     strategy: Strategy
     overrides: dict[str, str]
     layouts: dict[str, str | ModuleLayout]
-    cuts: Mapping[str, CutParameter]
+    partition: Mapping[str, ParameterPartition]
     verdicts: Mapping[str, VerifiedParameter]
     unclaimed: Mapping[tuple[int, Operand], set[str]]
 
@@ -191,12 +191,12 @@ class _Trial:
 
     def unknown(self, names: Iterable[str]) -> set[str]:
         """Those parameters whose role no rule knows, and no override cuts."""
-        cuts = (self.cuts[name] for name in names)
+        cuts = (self.partition[name] for name in names)
         return {cut.name for cut in cuts if not cut.role.known and not cut.is_overridden}
 
     def mistakes(self) -> tuple[int, int, int]:
         """How many parameters are contradicted, unknown and not seen, to compare partitions by."""
-        return len(self.contradicted), len(self.unknown(self.cuts)), len(self._of_status(Status.NOT_SEEN))
+        return len(self.contradicted), len(self.unknown(self.partition)), len(self._of_status(Status.NOT_SEEN))
 
     def notes(self) -> list[str]:
         """A sentence for each operand of attention that comes from parameters of other roles alone."""
@@ -261,7 +261,7 @@ class _Verifier:
             for (call, operand), names in self._feeders.items()
             if operand is not Operand.SCORE and not any(operand.value in cuts[name].role.roles for name in names)
         }
-        wants_heads = strategy.cut(Role.QUERY) is Cut.HEAD
+        wants_heads = strategy.structure(Role.QUERY) is Structure.HEAD
         verdicts = {
             name: judge(
                 cuts[name],
@@ -284,7 +284,9 @@ class _Verifier:
             best = self._best(best, [(best.overrides, {class_name: candidate, **others}) for candidate in candidates])
         for name in sorted(best.contradicted | best.unknown(self._attending)):
             rest = {key: own for key, own in best.overrides.items() if key != name}
-            best = self._best(best, [({name: cut.value, **rest}, best.layouts) for cut in (Cut.ROW, Cut.ELEMENT)])
+            best = self._best(
+                best, [({name: cut.value, **rest}, best.layouts) for cut in (Structure.ROW, Structure.ELEMENT)]
+            )
         return best
 
     def _best(
@@ -314,7 +316,7 @@ class _Verifier:
             layer = layers.get(self._plain[name].rpartition(".")[0]) if name in wrong else None
             node = around[-1] if around else layer
             if node is not None and not type(node.module).__module__.startswith("torch."):
-                roles = trial.cuts[name].role.roles
+                roles = trial.partition[name].role.roles
                 places[name] = (node, roles[0] if len(roles) == 1 and roles[0] in _MATRICES else Role.LINEAR)
         by_class: dict[type, dict[int, tuple[nn.Module, dict[str, tuple[Observation, Role]]]]] = defaultdict(dict)
         for name, (node, role) in places.items():

@@ -14,14 +14,14 @@ from ..in_place import beside, put_in_place, remove, sweep
 
 __all__ = ["HEADLINE", "RunCheckpoint"]
 
-HEADLINE = "headline"
-"""Monitors the metric of the task's headline, whatever it is."""
+HEADLINE = "primary_metric"
+"""Monitors the metric of the task's primary_metric, whatever it is."""
 
 
 class RunCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint in the run folder, with a `last.ckpt` that is never older than the last validation.
 
-    With `monitor: headline` the best checkpoint is the best by the task's own headline.
+    With `monitor: primary_metric` the best checkpoint is the best by the task's own primary_metric.
 
     Lightning itself writes `last.ckpt` only where the monitored metric has improved: a run that no longer improves
     would lose everything since then.
@@ -30,7 +30,7 @@ class RunCheckpoint(ModelCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose what is best and the folder, and remove what a killed process left half written there."""
         if self.monitor == HEADLINE and isinstance(pl_module, Task):
-            self.monitor, self.mode = pl_module.headline.curve, pl_module.headline.mode
+            self.monitor, self.mode = pl_module.primary_metric.curve, pl_module.primary_metric.mode
             self.kth_value = torch.tensor(torch.inf if self.mode == "min" else -torch.inf)
         if self.dirpath is None:
             self.dirpath = os.path.realpath(Path(trainer.default_root_dir) / "checkpoints")

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_adam_mini.blocks import Kind
 from lightning_adam_mini.hessian.gradient_spread import spread_from, spread_sums
 from lightning_adam_mini.optim import AdamMini
-from lightning_adam_mini.partition import CutParameter, partition_module
+from lightning_adam_mini.partition import ParameterPartition, partition_module
 
 __all__ = ["GradientSpread"]
 
@@ -26,7 +26,7 @@ class GradientSpread(Callback):
     `gradient_spread_explained/ROLE`, the part of the whole variance that lies between blocks instead. The gradients are
     those of one optimizer step, so that pure noise has the variance pi^2 / 2 = 4.9. The blocks are those of AdamMini,
     or, with another optimizer, those that AdamMini would have. Parameters that keep every element are left out, and so
-    are rank-one cuts, which have no blocks.
+    are factored second moments, which have no blocks.
 
     With `--trainer.callbacks+=lightning_adam_mini.tasks.callbacks.GradientSpread`. It costs some passes over the
     gradients in a step that is logged, waits for the device once, and keeps nothing.
@@ -36,7 +36,7 @@ class GradientSpread(Callback):
     """
 
     def __init__(self) -> None:
-        self._cuts: dict[str, CutParameter] = {}
+        self._cuts: dict[str, ParameterPartition] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the blocks."""
@@ -82,7 +82,7 @@ class GradientSpread(Callback):
             logger.log_metrics(metrics, step=trainer.global_step)  # the number of this step, from 0
 
 
-def _named_as_in(module: LightningModule, optimizer: AdamMini) -> dict[str, CutParameter]:
+def _named_as_in(module: LightningModule, optimizer: AdamMini) -> dict[str, ParameterPartition]:
     """The optimizer's cuts by the names that parameters have in `module`; it may have been given a part of it."""
     cuts = optimizer.partition
     trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
@@ -93,6 +93,6 @@ def _named_as_in(module: LightningModule, optimizer: AdamMini) -> dict[str, CutP
     return {}
 
 
-def _has_blocks(cut: CutParameter) -> bool:
+def _has_blocks(cut: ParameterPartition) -> bool:
     """Whether second moments are shared within blocks of several elements."""
     return cut.blocks.kind is Kind.MEAN and cut.blocks.num_values < math.prod(cut.blocks.shape)

@@ -33,24 +33,24 @@ def run_result(trainer: Trainer, task: Task, metrics: Metrics) -> dict[str, Any]
         metrics: As `read_metrics` gives them, of all starts of the run.
 
     Returns:
-        `steps`; `optimizer`, its name and options; `headline`, the task's with its last `value` and that of the metric
-        that chooses hyperparameters, `selection`; `metrics`, the last value of each; `costs`, medians over the rows of
-        the log, bytes and seconds; `hardware`, `versions`, `command`.
+        `steps`; `optimizer`, its name and options; `primary_metric`, the task's with its last `value` and that of the
+        metric that chooses hyperparameters, `selection`; `metrics`, the last value of each; `costs`, medians over the
+        rows of the log, bytes and seconds; `hardware`, `versions`, `command`.
         Figures that were not measured, or are not numbers, are None.
     """
-    headline = task.headline
+    primary_metric = task.primary_metric
     last = {name: _number(list(values.values())[-1]) for name, values in metrics.items() if values}
     return {
         "steps": trainer.global_step,
         "optimizer": {"name": type(task.optimizer_factory).__name__, **asdict(task.optimizer_factory)},
-        "headline": {
-            "metric": headline.metric,
-            "mode": headline.mode,
-            "label": headline.label,
-            "curve": headline.curve,
-            "curve_label": headline.curve_label,
-            "value": last.get(headline.metric),
-            "selection": last.get(headline.selection),
+        "primary_metric": {
+            "metric": primary_metric.metric,
+            "mode": primary_metric.mode,
+            "label": primary_metric.label,
+            "curve": primary_metric.curve,
+            "curve_label": primary_metric.curve_label,
+            "value": last.get(primary_metric.metric),
+            "selection": last.get(primary_metric.selection),
         },
         "metrics": last,
         "costs": _costs(trainer, task, metrics),

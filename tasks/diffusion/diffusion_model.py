@@ -17,9 +17,9 @@ from lightning_adam_mini.factory import OptimizerFactory
 from lightning_adam_mini.schedule import Schedule
 
 from ..callbacks import WeightEMA
-from ..headline import Headline
 from ..metrics import MeanLoss
 from ..packages import require
+from ..primary_metric import PrimaryMetric
 from .comparison import check_images
 from .generation import GeneratingTask
 from .noise import BetaSchedule, Prediction, build_schedule, evaluation_draws, loss_weights, target
@@ -67,7 +67,7 @@ class DiffusionModel(GeneratingTask):
     unit: ClassVar[str] = "images"
     batch_kind = "images"
     logged_metrics = ("train_loss", "val_loss")
-    headline = Headline(metric="val_loss", mode="min", label="validation MSE of the noise")
+    primary_metric = PrimaryMetric(metric="val_loss", mode="min", label="validation MSE of the noise")
     export_folder: ClassVar[str] = "diffusers"
     """Name of the folder that `adam-mini export` writes in the run folder."""
 
@@ -117,7 +117,9 @@ class DiffusionModel(GeneratingTask):
         check_unet(self.config)  # wrong options raise here, before any data are read
         self.noise_schedule = build_schedule(num_train_timesteps, beta_schedule, prediction_type)
         check_sample_steps(sample_steps, num_train_timesteps)
-        self.headline = replace(type(self).headline, label=f"validation MSE of the {_PREDICTS[prediction_type]}")
+        self.primary_metric = replace(
+            type(self).primary_metric, label=f"validation MSE of the {_PREDICTS[prediction_type]}"
+        )
         self.ema_decay = ema_decay
         self.activation_checkpointing = activation_checkpointing
         self.compile_model = compile

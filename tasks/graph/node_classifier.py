@@ -14,7 +14,7 @@ from lightning_adam_mini.factory import OptimizerFactory
 from lightning_adam_mini.schedule import Schedule
 
 from ..base import Task
-from ..headline import Headline
+from ..primary_metric import PrimaryMetric
 from .baselines import majority_accuracy, propagation_accuracy
 from .graph import Graph
 from .label_reuse import all_training_nodes, draw_training_nodes, predict_with_labels
@@ -64,7 +64,7 @@ class NodeClassifier(Task):
         "best_val_accuracy",
         "test_accuracy_at_best",
     )
-    headline = Headline(
+    primary_metric = PrimaryMetric(
         metric="test_accuracy_at_best",
         mode="max",
         label="test accuracy at the best validation",

@@ -24,9 +24,9 @@ from lightning_adam_mini.schedule import Schedule
 from ..base import Task
 from ..data.record import TOKENIZER
 from ..gradient_release import check_release, release_gradients
-from ..headline import Headline
 from ..metrics import MeanLoss
 from ..parallel.activation_checkpointing import checkpoint_activations
+from ..primary_metric import PrimaryMetric
 from .data.module import TokenDataModule
 from .data.tokenizer import tokenizer_texts
 from .model import Attention, active_parameters, build_config, build_model, initialise, read_config
@@ -64,7 +64,7 @@ class LanguageModel(Task):
     unit = "tokens"
     batch_kind = "token windows"
     logged_metrics = ("train_loss", "val_loss", "val_perplexity")
-    headline = Headline(label="validation loss, nats a token")
+    primary_metric = PrimaryMetric(label="validation loss, nats a token")
 
     def __init__(
         self,

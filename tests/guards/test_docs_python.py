@@ -5,7 +5,7 @@ import re
 import pytest
 from torch import nn
 
-from guards.checkout import ROOT
+from checkout import ROOT
 from lightning_adam_mini.partition import layouts
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -3,7 +3,7 @@
 import ast
 import re
 
-from guards.checkout import ROOT
+from checkout import ROOT
 
 NAME = re.compile(r"`(test_\w+)`")
 PAGE = (ROOT / "docs" / "distributed.md").read_text("utf-8")

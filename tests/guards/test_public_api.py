@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 
-from guards.checkout import PACKAGE, module_name, project_files
+from checkout import PACKAGE, module_name, project_files
 
 package = importlib.import_module(PACKAGE)
 LIBRARY_MODULES = [module_name(name) for name in project_files() if name.suffix == ".py" and name.parts[0] == PACKAGE]

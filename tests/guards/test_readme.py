@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from guards.checkout import PACKAGE, ROOT
-from guards.shell_blocks import TRAINER_SUBCOMMANDS, Command, commands_in, documented_commands
+from checkout import PACKAGE, ROOT
+from shell_blocks import TRAINER_SUBCOMMANDS, Command, commands_in, documented_commands
 
 ADAM_MINI = [command for command in documented_commands("adam-mini") if command.is_complete]
 MAKE = [command for command in documented_commands("make") if command.is_complete]

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from guards.checkout import PACKAGE
+from checkout import PACKAGE
 
 FRAMEWORKS = {"jsonargparse", "lightning", "pytorch_lightning", "transformers"}
 RECIPES = f"import sys; sys.argv = ['adam-mini', 'recipes']; from {PACKAGE}.cli.main import main; sys.exit(main())"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from guards.checkout import PACKAGE, ROOT, project_files
+from checkout import PACKAGE, ROOT, project_files
 
 THIS_FILE = Path(__file__).resolve().relative_to(ROOT)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from guards.checkout import MAPPED_FOLDERS, PACKAGE, ROOT, project_files, shipped_files
+from checkout import MAPPED_FOLDERS, PACKAGE, ROOT, project_files, shipped_files
 
 LISTINGS = {"recipes": ["recipes"], "studies": ["study", "--help"]}
 

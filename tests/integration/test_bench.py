@@ -80,13 +80,13 @@ def test_steps_of_a_configuration(tmp_path, capsys):
 
 @apart
 def test_partitions_dtype_and_the_seed():
-    options = ("--partition", "transformer", "transformer_rank_one", "--dtype", "bfloat16", "--seed", 3)
+    options = ("--partition", "transformer", "factored", "--dtype", "bfloat16", "--seed", 3)
     result = bench("--hf", CONFIG, "--rounds", 3, "--optimizers", "adam-mini-foreach", *options)
     labels = [row["label"] for row in result["rows"]]
-    assert labels == ["adamw-fused", "adam-mini-foreach transformer", "adam-mini-foreach transformer_rank_one"]
+    assert labels == ["adamw-fused", "adam-mini-foreach transformer", "adam-mini-foreach factored"]
     assert (result["dtype"], result["seed"]) == ("bfloat16", 3)
-    blocks, rank_one = (row_of(result, label)["state_bytes"] for label in labels[1:])
-    assert blocks != rank_one
+    blocks, factored = (row_of(result, label)["state_bytes"] for label in labels[1:])
+    assert blocks != factored
 
 
 @apart

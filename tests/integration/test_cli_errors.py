@@ -286,14 +286,14 @@ def test_several_ranks_tell_an_error_once_and_leave_nothing(work_dir, strategy, 
     ("recipe", "data", "told"),
     [
         ("tiny.yaml", "CallGraph", "LanguageModel takes token windows, and CallGraph gives graphs; give --data HFText"),
-        ("resnet/mnist5k", "StdlibText", "ImageClassifier takes labelled images, and StdlibText gives token windows"),
+        ("vision/mnist5k", "StdlibText", "ImageClassifier takes labelled images, and StdlibText gives token windows"),
         ("graph/gcn", "Mnist5k", "NodeClassifier takes graphs, and Mnist5k gives labelled images; give --data CallG"),
-        ("resnet/mnist5k", "DigitImages", "ImageClassifier takes labelled images, and DigitImages gives images"),
+        ("vision/mnist5k", "DigitImages", "ImageClassifier takes labelled images, and DigitImages gives images"),
     ],
 )
 def test_data_of_another_domain(work_dir, capsys, recipe, data, told):
     packaged = "lightning_adam_mini.tasks.{}.data"
-    kind = {"CallGraph": "graph", "StdlibText": "llm", "Mnist5k": "resnet", "DigitImages": "diffusion"}[data]
+    kind = {"CallGraph": "graph", "StdlibText": "llm", "Mnist5k": "vision", "DigitImages": "diffusion"}[data]
     code = main(["fit", "--config", recipe, "--data", f"{packaged.format(kind)}.{data}"])
     assert_refused(code, capsys, VALUE, told)
     assert not Path("runs").exists()

@@ -11,9 +11,9 @@ pytestmark = [
     pytest.mark.skipif(find_chromium() is None, reason="needs chromium"),
 ]
 
-OPTIMIZERS = ("AdamW", "AdamMini", "AdamMini:" + "partition=transformer_rank_one" * 3, "Lion with a long label")
+OPTIMIZERS = ("AdamW", "AdamMini", "AdamMini:" + "partition=factored" * 3, "Lion with a long label")
 OPTIMIZERS += tuple(f"optimizer{number}" for number in range(4))
-RECIPES = ("llm/synthetic_tiny", "resnet/synthetic", "/a/long/path/of/" + "x" * 80 + ".yaml")
+RECIPES = ("llm/synthetic_tiny", "vision/synthetic", "/a/long/path/of/" + "x" * 80 + ".yaml")
 PHONE, TABLET, DESKTOP = 390, 800, 1280
 # What sticks out of the screen, or of the frame that it stands in; texts within a drawing count too.
 OVERFLOWING = """[...document.querySelectorAll('main *, .bar *')].filter(element => {

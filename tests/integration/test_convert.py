@@ -155,11 +155,11 @@ def test_back_to_adamw(work_dir, trained):
 
 
 def test_another_partition(work_dir, trained):
-    partition = ["--optimizer.partition", "transformer_rank_one"]
+    partition = ["--optimizer.partition", "factored"]
     assert main(["convert", *partition, str(trained / "mini"), "--out", "new.ckpt"]) == 0
     saved = load("new.ckpt")
-    assert saved["optimizer_factory"]["partition"] == "transformer_rank_one"
-    assert saved["hyper_parameters"]["optimizer"].partition == "transformer_rank_one"
+    assert saved["optimizer_factory"]["partition"] == "factored"
+    assert saved["hyper_parameters"]["optimizer"].partition == "factored"
     assert "exp_avg_sq_row" in state_of(saved)["state"][0]
     assert run("fit", "--run_dir", "next", "--ckpt_path", "new.ckpt", "--trainer.max_steps", 12, *partition) == 0
 

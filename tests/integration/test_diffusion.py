@@ -78,7 +78,7 @@ def test_a_run_leaves_samples_and_figures(folder):
     report = (folder / "run/report.md").read_text("utf-8")
     assert "run/samples/step_000006.png" in report
     assert "in 4 principal components, 10 samples from the validation images; training images: " in report
-    assert json.loads((folder / "run/result.json").read_text())["headline"]["value"] == metrics["val_loss"][6]
+    assert json.loads((folder / "run/result.json").read_text())["primary_metric"]["value"] == metrics["val_loss"][6]
     assert run("test", "--run_dir", "run", "--ckpt_path", "last", "--model.pca_features", 4) == 0
     assert list(read_metrics("run")["test_pca_frechet"]) == [6]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from guards.checkout import ROOT
+from checkout import ROOT
 from lightning_adam_mini.cli.run_folder import last_checkpoint
 from lightning_adam_mini.tasks.checkpoint_io import AtomicCheckpointIO
 from tiny_runs import assert_same_state

@@ -53,10 +53,10 @@ def test_the_metrics_of_every_validation_are_there_and_the_best_is_kept(trained)
 def test_the_report_compares_with_what_needs_no_network(trained):
     result = json.loads((trained / "one" / "result.json").read_text("utf-8"))
     metrics = read_metrics(trained / "one")
-    assert result["headline"]["metric"] == "test_accuracy_at_best"
-    assert result["headline"]["mode"] == "max"
-    assert result["headline"]["curve"] == "val_accuracy"
-    assert result["headline"]["value"] == metrics["test_accuracy_at_best"][8]
+    assert result["primary_metric"]["metric"] == "test_accuracy_at_best"
+    assert result["primary_metric"]["mode"] == "max"
+    assert result["primary_metric"]["curve"] == "val_accuracy"
+    assert result["primary_metric"]["value"] == metrics["test_accuracy_at_best"][8]
     report = (trained / "one" / "report.md").read_text("utf-8")
     assert "test accuracy of the most frequent class" in report
     assert "test accuracy of label propagation" in report

@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 
-from guards.checkout import ROOT
+from checkout import ROOT
 
 pytest.importorskip("transformers")
 

@@ -184,7 +184,7 @@ def test_a_report_that_a_kill_prevented_is_written_at_the_next_start(work_dir):
     with pytest.warns(UserWarning, match="no step was left"):
         assert run("fit", "--run_dir", "run", "--ckpt_path", "last") == 0
     again = json.loads((work_dir / "run" / "result.json").read_text())
-    assert (again["steps"], again["headline"]) == (written["steps"], written["headline"])
+    assert (again["steps"], again["primary_metric"]) == (written["steps"], written["primary_metric"])
 
 
 def test_reading_metrics_counts_repeated_steps_once(work_dir):

@@ -13,9 +13,9 @@ from torch import nn
 import tiny_models
 from lightning_adam_mini import AdamMini, Blocks
 from lightning_adam_mini.optim import momentum_8bit
-from lightning_adam_mini.optim.cut_tensor import CutTensor
 from lightning_adam_mini.optim.kernels import build, cpu, formats
 from lightning_adam_mini.optim.kernels.memory import Memory, address
+from lightning_adam_mini.optim.parameter_view import ParameterView
 from lightning_adam_mini.optim.shards import Shard
 from lightning_adam_mini.optim.state import init_state
 from ranks import run_ranks
@@ -30,7 +30,7 @@ FORMATS = {
     "8 bits": (torch.float32, {"exp_avg_dtype": torch.uint8}),
     "rounded": (torch.bfloat16, {"stochastic_rounding": True}),
 }
-FUZZ = Path(__file__).parents[1] / "step_fuzz.py"
+FUZZ = Path(__file__).parents[1] / "helpers/step_fuzz.py"
 
 
 class Pair(nn.Module):
@@ -158,7 +158,7 @@ def test_a_gradient_on_another_device():
     for moved, told in (("grad", "its gradient .* on meta"), ("exp_avg", "exp_avg of its state is on meta")):
         others = {**tensors, moved: tensors[moved].to("meta")}
         with pytest.raises(ValueError, match=f"it: .*{told}"):
-            CutTensor(shard=Shard(blocks), step=state["step"], moments=(state["exp_avg_sq"],), name="it", **others)
+            ParameterView(shard=Shard(blocks), step=state["step"], moments=(state["exp_avg_sq"],), name="it", **others)
 
 
 @pytest.mark.parametrize("layout", ["to_sparse_csr", "to_mkldnn", "bool"])
@@ -167,7 +167,7 @@ def test_a_gradient_that_is_not_dense(layout):
     state = init_state(param, blocks, exp_avg_dtype=None, capturable=False)
     grad = getattr(torch.ones(3, 4), layout)()
     with pytest.raises(ValueError, match=r"it: its gradient has the (layout|dtype)"):
-        CutTensor(param, grad, Shard(blocks), state["step"], state["exp_avg"], (state["exp_avg_sq"],), name="it")
+        ParameterView(param, grad, Shard(blocks), state["step"], state["exp_avg"], (state["exp_avg_sq"],), name="it")
 
 
 @pytest.mark.parametrize("change", [pruned, grown, turned, storage_twice_resized, gradient_of_another_shape])
@@ -466,7 +466,7 @@ def test_an_entry_whose_spans_are_of_other_rows():
     blocks = Blocks.rows((6, 4))
     param = torch.randn(6, 4)
     state = init_state(param, blocks, exp_avg_dtype=None, capturable=False)
-    tensor = CutTensor(param, param.clone(), Shard(blocks), state["step"], state["exp_avg"], (state["exp_avg_sq"],))
+    tensor = ParameterView(param, param.clone(), Shard(blocks), state["step"], state["exp_avg"], (state["exp_avg_sq"],))
     entry = cpu.whole_entry(tensor)
     assert entry.words()
     entry.sizes = (1, 1, 12, 2)

@@ -9,7 +9,7 @@ import tiny_models
 from lightning_adam_mini import AdamMini
 
 pytestmark = pytest.mark.gpu
-PARTITIONS = ["transformer", "transformer_rank_one", "default", "element"]
+PARTITIONS = ["transformer", "factored", "default", "element"]
 
 
 def steps(model, optimizer, gradients):

@@ -11,7 +11,7 @@ import tiny_models
 from lightning_adam_mini import AdamMini, Blocks
 from lightning_adam_mini.blocks import Segment
 from lightning_adam_mini.optim import cache_blocked, foreach, update
-from lightning_adam_mini.optim.cut_tensor import CutTensor
+from lightning_adam_mini.optim.parameter_view import ParameterView
 from lightning_adam_mini.optim.shards import Shard
 from lightning_adam_mini.optim.state import init_state
 from lightning_adam_mini.optim.step_options import StepOptions
@@ -43,15 +43,15 @@ BLOCKS = {
     "fused, interleaved": Blocks.segmented((16, 3), FUSED, repeats=2),
     "fused, one block over the repeats": Blocks.segmented((12, 3), (Segment(4, 2), Segment(2, 4)), repeats=2),
     "fused, experts": Blocks.segmented((2, 16, 3), FUSED, axis=1, repeats=2, batch_axes=(0,)),
-    "row and column": Blocks.row_column((4, 6)),
-    "row and column, transposed": Blocks.row_column((4, 6), axis=1),
-    "row and column, experts": Blocks.row_column((2, 4, 6), axis=1, batch_axes=(0,)),
-    "row and column, fused": Blocks.row_column((16, 3), segment_lengths=(4, 2, 2), repeats=2),
-    "row and column, empty": Blocks.row_column((0, 6)),
+    "row and column": Blocks.factored((4, 6)),
+    "row and column, transposed": Blocks.factored((4, 6), axis=1),
+    "row and column, experts": Blocks.factored((2, 4, 6), axis=1, batch_axes=(0,)),
+    "row and column, fused": Blocks.factored((16, 3), segment_lengths=(4, 2, 2), repeats=2),
+    "row and column, empty": Blocks.factored((0, 6)),
 }
 
 
-def cut_tensors(dtype, exp_avg_dtype=None):
+def parameter_views(dtype, exp_avg_dtype=None):
     """One tensor for each kind of blocks."""
     tensors = []
     for blocks in BLOCKS.values():
@@ -59,7 +59,7 @@ def cut_tensors(dtype, exp_avg_dtype=None):
         state = init_state(param, blocks, exp_avg_dtype=exp_avg_dtype, capturable=False)
         moments = tuple(state[key] for key in blocks.state_shapes)
         tensors.append(
-            CutTensor(param, torch.empty_like(param), Shard(blocks), state["step"], state["exp_avg"], moments)
+            ParameterView(param, torch.empty_like(param), Shard(blocks), state["step"], state["exp_avg"], moments)
         )
     return tensors
 
@@ -100,7 +100,7 @@ def assert_same(first, second, tolerances):
 )
 def test_foreach_equals_the_reference(dtype, exp_avg_dtype, maximize, slice_elements, tolerances, monkeypatch):
     monkeypatch.setattr(cache_blocked, "SLICE_ELEMENTS", slice_elements)
-    tensors = cut_tensors(dtype, exp_avg_dtype)
+    tensors = parameter_views(dtype, exp_avg_dtype)
     others = copy.deepcopy(tensors)
     start = [tensor.param.clone() for tensor in tensors]
     for step in range(10):
@@ -115,7 +115,7 @@ def test_foreach_equals_the_reference(dtype, exp_avg_dtype, maximize, slice_elem
 
 
 def test_gradients_lie_in_memory_both_ways():
-    tensors = cut_tensors(torch.float32)
+    tensors = parameter_views(torch.float32)
     grads = [grad for step in range(6) for grad in gradients(tensors, step)]
     assert None in grads
     assert {grad.is_contiguous() for grad in grads if grad is not None} == {True, False}
@@ -124,7 +124,7 @@ def test_gradients_lie_in_memory_both_ways():
 @pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float64])
 def test_gradients_of_another_dtype(grad_dtype, tolerances):
     """Only some updates meet them, as when a hook leaves gradients in the dtype of a reduction."""
-    tensors = [t for t in cut_tensors(torch.float64) if t.param.numel()]
+    tensors = [t for t in parameter_views(torch.float64) if t.param.numel()]
     others = copy.deepcopy(tensors)
     for _ in range(3):
         grads = [torch.randn_like(t.param).to(grad_dtype) for t in tensors]
@@ -136,7 +136,7 @@ def test_gradients_of_another_dtype(grad_dtype, tolerances):
 
 
 def test_no_weight_decay(tolerances):
-    tensors = cut_tensors(torch.float32)
+    tensors = parameter_views(torch.float32)
     others = copy.deepcopy(tensors)
     options = replace(OPTIONS, weight_decay=0.0)
     grads = list(gradients(tensors, 1))
@@ -162,9 +162,7 @@ class Mixed(nn.Module):
         self.empty = nn.Parameter(torch.empty(0, 4))
 
 
-@pytest.mark.parametrize(
-    "partition", ["transformer", "transformer_early", "transformer_rank_one", "default", "element"]
-)
+@pytest.mark.parametrize("partition", ["transformer", "transformer_early", "factored", "default", "element"])
 def test_a_model_of_mixed_dtypes(partition, tolerances):
     reference = tiny_models.randomize(Mixed())
     other = copy.deepcopy(reference)
@@ -185,7 +183,7 @@ def test_a_model_of_mixed_dtypes(partition, tolerances):
 
 def test_a_step_with_another_order_of_the_blocks_shows(tolerances):
     """The comparison can fail: blocks of the other axis give another update."""
-    tensors = cut_tensors(torch.float32)
+    tensors = parameter_views(torch.float32)
     others = copy.deepcopy(tensors)
     number = list(BLOCKS).index("heads")
     others[number] = replace(

@@ -17,8 +17,8 @@ from lightning_adam_mini.blocks import Segment
 from lightning_adam_mini.convert import from_adamw, repartition, to_adamw
 from lightning_adam_mini.measure import optimizer_state_bytes
 from lightning_adam_mini.optim import foreach, momentum_8bit, rectangles, update
-from lightning_adam_mini.optim.cut_tensor import CutTensor
 from lightning_adam_mini.optim.momentum_8bit import decode, encode, values
+from lightning_adam_mini.optim.parameter_view import ParameterView
 from lightning_adam_mini.optim.shards import Shard
 from lightning_adam_mini.optim.state import first_moment, init_state
 from lightning_adam_mini.optim.step_options import StepOptions
@@ -37,8 +37,8 @@ BLOCKS = {
     "experts": Blocks.rows((3, 40, 50), axis=1, batch_axes=(0,)),
     "convolution": Blocks.rows((40, 20, 3, 3)),
     "fused in columns": Blocks.segmented((33, 160), FUSED, axis=1, repeats=2),
-    "row and column": Blocks.row_column((40, 130)),
-    "row and column, fused in columns": Blocks.row_column((33, 160), axis=1, segment_lengths=(40, 20, 20), repeats=2),
+    "row and column": Blocks.factored((40, 130)),
+    "row and column, fused in columns": Blocks.factored((33, 160), axis=1, segment_lengths=(40, 20, 20), repeats=2),
 }
 
 
@@ -115,7 +115,7 @@ def test_what_is_not_finite_is_seen(number):
 # The update
 
 
-def cut_tensors(dtype=torch.float32):
+def parameter_views(dtype=torch.float32):
     """One tensor for each kind of blocks, every second one in another order in memory."""
     tensors = []
     for number, blocks in enumerate(BLOCKS.values()):
@@ -125,7 +125,7 @@ def cut_tensors(dtype=torch.float32):
         assert state["exp_avg"].stride() == param.stride()
         moments = tuple(state[key] for key in blocks.state_shapes)
         step, exp_avg, scale = state["step"], state["exp_avg"], state["exp_avg_scale"]
-        tensors.append(CutTensor(param, None, Shard(blocks), step, exp_avg, moments, True, None, scale))
+        tensors.append(ParameterView(param, None, Shard(blocks), step, exp_avg, moments, True, None, scale))
     return tensors
 
 
@@ -148,7 +148,7 @@ def naive_step(tensor, exp_avg, moments):
 
 @pytest.mark.parametrize("updated", [update.update_, lambda t, options: foreach.update_([t], options)])
 def test_steps_are_those_of_a_model_in_float64(updated, tolerances):
-    tensors = cut_tensors()
+    tensors = parameter_views()
     for step in range(4):
         with_gradients(tensors, step)
         for name, tensor in zip(BLOCKS, tensors, strict=True):
@@ -161,7 +161,7 @@ def test_steps_are_those_of_a_model_in_float64(updated, tolerances):
 
 
 def test_slices_make_no_difference(monkeypatch):
-    tensors = cut_tensors()
+    tensors = parameter_views()
     others = copy.deepcopy(tensors)
     for step in range(3):
         with_gradients(tensors, step)
@@ -200,7 +200,7 @@ def is_tensor(value):
 def test_no_temporary_has_the_size_of_the_parameter(is_rounded, monkeypatch):
     monkeypatch.setattr(rectangles, "SLICE_ELEMENTS", 1024)
     monkeypatch.setattr(update, "accumulate_", lambda tensor, beta2: None)  # it is the same for every format
-    tensors = cut_tensors(torch.bfloat16 if is_rounded else torch.float32)
+    tensors = parameter_views(torch.bfloat16 if is_rounded else torch.float32)
     for step in range(2):  # the first makes the tables
         with_gradients(tensors, step)
         for name, tensor in zip(BLOCKS, tensors, strict=True):

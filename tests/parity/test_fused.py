@@ -11,8 +11,8 @@ import tiny_models
 from lightning_adam_mini import Blocks
 from lightning_adam_mini.blocks import Segment
 from lightning_adam_mini.optim import update
-from lightning_adam_mini.optim.cut_tensor import CutTensor
 from lightning_adam_mini.optim.kernels import cpu
+from lightning_adam_mini.optim.parameter_view import ParameterView
 from lightning_adam_mini.optim.shards import Shard, flat_boxes
 from lightning_adam_mini.optim.state import init_state
 from lightning_adam_mini.optim.step_options import StepOptions
@@ -43,22 +43,20 @@ LARGE = {
     "one block over the repeats": Blocks.segmented((96, 40), (Segment(16, 2), Segment(16, 48)), repeats=3),
     "the same in columns": Blocks.segmented((40, 96), (Segment(16, 2), Segment(16, 48)), repeats=3, axis=1),
     "elements": Blocks.element((500, 333)),
-    "row and column": Blocks.row_column((400, 333)),
-    "row and column, transposed": Blocks.row_column((400, 333), axis=1),
-    "row and column, fused": Blocks.row_column(
-        (3, 96, 70), axis=1, batch_axes=(0,), segment_lengths=(8, 24), repeats=3
-    ),
-    "row and column, fused in columns": Blocks.row_column((70, 96), axis=1, segment_lengths=(8, 24), repeats=3),
+    "row and column": Blocks.factored((400, 333)),
+    "row and column, transposed": Blocks.factored((400, 333), axis=1),
+    "row and column, fused": Blocks.factored((3, 96, 70), axis=1, batch_axes=(0,), segment_lengths=(8, 24), repeats=3),
+    "row and column, fused in columns": Blocks.factored((70, 96), axis=1, segment_lengths=(8, 24), repeats=3),
 }
 # A few thousand elements that are summed in another order.
 LARGE_TOLERANCES = {"rtol": 1e-5, "atol": 2e-6}
 
 
-def cut_tensor(blocks, dtype=torch.float32, exp_avg_dtype=None, *, param=None):
+def parameter_view(blocks, dtype=torch.float32, exp_avg_dtype=None, *, param=None):
     param = torch.randn(blocks.shape).to(dtype) if param is None else param
     state = init_state(param, blocks, exp_avg_dtype=exp_avg_dtype, capturable=False)
     moments = tuple(state[key] for key in blocks.state_shapes)
-    return CutTensor(param, None, Shard(blocks), state["step"], state["exp_avg"], moments, exact=True)
+    return ParameterView(param, None, Shard(blocks), state["step"], state["exp_avg"], moments, exact=True)
 
 
 def copy_of(tensor):
@@ -100,7 +98,7 @@ def in_float32(tensor, grad):
 
 @pytest.mark.parametrize("name", LARGE)
 def test_every_way_through_the_kernel(name):
-    tensor = cut_tensor(LARGE[name])
+    tensor = parameter_view(LARGE[name])
     other = copy_of(tensor)
     start = tensor.param.clone()
     assert cpu.supports(replace(tensor, grad=start)) is None
@@ -113,7 +111,7 @@ def test_every_way_through_the_kernel(name):
 @pytest.mark.parametrize("name", LARGE)
 def test_bfloat16_is_the_float32_step_rounded_once(name, dtype, exp_avg_dtype):
     """The reference rounds after each of its operations, the kernel what it stores: each step against float32."""
-    tensor = cut_tensor(LARGE[name], dtype, exp_avg_dtype)
+    tensor = parameter_view(LARGE[name], dtype, exp_avg_dtype)
     for _ in range(3):
         grad = tiny_models.random_gradient(tensor.param)
         exact = replace(copy_of(tensor), **in_float32(tensor, grad))
@@ -133,7 +131,7 @@ def test_bfloat16_is_the_float32_step_rounded_once(name, dtype, exp_avg_dtype):
 @pytest.mark.parametrize("maximize", [False, True])
 def test_moments_of_elements_have_the_bits_of_the_reference(maximize):
     """Which are those of torch's AdamW. Parameters have not: the last bit of torch's roots is not always right."""
-    tensor = cut_tensor(Blocks.element((50, 33)))
+    tensor = parameter_view(Blocks.element((50, 33)))
     other = copy_of(tensor)
     steps([tensor], [other], 20, maximize=maximize)
     assert torch.equal(tensor.exp_avg, other.exp_avg)
@@ -144,7 +142,7 @@ def test_moments_of_elements_have_the_bits_of_the_reference(maximize):
 @given(st.lists(cuts(), min_size=1, max_size=4), st.booleans())
 def test_random_cuts_over_fifty_steps(blocks, maximize):
     torch.manual_seed(0)
-    tensors = [cut_tensor(b) for b in blocks]
+    tensors = [parameter_view(b) for b in blocks]
     others = [copy_of(t) for t in tensors]
     steps(tensors, others, 50, maximize=maximize)
     for tensor, other in zip(tensors, others, strict=True):
@@ -180,7 +178,7 @@ LEFT_TO_THE_REFERENCE = {
         Blocks.element((6, 4, 3, 2)),
         torch.randn(6, 4, 3, 2).to(memory_format=torch.channels_last),
     ),
-    "rank one, transposed in memory": (Blocks.row_column((7, 5)), permuted((7, 5), [1, 0])),
+    "factored, transposed in memory": (Blocks.factored((7, 5)), permuted((7, 5), [1, 0])),
     "float64": (Blocks.rows((5, 4)), torch.randn(5, 4, dtype=torch.float64)),
     "float16": (Blocks.rows((5, 4)), torch.ones(5, 4, dtype=torch.float16)),
 }
@@ -189,8 +187,8 @@ LEFT_TO_THE_REFERENCE = {
 @pytest.mark.parametrize("name", PLACES)
 def test_places_in_memory(name):
     blocks, param = PLACES[name]
-    tensor = cut_tensor(blocks, param=param.clone(memory_format=torch.preserve_format))
-    other = cut_tensor(blocks, param=param)
+    tensor = parameter_view(blocks, param=param.clone(memory_format=torch.preserve_format))
+    other = parameter_view(blocks, param=param)
     assert cpu.supports(replace(other, grad=param)) is None
     steps([tensor], [other], 5)
     assert_same(tensor, other, tolerances={"rtol": 1e-5, "atol": 1e-6})
@@ -199,7 +197,7 @@ def test_places_in_memory(name):
 @pytest.mark.parametrize("name", LEFT_TO_THE_REFERENCE)
 def test_what_the_kernel_leaves_to_the_reference(name, tolerances):
     blocks, param = LEFT_TO_THE_REFERENCE[name]
-    tensor, other = cut_tensor(blocks, param=param.clone()), cut_tensor(blocks, param=param)
+    tensor, other = parameter_view(blocks, param=param.clone()), parameter_view(blocks, param=param)
     assert cpu.supports(replace(other, grad=param)) is not None
     steps([tensor], [other], 3)
     assert_same(tensor, other, tolerances=tolerances[param.dtype])
@@ -207,7 +205,7 @@ def test_what_the_kernel_leaves_to_the_reference(name, tolerances):
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_gradients_in_another_order(axis):
-    tensor = cut_tensor(Blocks.rows((40, 30), axis=axis))
+    tensor = parameter_view(Blocks.rows((40, 30), axis=axis))
     other = copy_of(tensor)
     grad = torch.randn(30, 40).mT
     update.update_(replace(tensor, grad=grad), OPTIONS)
@@ -216,7 +214,7 @@ def test_gradients_in_another_order(axis):
 
 
 def test_parameters_that_have_taken_other_numbers_of_steps():
-    tensors = [cut_tensor(Blocks.rows((4, 5))) for _ in range(3)]
+    tensors = [parameter_view(Blocks.rows((4, 5))) for _ in range(3)]
     others = [copy_of(t) for t in tensors]
     steps(tensors[:1], others[:1], 3)
     steps(tensors[1:2], others[1:2], 1)
@@ -228,14 +226,14 @@ def test_parameters_that_have_taken_other_numbers_of_steps():
 
 @pytest.mark.parametrize("beta1", [0.0, 0.3, 0.9])
 def test_rates_of_the_first_moment(beta1):
-    tensor = cut_tensor(Blocks.rows((4, 50)))
+    tensor = parameter_view(Blocks.rows((4, 50)))
     other = copy_of(tensor)
     steps([tensor], [other], 3, beta1=beta1, weight_decay=0.0)
     assert_same(tensor, other, tolerances={"rtol": 1e-5, "atol": 1e-6})
 
 
 def test_autograd_sees_that_parameters_change():
-    tensor = cut_tensor(Blocks.rows((4, 5)))
+    tensor = parameter_view(Blocks.rows((4, 5)))
     version = tensor.param._version
     cpu.update_([replace(tensor, grad=torch.randn(4, 5))], OPTIONS)
     assert tensor.param._version > version
@@ -250,7 +248,7 @@ LARGER = {"whole": Blocks.whole((2000, 2000)), "columns": Blocks.rows((2000, 200
 
 @pytest.mark.parametrize("blocks", [*LARGE.values(), *LARGER.values()], ids=lambda blocks: f"{blocks.signature}")
 def test_the_number_of_threads_changes_no_bit(blocks):
-    tensors = [cut_tensor(blocks)]
+    tensors = [parameter_view(blocks)]
     others = [copy_of(t) for t in tensors]
     try:
         for _ in range(3):
@@ -268,12 +266,12 @@ def test_the_number_of_threads_changes_no_bit(blocks):
 @pytest.mark.parametrize("name", LARGE)
 def test_a_gradient_that_is_not_a_number_reaches_its_block_alone(name, dtype):
     blocks = LARGE[name]
-    tensor = cut_tensor(blocks, dtype, torch.bfloat16)
+    tensor = parameter_view(blocks, dtype, torch.bfloat16)
     grad = torch.randn(blocks.shape).to(dtype)
     place = tuple(size // 2 for size in blocks.shape)
     grad[place] = float("nan")
     cpu.update_([replace(tensor, grad=grad)], OPTIONS)
-    exact = cut_tensor(blocks)
+    exact = parameter_view(blocks)
     update.update_(replace(exact, grad=grad.float()), OPTIONS)
     assert torch.equal(tensor.param.isnan(), exact.param.isnan())
     assert torch.equal(tensor.exp_avg.isnan(), exact.exp_avg.isnan())
@@ -283,7 +281,7 @@ def test_small_squares_are_not_lost_beside_large_ones():
     """A million ones after one large square: float32 alone would stop counting at 2^24."""
     grad = torch.ones(1, 2**20)
     grad[0, 0] = 2.0**13
-    tensor = cut_tensor(Blocks.rows(grad.shape))
+    tensor = parameter_view(Blocks.rows(grad.shape))
     cpu.update_([replace(tensor, grad=grad)], OPTIONS)
     mean = (2.0**26 + 2**20 - 1) / 2**20
     assert tensor.moments[0].item() == pytest.approx((1 - OPTIONS.beta2) * mean, rel=1e-5)
@@ -301,7 +299,7 @@ def test_rectangles_of_a_flattened_parameter(blocks, data):
     shard = Shard(blocks, flat_boxes(blocks.shape, start, stop))
     torch.manual_seed(0)
     part = {"param": torch.randn(stop - start), "exp_avg": torch.zeros(stop - start)}
-    tensor = replace(cut_tensor(blocks), shard=shard, **part)
+    tensor = replace(parameter_view(blocks), shard=shard, **part)
     other = copy_of(tensor)
     for _ in range(3):
         grad = torch.randn(stop - start)
@@ -317,7 +315,7 @@ def test_rectangles_of_a_flattened_parameter(blocks, data):
 
 @pytest.mark.parametrize("name", [name for name, blocks in LARGE.items() if blocks.kind == "mean"])
 def test_sums_of_all_ranks_are_taken_as_they_are(name):
-    tensor = cut_tensor(LARGE[name])
+    tensor = parameter_view(LARGE[name])
     other = copy_of(tensor)
     grad = tiny_models.random_gradient(tensor.param)
     (sums,) = replace(tensor, grad=grad).local_square_sums()

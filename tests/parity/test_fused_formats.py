@@ -11,9 +11,9 @@ import tiny_models
 from lightning_adam_mini import AdamMini, Blocks
 from lightning_adam_mini.blocks import Segment
 from lightning_adam_mini.optim import update
-from lightning_adam_mini.optim.cut_tensor import CutTensor
 from lightning_adam_mini.optim.kernels import cpu
 from lightning_adam_mini.optim.momentum_8bit import decode_tensor
+from lightning_adam_mini.optim.parameter_view import ParameterView
 from lightning_adam_mini.optim.shards import Shard
 from lightning_adam_mini.optim.state import first_moment, init_state
 from lightning_adam_mini.optim.step_options import StepOptions
@@ -44,22 +44,22 @@ BLOCKS = {
     "convolution": Blocks.rows((40, 20, 3, 3)),
     "transposed convolution": Blocks.rows((40, 30, 3, 3), axis=1),
     "fused in columns": Blocks.segmented((33, 160), (Segment(80, 20), Segment(80, 1)), axis=1),
-    "row and column": Blocks.row_column((40, 130)),
-    "row and column, in columns": Blocks.row_column((40, 130), axis=1),
+    "row and column": Blocks.factored((40, 130)),
+    "row and column, in columns": Blocks.factored((40, 130), axis=1),
 }
 # What the kernel leaves to slices of torch operations: groups that its pieces would split.
 SPLIT = {
     "experts": Blocks.rows((3, 40, 50), axis=1, batch_axes=(0,)),
-    "row and column, fused": Blocks.row_column((33, 160), axis=1, segment_lengths=(40, 20, 20), repeats=2),
+    "row and column, fused": Blocks.factored((33, 160), axis=1, segment_lengths=(40, 20, 20), repeats=2),
     "long slices": Blocks.whole((2, 2**16 + 2)),
 }
 
 
-def cut_tensor(blocks, formats, *, start=0):
+def parameter_view(blocks, formats, *, start=0):
     dtype, exp_avg_dtype, rounds = formats
     param = torch.randn(blocks.shape).to(dtype)
     state = init_state(param, blocks, exp_avg_dtype=exp_avg_dtype, capturable=False)
-    return CutTensor(
+    return ParameterView(
         param,
         None,
         Shard(blocks),
@@ -87,7 +87,7 @@ def share_of_others(first, second):
 def test_one_step_from_the_same_state(name, formats):
     """Sums in another order change last bits, and a few numbers fall to the other side; other noise would move half."""
     # The number of an element passes 2^32 in its midst.
-    tensor = cut_tensor(BLOCKS[name], FORMATS[formats], start=2**32 - 1000)
+    tensor = parameter_view(BLOCKS[name], FORMATS[formats], start=2**32 - 1000)
     for _ in range(4):
         grad = tiny_models.random_gradient(tensor.param)
         other = replace(copy_of(tensor), grad=grad)
@@ -115,7 +115,7 @@ def test_one_step_from_the_same_state(name, formats):
 
 @pytest.mark.parametrize("name", SPLIT)
 def test_groups_that_pieces_would_split_go_through_slices(name):
-    tensor = cut_tensor(SPLIT[name], FORMATS["8 bits"])
+    tensor = parameter_view(SPLIT[name], FORMATS["8 bits"])
     other = copy_of(tensor)
     grad = tiny_models.random_gradient(tensor.param)
     assert "8-bit codes" in cpu.supports(replace(other, grad=grad))
@@ -127,7 +127,7 @@ def test_groups_that_pieces_would_split_go_through_slices(name):
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_any_number_of_threads_gives_the_same_bits(threads):
-    tensors = [cut_tensor(blocks, FORMATS["8 bits beside rounded bfloat16"]) for blocks in BLOCKS.values()]
+    tensors = [parameter_view(blocks, FORMATS["8 bits beside rounded bfloat16"]) for blocks in BLOCKS.values()]
     others = [copy_of(tensor) for tensor in tensors]
     before = torch.get_num_threads()
     for _ in range(3):
@@ -146,7 +146,7 @@ def test_any_number_of_threads_gives_the_same_bits(threads):
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 def test_what_is_not_finite_stays_to_be_seen(value):
-    tensor = cut_tensor(BLOCKS["rows"], FORMATS["8 bits"])
+    tensor = parameter_view(BLOCKS["rows"], FORMATS["8 bits"])
     grad = tiny_models.random_gradient(tensor.param)
     grad[3, 200] = value
     cpu.update_([replace(tensor, grad=grad)], OPTIONS)

@@ -10,7 +10,7 @@ from lightning_adam_mini.partition import ModuleLayout, Role, layouts, register_
 from lightning_adam_mini.partition.layouts.orders import CONTIGUOUS
 from tiny_models import DIM, HEADS, KV_HEADS, FusedAttention, SeparateAttention, random_gradient
 
-STRATEGIES = ["transformer", "transformer_early", "transformer_rank_one", "element"]
+STRATEGIES = ["transformer", "transformer_early", "factored", "element"]
 HEAD_DIM = 2
 
 

@@ -7,8 +7,8 @@ import torch
 
 from lightning_adam_mini import Blocks
 from lightning_adam_mini.optim import foreach, update
-from lightning_adam_mini.optim.cut_tensor import CutTensor
 from lightning_adam_mini.optim.kernels import cpu
+from lightning_adam_mini.optim.parameter_view import ParameterView
 from lightning_adam_mini.optim.sharding import share_square_sums
 from lightning_adam_mini.optim.shards import Shard, flat_boxes, grid_boxes
 from lightning_adam_mini.optim.state import init_state
@@ -32,7 +32,7 @@ def moments_after(implementation, blocks, grad, **options):
     state = init_state(param, blocks, exp_avg_dtype=None, capturable=False)
     moments = tuple(state[key] for key in blocks.state_shapes)
     shard = options.pop("shard", Shard(blocks))
-    STEPS[implementation](CutTensor(param, grad, shard, state["step"], state["exp_avg"], moments, **options))
+    STEPS[implementation](ParameterView(param, grad, shard, state["step"], state["exp_avg"], moments, **options))
     return [moment.double() / (1 - OPTIONS.beta2) for moment in moments]
 
 
@@ -63,9 +63,9 @@ SIZES = {
     "short rows": Blocks.rows((3000, 5)),
     "heads": Blocks.rows((128, 1000), block_size=64),
     "heads in columns": Blocks.rows((10000, 64), axis=1, block_size=8),
-    "row and column": Blocks.row_column((1000, 700)),
-    "row and column, transposed": Blocks.row_column((700, 1000), axis=1),
-    "row and long column": Blocks.row_column((2**17, 3)),
+    "row and column": Blocks.factored((1000, 700)),
+    "row and column, transposed": Blocks.factored((700, 1000), axis=1),
+    "row and long column": Blocks.factored((2**17, 3)),
 }
 KINDS = {
     "normal": torch.randn,
@@ -124,14 +124,14 @@ def test_a_square_that_overflows_in_a_mean_that_does_not(name, implementation):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes(dtype, implementation):
     grad = torch.full((64, 4096), 1e18).to(dtype)
-    for blocks in (Blocks.whole(grad.shape), Blocks.rows(grad.shape, axis=1), Blocks.row_column(grad.shape)):
+    for blocks in (Blocks.whole(grad.shape), Blocks.rows(grad.shape, axis=1), Blocks.factored(grad.shape)):
         assert_right(implementation, blocks, grad)
 
 
 def test_in_slices():
     """What is rounded stochastically, and rectangles of a tensor."""
     grad = torch.full((64, 4096), 2e18)
-    for blocks in (Blocks.whole(grad.shape), Blocks.row_column(grad.shape)):
+    for blocks in (Blocks.whole(grad.shape), Blocks.factored(grad.shape)):
         assert_right("foreach", blocks, grad, rounding=Rounding(7, tuple(grad.shape)))
         boxes = grid_boxes([[(0, 0, 20), (20, 20, 44)], [(0, 0, 4096)]])
         assert_right("foreach", blocks, grad, shard=Shard(blocks, boxes))
@@ -140,7 +140,7 @@ def test_in_slices():
     param = torch.zeros(grad.numel())
     for implementation, step in STEPS.items():
         moment = torch.zeros(1, 1)
-        step(CutTensor(param, grad.flatten(), shard, torch.zeros(()), torch.zeros_like(param), (moment,)))
+        step(ParameterView(param, grad.flatten(), shard, torch.zeros(()), torch.zeros_like(param), (moment,)))
         assert moment.item() == pytest.approx((1 - OPTIONS.beta2) * 4e36, rel=1e-6), implementation
 
 
@@ -149,10 +149,10 @@ def test_roots_of_a_factored_moment_are_finite(implementation):
     """The mean of the rows' moments is, though their sum is not."""
     grad = torch.full((1024, 1024), 1e19)
     param = torch.ones_like(grad)
-    blocks = Blocks.row_column(grad.shape)
+    blocks = Blocks.factored(grad.shape)
     state = init_state(param, blocks, exp_avg_dtype=None, capturable=False)
     moments = tuple(state[key] for key in blocks.state_shapes)
-    STEPS[implementation](CutTensor(param, grad, Shard(blocks), state["step"], state["exp_avg"], moments))
+    STEPS[implementation](ParameterView(param, grad, Shard(blocks), state["step"], state["exp_avg"], moments))
     torch.testing.assert_close(param, torch.full_like(param, 1 - OPTIONS.lr), rtol=1e-6, atol=0)
 
 
@@ -185,9 +185,9 @@ def shared_mean(rank, grad, implementation):
     blocks = Blocks.whole((2 * grad.shape[0], grad.shape[1]))
     half = Shard(blocks, None, (torch.distributed.group.WORLD,), "cpu")
     param, moment = torch.zeros_like(grad), torch.zeros(1, 1)
-    tensor = CutTensor(param, grad, half, torch.zeros(()), torch.zeros_like(param), (moment,))
+    tensor = ParameterView(param, grad, half, torch.zeros(()), torch.zeros_like(param), (moment,))
     sums = {"fused": lambda t: cpu.square_sums(t) or t.local_square_sums()}
-    share_square_sums([tensor], sums.get(implementation, CutTensor.local_square_sums))
+    share_square_sums([tensor], sums.get(implementation, ParameterView.local_square_sums))
     STEPS[implementation](tensor)
     return moment.item() / (1 - OPTIONS.beta2)
 

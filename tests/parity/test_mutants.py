@@ -8,7 +8,7 @@ import torch
 
 from lightning_adam_mini import blocks
 from lightning_adam_mini.blocks import Blocks
-from lightning_adam_mini.optim import cut_tensor, foreach, step_options, update
+from lightning_adam_mini.optim import foreach, parameter_view, step_options, update
 from reference.lockstep import MODELS, lockstep
 
 # The module, a piece of it that occurs once, and what a mistaken hand would have written.
@@ -84,8 +84,8 @@ def test_a_mistake_in_the_reference_shows(mistake, monkeypatch, tolerances):
 
 @pytest.mark.parametrize("mistake", DENOMINATOR_MUTANTS)
 def test_a_mistake_in_the_denominators_shows(mistake, monkeypatch, tolerances):
-    mutant = mutant_of(cut_tensor, *DENOMINATOR_MUTANTS[mistake])
-    monkeypatch.setattr(cut_tensor.CutTensor, "pieces", mutant.CutTensor.pieces)
+    mutant = mutant_of(parameter_view, *DENOMINATOR_MUTANTS[mistake])
+    monkeypatch.setattr(parameter_view.ParameterView, "pieces", mutant.ParameterView.pieces)
     assert not is_equal("reference", tolerances)
 
 

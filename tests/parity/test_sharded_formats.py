@@ -84,8 +84,8 @@ def run_on_rank(rank, *arguments):
     [
         ("14 heads", "fsdp2", 2, "8 bits", "transformer"),
         ("14 heads", "fsdp2", 3, "8 bits, rounded", "transformer"),
-        ("gpt2", "fsdp2", 3, "8 bits, rounded", "transformer_rank_one"),
-        pytest.param("14 heads", "fsdp2", 3, "rounded", "transformer_rank_one", marks=pytest.mark.slow),
+        ("gpt2", "fsdp2", 3, "8 bits, rounded", "factored"),
+        pytest.param("14 heads", "fsdp2", 3, "rounded", "factored", marks=pytest.mark.slow),
         pytest.param("gpt2", "fsdp2", 2, "rounded first moments", "transformer", marks=pytest.mark.slow),
         pytest.param("experts", "fsdp2", 3, "8 bits, rounded", "transformer", marks=pytest.mark.slow),
         ("convolutions", "fsdp2", 2, "8 bits, rounded", "element"),
@@ -93,7 +93,7 @@ def run_on_rank(rank, *arguments):
         pytest.param("14 heads", "hsdp", 4, "8 bits, rounded", "transformer", marks=pytest.mark.slow),
         pytest.param("14 heads", "fsdp2 x tp", 4, "rounded", "transformer", marks=pytest.mark.slow),
         ("14 heads", "fsdp1", 3, "rounded", "transformer"),
-        pytest.param("gpt2", "fsdp1", 2, "rounded first moments", "transformer_rank_one", marks=pytest.mark.slow),
+        pytest.param("gpt2", "fsdp1", 2, "rounded first moments", "factored", marks=pytest.mark.slow),
     ],
 )
 def test_sharded_parameters_are_those_of_one_process(name, layout, world, format_name, partition):

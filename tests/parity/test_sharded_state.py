@@ -55,7 +55,7 @@ def run_on_ranks(rank, folder, layout, world, partition, options):
     return run(rank, folder, layout, world, partition, **options)
 
 
-@pytest.mark.parametrize("partition", ["transformer", pytest.param("transformer_rank_one", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("partition", ["transformer", pytest.param("factored", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -90,7 +90,7 @@ def test_a_checkpoint_goes_on_exactly_on_other_ranks(tmp_path, before, after, pa
 def loads_states_of_the_first_fsdp(rank, world):
     """Its own state to the last bit, and another optimizer's with a message."""
     model, parts, part = lay_out(build("14 heads"), "fsdp1", world)
-    optimizer = optimizer_of(model, "transformer_rank_one")
+    optimizer = optimizer_of(model, "factored")
     train(model, optimizer, 2, parts=parts, part=part)
     before = [{key: value.clone() for key, value in state.items()} for state in optimizer.state.values()]
     optimizer.load_state_dict(optimizer.state_dict())
@@ -134,7 +134,7 @@ def train_with_shards_that_come_later(rank, world, partition, steps_before):
 
 @pytest.mark.parametrize(
     ("partition", "steps_before"),
-    [("transformer", 0), ("transformer", 2), pytest.param("transformer_rank_one", 2, marks=pytest.mark.slow)],
+    [("transformer", 0), ("transformer", 2), pytest.param("factored", 2, marks=pytest.mark.slow)],
 )
 def test_parameters_that_are_swapped_for_shards_train_as_on_one_process(partition, steps_before):
     weights, *_ = run_ranks(2, train_with_shards_that_come_later, 2, partition, steps_before)

@@ -74,7 +74,7 @@ def slow_but(cases, *fast):
 
 OTHER_PARTITIONS = [
     (partition, *case)
-    for partition in ("transformer_early", "transformer_rank_one", "default", "element")
+    for partition in ("transformer_early", "factored", "default", "element")
     for case in (("14 heads", "fsdp2", 3), ("gpt2", "fsdp1", 3), ("llama", "fsdp2 x tp", 4))
 ]
 
@@ -83,8 +83,8 @@ OTHER_PARTITIONS = [
     ("partition", "name", "layout", "world"),
     slow_but(
         OTHER_PARTITIONS,
-        ("transformer_rank_one", "14 heads", "fsdp2", 3),
-        ("transformer_rank_one", "gpt2", "fsdp1", 3),
+        ("factored", "14 heads", "fsdp2", 3),
+        ("factored", "gpt2", "fsdp1", 3),
         ("default", "14 heads", "fsdp2", 3),
         ("element", "gpt2", "fsdp1", 3),
     ),
@@ -94,7 +94,7 @@ def test_every_partition_trains_as_on_one_process(partition, name, layout, world
 
 
 @pytest.mark.parametrize("layout", ["fsdp2", "fsdp1"])
-@pytest.mark.parametrize("partition", ["transformer", "transformer_rank_one"])
+@pytest.mark.parametrize("partition", ["transformer", "factored"])
 def test_the_reference_trains_as_on_one_process(partition, layout):
     assert largest_difference("3 heads", layout, 2, partition=partition, implementation="reference") < WITHIN
 
@@ -193,7 +193,7 @@ def collectives(rank, name, layout, world, options):
     ("layout", "world", "partition", "expected"),
     [
         ("fsdp2", 2, "transformer", 1),
-        ("fsdp2", 3, "transformer_rank_one", 1),
+        ("fsdp2", 3, "factored", 1),
         ("hsdp", 4, "transformer", 1),
         ("tp", 2, "transformer", 1),
         ("fsdp2 x tp", 4, "transformer", 2),

@@ -23,8 +23,8 @@ import tiny_models
 from lightning_adam_mini import Blocks
 from lightning_adam_mini.blocks import Kind, Segment
 from lightning_adam_mini.optim import update
-from lightning_adam_mini.optim.cut_tensor import CutTensor
 from lightning_adam_mini.optim.kernels import gpu, triton_launches, triton_tables
+from lightning_adam_mini.optim.parameter_view import ParameterView
 from lightning_adam_mini.optim.shards import Shard, flat_boxes, grid_boxes
 from lightning_adam_mini.optim.state import init_state
 from lightning_adam_mini.optim.step_options import StepOptions
@@ -78,7 +78,7 @@ BLOCKS = {
     "fused, one block over the repeats, experts": Blocks.segmented(
         (2, 12, 3), SPANNING, axis=1, repeats=2, batch_axes=(0,)
     ),
-    "row and column": Blocks.row_column((4, 6)),
+    "row and column": Blocks.factored((4, 6)),
 }
 
 LEFT = ("batch on both sides", "row and column")
@@ -95,12 +95,14 @@ DTYPES = [  # of parameters, of gradients, of first moments
 ]
 
 
-def cut_tensor(blocks, *, device, dtype=torch.float32, exp_avg_dtype=None, capturable=False, shard=None, shape=None):
+def parameter_view(
+    blocks, *, device, dtype=torch.float32, exp_avg_dtype=None, capturable=False, shard=None, shape=None
+):
     param = torch.randn(blocks.shape if shape is None else shape, device=device).to(dtype)
     shard = shard or Shard(blocks)
-    state = init_state(param, shard.frame, shard, exp_avg_dtype=exp_avg_dtype, capturable=capturable)
-    moments = tuple(state[key] for key in shard.frame.state_shapes)
-    return CutTensor(param, None, shard, state["step"], state["exp_avg"], moments)
+    state = init_state(param, shard.local_blocks, shard, exp_avg_dtype=exp_avg_dtype, capturable=capturable)
+    moments = tuple(state[key] for key in shard.local_blocks.state_shapes)
+    return ParameterView(param, None, shard, state["step"], state["exp_avg"], moments)
 
 
 def with_gradients(tensors, grads):
@@ -160,14 +162,14 @@ def test_all_of_this_file_in_the_interpreter():
 @pytest.mark.parametrize(("dtype", "grad_dtype", "exp_avg_dtype", "maximize"), [(*d, d == DTYPES[1]) for d in DTYPES])
 def test_kernels_equal_the_reference(dtype, grad_dtype, exp_avg_dtype, maximize, device, tolerances):
     blocks = BLOCKS if exp_avg_dtype is None and dtype is torch.float32 else SMALL
-    tensors = [cut_tensor(b, device=device, dtype=dtype, exp_avg_dtype=exp_avg_dtype) for b in blocks.values()]
+    tensors = [parameter_view(b, device=device, dtype=dtype, exp_avg_dtype=exp_avg_dtype) for b in blocks.values()]
     others = copy.deepcopy(tensors)
     run_both(tensors, others, grad_dtype=grad_dtype, options=replace(OPTIONS, maximize=maximize))
     assert_same(blocks, tensors, others, tolerances)
 
 
 def kernels_of(names, device):
-    tensors = [cut_tensor(BLOCKS[name], device=device) for name in names]
+    tensors = [parameter_view(BLOCKS[name], device=device) for name in names]
     grads = [torch.ones_like(t.param) for t in tensors]
     with_grads = with_gradients(tensors, grads)
     plan = gpu.make_plan(with_grads, torch.device(device))
@@ -194,7 +196,7 @@ def test_every_kernel_is_among_them(device):
 @settings(max_examples=12)
 @given(st.lists(cuts(), min_size=4, max_size=8), st.booleans())
 def test_random_cuts(tolerances, drawn, capturable):
-    tensors = [cut_tensor(blocks, device="cpu", capturable=capturable) for blocks in drawn]
+    tensors = [parameter_view(blocks, device="cpu", capturable=capturable) for blocks in drawn]
     others = copy.deepcopy(tensors)
     run_both(tensors, others, num_steps=2, capturable=capturable)
     assert_same(drawn, tensors, others, tolerances)
@@ -226,7 +228,7 @@ def small_limits(monkeypatch):
 @pytest.mark.parametrize("capturable", [False, True])
 def test_blocks_in_many_parts(capturable, small_limits, tolerances):
     blocks = {name: b for name, b in SMALL.items() if math.prod(b.shape) < 500}
-    tensors = [cut_tensor(b, device="cpu", capturable=capturable) for b in blocks.values()]
+    tensors = [parameter_view(b, device="cpu", capturable=capturable) for b in blocks.values()]
     others = copy.deepcopy(tensors)
     run_both(tensors, others, capturable=capturable, num_steps=2)
     assert_same(blocks, tensors, others, tolerances)
@@ -242,7 +244,7 @@ def test_axes_in_another_order_in_memory(device, tolerances):
     orders = {"convolution": (0, 2, 3, 1), "matrix": (1, 0), "element": (1, 0)}
     tensors = []
     for name, b in blocks.items():
-        tensor = cut_tensor(b, device=device)
+        tensor = parameter_view(b, device=device)
         order = orders[name]
         back = [order.index(axis) for axis in range(len(order))]
         param = tensor.param.permute(order).contiguous().permute(back)
@@ -255,7 +257,7 @@ def test_axes_in_another_order_in_memory(device, tolerances):
 
 @devices
 def test_gradients_that_lie_in_memory_the_other_way_round(device, tolerances):
-    tensors = [cut_tensor(BLOCKS[name], device=device) for name in ("rows", "element")]
+    tensors = [parameter_view(BLOCKS[name], device=device) for name in ("rows", "element")]
     others = copy.deepcopy(tensors)
     for _ in range(2):
         grads = [torch.randn_like(t.param).mT.contiguous().mT for t in tensors]
@@ -269,7 +271,7 @@ def test_gradients_that_lie_in_memory_the_other_way_round(device, tolerances):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_that_is_not_aligned(dtype, device, tolerances):
     names = [name for name in SMALL if BLOCKS[name].num_values]
-    tensors = [cut_tensor(BLOCKS[name], device=device, dtype=dtype) for name in names]
+    tensors = [parameter_view(BLOCKS[name], device=device, dtype=dtype) for name in names]
     others = []
     for number, tensor in enumerate(copy.deepcopy(tensors)):
         shifted = []
@@ -300,7 +302,7 @@ def test_launches_promise_alignment_where_there_is_some(dtype):
     for name, shift in itertools.product((n for n in BLOCKS if n not in LEFT), (0, 1)):
         blocks = BLOCKS[name]
         param = torch.zeros(math.prod(blocks.shape) + shift, dtype=dtype)[shift:].view(blocks.shape)
-        tensor = cut_tensor(blocks, device="cpu", dtype=dtype)
+        tensor = parameter_view(blocks, device="cpu", dtype=dtype)
         tensors.append(replace(tensor, param=param, grad=torch.zeros_like(param)))
     plan = gpu.make_plan(tensors, torch.device("cpu"))
     taken = [tensors[number] for number in plan.taken]
@@ -323,19 +325,19 @@ def sharded(device):
     whole = Blocks.whole((6, 8))
     boxes = grid_boxes([[(1, 0, 2), (5, 2, 1)], [(0, 0, 8)]])
     return {
-        "heads cut in two": cut_tensor(rows, device=device, shard=Shard(rows, boxes), shape=(3, 8)),
-        "a range of a flat vector": cut_tensor(
+        "heads cut in two": parameter_view(rows, device=device, shard=Shard(rows, boxes), shape=(3, 8)),
+        "a range of a flat vector": parameter_view(
             rows, device=device, shard=Shard(rows, flat_boxes(rows.shape, 5, 37)), shape=(32,)
         ),
-        "rectangles with gaps": cut_tensor(
+        "rectangles with gaps": parameter_view(
             rows, device=device, shard=Shard(rows, grid_boxes([[(0, 0, 6)], [(0, 0, 2), (6, 2, 2)]])), shape=(6, 4)
         ),
-        "half of each row": cut_tensor(matrix, device=device, shard=Shard(matrix), shape=(6, 4)),
-        "half of the columns": cut_tensor(
+        "half of each row": parameter_view(matrix, device=device, shard=Shard(matrix), shape=(6, 4)),
+        "half of the columns": parameter_view(
             Blocks.rows((6, 8), axis=1), device=device, shard=Shard(Blocks.rows((6, 8), axis=1)), shape=(3, 8)
         ),
-        "a part of one block": cut_tensor(whole, device=device, shard=Shard(whole), shape=(2, 8)),
-        "nothing": cut_tensor(whole, device=device, shard=Shard(whole, ()), shape=(0, 8)),
+        "a part of one block": parameter_view(whole, device=device, shard=Shard(whole), shape=(2, 8)),
+        "nothing": parameter_view(whole, device=device, shard=Shard(whole, ()), shape=(0, 8)),
     }
 
 
@@ -361,7 +363,7 @@ def test_sharded_tensors(device, tolerances):
 @pytest.mark.parametrize("capturable", [False, True])
 def test_learning_rates_that_are_tensors(capturable, device, tolerances):
     names = ("rows", "element", "columns")
-    tensors = [cut_tensor(BLOCKS[name], device=device, capturable=capturable) for name in names]
+    tensors = [parameter_view(BLOCKS[name], device=device, capturable=capturable) for name in names]
     others = copy.deepcopy(tensors)
     options = replace(OPTIONS, lr=torch.tensor(1e-2, device=device), weight_decay=0.0)
     run_both(tensors, others, options=options, capturable=capturable)
@@ -372,7 +374,7 @@ def test_learning_rates_that_are_tensors(capturable, device, tolerances):
 @devices
 def test_a_step_is_the_same_each_time(device):
     names = ("rows", "whole, long", "columns")
-    tensors = [cut_tensor(BLOCKS[name], device=device) for name in names]
+    tensors = [parameter_view(BLOCKS[name], device=device) for name in names]
     others = copy.deepcopy(tensors)
     grads = [torch.randn_like(t.param) for t in tensors]
     for copies in (tensors, others):
@@ -384,7 +386,7 @@ def test_a_step_is_the_same_each_time(device):
 
 @devices
 def test_a_plan_is_made_once(device, monkeypatch):
-    tensors = [cut_tensor(BLOCKS[name], device=device) for name in ("rows", "heads")]
+    tensors = [parameter_view(BLOCKS[name], device=device) for name in ("rows", "heads")]
     made = []
     monkeypatch.setattr(gpu, "make_plan", lambda *args, make=gpu.make_plan: made.append(1) or make(*args))
     for _ in range(3):
@@ -397,7 +399,7 @@ def test_a_plan_is_made_once(device, monkeypatch):
 @devices
 def test_nothing_to_update(device):
     gpu.update_([], OPTIONS)
-    empty = cut_tensor(Blocks.rows((0, 3)), device=device)
+    empty = parameter_view(Blocks.rows((0, 3)), device=device)
     gpu.update_([replace(empty, grad=torch.zeros_like(empty.param))], OPTIONS)
     assert empty.step == 1
 
@@ -405,7 +407,7 @@ def test_nothing_to_update(device):
 @devices
 def test_another_cut_of_the_same_tensor_shows(device, tolerances):
     """The comparison can fail."""
-    tensor = cut_tensor(BLOCKS["heads"], device=device)
+    tensor = parameter_view(BLOCKS["heads"], device=device)
     other = replace(
         copy.deepcopy(tensor), shard=Shard(Blocks.rows((6, 24))), moments=(torch.zeros(6, 1, device=device),)
     )
@@ -417,7 +419,7 @@ def test_another_cut_of_the_same_tensor_shows(device, tolerances):
 
 @compiled
 def test_what_the_kernels_do_not_take_is_said():
-    tensor = cut_tensor(BLOCKS["rows"], device="cpu")
+    tensor = parameter_view(BLOCKS["rows"], device="cpu")
     if torch.cuda.is_available():
         assert "no CUDA device" in gpu.supports(tensor)
     else:
@@ -426,7 +428,7 @@ def test_what_the_kernels_do_not_take_is_said():
 
 @compiled
 def test_tensors_on_the_cpu_are_left_to_the_reference(tolerances):
-    tensors = [cut_tensor(BLOCKS[name], device="cpu") for name in ("rows", "element")]
+    tensors = [parameter_view(BLOCKS[name], device="cpu") for name in ("rows", "element")]
     others = copy.deepcopy(tensors)
     run_both(tensors, others)
     assert_same(("rows", "element"), tensors, others, tolerances)
@@ -435,19 +437,19 @@ def test_tensors_on_the_cpu_are_left_to_the_reference(tolerances):
 @interpreted
 def test_the_interpreter_takes_tensors_on_the_cpu():
     assert gpu.unavailable(torch.device("cpu")) is None
-    assert gpu.supports(cut_tensor(BLOCKS["rows"], device="cpu")) is None
+    assert gpu.supports(parameter_view(BLOCKS["rows"], device="cpu")) is None
 
 
 @devices
 def test_what_the_reference_updates_is_said(device):
-    rows = cut_tensor(BLOCKS["rows"], device=device)
+    rows = parameter_view(BLOCKS["rows"], device=device)
     other_order = torch.zeros_like(rows.param).mT.contiguous().mT
     refused = {
-        "rank-one": cut_tensor(BLOCKS["row and column"], device=device),
-        "dtypes other": cut_tensor(BLOCKS["rows"], device=device, dtype=torch.float64),
+        "factored": parameter_view(BLOCKS["row and column"], device=device),
+        "dtypes other": parameter_view(BLOCKS["rows"], device=device, dtype=torch.float64),
         "not contiguous float32": replace(rows, moments=(rows.moments[0].double(),)),
         "another order": replace(rows, grad=other_order),
-        "four sizes": cut_tensor(BLOCKS["batch on both sides"], device=device),
+        "four sizes": parameter_view(BLOCKS["batch on both sides"], device=device),
         "8 bits": replace(rows, rounding=Rounding(7, tuple(rows.param.shape))),
         "other sign": replace(rows, grad=torch.zeros_like(rows.param, dtype=torch.complex64).conj().imag),
     }
@@ -460,8 +462,8 @@ def test_what_the_reference_updates_is_said(device):
 @pytest.mark.parametrize("tensor_lr", [False, True])
 def test_a_captured_step(tensor_lr, tolerances):
     """Replays read the gradients that were captured, whatever steps outside the graph have read in between."""
-    names = [name for name in BLOCKS if BLOCKS[name].kind is not Kind.ROW_COLUMN]
-    tensors = [cut_tensor(BLOCKS[name], device="cuda", capturable=True) for name in names]
+    names = [name for name in BLOCKS if BLOCKS[name].kind is not Kind.FACTORED]
+    tensors = [parameter_view(BLOCKS[name], device="cuda", capturable=True) for name in names]
     others = copy.deepcopy(tensors)
     options = replace(OPTIONS, lr=torch.tensor(1e-2, device="cuda") if tensor_lr else 1e-2)
     first, second = ([torch.randn_like(t.param) for t in tensors] for _ in range(2))
@@ -488,7 +490,7 @@ def test_a_captured_step(tensor_lr, tolerances):
 @pytest.mark.gpu
 @compiled
 def test_capturing_the_first_step_says_what_to_do():
-    tensor = cut_tensor(BLOCKS["rows"], device="cuda", capturable=True)
+    tensor = parameter_view(BLOCKS["rows"], device="cuda", capturable=True)
     tensor = replace(tensor, grad=torch.ones_like(tensor.param))
     with pytest.raises(RuntimeError, match="take one step"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         gpu.update_([tensor], OPTIONS, capturable=True)
@@ -497,7 +499,7 @@ def test_capturing_the_first_step_says_what_to_do():
 @pytest.mark.gpu
 @compiled
 def test_no_step_waits_for_the_device():
-    tensors = [cut_tensor(BLOCKS[name], device="cuda") for name in BLOCKS if BLOCKS[name].kind is not Kind.ROW_COLUMN]
+    tensors = [parameter_view(BLOCKS[name], device="cuda") for name in BLOCKS if BLOCKS[name].kind is not Kind.FACTORED]
     tensors = [t for t in tensors if t.param.dim() != 5]  # the reference is no part of this
     gpu.update_(with_gradients(tensors, [torch.randn_like(t.param) for t in tensors]), OPTIONS)
     grads = [torch.randn_like(t.param) for t in tensors]

@@ -79,8 +79,8 @@ def test_means_equal_brute_force(blocks, slice_elements):
     torch.testing.assert_close(means.flatten()[numbers], expanded, rtol=0, atol=0)
 
 
-@given(cuts(kinds=(Kind.ROW_COLUMN,)), slices)
-def test_rank_one_means_equal_brute_force(blocks, slice_elements):
+@given(cuts(kinds=(Kind.FACTORED,)), slices)
+def test_factored_means_equal_brute_force(blocks, slice_elements):
     tensor = random_tensor(blocks)
     rows, columns = mean_square(blocks, tensor, slice_elements)
     by_row, by_column = {}, {}
@@ -97,8 +97,8 @@ def test_rank_one_means_equal_brute_force(blocks, slice_elements):
             assert math.isclose(float(means[position]), sum(squares) / len(squares), rel_tol=1e-12)
 
 
-@given(cuts(kinds=(Kind.ROW_COLUMN,)))
-def test_a_rank_one_square_is_found_again(blocks):
+@given(cuts(kinds=(Kind.FACTORED,)))
+def test_a_factored_square_is_found_again(blocks):
     """Where every segment of every expert is an outer product of rows and columns, the estimate is exact."""
     assert blocks.axis is not None
     row_shape = [size if a == blocks.axis or a in blocks.batch_axes else 1 for a, size in enumerate(blocks.shape)]

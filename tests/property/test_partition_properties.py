@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_adam_mini import AdamMini, partition_module
 from lightning_adam_mini.blocks import Kind
-from lightning_adam_mini.partition import STRATEGIES, Cut, Role, layouts
+from lightning_adam_mini.partition import STRATEGIES, Role, Structure, layouts
 from lightning_adam_mini.partition.embeddings import POSITION_WORDS
 from lightning_adam_mini.partition.layouts.projection_names import is_output_name, projected_parts
 from lightning_adam_mini.partition.tree import plain_names
@@ -29,7 +29,7 @@ from lightning_adam_mini.partition.tree import plain_names
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch warns about tensors without elements, and old wrappers
 many = settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
-BY_ROLE = ("transformer", "transformer_early", "transformer_rank_one")
+BY_ROLE = ("transformer", "transformer_early", "factored")
 
 FUSED_NAMES = ("Wqkv", "att_proj", "c_attn", "kqv", "proj_qkv", "qkv", "query_key_value", "to_qvk", "w_pack")
 
@@ -332,7 +332,7 @@ def described(model, strategy, overrides=None):
     partition = partition_module(model, strategy, overrides)
     assert_complete(partition, model)
     plain = plain_names(model)
-    return {plain[name]: (cut.role.name, cut.role.known, cut.cut, cut.blocks) for name, cut in partition.items()}
+    return {plain[name]: (cut.role.name, cut.role.known, cut.structure, cut.blocks) for name, cut in partition.items()}
 
 
 def assert_complete(partition, model):
@@ -405,7 +405,7 @@ def test_what_a_refusal_advises_is_accepted(modules):
     assert settled_overrides(model, "transformer")
     if told := re.search(r"partition_layouts=(\{.*?\})", message):
         left_open = re.findall(r"[\w.]+", (re.search(r"which leaves (.*?) open", message) or ("", ""))[1])
-        found = partition_module(model, "transformer_rank_one", layouts=ast.literal_eval(told.group(1)))
+        found = partition_module(model, "factored", layouts=ast.literal_eval(told.group(1)))
         assert {name for name, cut in found.items() if Role.FUSED_QKV in cut.role.roles} == set(left_open), message
 
 
@@ -419,7 +419,7 @@ def test_every_element_lies_in_one_block(tree, strategy):
     for name, cut in partition.items():
         parameter, blocks = parameters[name], cut.blocks
         assert blocks.shape == parameter.shape
-        if blocks.kind is Kind.ROW_COLUMN:
+        if blocks.kind is Kind.FACTORED:
             continue  # every element has a row and a column, but no block
         index = blocks.block_index()
         assert index.shape == parameter.shape
@@ -458,7 +458,9 @@ def test_a_transformer_gives_no_matrix_one_block(tree):
             continue
         one_row = blocks.axis is not None and blocks.shape[blocks.axis] == 1
         one_head = (
-            cut.cut == Cut.HEAD and len(cut.role.parts) == 1 and cut.role.parts[0].head_dim == cut.role.parts[0].length
+            cut.structure == Structure.HEAD
+            and len(cut.role.parts) == 1
+            and cut.role.parts[0].head_dim == cut.role.parts[0].length
         )
         assert blocks.num_values > 1 or one_row or one_head, name
 
@@ -526,7 +528,7 @@ def test_wrappers_decide_nothing(tree, strategy, data):
 
 
 @many
-@given(any_trees, strategies, st.sampled_from(list(Cut)), st.data())
+@given(any_trees, strategies, st.sampled_from(list(Structure)), st.data())
 def test_an_override_holds_or_says_why_not(tree, strategy, cut, data):
     model = build(tree)
     names = [name for name, _ in model.named_parameters()]
@@ -542,7 +544,9 @@ def test_an_override_holds_or_says_why_not(tree, strategy, cut, data):
     elif partition[name].problem:
         assert not dict(model.named_parameters())[name].requires_grad
     else:
-        assert partition[name].cut == cut or partition[name].blocks.kind is Kind.ELEMENT  # of what has no dimensions
+        assert (
+            partition[name].structure == cut or partition[name].blocks.kind is Kind.ELEMENT
+        )  # of what has no dimensions
         assert repr(name) in partition[name].why
 
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_adam_mini.blocks import Kind
-from lightning_adam_mini.optim.cut_tensor import CutTensor
 from lightning_adam_mini.optim.flat_state import compress_moments, expand_moments
+from lightning_adam_mini.optim.parameter_view import ParameterView
 from lightning_adam_mini.optim.shards import Shard, flat_boxes, grid_boxes
 from lightning_adam_mini.optim.state import init_state
 from lightning_adam_mini.optim.step_options import StepOptions
@@ -17,7 +17,7 @@ from lightning_adam_mini.optim.update import update_
 from random_blocks import cuts
 
 OPTIONS = StepOptions(lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
-shared_cuts = cuts(kinds=(Kind.MEAN, Kind.ROW_COLUMN))
+shared_cuts = cuts(kinds=(Kind.MEAN, Kind.FACTORED))
 
 
 def random(shape, seed):
@@ -79,11 +79,11 @@ def test_parts_are_updated_as_the_whole(case, seed):
     state = init_state(param, blocks, exp_avg_dtype=None, capturable=False)
     moments = tuple(state[key] for key in blocks.state_shapes)
     before = param.clone()
-    update_(CutTensor(param, grad, Shard(blocks), state["step"], state["exp_avg"], moments), OPTIONS)
+    update_(ParameterView(param, grad, Shard(blocks), state["step"], state["exp_avg"], moments), OPTIONS)
     sums = blocks.square_sums(grad)
     for shard, part, part_grad, expected in zip(shards, divide(before), divide(grad), divide(param), strict=True):
         part = part.clone()
-        tensor = CutTensor(
+        tensor = ParameterView(
             part,
             part_grad.clone(),
             shard,

@@ -10,7 +10,7 @@ from torch import nn
 from lightning_adam_mini import AdamMini, Blocks
 from lightning_adam_mini.measure import adamw_state_bytes, optimizer_state_bytes
 from lightning_adam_mini.optim import foreach, update
-from lightning_adam_mini.optim.cut_tensor import CutTensor
+from lightning_adam_mini.optim.parameter_view import ParameterView
 from lightning_adam_mini.optim.shards import Shard
 from lightning_adam_mini.optim.state import init_state
 from lightning_adam_mini.optim.step_options import StepOptions
@@ -28,7 +28,7 @@ def three_steps(blocks, param, grads, implementation="reference", **options):
     state = init_state(param, blocks, exp_avg_dtype=None, capturable=False)
     moments = tuple(state[key] for key in blocks.state_shapes)
     for grad in grads:
-        tensor = CutTensor(param, grad.clone(), Shard(blocks), state["step"], state["exp_avg"], moments)
+        tensor = ParameterView(param, grad.clone(), Shard(blocks), state["step"], state["exp_avg"], moments)
         if implementation == "foreach":
             foreach.update_([tensor], replace(OPTIONS, **options))
         else:
@@ -85,7 +85,7 @@ CUTS = [
     Blocks.whole((4, 6)),
     Blocks.rows((4, 6)),
     Blocks.rows((4, 6), axis=1, block_size=3),
-    Blocks.row_column((4, 6)),
+    Blocks.factored((4, 6)),
 ]
 
 
@@ -107,14 +107,14 @@ def test_the_scale_of_one_step_does(seed, blocks):
 
 
 @given(seeds, implementations)
-def test_rank_one_equals_element_on_a_rank_one_gradient(seed, implementation):
+def test_factored_equals_element_on_a_rank_one_gradient(seed, implementation):
     """The same gradient three times, its square an outer product: nothing is lost."""
     param, _ = draw_tensors(seed, (4, 6))
     generator = torch.Generator().manual_seed(seed)
     rows, columns = (torch.rand(n, generator=generator, dtype=torch.float64) + 0.1 for n in (4, 6))
     grads = [torch.outer(rows, columns)] * 3
     expected = three_steps(Blocks.element((4, 6)), param, grads, implementation)
-    actual = three_steps(Blocks.row_column((4, 6)), param, grads, implementation)
+    actual = three_steps(Blocks.factored((4, 6)), param, grads, implementation)
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 

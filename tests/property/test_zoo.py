@@ -26,12 +26,12 @@ def test_every_parameter_is_what_its_source_says(entry):
     cuts = partition_module(model, "transformer")
     for cut in cuts.values():
         _check_each_element_lies_in_one_block(cut.blocks)
-    found = {name: (cut.role.name, cut.cut, cut.blocks.num_values) for name, cut in cuts.items()}
+    found = {name: (cut.role.name, cut.structure, cut.blocks.num_values) for name, cut in cuts.items()}
     expected = {}
     for name, parameter in model.named_parameters():
         wanted = entry.expected(name)
         blocks = parameter.numel() if wanted.blocks is None else wanted.blocks
-        expected[name] = (wanted.role, wanted.cut, blocks)
+        expected[name] = (wanted.role, wanted.structure, blocks)
         assert cuts[name].blocks.shape == parameter.shape
     assert found == expected
     assert resolve_strategy("auto", model).name == entry.partition
@@ -39,7 +39,7 @@ def test_every_parameter_is_what_its_source_says(entry):
 
 
 def _check_each_element_lies_in_one_block(blocks: Blocks) -> None:
-    assert blocks.kind is not Kind.ROW_COLUMN
+    assert blocks.kind is not Kind.FACTORED
     index = blocks.block_index()
     assert index.shape == blocks.shape
     sizes = torch.bincount(index.flatten(), minlength=blocks.num_values)

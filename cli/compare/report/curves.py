@@ -41,13 +41,13 @@ class Curve:
 
 
 def curves_chart(task: TaskComparison, name: str, over: Literal["steps", "seconds"]) -> Drawing | None:
-    """The curve of the headline against steps or training time; None where no run has one."""
+    """The curve of the primary metric against steps or training time; None where no run has one."""
     curves = [
         curve for series, entry in enumerate(task.entries) if (curve := _curve(series, entry, over=over)) is not None
     ]
     if not curves:
         return None
-    label, mode = plain(task.headline.curve_label), task.headline.mode
+    label, mode = plain(task.primary_metric.curve_label), task.primary_metric.mode
     format_x: Callable[[float], str] = count if over == "steps" else duration
     # The first validations say how far the start lies off, not how the optimizers differ.
     limits = focus(

@@ -27,7 +27,7 @@ def rates_chart(task: TaskComparison, name: str) -> Drawing | None:
     rates = sorted({lr for points in finished for lr, _ in points} | {lr for _, lr in lost})
     if not any(finished):
         return None
-    mode, label = task.headline.mode, plain(_label(task))
+    mode, label = task.primary_metric.mode, plain(_label(task))
     low, high = focus((value for points in finished for _, value in points), mode)
     edge, inwards = (high, -1) if mode == "min" else (low, 1)
 
@@ -75,8 +75,8 @@ def rates_chart(task: TaskComparison, name: str) -> Drawing | None:
 
 
 def _label(task: TaskComparison) -> str:
-    headline = task.headline
-    return f"{headline.curve_label} (it chooses the rate)" if task.selection_differs else headline.label
+    primary_metric = task.primary_metric
+    return f"{primary_metric.curve_label} (it chooses the rate)" if task.selection_differs else primary_metric.label
 
 
 def _finished(entry: Entry) -> list[tuple[float, float]]:

@@ -21,11 +21,11 @@ RATIOS = tuple(field.name for field in fields(Ratios))
 
 RUN_COLUMNS = (
     *("recipe", "optimizer", "lr", "seed", "status", "message", "is_best_lr", "is_tuning_seed"),
-    *("headline_metric", "headline_mode", "value", "selection", "steps", *COSTS),
+    *("primary_metric", "primary_metric_mode", "value", "selection", "steps", *COSTS),
     *("wall_seconds", "num_jobs", "folder", "command"),
 )
 SUMMARY_COLUMNS = (
-    *("recipe", "optimizer", "is_reference", "options", "best_lr", "num_lrs", "headline_metric", "headline_mode"),
+    *("recipe", "optimizer", "is_reference", "options", "best_lr", "num_lrs", "primary_metric", "primary_metric_mode"),
     *("mean", "std", "n", "verdict", "difference", "interval_low", "interval_high", "p_value", "target"),
     *("steps_to_target", "seconds_to_target", *COSTS, *(f"{name}_ratio" for name in RATIOS), "message"),
 )
@@ -50,7 +50,7 @@ def _run_row(comparison: Comparison, task: TaskComparison, entry: Entry, run: Ru
     return (
         *(run.recipe, run.optimizer, run.lr, run.seed, run.status, run.message),
         *(run.lr == entry.best_lr, run.seed in comparison.tuning_seeds),
-        *(task.headline.metric, task.headline.mode, run.value, run.selection, run.steps),
+        *(task.primary_metric.metric, task.primary_metric.mode, run.value, run.selection, run.steps),
         *(getattr(run.costs, name) for name in COSTS),
         *(run.wall_seconds, run.num_jobs, run.folder, shlex.join(run.command)),
     )
@@ -61,7 +61,7 @@ def _summary_row(comparison: Comparison, task: TaskComparison, entry: Entry) -> 
     low, high = verdict.interval or (None, None)
     return (
         *(task.recipe, entry.optimizer, entry.optimizer == comparison.reference, shlex.join(entry.options)),
-        *(entry.best_lr, len(entry.lrs), task.headline.metric, task.headline.mode),
+        *(entry.best_lr, len(entry.lrs), task.primary_metric.metric, task.primary_metric.mode),
         *((final.mean, final.std, final.n) if final else (None, None, 0)),
         *(verdict.word, verdict.difference, low, high, verdict.p_value, task.target),
         *(entry.steps_to_target.median, entry.seconds_to_target.median),

@@ -41,10 +41,12 @@ def task_summary(comparison: Comparison, task: TaskComparison) -> str:
     """The recipe's own title, its figure and its target."""
     title = plain(task.title).rstrip(".")
     title = f"{title}. " if title and title != task_names(comparison)[task.recipe] else ""
-    better = "less" if task.headline.mode == "min" else "more"
-    figure = f"Runs are compared by their final {plain(task.headline.label)} ({better} is better)."
+    better = "less" if task.primary_metric.mode == "min" else "more"
+    figure = f"Runs are compared by their final {plain(task.primary_metric.label)} ({better} is better)."
     if task.selection_differs:
-        figure += f" Learning rates were chosen by {_name_and_unit(task.headline.curve_label)[0]}, not by this figure."
+        figure += (
+            f" Learning rates were chosen by {_name_and_unit(task.primary_metric.curve_label)[0]}, not by this figure."
+        )
     return f"{title}{figure} {_target(comparison, task)}"
 
 
@@ -55,7 +57,7 @@ def _target(comparison: Comparison, task: TaskComparison) -> str:
         if entry is None or entry.final is None:
             return f"There is no target, because {reference} has no finished run."
         return f"There is no target, because most seeds of {reference} diverged or were not validated."
-    name, unit = _name_and_unit(task.headline.curve_label)
+    name, unit = _name_and_unit(task.primary_metric.curve_label)
     article = "an" if name[:1].lower() in tuple("aeiou") else "a"
     value = f"{number(task.target)} {unit}".rstrip()
     return f"The target is {article} {name} of {value}, the median of where the seeds of {reference} end."

@@ -47,10 +47,10 @@ def overview_table(comparison: Comparison) -> Table | None:
 
 def verdict_table(comparison: Comparison, task: TaskComparison) -> Table:
     """What each optimizer came to on a task, and what it cost."""
-    better = "less" if task.headline.mode == "min" else "more"
+    better = "less" if task.primary_metric.mode == "min" else "more"
     labels = (
         ("best lr", True),
-        (f"final {wording.plain(task.headline.label)}", True),
+        (f"final {wording.plain(task.primary_metric.label)}", True),
         (f"difference to {wording.plain(comparison.reference)}, 95\u00a0% interval", True),
         ("verdict", False),
         ("steps to target", True),

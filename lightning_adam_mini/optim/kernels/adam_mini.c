@@ -35,12 +35,12 @@ static void do_sum(Plan *plan, Work *w, const Task *task) {
         memset(sums, 0, task->length * sizeof(float));
         sum_rows(w->t, task->offset, task->length, task->count, task->length, sums);
     } else {
-        do_rank_one_sum(w, task, number);
+        do_factored_sum(w, task, number);
     }
     if (__atomic_sub_fetch(&w->sums_left, 1, __ATOMIC_ACQ_REL)) return; /* the last one adds them up */
     if (task->kind == CHUNK_SUM) combine_chunks(w, tasks);
     else if (task->kind == LINES_SUM) combine_lines(w, tasks);
-    else combine_rank_one(w, tasks);
+    else combine_factored(w, tasks);
     __atomic_store_n(&w->is_ready, 1, __ATOMIC_RELEASE);
 }
 
@@ -53,7 +53,7 @@ static void do_update(const Work *w, const Task *task) {
         for (int64_t i = 0; i < task->count; i++)
             update_columns(w, task->offset + i * task->length, task->length, w->factors);
     } else {
-        do_rank_one_update(w, task);
+        do_factored_update(w, task);
     }
 }
 
@@ -67,7 +67,7 @@ static void do_tasks(Plan *plan) {
             case BLOCKS: do_blocks(w, task); break;
             case PACK: do_pack(w, task); break;
             case ELEMENTS: update_elements(w, task->offset, task->length); break;
-            case CHUNK_SUM: case LINES_SUM: case RANK_ONE_SUM: do_sum(plan, w, task); break;
+            case CHUNK_SUM: case LINES_SUM: case FACTORED_SUM: do_sum(plan, w, task); break;
             default: do_update(w, task);
         }
     }

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from lightning_adam_mini.blocks import Blocks, Kind
 from lightning_adam_mini.optim import foreach, update
-from lightning_adam_mini.optim.cut_tensor import CutTensor
 from lightning_adam_mini.optim.kernels import formats
 from lightning_adam_mini.optim.kernels.build import library, unavailable
 from lightning_adam_mini.optim.kernels.formats import Formats, groups_fit, slice_length_of
 from lightning_adam_mini.optim.kernels.layout import Layout, box_layout, is_same_layout, layout
 from lightning_adam_mini.optim.kernels.plan import Entry, Mode, Plan, Spans
+from lightning_adam_mini.optim.parameter_view import ParameterView
 from lightning_adam_mini.optim.shards import Box
 from lightning_adam_mini.optim.step_options import StepOptions
 
@@ -33,7 +33,7 @@ _NONE = StepOptions(lr=0.0, beta1=0.0, beta2=0.0, eps=0.0, weight_decay=0.0)
 _Shape = tuple[int, ...]
 
 
-def update_(tensors: Sequence[CutTensor], options: StepOptions) -> None:
+def update_(tensors: Sequence[ParameterView], options: StepOptions) -> None:
     """One step of Adam-mini on many tensors, in place.
 
     Args:
@@ -41,7 +41,7 @@ def update_(tensors: Sequence[CutTensor], options: StepOptions) -> None:
         options: Scalars of this step, `lr` a number.
     """
     entries: list[Entry] = []
-    others: list[CutTensor] = []
+    others: list[ParameterView] = []
     for tensor in tensors:
         if supports(tensor) is not None:
             others.append(tensor)
@@ -54,7 +54,7 @@ def update_(tensors: Sequence[CutTensor], options: StepOptions) -> None:
     foreach.update_(others, options)
 
 
-def supports(tensor: CutTensor) -> str | None:
+def supports(tensor: ParameterView) -> str | None:
     """Why the kernel cannot take a tensor; None if it can."""
     param, grad, kind = tensor.param, tensor.grad, tensor.blocks.kind
     if not param.is_cpu or grad is None:
@@ -84,11 +84,11 @@ def supports(tensor: CutTensor) -> str | None:
     return _format_refusal(tensor, pieces) if pieces is not None else "rectangles that do not lie densely in memory"
 
 
-def _has_known_format(tensor: CutTensor) -> bool:
+def _has_known_format(tensor: ParameterView) -> bool:
     return tensor.exp_avg.dtype in ((torch.uint8,) if tensor.exp_avg_scale is not None else _DTYPES)
 
 
-def _format_refusal(tensor: CutTensor, pieces: list[tuple[_Piece, Box | None]]) -> str | None:
+def _format_refusal(tensor: ParameterView, pieces: list[tuple[_Piece, Box | None]]) -> str | None:
     """Why the kernel cannot take the formats in which a tensor is stored; None if it can."""
     views = [tensor.param if box is None else box.view(tensor.param) for _, box in pieces]
     if reason := formats.refusal(tensor, views):
@@ -101,7 +101,7 @@ def _format_refusal(tensor: CutTensor, pieces: list[tuple[_Piece, Box | None]]) 
     return "blocks whose bounds split the groups of 8-bit codes"
 
 
-def square_sums(tensor: CutTensor) -> tuple[Tensor, ...] | None:
+def square_sums(tensor: ParameterView) -> tuple[Tensor, ...] | None:
     """What `tensor.local_square_sums()` returns, by the kernel; None where it cannot, or where it is not quicker."""
     if tensor.blocks.kind is not Kind.MEAN or supports(tensor) is not None:
         return None
@@ -115,14 +115,14 @@ def square_sums(tensor: CutTensor) -> tuple[Tensor, ...] | None:
     return (sums.sum(0).view_as(tensor.moments[0]),)
 
 
-def whole_entry(tensor: CutTensor) -> Entry:
+def whole_entry(tensor: ParameterView) -> Entry:
     """A tensor that the kernel supports, whole on this rank, as the kernel sees it."""
     piece = _whole_piece(*_memory(tensor))
     assert piece is not None
     return _entry(tensor, _MODES[tensor.blocks.kind], piece, tensor.moments)
 
 
-def _sharded_entries(tensor: CutTensor, options: StepOptions) -> list[Entry]:
+def _sharded_entries(tensor: ParameterView, options: StepOptions) -> list[Entry]:
     """A tensor whose second moments and denominators are made here, from sums of all ranks or of several rectangles."""
     tensor.step.add_(1)
     if tensor.square_sums is None and (sums := square_sums(tensor)) is not None:
@@ -132,7 +132,7 @@ def _sharded_entries(tensor: CutTensor, options: StepOptions) -> list[Entry]:
     return [_entry(tensor, Mode.DENOMINATOR, piece, (denominators,), box) for piece, box in _pieces(tensor) or ()]
 
 
-_MODES = {Kind.MEAN: Mode.MEAN, Kind.ELEMENT: Mode.ELEMENT, Kind.ROW_COLUMN: Mode.RANK_ONE}
+_MODES = {Kind.MEAN: Mode.MEAN, Kind.ELEMENT: Mode.ELEMENT, Kind.FACTORED: Mode.FACTORED}
 
 
 @dataclass(frozen=True)
@@ -147,12 +147,14 @@ class _Piece:
         _, outer, rows, inner = self.sizes
         if self.spans is None:
             return []
-        if kind is Kind.ROW_COLUMN:
+        if kind is Kind.FACTORED:
             return [inner] if outer == 1 else self.spans.heights()
         return [height * inner for height in self.spans.heights()] if outer == 1 else [rows * inner]
 
 
-def _entry(tensor: CutTensor, mode: Mode, piece: _Piece, moments: tuple[Tensor, ...], box: Box | None = None) -> Entry:
+def _entry(
+    tensor: ParameterView, mode: Mode, piece: _Piece, moments: tuple[Tensor, ...], box: Box | None = None
+) -> Entry:
     assert tensor.grad is not None
     param, grad, exp_avg = tensor.param, laid_out_as(tensor.param, tensor.grad), tensor.exp_avg
     if box is not None:
@@ -173,11 +175,11 @@ def is_laid_out_as(param: Tensor, grad: Tensor) -> bool:
     return is_same_layout(param, grad) and not grad.is_neg() and grad.data_ptr() % grad.element_size() == 0
 
 
-def _memory(tensor: CutTensor) -> tuple[Blocks, _Shape, _Shape]:
+def _memory(tensor: ParameterView) -> tuple[Blocks, _Shape, _Shape]:
     return tensor.blocks, tuple(tensor.param.shape), tensor.param.stride()
 
 
-def _pieces(tensor: CutTensor) -> list[tuple[_Piece, Box | None]] | None:
+def _pieces(tensor: ParameterView) -> list[tuple[_Piece, Box | None]] | None:
     """The tensor, or its rectangles, of a cut by blocks; None where one is not dense."""
     boxes = tensor.shard.boxes
     if boxes is None:
@@ -196,11 +198,11 @@ def _whole_piece(blocks: Blocks, shape: _Shape, stride: _Shape) -> _Piece | None
         return _Piece(found.sizes, None)
     if blocks.kind is Kind.MEAN:
         return _Piece(found.sizes, Spans.of_layout(found, blocks.num_values))
-    sizes = _rank_one_sizes(blocks, found)
+    sizes = _factored_sizes(blocks, found)
     return None if sizes is None else _Piece(sizes, Spans.of_segments(blocks))
 
 
-def _rank_one_sizes(blocks: Blocks, found: Layout) -> tuple[int, int, int, int] | None:
+def _factored_sizes(blocks: Blocks, found: Layout) -> tuple[int, int, int, int] | None:
     """Sizes with all batches first; None where rows and columns are not those of a matrix in memory for each batch."""
     batches = math.prod(blocks.shape[axis] for axis in blocks.batch_axes)
     _, outer, rows, inner = found.sizes

@@ -152,7 +152,7 @@ INLINE void update_elements_of(void *restrict p, const void *restrict g, void *r
     }
 }
 
-INLINE void update_rank_one_of(void *restrict p, const void *restrict g, void *restrict m, int64_t n, const Work *w,
+INLINE void update_factored_of(void *restrict p, const void *restrict g, void *restrict m, int64_t n, const Work *w,
                                float along, const float *restrict across, int p16, int m16) {
     float decay = w->decay, sign = w->sign, from_m = w->from_m, weight = w->weight;
     float root = w->root, eps = w->eps, step_size = w->step_size;

@@ -149,8 +149,8 @@ static void update_elements(const Work *w, int64_t offset, int64_t n) {
     UPDATE(w, offset, n, update_elements_of, w->t->moment + offset + STAGE.at);
 }
 
-static void update_rank_one(const Work *w, int64_t offset, int64_t n, float along, const float *across) {
-    UPDATE(w, offset, n, update_rank_one_of, along, across + STAGE.at);
+static void update_factored(const Work *w, int64_t offset, int64_t n, float along, const float *across) {
+    UPDATE(w, offset, n, update_factored_of, along, across + STAGE.at);
 }
 
 /* Sums of squares, which need the gradient alone. */

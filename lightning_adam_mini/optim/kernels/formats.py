@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from lightning_adam_mini.optim import momentum_8bit
-from lightning_adam_mini.optim.cut_tensor import CutTensor
 from lightning_adam_mini.optim.kernels.memory import address
 from lightning_adam_mini.optim.momentum_8bit import GROUP_SIZE
+from lightning_adam_mini.optim.parameter_view import ParameterView
 
 __all__ = ["PLAIN", "TASK_LENGTH", "Formats", "groups_fit", "refusal", "slice_length_of"]
 
@@ -42,7 +42,7 @@ class Formats:
     first: int = 0
 
     @classmethod
-    def of(cls, tensor: CutTensor, view: Tensor) -> Formats:
+    def of(cls, tensor: ParameterView, view: Tensor) -> Formats:
         """The formats of a tensor that the kernel supports, or of a rectangle of it.
 
         Args:
@@ -80,7 +80,7 @@ class Formats:
 PLAIN = Formats()
 
 
-def refusal(tensor: CutTensor, views: Iterable[Tensor]) -> str | None:
+def refusal(tensor: ParameterView, views: Iterable[Tensor]) -> str | None:
     """Why the kernel cannot take the formats of a tensor; None if it can.
 
     Args:

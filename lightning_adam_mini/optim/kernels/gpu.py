@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from lightning_adam_mini.optim import update
-from lightning_adam_mini.optim.cut_tensor import CutTensor
 from lightning_adam_mini.optim.kernels.memory import address
 from lightning_adam_mini.optim.kernels.triton_plan import Plan, make_plan, plan_key, refusal
+from lightning_adam_mini.optim.parameter_view import ParameterView
 from lightning_adam_mini.optim.step_options import StepOptions
 
 __all__ = ["supports", "unavailable", "update_"]
@@ -46,7 +46,7 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def supports(tensor: CutTensor) -> str | None:
+def supports(tensor: ParameterView) -> str | None:
     """Why the kernels do not take a tensor, so that the reference updates it; None where they do.
 
     Args:
@@ -55,7 +55,7 @@ def supports(tensor: CutTensor) -> str | None:
     return unavailable(tensor.param.device) or refusal(tensor)
 
 
-def update_(tensors: Sequence[CutTensor], options: StepOptions, *, capturable: bool = False) -> None:
+def update_(tensors: Sequence[ParameterView], options: StepOptions, *, capturable: bool = False) -> None:
     """One step of Adam-mini on many tensors, in place.
 
     Args:
@@ -67,7 +67,7 @@ def update_(tensors: Sequence[CutTensor], options: StepOptions, *, capturable: b
     Raises:
         RuntimeError: A graph is captured before one step on the same tensors was taken.
     """
-    by_device: dict[torch.device, list[CutTensor]] = defaultdict(list)
+    by_device: dict[torch.device, list[ParameterView]] = defaultdict(list)
     for tensor in tensors:
         by_device[tensor.param.device].append(tensor)
     for device, here in by_device.items():
@@ -109,7 +109,7 @@ class _Prepared:
     pointers: list[list[int]]
     spare: Tensor | None
 
-    def launch(self, tensors: Sequence[CutTensor], options: Mapping[str, Tensor | float]) -> None:
+    def launch(self, tensors: Sequence[ParameterView], options: Mapping[str, Tensor | float]) -> None:
         """Launch the kernels of the plan.
 
         Args:
@@ -124,7 +124,7 @@ class _Prepared:
                 kernel = launch.kernel[(launch.num_programs,)]
                 kernel(addresses=addresses, enable_fp_fusion=True, **values, **launch.arguments)
 
-    def addresses_of(self, tensors: Sequence[CutTensor]) -> Tensor:
+    def addresses_of(self, tensors: Sequence[ParameterView]) -> Tensor:
         """The addresses of parameters, gradients, first and second moments on the device."""
         memory = [(t.param, t.param if t.grad is None else t.grad, t.exp_avg, t.moments[0]) for t in tensors]
         names = ("the parameter", "the gradient", "the first moment", "the second moment")
@@ -159,7 +159,7 @@ _CAPTURED: list[tuple[_Prepared, Tensor]] = []
 """What captured graphs read in every replay, for as long as the process lives: nothing tells when a graph ends."""
 
 
-def _prepare(tensors: Sequence[CutTensor], device: torch.device) -> _Prepared:
+def _prepare(tensors: Sequence[ParameterView], device: torch.device) -> _Prepared:
     """The plan for these tensors, made at the first step on them."""
     key = (device, *map(plan_key, tensors))
     prepared = _PREPARED.get(key)
@@ -175,7 +175,9 @@ def _prepare(tensors: Sequence[CutTensor], device: torch.device) -> _Prepared:
     return prepared
 
 
-def _scalars(tensors: Sequence[CutTensor], options: StepOptions, device: torch.device, *, capturable: bool) -> Tensor:
+def _scalars(
+    tensors: Sequence[ParameterView], options: StepOptions, device: torch.device, *, capturable: bool
+) -> Tensor:
     """For each tensor the factor of weight decay, the step size and the root of the second bias correction.
 
     They are computed in float64, on the device only if `capturable`.

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_adam_mini.optim.cut_tensor import CutTensor
 from lightning_adam_mini.optim.kernels.cpu import is_laid_out_as, laid_out_as, supports, whole_entry
 from lightning_adam_mini.optim.kernels.memory import Memory
 from lightning_adam_mini.optim.kernels.plan import Plan
+from lightning_adam_mini.optim.parameter_view import ParameterView
 from lightning_adam_mini.optim.step_options import StepOptions
 
 __all__ = ["GroupPlan"]
@@ -33,7 +33,7 @@ class GroupPlan:
     """
 
     def __init__(
-        self, params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Tensor]], tensors: Sequence[CutTensor]
+        self, params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Tensor]], tensors: Sequence[ParameterView]
     ) -> None:
         self._params = list(params)
         self._has_grad = [parameter.grad is not None for parameter in params]
@@ -47,7 +47,7 @@ class GroupPlan:
 
     @classmethod
     def of(
-        cls, params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Tensor]], tensors: Sequence[CutTensor]
+        cls, params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Tensor]], tensors: Sequence[ParameterView]
     ) -> GroupPlan | None:
         """The plan of a group, or None where the kernel cannot take all of it whole and plain."""
         members = [parameter for parameter in params if parameter.grad is not None]

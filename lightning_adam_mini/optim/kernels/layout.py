@@ -87,7 +87,7 @@ def layout(blocks: Blocks, tensor: Tensor) -> Layout | None:
     """The layout of a tensor's blocks; None where four sizes cannot express it.
 
     Args:
-        blocks: How the tensor is cut. Rows of a rank-one cut are numbered as in `exp_avg_sq_row`.
+        blocks: How the tensor is cut. Rows of a factored second moment are numbered as in `exp_avg_sq_row`.
         tensor: The tensor. Along reduced axes it may be smaller than the shape of `blocks`, as a shard is.
     """
     if blocks.kind is Kind.ELEMENT:
@@ -116,7 +116,7 @@ def is_same_layout(first: Tensor, second: Tensor) -> bool:
 
 def _numbers(blocks: Blocks) -> Tensor:
     """The number of each row's block, of size 1 on reduced axes."""
-    if blocks.kind is Kind.ROW_COLUMN:
+    if blocks.kind is Kind.FACTORED:
         return torch.arange(math.prod(blocks.row_shape), device="cpu").view(blocks.row_shape)
     shape = blocks.state_shapes["exp_avg_sq"]
     return blocks.expand_rows(torch.arange(math.prod(shape), device="cpu").view(shape))

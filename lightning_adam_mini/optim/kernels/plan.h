@@ -4,7 +4,7 @@
 
 #include <stdlib.h>
 
-#include "rank_one.h"
+#include "factored.h"
 
 static int grow(void **items, int64_t count, int64_t *capacity, size_t size) {
     if (count < *capacity) return 1;
@@ -103,20 +103,20 @@ static void plan_lines(Plan *plan, const Tensor *t) {
     }
 }
 
-static void plan_rank_one(Plan *plan, const Tensor *t) {
+static void plan_factored(Plan *plan, const Tensor *t) {
     Work *w = add_work(plan, t);
     int64_t n = line_length(t), lines = num_lines(t), segments = t->num_blocks, others = t->outer * t->inner;
     int64_t most = MIN(FEW_LINES * FEW_LINES, MAX(1, TASK_LENGTH / n));
     for (int64_t a = 0; a < t->batches; a++) {
         if (!lines_are_rows(t)) {
-            for (int64_t i = 0; i < lines; i += most) add_task(plan, RANK_ONE_SUM, i, 0, MIN(most, lines - i), a);
+            for (int64_t i = 0; i < lines; i += most) add_task(plan, FACTORED_SUM, i, 0, MIN(most, lines - i), a);
             continue;
         }
         for (const Span *span = t->spans; span < t->spans + t->num_spans; span++)
             for (int64_t i = 0; i < span->rows_of_block; i += most)
-                add_task(plan, RANK_ONE_SUM, span->row + i, span->block, MIN(most, span->rows_of_block - i), a);
+                add_task(plan, FACTORED_SUM, span->row + i, span->block, MIN(most, span->rows_of_block - i), a);
     }
-    add_updates(plan, w, RANK_ONE_UPDATE);
+    add_updates(plan, w, FACTORED_UPDATE);
     w->totals = reserve(plan, (t->batches * lines + n + 2) * segments, sizeof(double));
     w->columns = reserve(plan, 2 * w->num_sums * n, sizeof(float));
     w->factors = reserve(plan, t->batches * (t->rows + segments * others), sizeof(float));
@@ -138,7 +138,7 @@ static void plan_tensor(Plan *plan, const Tensor *t) {
         longest = MAX(longest, span->rows_of_block * t->inner);
         shortest = MIN(shortest, span->rows_of_block * t->inner);
     }
-    if (t->mode == RANK_ONE) plan_rank_one(plan, t);
+    if (t->mode == FACTORED) plan_factored(plan, t);
     else if (!t->in_pieces && t->outer == 1 && longest <= LARGE_BLOCK) plan_runs(plan, t);
     else if (t->outer == 1 || (shortest >= LONG_RUN && t->exp_avg_dtype != CODES)) plan_chunks(plan, t);
     else plan_lines(plan, t);

@@ -35,7 +35,7 @@ class Mode(IntEnum):
 
     MEAN = 0
     ELEMENT = 1
-    RANK_ONE = 2
+    FACTORED = 2
     DENOMINATOR = 3
     SUM = 4
 
@@ -79,7 +79,7 @@ class Spans:
 
     @classmethod
     def of_segments(cls, blocks: Blocks) -> Spans:
-        """The segments of a rank-one cut, in the rows of one batch."""
+        """The segments of a factored second moment, in the rows of one batch."""
         lines, start = [], 0
         for _ in range(blocks.repeats):
             for number, segment in enumerate(blocks.segments):
@@ -99,7 +99,7 @@ class Entry:
         param: The parameter.
         grad: Its gradient.
         exp_avg: First moment.
-        moments: What the mode reads and writes: two tensors for `Mode.RANK_ONE`, else one; sums are float64.
+        moments: What the mode reads and writes: two tensors for `Mode.FACTORED`, else one; sums are float64.
         step: Steps taken.
         formats: How the parameter and the first moment are stored.
         name: Name of the parameter, for messages.
@@ -147,8 +147,8 @@ class Entry:
         ]
 
     def _num_rows(self) -> int:
-        """Rows that the spans are of; a rank-one cut has the same ones in each batch."""
-        return self.sizes[2] if self.mode is Mode.RANK_ONE else self.sizes[0] * self.sizes[2]
+        """Rows that the spans are of; a factored second moment has the same ones in each batch."""
+        return self.sizes[2] if self.mode is Mode.FACTORED else self.sizes[0] * self.sizes[2]
 
     def _moment_sizes(self) -> tuple[int, ...]:
         """Elements of each second moment; those of an empty tensor, which nothing reads, are as they are."""
@@ -158,7 +158,7 @@ class Entry:
         if self.spans is None:
             return (math.prod(self.sizes),)
         num_blocks = self.spans.words[2]
-        return (batches * rows, batches * num_blocks * outer * inner) if self.mode is Mode.RANK_ONE else (num_blocks,)
+        return (batches * rows, batches * num_blocks * outer * inner) if self.mode is Mode.FACTORED else (num_blocks,)
 
     def _address(self, what: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], numel: int) -> int:
         return address(f"{self.name}: {what}", tensor, dtypes=dtypes, numel=numel)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from lightning_adam_mini.blocks import Kind
-from lightning_adam_mini.optim.cut_tensor import CutTensor
 from lightning_adam_mini.optim.kernels.layout import Layout, box_layout, is_same_layout, layout
 from lightning_adam_mini.optim.kernels.triton_launches import Alike, Launch, make_launches
 from lightning_adam_mini.optim.kernels.triton_tables import Work, contiguous_work, elementwise_work, tiled_work
+from lightning_adam_mini.optim.parameter_view import ParameterView
 
 __all__ = ["DTYPES", "Plan", "is_aligned", "make_plan", "plan_key", "refusal"]
 
@@ -39,7 +39,7 @@ class Plan:
     left: tuple[int, ...]
 
 
-def plan_key(tensor: CutTensor) -> tuple[object, ...]:
+def plan_key(tensor: ParameterView) -> tuple[object, ...]:
     """What a plan depends on, but for the shard, which has to be the very same object."""
     assert tensor.grad is not None
     param, grad, exp_avg = tensor.param, tensor.grad, tensor.exp_avg
@@ -57,14 +57,14 @@ def plan_key(tensor: CutTensor) -> tuple[object, ...]:
     )
 
 
-def is_aligned(tensor: CutTensor) -> bool:
+def is_aligned(tensor: ParameterView) -> bool:
     """Whether all memory of a tensor starts at multiples of 16 bytes."""
     assert tensor.grad is not None
     pointers = tensor.param.data_ptr() | tensor.grad.data_ptr() | tensor.exp_avg.data_ptr()
     return not (pointers | tensor.moments[0].data_ptr()) % 16
 
 
-def make_plan(tensors: Sequence[CutTensor], device: torch.device) -> Plan:
+def make_plan(tensors: Sequence[ParameterView], device: torch.device) -> Plan:
     """The plan for tensors on one device, which serves later steps too as long as `plan_key` is the same.
 
     Args:
@@ -90,11 +90,11 @@ def make_plan(tensors: Sequence[CutTensor], device: torch.device) -> Plan:
     return Plan(launches, tuple(taken), tuple(summed), tuple(left))
 
 
-def _is_summed(tensor: CutTensor) -> bool:
+def _is_summed(tensor: ParameterView) -> bool:
     return tensor.square_sums is not None or tensor.shard.boxes is not None
 
 
-def refusal(tensor: CutTensor) -> str | None:
+def refusal(tensor: ParameterView) -> str | None:
     """Why the kernels do not take a tensor, wherever it lies; None where they do.
 
     Args:
@@ -102,8 +102,8 @@ def refusal(tensor: CutTensor) -> str | None:
     """
     param, exp_avg = tensor.param, tensor.exp_avg
     grad = param if tensor.grad is None else tensor.grad
-    if tensor.blocks.kind is Kind.ROW_COLUMN:
-        return "a rank-one cut"
+    if tensor.blocks.kind is Kind.FACTORED:
+        return "a factored second moment"
     if not tensor.is_plain:
         return "a first moment in 8 bits, or stochastic rounding"
     if any(t.dtype not in DTYPES for t in (param, grad, exp_avg)):
@@ -121,7 +121,7 @@ def refusal(tensor: CutTensor) -> str | None:
     return None
 
 
-def _parts(tensor: CutTensor) -> list[tuple[int, Layout]] | None:
+def _parts(tensor: ParameterView) -> list[tuple[int, Layout]] | None:
     """The first element and the layout of a tensor, or of each of its rectangles; None where one has none."""
     param, blocks = tensor.param, tensor.blocks
     found: list[tuple[int, Layout | None]]
@@ -139,7 +139,7 @@ def _parts(tensor: CutTensor) -> list[tuple[int, Layout]] | None:
     return parts
 
 
-def _works(tensor: CutTensor) -> list[Work]:
+def _works(tensor: ParameterView) -> list[Work]:
     """The work of a tensor that is not refused, a part for each rectangle."""
     if not tensor.param.numel():
         return []

@@ -40,7 +40,7 @@ typedef struct {
     const void *grad;
     void *exp_avg;
     float *moment;        /* a value a block, or an element, as the mode says; of sums, doubles */
-    float *column_moment; /* RANK_ONE; else the same */
+    float *column_moment; /* FACTORED; else the same */
     float *step;
     int64_t mode, param_bf16, exp_avg_dtype;
     int64_t batches, outer, rows, inner; /* A, C1, R, C2 */
@@ -60,7 +60,7 @@ enum { FLOAT32, BFLOAT16, CODES }; /* dtypes of first moments */
 enum {
     MEAN,                /* a second moment a block */
     ELEMENT,             /* a second moment an element */
-    RANK_ONE,            /* a row mean times a column mean over the mean of the rows */
+    FACTORED,            /* a row mean times a column mean over the mean of the rows */
     DENOMINATOR,         /* `moment` has a denominator a block, which is only read */
     SUM,                 /* write sums of squares a block to `moment`, as doubles, and change nothing else */
 };
@@ -75,10 +75,10 @@ typedef struct {
     uint32_t hash; /* of the seed and the step: `a` of the random bits */
     double *totals; /* sums of chunks, blocks and columns, as the way through the tensor needs them */
     float *columns; /* a sum a chunk and column */
-    float *factors; /* what multiplies m, a block or a column; RANK_ONE: roots of the rows, then of the columns */
+    float *factors; /* what multiplies m, a block or a column; FACTORED: roots of the rows, then of the columns */
 } Work;
 
-enum { BLOCKS, PACK, ELEMENTS, CHUNK_SUM, CHUNK_UPDATE, LINES_SUM, LINES_UPDATE, RANK_ONE_SUM, RANK_ONE_UPDATE };
+enum { BLOCKS, PACK, ELEMENTS, CHUNK_SUM, CHUNK_UPDATE, LINES_SUM, LINES_UPDATE, FACTORED_SUM, FACTORED_UPDATE };
 
 typedef struct {
     int32_t work, kind;
