@@ -1,6 +1,7 @@
 """Several ranks on this machine: forked processes that talk through gloo."""
 
 import faulthandler
+import gc
 import os
 import signal
 import traceback
@@ -26,6 +27,7 @@ def run_ranks(world, work, *arguments):
         processes = [
             context.Process(target=_rank, args=(rank, world, folder, work, arguments)) for rank in range(world)
         ]
+        gc.collect()
         for process in processes:
             process.start()
         for process in processes:
@@ -43,6 +45,8 @@ def run_ranks(world, work, *arguments):
 
 
 def _rank(rank, world, folder, work, arguments):
+    # What the parent left in cycles is not collected here: a process group would wait for threads that were not forked.
+    gc.freeze()
     status = 1
     stuck = Path(folder, f"stuck-{rank}").open("w")  # noqa: SIM115 - open until the process ends
     faulthandler.register(signal.SIGUSR1, stuck, all_threads=True)
