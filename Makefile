@@ -1,4 +1,4 @@
-# Everything a contributor or the CI runs. `make` alone lists the targets.
+# Everything that a contributor or CI runs. `make` alone lists the targets.
 PYTHON  ?= python3
 VENV    ?= .venv
 WORKERS ?= 2
@@ -9,18 +9,22 @@ STAMP   := $(VENV)/.installed
 PYTEST  := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal
 FOLDERS := lightning_adam_mini tasks cli configs
 TYPES   := build/types
+# The slow tests of what breaks most easily and costs users most: several processes, checkpoints, resumed runs.
+DISTRIBUTED := tests/parity/test_sharding.py tests/parity/test_sharded_formats.py tests/parity/test_sharded_state.py \
+	$(addprefix tests/integration/test_,checkpoints.py ddp.py faults.py hessian_sharded.py layouts.py nodes.py resume.py \
+	sharded_checkpoints.py sharded_fit.py)
 
 SHELL       := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install fit test test-all lint format wheel clean
+.PHONY: help install fit test test-distributed test-all lint format wheel clean
 
 help: ## List the targets
 	@echo 'usage: make TARGET [ARGS="..."] [PYTHON=python3] [WORKERS=2]'
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
-install: $(STAMP) ## Make .venv with every domain and what development needs
+install: $(STAMP) ## Create .venv with every domain and the development tools
 
 $(STAMP): pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -31,8 +35,11 @@ $(STAMP): pyproject.toml setup.py
 fit: install ## Train the small GPT-2 recipe; ARGS="--trainer.max_steps 100" adds options
 	$(BIN)/adam-mini fit --config llm/gpt2_tiny.yaml $(ARGS)
 
-test: install ## Run the fast tests, a few minutes on two cores; ARGS="-k blocks" selects
+test: install ## Run the fast tests, about six minutes on two cores; ARGS="-k blocks" selects
 	$(PYTEST) -m 'not slow and not gpu' $(ARGS)
+
+test-distributed: install ## Run the slow tests of distributed training, checkpoints and resuming
+	$(PYTEST) -m 'slow and not gpu' $(DISTRIBUTED) $(ARGS)
 
 test-all: install ## Run every test, the slow ones too, and on a GPU where there is one
 	$(PYTEST) $(ARGS)
@@ -45,7 +52,7 @@ lint: install ## Check style, format and types
 	$(BIN)/python setup.py --quiet build_py --build-lib $(TYPES)
 	$(BIN)/mypy | sed -E 's#^$(TYPES)/lightning_adam_mini/(tasks|cli|configs)/#\1/#; s#^$(TYPES)/##'
 
-format: install ## Mend style and format where ruff can
+format: install ## Fix style and format with ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
