@@ -19,9 +19,9 @@ from lightning_adam_mini.blocks import Blocks, Kind
 from lightning_adam_mini.optim import foreach, update
 from lightning_adam_mini.optim.kernels import formats
 from lightning_adam_mini.optim.kernels.build import library, unavailable
+from lightning_adam_mini.optim.kernels.cpu_plan import Entry, Mode, Plan, Spans
 from lightning_adam_mini.optim.kernels.formats import Formats, groups_fit, slice_length_of
 from lightning_adam_mini.optim.kernels.layout import Layout, box_layout, is_same_layout, layout
-from lightning_adam_mini.optim.kernels.plan import Entry, Mode, Plan, Spans
 from lightning_adam_mini.optim.parameter_view import ParameterView
 from lightning_adam_mini.optim.shards import Box
 from lightning_adam_mini.optim.step_options import StepOptions

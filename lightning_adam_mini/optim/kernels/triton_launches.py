@@ -132,7 +132,7 @@ def _add_bands(
 
 def _add_chunks(phases: dict[str, list[Launch]], works: Numbered, names: dict[str, Any], device: torch.device) -> None:
     """Launches over chunks of blocks, with those that make their second moments."""
-    from lightning_adam_mini.optim.kernels.triton_chunks import sum_chunks, update_chunks
+    from lightning_adam_mini.optim.kernels.triton_kernels import sum_chunks, update_chunks
 
     works = [(number, work) for number, work in works if len(work.chunks)]
     if not works:
@@ -148,7 +148,7 @@ def _add_elements(
     phases: dict[str, list[Launch]], works: Numbered, names: dict[str, Any], device: torch.device
 ) -> None:
     """A launch over the chunks of tensors that share nothing."""
-    from lightning_adam_mini.optim.kernels.triton_chunks import update_elements
+    from lightning_adam_mini.optim.kernels.triton_kernels import update_elements
 
     works = [(number, work) for number, work in works if len(work.elements)]
     if not works:
@@ -183,7 +183,7 @@ def _add_sums(
     phases: dict[str, list[Launch]], kernel: Any, works: Numbered, arguments: dict[str, Any], device: torch.device
 ) -> None:
     """Launches that make second moments: partial sums, then what they add up to."""
-    from lightning_adam_mini.optim.kernels.triton_chunks import finish_moments
+    from lightning_adam_mini.optim.kernels.triton_kernels import finish_moments
 
     blocks = _blocks_of(works)
     if not len(blocks):

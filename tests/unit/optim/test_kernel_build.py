@@ -11,7 +11,7 @@ from warnings import catch_warnings
 import pytest
 import torch
 
-from lightning_adam_mini.optim.kernels import build, plan
+from lightning_adam_mini.optim.kernels import build, cpu_plan
 
 SOURCE = "int adam_mini_step(void) { return 0; }\n"
 needs_compiler = pytest.mark.skipif(build.unavailable() is not None, reason=str(build.unavailable()))
@@ -312,16 +312,16 @@ def test_a_compiler_that_makes_no_library(tmp_path, monkeypatch):
 
 def test_a_fork_of_a_process_with_threads_takes_one(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(plan, "_threads_of", {"parent": 1, "process": 1})
-    assert plan._num_threads() == 2
-    plan._after_fork()
-    assert plan._num_threads() == 1
+    monkeypatch.setattr(cpu_plan, "_threads_of", {"parent": 1, "process": 1})
+    assert cpu_plan._num_threads() == 2
+    cpu_plan._after_fork()
+    assert cpu_plan._num_threads() == 1
 
 
 def test_a_fork_of_a_process_with_one_thread_takes_what_torch_has(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    monkeypatch.setattr(plan, "_threads_of", {"parent": 1, "process": 1})
-    plan._num_threads()
-    plan._after_fork()
+    monkeypatch.setattr(cpu_plan, "_threads_of", {"parent": 1, "process": 1})
+    cpu_plan._num_threads()
+    cpu_plan._after_fork()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert plan._num_threads() == 2
+    assert cpu_plan._num_threads() == 2
