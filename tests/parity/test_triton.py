@@ -23,7 +23,7 @@ import tiny_models
 from lightning_adam_mini import Blocks
 from lightning_adam_mini.blocks import Kind, Segment
 from lightning_adam_mini.optim import update
-from lightning_adam_mini.optim.kernels import gpu, triton_launches, triton_tables
+from lightning_adam_mini.optim.kernels import gpu, triton_plan
 from lightning_adam_mini.optim.parameter_view import ParameterView
 from lightning_adam_mini.optim.shards import Shard, flat_boxes, grid_boxes
 from lightning_adam_mini.optim.state import init_state
@@ -205,20 +205,10 @@ def test_random_cuts(tolerances, drawn, capturable):
 @pytest.fixture
 def small_limits(monkeypatch):
     """Small tensors take the paths of large ones."""
-    for module in (triton_tables, triton_launches):
-        for name, value in {
-            "CHUNK": 16,
-            "IN_CACHE": 32,
-            "IN_REGISTERS": 16,
-            "LONG_STEP": 16,
-            "TILE_ROWS": 4,
-            "TILE_COLUMNS": 16,
-            "TILE_STEP": 2,
-            "FEW_SUMS": 2,
-            "MANY_SUMS": 4,
-        }.items():
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, value)
+    limits = {"CHUNK": 16, "IN_CACHE": 32, "IN_REGISTERS": 16, "LONG_STEP": 16, "TILE_ROWS": 4, "TILE_COLUMNS": 16}
+    limits |= {"TILE_STEP": 2, "FEW_SUMS": 2, "MANY_SUMS": 4}
+    for name, value in limits.items():
+        monkeypatch.setattr(triton_plan, name, value)
     gpu._PREPARED.clear()
     yield
     gpu._PREPARED.clear()

@@ -164,4 +164,176 @@ INLINE void update_factored_of(void *restrict p, const void *restrict g, void *r
     }
 }
 
+/* Random bits: a hash of the parameter's seed, the step and the number of the element, modulo 2^32 throughout. */
+
+INLINE uint32_t mix(uint32_t x) {
+    x = (x ^ (x >> 16)) * 0x7feb352du;
+    x = (x ^ (x >> 15)) * 0x846ca68bu;
+    return x ^ (x >> 16);
+}
+
+INLINE uint32_t hash_of_step(int64_t seed, float step) { return mix(mix((uint32_t)seed + 0x9e3779b9u) ^ (uint32_t)step); }
+
+/* To bfloat16, away from zero where the dropped bits and the lower half of the noise carry. */
+INLINE uint16_t rounded(float value, uint32_t noise) {
+    return value != value ? (uint16_t)0x7fc0 : (uint16_t)((bits_of(value) + (noise & 0xffffu)) >> 16);
+}
+
+/* A few elements on their way: pointers into the tensor where a loop may work there, else to buffers. */
+typedef struct {
+    void *p;
+    const void *g;
+    void *m;
+    int64_t n, at; /* how many, from which on of those that were asked for */
+    int64_t offset;
+    float param[GROUP_LENGTH], grad[GROUP_LENGTH], exp_avg[GROUP_LENGTH];
+} Stage;
+
+INLINE int is_staged(const Tensor *t) { return t->exp_avg_dtype == CODES || t->rounds; }
+
+static float *scale_at(const Tensor *t, int64_t offset) {
+    int64_t groups = (t->slice + GROUP_LENGTH - 1) / GROUP_LENGTH;
+    return t->scales + offset / t->slice * groups + offset % t->slice / GROUP_LENGTH;
+}
+
+/* As many of the `left` elements from `offset` on as fit: no more than a group, whose bounds the caller keeps to. */
+INLINE int64_t stage_length(const Tensor *t, int64_t offset, int64_t left) {
+    int64_t n = MIN(left, GROUP_LENGTH);
+    if (t->exp_avg_dtype == CODES) n = MIN(n, t->slice - offset % t->slice);
+    return n;
+}
+
+static void fill_stage(Stage *s, const Tensor *t) {
+    s->p = at(t->param, s->offset, t->param_bf16);
+    s->g = at(t->grad, s->offset, t->param_bf16);
+    s->m = at(t->exp_avg, s->offset, 0);
+    if (t->param_bf16) {
+        for (int64_t i = 0; i < s->n; i++) s->param[i] = load(s->p, i, 1);
+        for (int64_t i = 0; i < s->n; i++) s->grad[i] = load(s->g, i, 1);
+        s->p = s->param;
+        s->g = s->grad;
+    }
+    if (t->exp_avg_dtype == FLOAT32) return;
+    if (t->exp_avg_dtype == BFLOAT16) {
+        const void *m = at(t->exp_avg, s->offset, 1);
+        for (int64_t i = 0; i < s->n; i++) s->exp_avg[i] = load(m, i, 1);
+    } else {
+        const uint8_t *codes = (const uint8_t *)t->exp_avg + s->offset;
+        const float *values = t->codebook->values;
+        float scale = *scale_at(t, s->offset);
+        for (int64_t i = 0; i < s->n; i++) s->exp_avg[i] = values[codes[i]] * scale;
+    }
+    s->m = s->exp_avg;
+}
+
+/* A group with an element that is not finite gets a scale that is not, so that all of it decodes to NaN. */
+static void store_codes(const Tensor *t, const Stage *s) {
+    uint8_t *codes = (uint8_t *)t->exp_avg + s->offset;
+    const Codebook *book = t->codebook;
+    uint32_t largest = 0;
+#pragma omp simd reduction(max : largest)
+    for (int64_t i = 0; i < s->n; i++) {
+        uint32_t magnitude = bits_of(s->exp_avg[i]) & 0x7fffffffu; /* of numbers in order, and NaN last */
+        largest = MAX(largest, magnitude);
+    }
+    float scale = of_bits(largest), divisor = largest ? scale : 1;
+    *scale_at(t, s->offset) = scale;
+    int32_t found[GROUP_LENGTH];
+#pragma omp simd
+    for (int64_t i = 0; i < s->n; i++) {
+        float x = s->exp_avg[i] / divisor;
+        int32_t code = book->first[bits_of(x) >> 16];
+        found[i] = code + (x > book->middles[code]);
+    }
+    for (int64_t i = 0; i < s->n; i++) codes[i] = (uint8_t)found[i];
+}
+
+static void empty_stage(const Stage *s, const Work *w) {
+    const Tensor *t = w->t;
+    if (t->exp_avg_dtype == CODES) store_codes(t, s);
+    if (!t->param_bf16 && t->exp_avg_dtype != BFLOAT16) return;
+    uint16_t *param = at(t->param, s->offset, 1), *exp_avg = at(t->exp_avg, s->offset, 1);
+    if (!t->rounds) {
+        for (int64_t i = 0; i < s->n; i++) store(param, i, s->param[i], 1);
+        return;
+    }
+    int64_t index = t->first + s->offset;
+    uint32_t lower = (uint32_t)index, upper = (uint32_t)(index >> 32), hash = w->hash;
+    uint32_t key = mix(hash + upper), next_key = mix(hash + upper + 1); /* where the lower half starts again */
+    uint32_t noise[GROUP_LENGTH];
+#pragma omp simd
+    for (uint32_t i = 0; i < (uint32_t)s->n; i++) {
+        uint32_t x = lower + i;
+        noise[i] = mix(mix(x ^ (x < lower ? next_key : key)) + hash);
+    }
+    if (t->param_bf16)
+        for (int64_t i = 0; i < s->n; i++) param[i] = rounded(s->param[i], noise[i]);
+    if (t->exp_avg_dtype == BFLOAT16)
+        for (int64_t i = 0; i < s->n; i++) exp_avg[i] = rounded(s->exp_avg[i], noise[i] >> 16);
+}
+
+/* One loop for each pair of dtypes, on all elements; or, through a stage, on a few at a time. `STAGE.at` counts them. */
+#define UPDATE(w, start, length, loop, ...)                                                             \
+    do {                                                                                                \
+        const Tensor *t = (w)->t;                                                                       \
+        Stage STAGE;                                                                                    \
+        STAGE.at = 0;                                                                                   \
+        if (is_staged(t)) {                                                                             \
+            for (; STAGE.at < (length); STAGE.at += STAGE.n) {                                          \
+                STAGE.offset = (start) + STAGE.at;                                                      \
+                STAGE.n = stage_length(t, STAGE.offset, (length) - STAGE.at);                           \
+                fill_stage(&STAGE, t);                                                                  \
+                loop(STAGE.p, STAGE.g, STAGE.m, STAGE.n, w, __VA_ARGS__, 0, 0);                         \
+                empty_stage(&STAGE, w);                                                                 \
+            }                                                                                           \
+            break;                                                                                      \
+        }                                                                                               \
+        int64_t m16 = t->exp_avg_dtype == BFLOAT16;                                                     \
+        void *p = at(t->param, start, t->param_bf16), *m = at(t->exp_avg, start, m16);                  \
+        const void *g = at(t->grad, start, t->param_bf16);                                              \
+        if (!t->param_bf16 && !m16) loop(p, g, m, length, w, __VA_ARGS__, 0, 0);                        \
+        else if (!t->param_bf16) loop(p, g, m, length, w, __VA_ARGS__, 0, 1);                           \
+        else if (!m16) loop(p, g, m, length, w, __VA_ARGS__, 1, 0);                                     \
+        else loop(p, g, m, length, w, __VA_ARGS__, 1, 1);                                               \
+    } while (0)
+
+static void update_run(const Work *w, int64_t offset, int64_t n, float factor) {
+    UPDATE(w, offset, n, update_run_of, factor);
+}
+
+static void update_columns(const Work *w, int64_t offset, int64_t n, const float *factors) {
+    UPDATE(w, offset, n, update_columns_of, factors + STAGE.at);
+}
+
+static void update_elements(const Work *w, int64_t offset, int64_t n) {
+    UPDATE(w, offset, n, update_elements_of, w->t->moment + offset + STAGE.at);
+}
+
+static void update_factored(const Work *w, int64_t offset, int64_t n, float along, const float *across) {
+    UPDATE(w, offset, n, update_factored_of, along, across + STAGE.at);
+}
+
+/* Sums of squares, which need the gradient alone. */
+
+static double sum_run(const Tensor *t, int64_t offset, int64_t n) {
+    const void *g = at(t->grad, offset, t->param_bf16);
+    return t->param_bf16 ? sum_lanes(g, n, NULL, 1) : sum_lanes(g, n, NULL, 0);
+}
+
+static double sum_line(const Tensor *t, int64_t offset, int64_t n, float *sums) {
+    const void *g = at(t->grad, offset, t->param_bf16);
+    return t->param_bf16 ? sum_lanes(g, n, sums, 1) : sum_lanes(g, n, sums, 0);
+}
+
+/* A sum of `n` squares that was taken in float32. */
+static double checked_sum(const Tensor *t, int64_t offset, int64_t n, int64_t stride, double sum) {
+    return overflows(sum) ? wide_sum(at(t->grad, offset, t->param_bf16), n, stride, (int)t->param_bf16) : sum;
+}
+
+static void sum_rows(const Tensor *t, int64_t offset, int64_t stride, int64_t height, int64_t width, float *sums) {
+    const void *g = at(t->grad, offset, t->param_bf16);
+    if (t->param_bf16) sum_rows_of(g, stride, height, width, sums, 1);
+    else sum_rows_of(g, stride, height, width, sums, 0);
+}
+
 #endif

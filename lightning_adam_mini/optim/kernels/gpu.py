@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_adam_mini.optim import update
-from lightning_adam_mini.optim.kernels.memory import address
+from lightning_adam_mini.optim.kernels.layout import address
 from lightning_adam_mini.optim.kernels.triton_plan import Plan, make_plan, plan_key, refusal
 from lightning_adam_mini.optim.parameter_view import ParameterView
 from lightning_adam_mini.optim.step_options import StepOptions

@@ -1,22 +1,197 @@
-"""Contiguous chunks of blocks that one program does not hold, or of a tensor that shares nothing.
+"""What the Triton kernels share: addresses, loads and the arithmetic of one element.
 
-Long blocks take three launches: partial sums of their chunks, the second moments from these, and the update. A second
-moment that is written in the same launch as it is read would be a race.
+No kernel gets a tensor of the model: each reads addresses from a table, so that one launch serves a whole list. Tables
+are built in `triton_plan`, and launches walk through their rows:
+
+- `addresses`, int64 (tensors, 4): parameter, gradient, first moment, second moment.
+- `scalars`, float32 (tensors, 3): the factor of weight decay, the step size, the root of the second bias correction.
+- `bands`, int64 (bands, 6): tensor, first element, number of runs, elements a run, first second moment, first program.
+- `chunks`, int64 (chunks, 4): tensor, first element, elements, second moment.
+- `tiles`, int64 (tiles, 7): tensor, first element, elements to the next row, rows, columns, first entry of `columns`,
+  number of the tile along its columns.
+- `columns`, int32 (columns, 2): second moment, first partial sum.
+- `blocks`, int64 (blocks, 5): tensor, second moment, first partial sum, number of partial sums, elements.
+
+Arithmetic is in float32, and partial sums, which are float64, are added in a fixed order, so that a step is the same
+each time.
+`is_aligned` promises that runs start at multiples of 16 bytes and have multiples of 8 elements: then loads are 128 bits
+wide.
+
+Annotations are no strings in these files: Triton reads them.
 """
 
 import triton
 import triton.language as tl
 
-from lightning_adam_mini.optim.kernels.triton_math import (
-    load_floats,
-    load_length,
-    load_scalars,
-    pointer_to,
-    step_factor,
-    store_update,
-)
+__all__ = [
+    "finish_moments",
+    "sum_chunks",
+    "sum_columns",
+    "update_chunks",
+    "update_columns",
+    "update_elements",
+    "update_long_runs",
+    "update_runs",
+]
 
-__all__ = ["finish_moments", "sum_chunks", "update_chunks", "update_elements"]
+
+@triton.jit
+def pointer_to(
+    addresses: tl.tensor,
+    tensor: tl.tensor,
+    field: tl.constexpr,
+    offset: tl.tensor,
+    dtype: tl.constexpr,
+    is_aligned: tl.constexpr,
+) -> tl.tensor:
+    """The address of element `offset` of a tensor, as a pointer; the hint that it is aligned makes loads wide."""
+    pointer = tl.load(addresses + tensor * 4 + field).to(tl.pointer_type(dtype)) + offset
+    if is_aligned:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def load_floats(pointer: tl.tensor, mask: tl.tensor) -> tl.tensor:
+    """Elements in float32, zeros where there are none."""
+    return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_scalars(scalars: tl.tensor, tensor: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """The factor of weight decay, the step size, and the root of the second bias correction of a tensor."""
+    entry = scalars + tensor * 3
+    return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+
+
+@triton.jit
+def load_length(values: tl.tensor, is_aligned: tl.constexpr) -> tl.tensor:
+    """A small number of elements from a table; masks that are constant over 8 elements keep loads wide."""
+    length = tl.load(values).to(tl.int32)
+    if is_aligned:
+        length = tl.multiple_of(length, 8)
+    return length
+
+
+@triton.jit
+def store_update(
+    param: tl.tensor,
+    exp_avg: tl.tensor,
+    mask: tl.tensor,
+    p: tl.tensor,
+    g: tl.tensor,
+    m: tl.tensor,
+    decay: tl.tensor,
+    factor: tl.tensor,
+    weight1: tl.tensor,
+) -> None:
+    """Store `m + weight1 * (g - m)`, and `decay * p` less `factor` times that."""
+    m = m + weight1 * (g - m)
+    tl.store(exp_avg, m.to(exp_avg.dtype.element_ty), mask=mask)
+    tl.store(param, (p * decay - factor * m).to(param.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def step_factor(moment: tl.tensor, step_size: tl.tensor, root: tl.tensor, eps: tl.tensor) -> tl.tensor:
+    """What the first moment is multiplied by: the step size over the root of the corrected second moment."""
+    return step_size / (tl.sqrt(moment) / root + eps)
+
+
+@triton.jit
+def update_runs(
+    addresses: tl.tensor,
+    scalars: tl.tensor,
+    bands: tl.tensor,
+    band_of_program: tl.tensor,
+    beta2: tl.tensor,
+    weight1: tl.tensor,
+    weight2: tl.tensor,
+    eps: tl.tensor,
+    sign: tl.tensor,
+    param_type: tl.constexpr,
+    grad_type: tl.constexpr,
+    exp_avg_type: tl.constexpr,
+    num_rows: tl.constexpr,
+    block_size: tl.constexpr,
+    is_aligned: tl.constexpr,
+) -> None:
+    """Blocks that are runs of at most `block_size` elements, `num_rows` a program, held in registers."""
+    program = tl.program_id(0)
+    band = bands + tl.load(band_of_program + program) * 6
+    tensor = tl.load(band)
+    length = load_length(band + 3, is_aligned)
+    first = (program - tl.load(band + 5)) * num_rows
+    rows = tl.arange(0, num_rows)
+    columns = tl.arange(0, block_size)
+    is_row = first + rows < tl.load(band + 2)
+    mask = is_row[:, None] & (columns < length)[None, :]
+    index = rows[:, None] * length + columns[None, :]  # 32 bits wide, which saves registers
+    offset = tl.load(band + 1) + first * length
+    grads = pointer_to(addresses, tensor, 1, offset, grad_type, is_aligned) + index
+    exp_avgs = pointer_to(addresses, tensor, 2, offset, exp_avg_type, is_aligned) + index
+    params = pointer_to(addresses, tensor, 0, offset, param_type, is_aligned) + index
+    moments = pointer_to(addresses, tensor, 3, tl.load(band + 4) + first, tl.float32, False) + rows
+    moment = tl.load(moments, mask=is_row, other=0.0)
+    decay, step_size, root = load_scalars(scalars, tensor)
+    g = load_floats(grads, mask)
+    m = load_floats(exp_avgs, mask)
+    p = load_floats(params, mask)
+    scaled = g * (1 / tl.sqrt(length.to(tl.float32)))  # squares add up to the mean, finite wherever that is
+    moment = moment * beta2 + tl.sum(scaled * scaled, 1) * weight2
+    tl.debug_barrier()  # every warp has read the old one
+    tl.store(moments, moment, mask=is_row)
+    factor = step_factor(moment, step_size, root, eps)[:, None]
+    store_update(params, exp_avgs, mask, p, sign * g, m, decay, factor, weight1)
+
+
+@triton.jit
+def update_long_runs(
+    addresses: tl.tensor,
+    scalars: tl.tensor,
+    bands: tl.tensor,
+    band_of_program: tl.tensor,
+    beta2: tl.tensor,
+    weight1: tl.tensor,
+    weight2: tl.tensor,
+    eps: tl.tensor,
+    sign: tl.tensor,
+    param_type: tl.constexpr,
+    grad_type: tl.constexpr,
+    exp_avg_type: tl.constexpr,
+    block_size: tl.constexpr,
+    is_aligned: tl.constexpr,
+) -> None:
+    """Blocks that are runs too long for registers, one a program: the gradient is read again, from the cache."""
+    program = tl.program_id(0)
+    band = bands + tl.load(band_of_program + program) * 6
+    tensor = tl.load(band)
+    length = load_length(band + 3, is_aligned)
+    row = program - tl.load(band + 5)
+    columns = tl.arange(0, block_size)
+    offset = tl.load(band + 1) + row * length
+    grads = pointer_to(addresses, tensor, 1, offset, grad_type, is_aligned)
+    exp_avgs = pointer_to(addresses, tensor, 2, offset, exp_avg_type, is_aligned)
+    params = pointer_to(addresses, tensor, 0, offset, param_type, is_aligned)
+    moments = pointer_to(addresses, tensor, 3, tl.load(band + 4) + row, tl.float32, False)
+    moment = tl.load(moments)
+    decay, step_size, root = load_scalars(scalars, tensor)
+    squares = tl.zeros((block_size,), tl.float32)
+    scale = 1 / tl.sqrt(length.to(tl.float32))  # squares add up to the mean, finite wherever that is
+    for start in range(0, length, block_size):
+        index = start + columns
+        g = tl.load(grads + index, mask=index < length, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        squares += (g * scale) * (g * scale)
+    moment = moment * beta2 + tl.sum(squares, 0) * weight2
+    tl.debug_barrier()  # every warp has read the old one
+    tl.store(moments, moment)
+    factor = step_factor(moment, step_size, root, eps)
+    for start in range(0, length, block_size):
+        index = start + columns
+        mask = index < length
+        g = tl.load(grads + index, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        m = load_floats(exp_avgs + index, mask)
+        p = load_floats(params + index, mask)
+        store_update(params + index, exp_avgs + index, mask, p, sign * g, m, decay, factor, weight1)
 
 
 @triton.jit
@@ -132,3 +307,79 @@ def update_elements(
     tl.store(moments, moment, mask=mask)
     decay, step_size, root = load_scalars(scalars, tensor)
     store_update(params, exp_avgs, mask, p, sign * g, m, decay, step_factor(moment, step_size, root, eps), weight1)
+
+
+@triton.jit
+def sum_columns(
+    addresses: tl.tensor,
+    tiles: tl.tensor,
+    columns: tl.tensor,
+    sums: tl.tensor,
+    grad_type: tl.constexpr,
+    num_rows: tl.constexpr,
+    block_size: tl.constexpr,
+    is_aligned: tl.constexpr,
+) -> None:
+    """The sums of the squares of the columns of each tile, `num_rows` rows at a time."""
+    tile = tiles + tl.program_id(0).to(tl.int64) * 7
+    pitch, width, height = (
+        load_length(tile + 2, is_aligned),
+        load_length(tile + 4, is_aligned),
+        load_length(tile + 3, False),
+    )
+    grads = pointer_to(addresses, tl.load(tile), 1, tl.load(tile + 1), grad_type, is_aligned)
+    across = tl.arange(0, block_size)
+    down = tl.arange(0, num_rows)
+    index = down[:, None] * pitch + across[None, :]  # 32 bits wide, which saves registers
+    squares = tl.zeros((num_rows, block_size), tl.float32)
+    scale = 1 / tl.sqrt(height.to(tl.float32))  # the mean of a tile may be finite where its sum is not
+    for start in range(0, height, num_rows):
+        mask = (start + down < height)[:, None] & (across < width)[None, :]
+        line = start * pitch
+        g = load_floats(grads + line + index, mask)
+        squares += (g * scale) * (g * scale)
+    slots = tl.load(columns + (tl.load(tile + 5) + across) * 2 + 1, mask=across < width, other=0)
+    tl.store(sums + slots + tl.load(tile + 6), tl.sum(squares, 0).to(tl.float64) * height, mask=across < width)
+
+
+@triton.jit
+def update_columns(
+    addresses: tl.tensor,
+    scalars: tl.tensor,
+    tiles: tl.tensor,
+    columns: tl.tensor,
+    weight1: tl.tensor,
+    eps: tl.tensor,
+    sign: tl.tensor,
+    param_type: tl.constexpr,
+    grad_type: tl.constexpr,
+    exp_avg_type: tl.constexpr,
+    num_rows: tl.constexpr,
+    block_size: tl.constexpr,
+    is_aligned: tl.constexpr,
+) -> None:
+    """The update of tiles whose second moments, one a column, are those of this step already."""
+    tile = tiles + tl.program_id(0).to(tl.int64) * 7
+    tensor, offset = tl.load(tile), tl.load(tile + 1)
+    pitch, width, height = (
+        load_length(tile + 2, is_aligned),
+        load_length(tile + 4, is_aligned),
+        load_length(tile + 3, False),
+    )
+    across = tl.arange(0, block_size)
+    down = tl.arange(0, num_rows)
+    numbers = tl.load(columns + (tl.load(tile + 5) + across) * 2, mask=across < width, other=0)
+    moment = tl.load(pointer_to(addresses, tensor, 3, 0, tl.float32, False) + numbers, mask=across < width, other=0.0)
+    decay, step_size, root = load_scalars(scalars, tensor)
+    factor = step_factor(moment, step_size, root, eps)[None, :]
+    grads = pointer_to(addresses, tensor, 1, offset, grad_type, is_aligned)
+    exp_avgs = pointer_to(addresses, tensor, 2, offset, exp_avg_type, is_aligned)
+    params = pointer_to(addresses, tensor, 0, offset, param_type, is_aligned)
+    index = down[:, None] * pitch + across[None, :]
+    for start in range(0, height, num_rows):
+        mask = (start + down < height)[:, None] & (across < width)[None, :]
+        line = start * pitch
+        g = load_floats(grads + line + index, mask)
+        m = load_floats(exp_avgs + line + index, mask)
+        p = load_floats(params + line + index, mask)
+        store_update(params + line + index, exp_avgs + line + index, mask, p, sign * g, m, decay, factor, weight1)
