@@ -1,4 +1,4 @@
-/* Sums and updates of blocks that have one second moment each. */
+/* From sums of squares to second moments and updates: of blocks with one second moment each, and of factored ones. */
 #ifndef ADAM_MINI_BLOCKS_H
 #define ADAM_MINI_BLOCKS_H
 
@@ -8,10 +8,10 @@ static float next_moment(const Work *w, float moment, double sum, double count) 
     return moment * w->beta2 + w->rest2 * (float)(sum / count);
 }
 
-/* What multiplies m in a block, once its sum is known. */
+/* The factor of m in a block, given the block's sum of squares. */
 static float factor_of(const Work *w, int64_t block, double sum, double count) {
     float *v = w->t->moment + block;
-    if (w->t->mode == SUM) { /* which has doubles there */
+    if (w->t->mode == SUM) { /* where `moment` points to doubles */
         ((double *)w->t->moment)[block] = sum;
         return 0;
     }
@@ -32,7 +32,7 @@ static void do_blocks(const Work *w, const Task *task) {
     }
 }
 
-/* `count` short blocks of `length` elements each, which follow each other. */
+/* `count` consecutive short blocks of `length` elements each. */
 static void do_pack(const Work *w, const Task *task) {
     int64_t n = task->length * task->count;
     float squares[PACK_LENGTH], factors[PACK_LENGTH];
@@ -48,7 +48,7 @@ static void do_pack(const Work *w, const Task *task) {
     if (updates(w)) update_columns(w, task->offset, n, factors);
 }
 
-/* Rows of a batch: C1 = 1 leaves no batches, since their rows follow each other. */
+/* Columns of a batch, as the matrix (C1, R * C2). */
 static int64_t columns_of(const Tensor *t) { return t->rows * t->inner; }
 
 static int64_t size_of(const Tensor *t) { return t->batches * t->outer * columns_of(t); }
@@ -57,14 +57,14 @@ static int64_t offset_of_row(const Tensor *t, int64_t row) {
     return row / t->rows * t->outer * columns_of(t) + row % t->rows * t->inner;
 }
 
-/* The totals of blocks to factors; `rows` is room for the numbers of rows of the blocks. */
+/* The factor of each block from its total; `rows` is scratch memory for the number of rows of each block. */
 static void factors_of_blocks(Work *w, const double *totals, double *rows, float *factors) {
     const Tensor *t = w->t;
     const Span *first = w->spans, *last = first + w->num_spans;
     for (int64_t b = 0; b < t->num_blocks; b++) rows[b] = 0;
     for (const Span *span = first; span < last; span++)
         for (int64_t j = 0; j < span->count; j++) rows[span->block + j] += (double)span->rows_of_block;
-    for (int64_t b = 0; b < t->num_blocks; b++) /* a rectangle of a tensor need not meet every block */
+    for (int64_t b = 0; b < t->num_blocks; b++) /* a part of a sharded tensor need not contain every block */
         if (rows[b] > 0) factors[b] = factor_of(w, b, totals[b], rows[b] * (double)(t->outer * t->inner));
 }
 
@@ -75,7 +75,7 @@ static void combine_chunks(Work *w, const Task *tasks) {
     factors_of_blocks(w, totals, rows, w->factors);
 }
 
-/* The columns of one batch. */
+/* Column sums of one batch: first to totals of blocks, then the blocks' factors back to columns. */
 static void combine_lines(Work *w, const Task *tasks) {
     const Tensor *t = w->t;
     int64_t width = columns_of(t);
@@ -101,14 +101,15 @@ static void combine_lines(Work *w, const Task *tasks) {
     }
 }
 
-/* A batch is a matrix in memory; its lines are the rows if C1 = 1, and the columns otherwise. */
+/* Factored second moments. A batch is a matrix in memory, whose contiguous lines are the rows if C1 = 1, and the
+ * columns otherwise. */
 static int lines_are_rows(const Tensor *t) { return t->outer == 1; }
 
 static int64_t num_lines(const Tensor *t) { return lines_are_rows(t) ? t->rows : t->outer; }
 
 static int64_t line_length(const Tensor *t) { return lines_are_rows(t) ? t->inner : t->rows; }
 
-/* The sums of a few lines to those of all, so that no rounding piles up. */
+/* Add the sums of a few lines to the sums of all: two levels, so that rounding errors do not accumulate. */
 static void add_few(float *restrict few, float *restrict down, int64_t n) {
 #pragma omp simd
     for (int64_t c = 0; c < n; c++) {
@@ -117,7 +118,7 @@ static void add_few(float *restrict few, float *restrict down, int64_t n) {
     }
 }
 
-/* `count` lines from `offset` on in batch `block`; they are of segment `length` if they are rows. */
+/* `count` lines of batch `block`, starting with line `offset`; if lines are rows, `length` is their segment. */
 static void do_factored_sum(Work *w, const Task *task, int64_t number) {
     const Tensor *t = w->t;
     int64_t n = line_length(t);
@@ -139,7 +140,7 @@ static void do_factored_sum(Work *w, const Task *task, int64_t number) {
     add_few(few, down, n);
 }
 
-/* What is summed down the lines of a batch at `c`, in double; lines that are rows have a sum for each segment. */
+/* The sum across the lines of a batch at position `c`, in double; if lines are rows, there is one per segment. */
 static double wide_sum_down(const Work *w, const Task *tasks, int64_t batch, int64_t c) {
     const Tensor *t = w->t;
     int64_t n = line_length(t);

@@ -1,7 +1,7 @@
-"""What one call of the C kernel needs to know of a list of tensors, in the words of its `Tensor` struct.
+"""Describe tensors to the C kernel: the `Tensor` structs of one call, and the call itself.
 
-All that does not move from step to step is looked up once. A step then costs a list of addresses and one call, so that
-networks of small layers are quick too.
+Whatever stays the same from step to step is computed once. A later step costs a list of gradient addresses and one
+call, so networks of small layers are fast too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_adam_mini.blocks import Blocks
 from lightning_adam_mini.optim import momentum_8bit
 from lightning_adam_mini.optim.kernels.build import library
-from lightning_adam_mini.optim.kernels.layout import Layout, address
+from lightning_adam_mini.optim.kernels.layout import Layout, address, run_starts
 from lightning_adam_mini.optim.momentum_8bit import GROUP_SIZE
 from lightning_adam_mini.optim.parameter_view import ParameterView
 from lightning_adam_mini.optim.step_options import StepOptions
@@ -28,12 +28,15 @@ from lightning_adam_mini.optim.step_options import StepOptions
 __all__ = ["Entry", "Formats", "Mode", "Plan", "Spans", "format_refusal", "groups_fit", "slice_length_of"]
 
 _NUM_WORDS, _GRAD = 23, 1
+"""Words of 8 bytes in the C struct `Tensor`, and the index of the gradient's address among them."""
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
-_NUMBERS = (torch.float32, torch.bfloat16)
+_FLOATS = (torch.float32, torch.bfloat16)
+_TASK_LENGTH = 1 << 16
+"""Elements of a task, as in the C source."""
 
 
 class Mode(IntEnum):
-    """What the kernel does with a tensor; the numbers of its source."""
+    """What the kernel does with a tensor, numbered as in the C source."""
 
     MEAN = 0
     ELEMENT = 1
@@ -43,12 +46,12 @@ class Mode(IntEnum):
 
 
 class Spans:
-    """Rows of consecutive blocks of one size, as the kernel reads them.
+    """Rows of consecutive blocks of equal size, as an array of the C struct `Span`.
 
     Args:
-        lines: First row, rows of a block, number of blocks and number of the first one, for each span.
-        num_blocks: Number of all blocks.
-        in_pieces: Whether a block has rows in more than one place.
+        lines: For each span its first row, rows per block, number of blocks, and the index of its first block.
+        num_blocks: Number of blocks in all spans together.
+        in_pieces: Whether some block has rows in more than one place.
     """
 
     def __init__(self, lines: Iterable[Sequence[int]], *, num_blocks: int, in_pieces: bool = False) -> None:
@@ -62,20 +65,16 @@ class Spans:
         return sum(height * count for height, count in zip(heights, counts, strict=True))
 
     def heights(self) -> list[int]:
-        """Rows of a block of each span."""
+        """Rows per block of each span."""
         return self.table[1::4].tolist()
 
     @classmethod
     def of_layout(cls, layout: Layout, num_blocks: int) -> Spans:
-        """The blocks of a layout; a span ends where its batch does."""
+        """The blocks of a layout; no span crosses from one batch to the next."""
         runs = layout.runs()
-        if not len(runs):
-            return cls((), num_blocks=num_blocks)
         first, length, block = runs.unbind(1)
         is_new = (length.diff() != 0) | (block.diff() != 1) | (first[1:] % layout.sizes[2] == 0)
-        starts = torch.nonzero(is_new).flatten() + 1
-        begin = torch.cat([starts.new_zeros(1), starts])
-        count = torch.cat([begin, begin.new_full((1,), len(runs))]).diff()
+        begin, count = run_starts(is_new, len(runs))
         lines = torch.stack([first[begin], length[begin], count, block[begin]], 1).tolist()
         return cls(lines, num_blocks=num_blocks, in_pieces=len(runs) > len(block.unique()))
 
@@ -90,33 +89,32 @@ class Spans:
         return cls(lines, num_blocks=len(blocks.segments))
 
 
-TASK_LENGTH = 1 << 16
-"""Elements that the kernel takes at once, as in its source: of longer slices, whole groups."""
-
-
 @dataclass(frozen=True)
 class Formats:
-    """The formats of one tensor; by default, numbers that are rounded to nearest.
+    """How the numbers of one tensor are stored: the scales of 8-bit codes, and the seed of stochastic rounding.
+
+    The kernel decodes and rounds in memory order, one group of codes at a time. Such tensors are therefore in C order,
+    and each piece that a task takes (a run, a line of columns) starts and ends between two groups.
 
     Args:
-        scales: Scales of 8-bit codes, from those of the first element on.
-        slice_length: Elements of a slice of axis 0, which has groups of its own.
-        seed: Of the random bits; None where nothing is rounded stochastically.
-        first: Number of the first element in the whole parameter.
+        scales: Scales of the 8-bit codes, starting with that of the first element; None for numbers.
+        slice_length: Elements of a slice along axis 0, which has its own groups.
+        seed: Seed of the random bits; None to round to nearest.
+        first: Index of the first element in the whole parameter.
     """
 
-    scales: Tensor | None = None
-    slice_length: int = 0
-    seed: int | None = None
-    first: int = 0
+    scales: Tensor | None
+    slice_length: int
+    seed: int | None
+    first: int
 
     @classmethod
     def of(cls, tensor: ParameterView, view: Tensor) -> Formats:
-        """The formats of a tensor that the kernel supports, or of a rectangle of it.
+        """The formats of a tensor that the kernel supports, or of a box of it.
 
         Args:
             tensor: The tensor.
-            view: Its parameter, or the rectangle's view of it.
+            view: Its parameter, or the box's view of the parameter.
         """
         offset = int(view.storage_offset() - tensor.param.storage_offset())
         scales, slice_length, seed, first = None, 0, None, 0
@@ -128,25 +126,22 @@ class Formats:
         return cls(scales, slice_length, seed, first)
 
     def words(self, name: str, numel: int) -> list[int]:
-        """The part of the kernel's struct that says this.
+        """The last words of the struct.
 
         Args:
             name: Name of the parameter, for messages.
-            numel: Elements of what is stored.
+            numel: Number of elements.
 
         Raises:
-            ValueError: The scales are not those of so many elements.
+            ValueError: The scales do not match the number of elements.
         """
         scales, codebook = 0, 0
         if self.scales is not None:
             count = numel // self.slice_length * -(-self.slice_length // GROUP_SIZE)
-            kept = self.scales.flatten()[:count]  # those of the rectangles behind this one follow
+            kept = self.scales.flatten()[:count]  # the scales of later boxes follow
             scales = address(f"{name}: the scales", kept, dtypes=(torch.float32,), numel=count)
             codebook = _codebook().buffer_info()[0]
         return [scales, codebook, self.slice_length, self.seed is not None, self.seed or 0, self.first]
-
-
-PLAIN = Formats()
 
 
 def format_refusal(tensor: ParameterView, views: Iterable[Tensor]) -> str | None:
@@ -154,13 +149,13 @@ def format_refusal(tensor: ParameterView, views: Iterable[Tensor]) -> str | None
 
     Args:
         tensor: The tensor.
-        views: Its parameter, or the views of it that are its rectangles.
+        views: Its parameter, or the views of it that are its boxes.
     """
     if tensor.is_plain:
         return None
     views = list(views)
     if not tensor.param.is_contiguous() or not all(view.is_contiguous() for view in views):
-        return "8-bit first moments or stochastic rounding of what does not lie in C order"
+        return "8-bit first moments or stochastic rounding of a tensor that is not in C order"
     if tensor.rounding is not None and tensor.rounding.first is None:
         return "stochastic rounding of a shard whose elements are not consecutive"
     if tensor.exp_avg_scale is None or not tensor.param.numel():
@@ -171,30 +166,30 @@ def format_refusal(tensor: ParameterView, views: Iterable[Tensor]) -> str | None
     offsets = (view.storage_offset() - tensor.param.storage_offset() for view in views)
     if any(offset % length or view.numel() % length for offset, view in zip(offsets, views, strict=True)):
         return "a shard that splits the groups of 8-bit codes"
-    if length > TASK_LENGTH and length % GROUP_SIZE:
+    if length > _TASK_LENGTH and length % GROUP_SIZE:
         return "8-bit codes of slices that are longer than a task and no multiple of a group"
     return None
 
 
 def groups_fit(piece_lengths: Iterable[int], slice_length: int) -> bool:
-    """Whether pieces that follow each other in memory begin and end between groups of codes.
+    """Whether consecutive pieces of memory start and end between groups of codes.
 
     Args:
         piece_lengths: Elements of each piece.
-        slice_length: Elements of a slice of axis 0.
+        slice_length: Elements of a slice along axis 0.
     """
     is_aligned = slice_length % GROUP_SIZE == 0
     return all(n % slice_length == 0 or (is_aligned and n % GROUP_SIZE == 0) for n in piece_lengths)
 
 
 def slice_length_of(param: Tensor) -> int:
-    """Elements of a slice of axis 0, which has groups of codes of its own."""
+    """Elements of a slice along axis 0, which has its own groups of codes."""
     return param.numel() // param.shape[0]
 
 
 @cache
 def _codebook() -> array[int]:
-    """The kernel's `Codebook`, as 32-bit words that stay where they are."""
+    """The C struct `Codebook` as 32-bit words; cached, since the kernel keeps its address."""
     values = momentum_8bit.values(torch.device("cpu"))
     first, middles = momentum_8bit.bins(torch.device("cpu"))
     return array("i", [*values.view(torch.int32).tolist(), *middles.view(torch.int32).tolist(), *first.tolist()])
@@ -202,18 +197,18 @@ def _codebook() -> array[int]:
 
 @dataclass
 class Entry:
-    """One tensor as the kernel sees it; its parameter, gradient and first moment lie in memory alike.
+    """One tensor of a call. Its parameter, gradient and first moment have the same memory layout.
 
     Args:
         mode: What to do with it.
         sizes: `(A, C1, R, C2)`, as in `Layout`.
-        spans: Its blocks; None for elements.
+        spans: Its blocks; None if every element is a block.
         param: The parameter.
         grad: Its gradient.
         exp_avg: First moment.
-        moments: What the mode reads and writes: two tensors for `Mode.FACTORED`, else one; sums are float64.
-        step: Steps taken.
-        formats: How the parameter and the first moment are stored.
+        moments: What the mode reads and writes: two tensors for `Mode.FACTORED`, else one. Sums are float64.
+        step: Number of steps taken.
+        formats: How parameter and first moment are stored.
         name: Name of the parameter, for messages.
     """
 
@@ -225,28 +220,29 @@ class Entry:
     exp_avg: Tensor
     moments: tuple[Tensor, ...]
     step: Tensor
-    formats: Formats = PLAIN
-    name: str = "a parameter"
+    formats: Formats
+    name: str
 
     def words(self) -> list[int]:
         """The struct.
 
         Raises:
-            ValueError: A tensor is not what the struct says of its memory.
+            ValueError: The memory of a tensor is not what the struct would claim.
         """
         numel = math.prod(self.sizes)
-        codes = self.formats.scales is not None
-        spans = self.spans.words if self.spans else (0, 0, 0, 0)
-        assert self.spans is None or self.spans.num_rows == self._num_rows()
+        batches, _, rows, _ = self.sizes
+        # All batches of a factored second moment share the spans of one.
+        assert self.spans is None or self.spans.num_rows == rows * (1 if self.mode is Mode.FACTORED else batches)
         moment_dtypes = (torch.float64 if self.mode is Mode.SUM else torch.float32,)
         moments = [
             self._address("a second moment", moment, moment_dtypes, size)
             for moment, size in zip(self.moments, self._moment_sizes(), strict=True)
         ]
+        exp_avg_dtypes = _FLOATS if self.formats.scales is None else (torch.uint8,)
         return [
-            self._address("the parameter", self.param, _NUMBERS, numel),
+            self._address("the parameter", self.param, _FLOATS, numel),
             self._address("the gradient", self.grad, (self.param.dtype,), numel),
-            self._address("the first moment", self.exp_avg, (torch.uint8,) if codes else _NUMBERS, numel),
+            self._address("the first moment", self.exp_avg, exp_avg_dtypes, numel),
             moments[0],
             moments[-1],
             self._address("the step", self.step, (torch.float32,), 1),
@@ -254,16 +250,12 @@ class Entry:
             self.param.dtype == torch.bfloat16,
             _DTYPES[self.exp_avg.dtype],
             *self.sizes,
-            *spans,
+            *(self.spans.words if self.spans else (0, 0, 0, 0)),
             *self.formats.words(self.name, numel),
         ]
 
-    def _num_rows(self) -> int:
-        """Rows that the spans are of; a factored second moment has the same ones in each batch."""
-        return self.sizes[2] if self.mode is Mode.FACTORED else self.sizes[0] * self.sizes[2]
-
     def _moment_sizes(self) -> tuple[int, ...]:
-        """Elements of each second moment; those of an empty tensor, which nothing reads, are as they are."""
+        """Elements that the kernel expects in each second moment; it reads none of an empty tensor."""
         if not math.prod(self.sizes):
             return tuple(moment.numel() for moment in self.moments)
         batches, outer, rows, inner = self.sizes
@@ -277,32 +269,32 @@ class Entry:
 
 
 class Plan:
-    """Tensors that take their steps in one call.
+    """Tensors that take their steps in one call of the C kernel.
 
-    It keeps no gradient alive, and no parameter that it does not change.
+    It keeps alive neither gradients nor parameters that it only reads.
 
     Args:
         entries: The tensors, with the gradients of the first step.
 
     Raises:
-        ValueError: A tensor is not what its entry says of it.
+        ValueError: The memory of a tensor is not what its entry says.
     """
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         self._num_entries = len(entries)
         self._words = array("q", [word for entry in entries for word in entry.words()])
-        self._tables = [entry.spans for entry in entries]
+        self._spans = [entry.spans for entry in entries]  # the kernel reads their tables
         self._params = [entry.param for entry in entries if entry.mode is not Mode.SUM]
 
     def step(self, options: StepOptions, grads: Sequence[int] | None = None) -> None:
         """Do what the entries' modes say.
 
         Args:
-            options: Scalars of this step, `lr` a number; sums need none.
-            grads: Addresses of the gradients of this step, laid out as those of the entries, if they are others.
+            options: Scalars of this step, with `lr` as a number; `Mode.SUM` reads none of them.
+            grads: Addresses of this step's gradients, laid out as those of the entries; None for the entries' own.
 
         Raises:
-            MemoryError: There is no room for partial sums; nothing has changed.
+            MemoryError: The kernel could not allocate its partial sums; nothing has changed.
         """
         if grads is not None:
             self._words[_GRAD::_NUM_WORDS] = array("q", grads)
@@ -312,22 +304,26 @@ class Plan:
         scalars = (o.lr, o.beta1, o.beta2, o.eps, o.weight_decay, o.maximize)
         if kernel.adam_mini_step(self._words.buffer_info()[0], self._num_entries, *scalars, _num_threads()):
             raise MemoryError("AdamMini's kernel has no memory for its partial sums: use a smaller batch or model")
-        torch.autograd.graph.increment_version(self._params)  # as torch's own in-place operations do
+        # Autograd must notice that saved tensors have changed, as with torch's own in-place operations.
+        torch.autograd.graph.increment_version(self._params)
 
 
-_threads_of = {"parent": 1, "process": 1}
-"""The most threads that a call has taken: in a process that this one was forked from, and in this one."""
+_most_threads = {"parent": 1, "process": 1}
+"""The most threads that any call has used: in the process that this one was forked from, and in this one."""
 
 
 def _num_threads() -> int:
-    """As many as torch takes; one after a fork of a process whose threads have run, since they are gone here."""
-    threads = 1 if _threads_of["parent"] > 1 else torch.get_num_threads()
-    _threads_of["process"] = max(_threads_of["process"], threads)
+    """As many threads as torch uses; one if a parent process ran OpenMP threads before the fork.
+
+    A fork copies OpenMP's record of its threads but not the threads: a parallel region would wait for them for ever.
+    """
+    threads = 1 if _most_threads["parent"] > 1 else torch.get_num_threads()
+    _most_threads["process"] = max(_most_threads["process"], threads)
     return threads
 
 
 def _after_fork() -> None:
-    _threads_of["parent"] = max(_threads_of.values())
+    _most_threads["parent"] = max(_most_threads.values())
 
 
 if hasattr(os, "register_at_fork"):

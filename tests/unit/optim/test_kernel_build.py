@@ -251,6 +251,19 @@ def test_a_library_that_others_may_have_written_is_not_loaded(part, of_others, c
 
 
 @needs_compiler
+def test_nothing_is_left_in_a_cache_that_others_may_write_to(tmp_path, monkeypatch):
+    """Not even where it is the folder of temporary files, in which the kernel is built then."""
+    open_to_all = tmp_path / "open"
+    open_to_all.mkdir()
+    everybody(open_to_all)
+    monkeypatch.setattr("tempfile.tempdir", str(open_to_all))
+    monkeypatch.setenv("LIGHTNING_ADAM_MINI_CACHE", str(open_to_all))
+    (message,) = warnings_of(build.library)
+    assert "others may write to" in message
+    assert not list(open_to_all.iterdir())
+
+
+@needs_compiler
 def test_a_cache_of_ones_own_is_used_without_a_word(cache, monkeypatch):
     old = os.umask(0o002)  # as where each user has a group
     try:
@@ -312,7 +325,7 @@ def test_a_compiler_that_makes_no_library(tmp_path, monkeypatch):
 
 def test_a_fork_of_a_process_with_threads_takes_one(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(cpu_plan, "_threads_of", {"parent": 1, "process": 1})
+    monkeypatch.setattr(cpu_plan, "_most_threads", {"parent": 1, "process": 1})
     assert cpu_plan._num_threads() == 2
     cpu_plan._after_fork()
     assert cpu_plan._num_threads() == 1
@@ -320,7 +333,7 @@ def test_a_fork_of_a_process_with_threads_takes_one(monkeypatch):
 
 def test_a_fork_of_a_process_with_one_thread_takes_what_torch_has(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    monkeypatch.setattr(cpu_plan, "_threads_of", {"parent": 1, "process": 1})
+    monkeypatch.setattr(cpu_plan, "_most_threads", {"parent": 1, "process": 1})
     cpu_plan._num_threads()
     cpu_plan._after_fork()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
