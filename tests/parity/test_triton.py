@@ -438,10 +438,10 @@ def test_what_the_reference_updates_is_said(device):
         "factored": parameter_view(BLOCKS["row and column"], device=device),
         "dtypes other": parameter_view(BLOCKS["rows"], device=device, dtype=torch.float64),
         "not contiguous float32": replace(rows, moments=(rows.moments[0].double(),)),
-        "another order": replace(rows, grad=other_order),
+        "another memory order": replace(rows, grad=other_order),
         "four sizes": parameter_view(BLOCKS["batch on both sides"], device=device),
-        "8 bits": replace(rows, rounding=Rounding(7, tuple(rows.param.shape))),
-        "other sign": replace(rows, grad=torch.zeros_like(rows.param, dtype=torch.complex64).conj().imag),
+        "8-bit": replace(rows, rounding=Rounding(7, tuple(rows.param.shape))),
+        "negated": replace(rows, grad=torch.zeros_like(rows.param, dtype=torch.complex64).conj().imag),
     }
     for reason, tensor in refused.items():
         assert reason in gpu.supports(tensor)

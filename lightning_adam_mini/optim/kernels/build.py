@@ -32,9 +32,9 @@ __all__ = ["cache_folder", "library", "unavailable"]
 SOURCE = Path(__file__).with_name("adam_mini.c")
 """It includes the headers next to it."""
 FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
-"""`-ffp-contract=off`: the compiler must not fuse multiplications and additions on its own. Where torch rounds once, the
-source calls `fmaf`; everywhere else both round twice. `-fno-math-errno`: square roots are vectorized, since they need
-not set `errno`. No `-ffast-math`: it would reorder sums and ignore NaN."""
+"""`-ffp-contract=off`: the compiler must not fuse multiplications and additions on its own. Where torch rounds once,
+the source calls `fmaf`; everywhere else both round twice. `-fno-math-errno`: square roots need not set `errno`, so they
+are vectorized. No `-ffast-math`: it would reorder sums and ignore NaN."""
 OPTIONAL_FLAGS = tuple(
     (*processor, *threads)
     for processor in (("-march=native",), ())

@@ -184,7 +184,7 @@ def address(
     ):
         raise ValueError(
             f"{what} is a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}, of shape {tuple(tensor.shape)}; "
-            f"the kernel needs {numel} adjacent elements on {where}. Use implementation='foreach', which takes any tensor"
+            f"the kernel needs {numel} adjacent elements on {where}. implementation='foreach' takes any tensor"
         )
     return tensor.data_ptr()
 

@@ -1,23 +1,30 @@
-"""What the Triton kernels share: addresses, loads and the arithmetic of one element.
+"""The Triton kernels: one launch updates a whole list of tensors.
 
-No kernel gets a tensor of the model: each reads addresses from a table, so that one launch serves a whole list. Tables
-are built in `triton_plan`, and launches walk through their rows:
+Kernels do not get the model's tensors as arguments; they read addresses from a table. Each program takes rows of these
+tables, which `triton_plan` builds:
 
 - `addresses`, int64 (tensors, 4): parameter, gradient, first moment, second moment.
 - `scalars`, float32 (tensors, 3): the factor of weight decay, the step size, the root of the second bias correction.
-- `bands`, int64 (bands, 6): tensor, first element, number of runs, elements a run, first second moment, first program.
+- `bands`, int64 (bands, 6): tensor, first element, number of runs, elements per run, first second moment, first
+  program.
 - `chunks`, int64 (chunks, 4): tensor, first element, elements, second moment.
 - `tiles`, int64 (tiles, 7): tensor, first element, elements to the next row, rows, columns, first entry of `columns`,
-  number of the tile along its columns.
+  index of the tile along its columns.
 - `columns`, int32 (columns, 2): second moment, first partial sum.
 - `blocks`, int64 (blocks, 5): tensor, second moment, first partial sum, number of partial sums, elements.
 
-Arithmetic is in float32, and partial sums, which are float64, are added in a fixed order, so that a step is the same
-each time.
-`is_aligned` promises that runs start at multiples of 16 bytes and have multiples of 8 elements: then loads are 128 bits
-wide.
+Blocks that are contiguous runs of up to 65,536 elements take one launch: sums, second moments and the update. Longer
+blocks, and blocks with several runs, take three: partial sums of their chunks, second moments from these sums, and the
+update. (A second moment that one launch writes and other programs of it read would be a race.) Blocks that are columns
+in memory, as in a weight that is stored transposed, take three too, over tiles that read whole lines: one program per
+column would read a few bytes of every row.
 
-Annotations are no strings in these files: Triton reads them.
+Arithmetic is in float32. Partial sums are float64 and are added in a fixed order, so that results do not vary from run
+to run; atomic additions would vary. Sums are taken of scaled gradients, so that a mean may be finite although the sum
+overflows float32. `is_aligned` promises that runs start at multiples of 16 bytes and have multiples of 8 elements, so
+that loads are 128 bits wide.
+
+No `from __future__ import annotations` here: Triton reads annotations as objects, not as strings.
 """
 
 import triton
@@ -44,7 +51,7 @@ def pointer_to(
     dtype: tl.constexpr,
     is_aligned: tl.constexpr,
 ) -> tl.tensor:
-    """The address of element `offset` of a tensor, as a pointer; the hint that it is aligned makes loads wide."""
+    """A pointer to element `offset` of a tensor; the hint that it is aligned makes loads wide."""
     pointer = tl.load(addresses + tensor * 4 + field).to(tl.pointer_type(dtype)) + offset
     if is_aligned:
         pointer = tl.multiple_of(pointer, 16)
@@ -53,7 +60,7 @@ def pointer_to(
 
 @triton.jit
 def load_floats(pointer: tl.tensor, mask: tl.tensor) -> tl.tensor:
-    """Elements in float32, zeros where there are none."""
+    """Elements as float32, with zeros where the mask is false."""
     return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
 
 
@@ -85,7 +92,7 @@ def store_update(
     factor: tl.tensor,
     weight1: tl.tensor,
 ) -> None:
-    """Store `m + weight1 * (g - m)`, and `decay * p` less `factor` times that."""
+    """Store `m + weight1 * (g - m)`, and `decay * p` minus `factor` times it."""
     m = m + weight1 * (g - m)
     tl.store(exp_avg, m.to(exp_avg.dtype.element_ty), mask=mask)
     tl.store(param, (p * decay - factor * m).to(param.dtype.element_ty), mask=mask)
@@ -93,7 +100,7 @@ def store_update(
 
 @triton.jit
 def step_factor(moment: tl.tensor, step_size: tl.tensor, root: tl.tensor, eps: tl.tensor) -> tl.tensor:
-    """What the first moment is multiplied by: the step size over the root of the corrected second moment."""
+    """The factor of the first moment: the step size over the root of the corrected second moment, plus eps."""
     return step_size / (tl.sqrt(moment) / root + eps)
 
 
@@ -115,7 +122,7 @@ def update_runs(
     block_size: tl.constexpr,
     is_aligned: tl.constexpr,
 ) -> None:
-    """Blocks that are runs of at most `block_size` elements, `num_rows` a program, held in registers."""
+    """Update runs of at most `block_size` elements, `num_rows` per program, held in registers."""
     program = tl.program_id(0)
     band = bands + tl.load(band_of_program + program) * 6
     tensor = tl.load(band)
@@ -125,7 +132,7 @@ def update_runs(
     columns = tl.arange(0, block_size)
     is_row = first + rows < tl.load(band + 2)
     mask = is_row[:, None] & (columns < length)[None, :]
-    index = rows[:, None] * length + columns[None, :]  # 32 bits wide, which saves registers
+    index = rows[:, None] * length + columns[None, :]  # 32-bit offsets save registers
     offset = tl.load(band + 1) + first * length
     grads = pointer_to(addresses, tensor, 1, offset, grad_type, is_aligned) + index
     exp_avgs = pointer_to(addresses, tensor, 2, offset, exp_avg_type, is_aligned) + index
@@ -136,9 +143,9 @@ def update_runs(
     g = load_floats(grads, mask)
     m = load_floats(exp_avgs, mask)
     p = load_floats(params, mask)
-    scaled = g * (1 / tl.sqrt(length.to(tl.float32)))  # squares add up to the mean, finite wherever that is
+    scaled = g * (1 / tl.sqrt(length.to(tl.float32)))  # squares add up to the mean; their sum may overflow
     moment = moment * beta2 + tl.sum(scaled * scaled, 1) * weight2
-    tl.debug_barrier()  # every warp has read the old one
+    tl.debug_barrier()  # all warps have read the old moment before one overwrites it
     tl.store(moments, moment, mask=is_row)
     factor = step_factor(moment, step_size, root, eps)[:, None]
     store_update(params, exp_avgs, mask, p, sign * g, m, decay, factor, weight1)
@@ -161,7 +168,7 @@ def update_long_runs(
     block_size: tl.constexpr,
     is_aligned: tl.constexpr,
 ) -> None:
-    """Blocks that are runs too long for registers, one a program: the gradient is read again, from the cache."""
+    """Update runs that are too long for registers, one per program, which reads the gradient again from the cache."""
     program = tl.program_id(0)
     band = bands + tl.load(band_of_program + program) * 6
     tensor = tl.load(band)
@@ -176,13 +183,13 @@ def update_long_runs(
     moment = tl.load(moments)
     decay, step_size, root = load_scalars(scalars, tensor)
     squares = tl.zeros((block_size,), tl.float32)
-    scale = 1 / tl.sqrt(length.to(tl.float32))  # squares add up to the mean, finite wherever that is
+    scale = 1 / tl.sqrt(length.to(tl.float32))  # squares add up to the mean; their sum may overflow
     for start in range(0, length, block_size):
         index = start + columns
         g = tl.load(grads + index, mask=index < length, other=0.0, eviction_policy="evict_last").to(tl.float32)
         squares += (g * scale) * (g * scale)
     moment = moment * beta2 + tl.sum(squares, 0) * weight2
-    tl.debug_barrier()  # every warp has read the old one
+    tl.debug_barrier()  # all warps have read the old moment before one overwrites it
     tl.store(moments, moment)
     factor = step_factor(moment, step_size, root, eps)
     for start in range(0, length, block_size):
@@ -203,13 +210,13 @@ def sum_chunks(
     block_size: tl.constexpr,
     is_aligned: tl.constexpr,
 ) -> None:
-    """The sum of the squares of each chunk of a block, one a program, at the number of the program in `sums`."""
+    """Store the sum of the squares of each chunk, one per program, to `sums` at the index of the program."""
     program = tl.program_id(0)
     chunk = chunks + program.to(tl.int64) * 4
     columns = tl.arange(0, block_size)
     grads = pointer_to(addresses, tl.load(chunk), 1, tl.load(chunk + 1), grad_type, is_aligned)
     g = load_floats(grads + columns, columns < load_length(chunk + 2, is_aligned))
-    g *= block_size**-0.5  # the mean may be finite where the sum is not
+    g *= block_size**-0.5  # the mean may be finite although the sum is not
     tl.store(sums + program, tl.sum(g * g, 0).to(tl.float64) * block_size)
 
 
@@ -225,7 +232,7 @@ def finish_moments(
     group_size: tl.constexpr,
     num_slots: tl.constexpr,
 ) -> None:
-    """The new second moments from partial sums: `group_size` of them a program, each of at most `longest` sums."""
+    """Store new second moments from partial sums: `group_size` per program, each of at most `longest` sums."""
     numbers = tl.program_id(0).to(tl.int64) * group_size + tl.arange(0, group_size)
     is_block = numbers < num_blocks
     block = blocks + numbers * 5
@@ -241,7 +248,7 @@ def finish_moments(
         mask = slots[None, :] < count[:, None]
         total += tl.load(sums + first[:, None] + slots[None, :], mask=mask, other=0.0)
     mean = (tl.sum(total, 1) / tl.load(block + 4, mask=is_block, other=1).to(tl.float64)).to(tl.float32)
-    tl.debug_barrier()  # every warp has read the old one
+    tl.debug_barrier()  # all warps have read the old moment before one overwrites it
     tl.store(moments, moment * beta2 + mean * weight2, mask=is_block)
 
 
@@ -259,7 +266,7 @@ def update_chunks(
     block_size: tl.constexpr,
     is_aligned: tl.constexpr,
 ) -> None:
-    """The update of chunks whose second moment, one each, is that of this step already."""
+    """Update chunks, each of which has one second moment, already that of this step."""
     chunk = chunks + tl.program_id(0).to(tl.int64) * 4
     tensor, offset = tl.load(chunk), tl.load(chunk + 1)
     columns = tl.arange(0, block_size)
@@ -291,7 +298,7 @@ def update_elements(
     block_size: tl.constexpr,
     is_aligned: tl.constexpr,
 ) -> None:
-    """Chunks whose elements each have a second moment: AdamW."""
+    """Update chunks with one second moment per element: AdamW."""
     chunk = chunks + tl.program_id(0).to(tl.int64) * 4
     tensor, offset = tl.load(chunk), tl.load(chunk + 1)
     columns = tl.arange(0, block_size)
@@ -320,7 +327,7 @@ def sum_columns(
     block_size: tl.constexpr,
     is_aligned: tl.constexpr,
 ) -> None:
-    """The sums of the squares of the columns of each tile, `num_rows` rows at a time."""
+    """Store the sums of the squares of each tile's columns, read `num_rows` rows at a time."""
     tile = tiles + tl.program_id(0).to(tl.int64) * 7
     pitch, width, height = (
         load_length(tile + 2, is_aligned),
@@ -330,9 +337,9 @@ def sum_columns(
     grads = pointer_to(addresses, tl.load(tile), 1, tl.load(tile + 1), grad_type, is_aligned)
     across = tl.arange(0, block_size)
     down = tl.arange(0, num_rows)
-    index = down[:, None] * pitch + across[None, :]  # 32 bits wide, which saves registers
+    index = down[:, None] * pitch + across[None, :]  # 32-bit offsets save registers
     squares = tl.zeros((num_rows, block_size), tl.float32)
-    scale = 1 / tl.sqrt(height.to(tl.float32))  # the mean of a tile may be finite where its sum is not
+    scale = 1 / tl.sqrt(height.to(tl.float32))  # the mean of a tile may be finite although its sum is not
     for start in range(0, height, num_rows):
         mask = (start + down < height)[:, None] & (across < width)[None, :]
         line = start * pitch
@@ -358,7 +365,7 @@ def update_columns(
     block_size: tl.constexpr,
     is_aligned: tl.constexpr,
 ) -> None:
-    """The update of tiles whose second moments, one a column, are those of this step already."""
+    """Update tiles with one second moment per column, already that of this step."""
     tile = tiles + tl.program_id(0).to(tl.int64) * 7
     tensor, offset = tl.load(tile), tl.load(tile + 1)
     pitch, width, height = (
