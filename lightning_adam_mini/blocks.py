@@ -226,9 +226,9 @@ class Blocks:
         """
         if self.kind is Kind.ELEMENT:
             return (sum_square(tensor, ()),)
-        row_sums = self.row_square_sums(tensor, exact=exact)
+        row_sums = sum_square(tensor, self._reduced_axes, exact=exact)
         if self.kind is Kind.MEAN:
-            return (self.block_sums(row_sums),)
+            return (row_sums if self._keeps_rows else self.block_sums(row_sums),)
         assert self.axis is not None
         columns = [sum_square(part, axes, exact=exact).squeeze(self.axis) for _, part, axes in self._parts(tensor)]
         return row_sums, torch.cat(columns, self.axis)
@@ -243,8 +243,9 @@ class Blocks:
 
     def block_sums(self, row_sums: Tensor) -> Tensor:
         """Sums per block from sums per row: `(..., R, ...)` to `(..., B, ...)`, segment after segment."""
-        if self.axis is None or self.cuts_rows:
+        if self._keeps_rows:
             return row_sums
+        assert self.axis is not None
         sums = []
         for segment, part, axes in self._parts(row_sums):
             if self._spans_repeats(segment):
@@ -258,16 +259,11 @@ class Blocks:
         """Divide sums, one tensor for each of `state_shapes`, by the number of elements in each."""
         if self.kind is Kind.ELEMENT:
             return sums
-        width = max(math.prod([self.shape[axis] for axis in self._reduced_axes]), 1)
-        if self.axis is None:
-            return (sums[0] / width,)
+        width, sizes, counts = self._counts
         if self.kind is Kind.MEAN:
-            sizes = [self._num_blocks(segment) for segment in self.segments]
-            counts = [max(segment.block_size * width, 1) for segment in self.segments]
-            return (_divide(sums[0], self.axis, sizes, counts),)
+            return (sums[0] / width if self._keeps_rows else _divide(sums[0], self.axis, sizes, counts),)
         rows, columns = sums
-        counts = [max(segment.length * self.repeats, 1) for segment in self.segments]
-        return rows / width, _divide(columns, self.axis, [1] * len(self.segments), counts)
+        return rows / width, _divide(columns, self.axis, sizes, counts)
 
     def second_moment(self, *moments: Tensor) -> Tensor:
         """Expand second moments so that they broadcast against the tensor.
@@ -283,7 +279,10 @@ class Blocks:
 
     def root_second_moment(self, *moments: Tensor) -> Tensor:
         """The square root of `second_moment`, as a new tensor; roots are taken before expanding, of fewer values."""
-        return self._product([factor.sqrt() for factor in self.factors(*moments)])
+        if self.kind is Kind.FACTORED:
+            return self._product([factor.sqrt() for factor in self.factors(*moments)])
+        root = moments[0].sqrt()
+        return root if self._keeps_rows or self.kind is Kind.ELEMENT else self.expand_rows(root)
 
     def factors(self, *moments: Tensor) -> Sequence[Tensor]:
         """The factors of `second_moment`: the moment itself, or rows over their mean and columns."""
@@ -317,8 +316,9 @@ class Blocks:
 
     def expand_rows(self, blocks: Tensor) -> Tensor:
         """Repeat each block's value over its rows: `(..., B, ...)` to `(..., R, ...)`."""
-        if self.axis is None or self.cuts_rows:
+        if self._keeps_rows:
             return blocks
+        assert self.axis is not None
         rows, start = [], 0
         for segment in self.segments:
             count = self._num_blocks(segment)
@@ -340,9 +340,25 @@ class Blocks:
     def _num_blocks(self, segment: Segment) -> int:
         return 1 if self._spans_repeats(segment) else self.repeats * (segment.length // max(segment.block_size, 1))
 
+    # Computed once, since every step needs them.
+
     @cached_property
     def _reduced_axes(self) -> tuple[int, ...]:
         return tuple(a for a in range(len(self.shape)) if a != self.axis and a not in self.batch_axes)
+
+    @cached_property
+    def _keeps_rows(self) -> bool:
+        """Whether sums per row are sums per block already."""
+        return self.axis is None or self.cuts_rows
+
+    @cached_property
+    def _counts(self) -> tuple[int, list[int], list[int]]:
+        """Elements per row; for each segment, the number of blocks (or column means) and the elements of each."""
+        width = max(math.prod(self.shape[axis] for axis in self._reduced_axes), 1)
+        if self.kind is Kind.FACTORED:
+            return width, [1] * len(self.segments), [max(s.length * self.repeats, 1) for s in self.segments]
+        blocks = [self._num_blocks(s) for s in self.segments]
+        return width, blocks, [max(s.block_size * width, 1) for s in self.segments]
 
     def _kept_shape(self, num_kept: int) -> tuple[int, ...]:
         """`shape` with size `num_kept` on the block axis and 1 on the reduced axes."""
@@ -363,10 +379,11 @@ class Blocks:
         return parts
 
 
-def _divide(tensor: Tensor, axis: int, sizes: Sequence[int], divisors: Sequence[int]) -> Tensor:
+def _divide(tensor: Tensor, axis: int | None, sizes: Sequence[int], divisors: Sequence[int]) -> Tensor:
     """Divide consecutive parts of `tensor` along `axis` by one number each."""
     if len(set(divisors)) == 1:
         return tensor / divisors[0]
+    assert axis is not None
     parts = [part / divisor for part, divisor in zip(tensor.split(list(sizes), axis), divisors, strict=True)]
     return torch.cat(parts, axis)
 
@@ -403,8 +420,10 @@ def sum_square(tensor: Tensor, axes: tuple[int, ...], *, exact: bool = False) ->
         Sums in `wide_dtype`; they are infinite or NaN where the tensor is.
     """
     wide = wide_dtype(tensor.device)
-    if not axes or not tensor.numel():
-        return tensor.to(wide).square().sum(axes, keepdim=True) if axes else tensor.to(wide).square()
+    if not axes:
+        return tensor.to(wide).square()
+    if not tensor.numel() or (exact and tensor.numel() <= SLICE_ELEMENTS):
+        return tensor.to(wide).square().sum(axes, keepdim=True)
     if exact:
         return _sum_slices(tensor, axes, wide, wide)
     narrow = torch.promote_types(tensor.dtype, torch.float32)
