@@ -2,8 +2,8 @@
 
     TRITON_INTERPRET=1 pytest tests/parity/test_triton.py
 
-Triton decides between compiler and interpreter when a kernel is defined, so that the suite runs this file once more, in
-a process of its own.
+Triton chooses between compiler and interpreter when a kernel is defined, so the suite runs this file again in a process
+of its own.
 """
 
 import copy
@@ -82,7 +82,7 @@ BLOCKS = {
 }
 
 LEFT = ("batch on both sides", "row and column")
-"""What the reference updates, also in the dtypes of the kernels."""
+"""Blocks that the reference updates, even in dtypes that the kernels take."""
 SMALL = {name: b for name, b in BLOCKS.items() if math.prod(b.shape) < 3000 and name not in LEFT}
 
 DTYPES = [  # of parameters, of gradients, of first moments
@@ -127,14 +127,14 @@ def assert_same(names, first, second, tolerances):
 
 
 def rounded(tensor, dtype):
-    """A tensor in `dtype`, as the kernels store it: Triton's interpreter cuts bfloat16 off where devices round."""
+    """A tensor in `dtype`, as the kernels store it: Triton's interpreter truncates to bfloat16, devices round."""
     if IS_INTERPRETED and dtype is torch.bfloat16:
         return tensor.contiguous().view(torch.int32).bitwise_right_shift(16).to(torch.int16).view(dtype)
     return tensor.to(dtype)
 
 
 def reference_step(tensor, options, **more):
-    """The reference in float32 or wider, rounded once a step, as kernels do."""
+    """The reference in float32 or wider, rounded once per step as the kernels do."""
     wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in (tensor.param, tensor.grad, tensor.exp_avg)]
     update.update_(replace(tensor, param=wide[0], grad=wide[1], exp_avg=wide[2]), options, **more)
     tensor.param.copy_(rounded(wide[0], tensor.param.dtype))
@@ -207,7 +207,7 @@ def test_random_blocks(tolerances, drawn, capturable):
 
 @pytest.fixture
 def small_limits(monkeypatch):
-    """Small tensors take the paths of large ones."""
+    """Let small tensors take the paths of large ones."""
     limits = {"CHUNK": 16, "IN_CACHE": 32, "IN_REGISTERS": 16, "LONG_STEP": 16, "TILE_ROWS": 4, "TILE_COLUMNS": 16}
     limits |= {"TILE_STEP": 2, "FEW_SUMS": 2, "MANY_SUMS": 4}
     for name, value in limits.items():
@@ -227,7 +227,7 @@ def test_blocks_in_many_parts(small_limits, tolerances):
 
 
 @devices
-def test_axes_in_another_order_in_memory(device, tolerances):
+def test_axes_in_another_memory_order(device, tolerances):
     blocks = {
         "convolution": Blocks.rows((6, 8, 3, 3)),
         "matrix": Blocks.rows((6, 8)),
@@ -248,7 +248,7 @@ def test_axes_in_another_order_in_memory(device, tolerances):
 
 
 @devices
-def test_gradients_that_lie_in_memory_the_other_way_round(device, tolerances):
+def test_gradients_in_another_memory_order(device, tolerances):
     tensors = [parameter_view(BLOCKS[name], device=device) for name in ("rows", "element")]
     others = copy.deepcopy(tensors)
     for _ in range(2):
@@ -277,7 +277,7 @@ def test_memory_that_is_not_aligned(dtype, device, tolerances):
 
 
 def promised(launch):
-    """Numbers of tensors, first elements, and lengths that a launch takes for multiples of 8 elements."""
+    """Numbers of tensors, first elements, and lengths that a launch promises to be multiples of 8 elements."""
     tables = launch.arguments
     if "bands" in tables:
         return tables["bands"][:, 0], tables["bands"][:, 1], tables["bands"][:, 3:4]
@@ -288,7 +288,7 @@ def promised(launch):
 
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_launches_promise_alignment_where_there_is_some(dtype):
+def test_launches_promise_alignment_only_if_it_holds(dtype):
     """A false promise is an illegal access on a device, and nothing in the interpreter."""
     tensors = []
     for name, shift in itertools.product((n for n in BLOCKS if n not in LEFT), (0, 1)):
@@ -312,12 +312,12 @@ def test_launches_promise_alignment_where_there_is_some(dtype):
 
 
 def sharded(device):
-    """Parts of tensors as ranks have them, with the sums of squares of all ranks where they come from outside."""
+    """Local tensors of several kinds of shards."""
     rows, matrix = Blocks.rows((6, 8), block_size=3), Blocks.rows((6, 8))
     whole = Blocks.whole((6, 8))
     boxes = grid_boxes([[(1, 0, 2), (5, 2, 1)], [(0, 0, 8)]])
     return {
-        "heads cut in two": parameter_view(rows, device=device, shard=Shard(rows, boxes), shape=(3, 8)),
+        "split heads": parameter_view(rows, device=device, shard=Shard(rows, boxes), shape=(3, 8)),
         "a range of a flat vector": parameter_view(
             rows, device=device, shard=Shard(rows, flat_boxes(rows.shape, 5, 37)), shape=(32,)
         ),
@@ -411,7 +411,7 @@ def test_other_blocks_of_the_same_tensor_show(device, tolerances):
 
 
 @compiled
-def test_what_the_kernels_do_not_take_is_said():
+def test_the_reason_on_the_cpu():
     tensor = parameter_view(BLOCKS["rows"], device="cpu")
     if torch.cuda.is_available():
         assert "no CUDA device" in gpu.supports(tensor)
@@ -420,7 +420,7 @@ def test_what_the_kernels_do_not_take_is_said():
 
 
 @compiled
-def test_tensors_on_the_cpu_are_left_to_the_reference(tolerances):
+def test_the_reference_updates_tensors_on_the_cpu(tolerances):
     tensors = [parameter_view(BLOCKS[name], device="cpu") for name in ("rows", "element")]
     others = copy.deepcopy(tensors)
     run_both(tensors, others)
@@ -434,7 +434,7 @@ def test_the_interpreter_takes_tensors_on_the_cpu():
 
 
 @devices
-def test_what_the_reference_updates_is_said(device):
+def test_the_reason_for_each_tensor_that_the_reference_updates(device):
     rows = parameter_view(BLOCKS["rows"], device=device)
     other_order = torch.zeros_like(rows.param).mT.contiguous().mT
     refused = {
@@ -454,7 +454,7 @@ def test_what_the_reference_updates_is_said(device):
 @compiled
 @pytest.mark.parametrize("tensor_lr", [False, True])
 def test_a_captured_step(tensor_lr, tolerances):
-    """Replays read the gradients that were captured, whatever steps outside the graph have read in between."""
+    """Replays read the captured gradients, even if steps outside the graph have read others in between."""
     names = [name for name in BLOCKS if BLOCKS[name].kind is not Kind.FACTORED]
     tensors = [parameter_view(BLOCKS[name], device="cuda", capturable=True) for name in names]
     others = copy.deepcopy(tensors)

@@ -1,4 +1,4 @@
-"""Blocks in memory: four sizes and a number a row say where each element of a block lies."""
+"""Blocks in memory: four sizes and one block index per row give the block of every element."""
 
 import pytest
 import torch
@@ -94,7 +94,7 @@ def test_a_block_with_rows_in_two_places_has_two_runs():
     assert apart.runs().tolist() == [[0, 4, 0], [4, 1, 1], [5, 1, 2], [6, 4, 0], [10, 1, 3], [11, 1, 4]]
 
 
-def test_rectangles_of_a_flat_range():
+def test_boxes_of_a_flat_range():
     blocks = Blocks.rows((6, 4), block_size=2)
     boxes = flat_boxes(blocks.shape, 6, 19)  # half a row, three rows, and three elements
     local = torch.zeros(13)
