@@ -1,7 +1,7 @@
-"""Learning-rate schedules: warm-up, a shape, and a floor.
+"""Learning-rate schedules: linear warm-up, then a shape that ends at a floor.
 
-A schedule is a function of the step and the horizon. It keeps no state of its own, so a resumed run continues it
-exactly, and a run that is resumed with a longer horizon follows the longer schedule from its step on.
+A schedule is a function of the step and the horizon, without state of its own. So a resumed run continues it exactly,
+and a run that is resumed with a longer horizon follows the longer schedule from its step on.
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ __all__ = ["Schedule"]
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Scale of the peak learning rate over a run.
+    """Learning rate over a run, as a fraction of the peak.
 
     Args:
-        shape: After the warm-up: `cosine` or `linear` to the floor at the horizon; `wsd` (warm-up, stable, decay) stays
-            at the peak and falls linearly to the floor over the last `decay`; `constant` stays.
-        warmup: Steps of linear warm-up, or below 1 a fraction of the horizon. The first step already learns: step `s`
-            of `w` has `(s + 1) / (w + 1)` of the peak.
+        shape: After the warm-up, `cosine` and `linear` fall to the floor at the horizon; `wsd` (warm-up, stable, decay)
+            stays at the peak and falls linearly to the floor over the last `decay` steps; `constant` stays at the peak.
+        warmup: Steps of linear warm-up; below 1, a fraction of the horizon. The first step already learns: step `s` of
+            `w` has `(s + 1) / (w + 1)` of the peak.
         floor: Final learning rate as a fraction of the peak.
-        decay: Steps of the final decay of `wsd`, or below 1 a fraction of the horizon.
-        horizon: Steps over which the schedule runs; None for the length of training. Beyond it, the floor holds.
+        decay: Steps of the final decay of `wsd`; below 1, a fraction of the horizon.
+        horizon: Steps of the schedule; None for the length of the run. Later steps stay at the floor.
+
+    Raises:
+        ValueError: An option is out of range.
     """
 
     shape: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
@@ -47,25 +50,25 @@ class Schedule:
             raise ValueError(f"horizon must be at least one step, not {self.horizon}")
 
     def scale(self, step: int, total: int) -> float:
-        """Fraction of the peak learning rate in a step.
+        """The learning rate of a step as a fraction of the peak.
 
         Args:
-            step: Steps taken before it, from 0.
-            total: Steps of the whole run, where `horizon` does not say otherwise.
+            step: Number of steps before it, from 0.
+            total: Steps of the whole run; the horizon unless `horizon` is set.
         """
         horizon = self.horizon or total
-        warmup = _steps(self.warmup, horizon)
+        warmup = _num_steps(self.warmup, horizon)
         if step < warmup:
             return (step + 1) / (warmup + 1)
         if self.shape == "constant":
             return 1.0
-        start = horizon - _steps(self.decay, horizon) if self.shape == "wsd" else warmup
+        start = horizon - _num_steps(self.decay, horizon) if self.shape == "wsd" else warmup
         progress = min(max((step - start) / max(horizon - start, 1), 0.0), 1.0)
         fall = 0.5 * (1 + math.cos(math.pi * progress)) if self.shape == "cosine" else 1 - progress
         return self.floor + (1 - self.floor) * fall
 
     def build(self, optimizer: Optimizer, total: int) -> LambdaLR:
-        """A scheduler that is stepped once an optimizer step.
+        """A scheduler to step once per optimizer step.
 
         Args:
             optimizer: The optimizer, at its peak learning rate.
@@ -75,9 +78,9 @@ class Schedule:
 
 
 class _ResumableLR(LambdaLR):
-    """LambdaLR that takes the step from a state dict, and the learning rate from the schedule that it has now.
+    """LambdaLR that loads the step and sets the learning rate that the present schedule has there.
 
-    LambdaLR itself leaves the optimizer with the learning rate that was saved until the next step is over.
+    LambdaLR itself keeps the saved learning rate until after the next step.
     """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -91,6 +94,6 @@ class _ResumableLR(LambdaLR):
                 group["lr"] = lr
 
 
-def _steps(value: int | float, horizon: int) -> int:
-    """A number of steps from steps, or from a fraction of the horizon below 1."""
+def _num_steps(value: int | float, horizon: int) -> int:
+    """A number of steps, given as such or as a fraction of the horizon below 1."""
     return round(value * horizon) if value < 1 else int(value)

@@ -2,8 +2,8 @@
 
     TRITON_INTERPRET=1 pytest tests/parity/test_triton.py
 
-Triton decides between compiler and interpreter when a kernel is defined, so that the suite runs this file once more, in
-a process of its own.
+Triton chooses between compiler and interpreter when a kernel is defined, so the suite runs this file again in a process
+of its own.
 """
 
 import copy
@@ -23,7 +23,7 @@ import tiny_models
 from lightning_adam_mini import Blocks
 from lightning_adam_mini.blocks import Kind, Segment
 from lightning_adam_mini.optim import update
-from lightning_adam_mini.optim.kernels import gpu, triton_launches, triton_tables
+from lightning_adam_mini.optim.kernels import gpu, triton_plan
 from lightning_adam_mini.optim.parameter_view import ParameterView
 from lightning_adam_mini.optim.shards import Shard, flat_boxes, grid_boxes
 from lightning_adam_mini.optim.state import init_state
@@ -82,15 +82,15 @@ BLOCKS = {
 }
 
 LEFT = ("batch on both sides", "row and column")
-"""What the reference updates, also in the dtypes of the kernels."""
+"""Blocks that the reference updates, even in dtypes that the kernels take."""
 SMALL = {name: b for name, b in BLOCKS.items() if math.prod(b.shape) < 3000 and name not in LEFT}
 
 DTYPES = [  # of parameters, of gradients, of first moments
     (torch.float32, torch.float32, None),
     (torch.float32, torch.bfloat16, torch.bfloat16),
     (torch.bfloat16, torch.bfloat16, None),
-    (torch.bfloat16, torch.float32, torch.float32),
-    (torch.float16, torch.float16, None),
+    pytest.param(torch.bfloat16, torch.float32, torch.float32, marks=pytest.mark.slow),
+    pytest.param(torch.float16, torch.float16, None, marks=pytest.mark.slow),
     (torch.float64, torch.float64, None),
 ]
 
@@ -127,14 +127,14 @@ def assert_same(names, first, second, tolerances):
 
 
 def rounded(tensor, dtype):
-    """A tensor in `dtype`, as the kernels store it: Triton's interpreter cuts bfloat16 off where devices round."""
+    """A tensor in `dtype`, as the kernels store it: Triton's interpreter truncates to bfloat16, devices round."""
     if IS_INTERPRETED and dtype is torch.bfloat16:
         return tensor.contiguous().view(torch.int32).bitwise_right_shift(16).to(torch.int16).view(dtype)
     return tensor.to(dtype)
 
 
 def reference_step(tensor, options, **more):
-    """The reference in float32 or wider, rounded once a step, as kernels do."""
+    """The reference in float32 or wider, rounded once per step as the kernels do."""
     wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in (tensor.param, tensor.grad, tensor.exp_avg)]
     update.update_(replace(tensor, param=wide[0], grad=wide[1], exp_avg=wide[2]), options, **more)
     tensor.param.copy_(rounded(wide[0], tensor.param.dtype))
@@ -150,8 +150,9 @@ def run_both(tensors, others, *, num_steps=3, grad_dtype=None, options=OPTIONS, 
 
 
 @compiled
-def test_all_of_this_file_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", __file__]
+@pytest.mark.parametrize("tier", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_all_of_this_file_in_the_interpreter(tier):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", "-m", tier, __file__]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
@@ -159,12 +160,14 @@ def test_all_of_this_file_in_the_interpreter():
 
 
 @devices
-@pytest.mark.parametrize(("dtype", "grad_dtype", "exp_avg_dtype", "maximize"), [(*d, d == DTYPES[1]) for d in DTYPES])
-def test_kernels_equal_the_reference(dtype, grad_dtype, exp_avg_dtype, maximize, device, tolerances):
-    blocks = BLOCKS if exp_avg_dtype is None and dtype is torch.float32 else SMALL
+@pytest.mark.parametrize(("dtype", "grad_dtype", "exp_avg_dtype"), DTYPES)
+def test_kernels_equal_the_reference(dtype, grad_dtype, exp_avg_dtype, device, tolerances):
+    is_plain = exp_avg_dtype is None and dtype is torch.float32
+    blocks = BLOCKS if is_plain else SMALL
     tensors = [parameter_view(b, device=device, dtype=dtype, exp_avg_dtype=exp_avg_dtype) for b in blocks.values()]
     others = copy.deepcopy(tensors)
-    run_both(tensors, others, grad_dtype=grad_dtype, options=replace(OPTIONS, maximize=maximize))
+    options = replace(OPTIONS, maximize=grad_dtype is not dtype)
+    run_both(tensors, others, grad_dtype=grad_dtype, options=options, num_steps=3 if is_plain else 2)
     assert_same(blocks, tensors, others, tolerances)
 
 
@@ -195,7 +198,7 @@ def test_every_kernel_is_among_them(device):
 @interpreted
 @settings(max_examples=12)
 @given(st.lists(cuts(), min_size=4, max_size=8), st.booleans())
-def test_random_cuts(tolerances, drawn, capturable):
+def test_random_blocks(tolerances, drawn, capturable):
     tensors = [parameter_view(blocks, device="cpu", capturable=capturable) for blocks in drawn]
     others = copy.deepcopy(tensors)
     run_both(tensors, others, num_steps=2, capturable=capturable)
@@ -204,38 +207,27 @@ def test_random_cuts(tolerances, drawn, capturable):
 
 @pytest.fixture
 def small_limits(monkeypatch):
-    """Small tensors take the paths of large ones."""
-    for module in (triton_tables, triton_launches):
-        for name, value in {
-            "CHUNK": 16,
-            "IN_CACHE": 32,
-            "IN_REGISTERS": 16,
-            "LONG_STEP": 16,
-            "TILE_ROWS": 4,
-            "TILE_COLUMNS": 16,
-            "TILE_STEP": 2,
-            "FEW_SUMS": 2,
-            "MANY_SUMS": 4,
-        }.items():
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, value)
+    """Let small tensors take the paths of large ones."""
+    limits = {"CHUNK": 16, "IN_CACHE": 32, "IN_REGISTERS": 16, "LONG_STEP": 16, "TILE_ROWS": 4, "TILE_COLUMNS": 16}
+    limits |= {"TILE_STEP": 2, "FEW_SUMS": 2, "MANY_SUMS": 4}
+    for name, value in limits.items():
+        monkeypatch.setattr(triton_plan, name, value)
     gpu._PREPARED.clear()
     yield
     gpu._PREPARED.clear()
 
 
 @interpreted
-@pytest.mark.parametrize("capturable", [False, True])
-def test_blocks_in_many_parts(capturable, small_limits, tolerances):
+def test_blocks_in_many_parts(small_limits, tolerances):
     blocks = {name: b for name, b in SMALL.items() if math.prod(b.shape) < 500}
-    tensors = [parameter_view(b, device="cpu", capturable=capturable) for b in blocks.values()]
+    tensors = [parameter_view(b, device="cpu") for b in blocks.values()]
     others = copy.deepcopy(tensors)
-    run_both(tensors, others, capturable=capturable, num_steps=2)
+    run_both(tensors, others, num_steps=2)
     assert_same(blocks, tensors, others, tolerances)
 
 
 @devices
-def test_axes_in_another_order_in_memory(device, tolerances):
+def test_axes_in_another_memory_order(device, tolerances):
     blocks = {
         "convolution": Blocks.rows((6, 8, 3, 3)),
         "matrix": Blocks.rows((6, 8)),
@@ -256,7 +248,7 @@ def test_axes_in_another_order_in_memory(device, tolerances):
 
 
 @devices
-def test_gradients_that_lie_in_memory_the_other_way_round(device, tolerances):
+def test_gradients_in_another_memory_order(device, tolerances):
     tensors = [parameter_view(BLOCKS[name], device=device) for name in ("rows", "element")]
     others = copy.deepcopy(tensors)
     for _ in range(2):
@@ -268,7 +260,7 @@ def test_gradients_that_lie_in_memory_the_other_way_round(device, tolerances):
 
 
 @devices
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_memory_that_is_not_aligned(dtype, device, tolerances):
     names = [name for name in SMALL if BLOCKS[name].num_values]
     tensors = [parameter_view(BLOCKS[name], device=device, dtype=dtype) for name in names]
@@ -280,12 +272,12 @@ def test_memory_that_is_not_aligned(dtype, device, tolerances):
             shift = int(part != number % 2)  # one of them, so that each is checked
             shifted.append(storage[shift : value.numel() + shift].view(value.shape).copy_(value))
         others.append(replace(tensor, param=shifted[0], exp_avg=shifted[1]))
-    run_both(tensors, others)
+    run_both(tensors, others, num_steps=2)
     assert_same(names, tensors, others, tolerances)
 
 
 def promised(launch):
-    """Numbers of tensors, first elements, and lengths that a launch takes for multiples of 8 elements."""
+    """Numbers of tensors, first elements, and lengths that a launch promises to be multiples of 8 elements."""
     tables = launch.arguments
     if "bands" in tables:
         return tables["bands"][:, 0], tables["bands"][:, 1], tables["bands"][:, 3:4]
@@ -296,7 +288,7 @@ def promised(launch):
 
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_launches_promise_alignment_where_there_is_some(dtype):
+def test_launches_promise_alignment_only_if_it_holds(dtype):
     """A false promise is an illegal access on a device, and nothing in the interpreter."""
     tensors = []
     for name, shift in itertools.product((n for n in BLOCKS if n not in LEFT), (0, 1)):
@@ -320,12 +312,12 @@ def test_launches_promise_alignment_where_there_is_some(dtype):
 
 
 def sharded(device):
-    """Parts of tensors as ranks have them, with the sums of squares of all ranks where they come from outside."""
+    """Local tensors of several kinds of shards."""
     rows, matrix = Blocks.rows((6, 8), block_size=3), Blocks.rows((6, 8))
     whole = Blocks.whole((6, 8))
     boxes = grid_boxes([[(1, 0, 2), (5, 2, 1)], [(0, 0, 8)]])
     return {
-        "heads cut in two": parameter_view(rows, device=device, shard=Shard(rows, boxes), shape=(3, 8)),
+        "split heads": parameter_view(rows, device=device, shard=Shard(rows, boxes), shape=(3, 8)),
         "a range of a flat vector": parameter_view(
             rows, device=device, shard=Shard(rows, flat_boxes(rows.shape, 5, 37)), shape=(32,)
         ),
@@ -362,7 +354,7 @@ def test_sharded_tensors(device, tolerances):
 @devices
 @pytest.mark.parametrize("capturable", [False, True])
 def test_learning_rates_that_are_tensors(capturable, device, tolerances):
-    names = ("rows", "element", "columns")
+    names = ("rows", "element", "heads in columns")
     tensors = [parameter_view(BLOCKS[name], device=device, capturable=capturable) for name in names]
     others = copy.deepcopy(tensors)
     options = replace(OPTIONS, lr=torch.tensor(1e-2, device=device), weight_decay=0.0)
@@ -371,10 +363,11 @@ def test_learning_rates_that_are_tensors(capturable, device, tolerances):
     assert all(tensor.step.device.type == (device if capturable else "cpu") for tensor in others)
 
 
-@devices
-def test_a_step_is_the_same_each_time(device):
-    names = ("rows", "whole, long", "columns")
-    tensors = [parameter_view(BLOCKS[name], device=device) for name in names]
+@pytest.mark.gpu
+@compiled
+def test_a_step_is_the_same_each_time():
+    """The interpreter runs one program after the other; only on a device could the order of sums vary."""
+    tensors = [parameter_view(BLOCKS[name], device="cuda") for name in ("rows", "whole, long", "columns")]
     others = copy.deepcopy(tensors)
     grads = [torch.randn_like(t.param) for t in tensors]
     for copies in (tensors, others):
@@ -405,7 +398,7 @@ def test_nothing_to_update(device):
 
 
 @devices
-def test_another_cut_of_the_same_tensor_shows(device, tolerances):
+def test_other_blocks_of_the_same_tensor_show(device, tolerances):
     """The comparison can fail."""
     tensor = parameter_view(BLOCKS["heads"], device=device)
     other = replace(
@@ -418,7 +411,7 @@ def test_another_cut_of_the_same_tensor_shows(device, tolerances):
 
 
 @compiled
-def test_what_the_kernels_do_not_take_is_said():
+def test_the_reason_on_the_cpu():
     tensor = parameter_view(BLOCKS["rows"], device="cpu")
     if torch.cuda.is_available():
         assert "no CUDA device" in gpu.supports(tensor)
@@ -427,7 +420,7 @@ def test_what_the_kernels_do_not_take_is_said():
 
 
 @compiled
-def test_tensors_on_the_cpu_are_left_to_the_reference(tolerances):
+def test_the_reference_updates_tensors_on_the_cpu(tolerances):
     tensors = [parameter_view(BLOCKS[name], device="cpu") for name in ("rows", "element")]
     others = copy.deepcopy(tensors)
     run_both(tensors, others)
@@ -441,17 +434,17 @@ def test_the_interpreter_takes_tensors_on_the_cpu():
 
 
 @devices
-def test_what_the_reference_updates_is_said(device):
+def test_the_reason_for_each_tensor_that_the_reference_updates(device):
     rows = parameter_view(BLOCKS["rows"], device=device)
     other_order = torch.zeros_like(rows.param).mT.contiguous().mT
     refused = {
         "factored": parameter_view(BLOCKS["row and column"], device=device),
         "dtypes other": parameter_view(BLOCKS["rows"], device=device, dtype=torch.float64),
         "not contiguous float32": replace(rows, moments=(rows.moments[0].double(),)),
-        "another order": replace(rows, grad=other_order),
+        "another memory order": replace(rows, grad=other_order),
         "four sizes": parameter_view(BLOCKS["batch on both sides"], device=device),
-        "8 bits": replace(rows, rounding=Rounding(7, tuple(rows.param.shape))),
-        "other sign": replace(rows, grad=torch.zeros_like(rows.param, dtype=torch.complex64).conj().imag),
+        "8-bit": replace(rows, rounding=Rounding(7, tuple(rows.param.shape))),
+        "negated": replace(rows, grad=torch.zeros_like(rows.param, dtype=torch.complex64).conj().imag),
     }
     for reason, tensor in refused.items():
         assert reason in gpu.supports(tensor)
@@ -461,7 +454,7 @@ def test_what_the_reference_updates_is_said(device):
 @compiled
 @pytest.mark.parametrize("tensor_lr", [False, True])
 def test_a_captured_step(tensor_lr, tolerances):
-    """Replays read the gradients that were captured, whatever steps outside the graph have read in between."""
+    """Replays read the captured gradients, even if steps outside the graph have read others in between."""
     names = [name for name in BLOCKS if BLOCKS[name].kind is not Kind.FACTORED]
     tensors = [parameter_view(BLOCKS[name], device="cuda", capturable=True) for name in names]
     others = copy.deepcopy(tensors)

@@ -1,4 +1,4 @@
-"""What holds for blocks of every shape."""
+"""Properties of blocks of any shape."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ slices = st.sampled_from([None, 1, 4])
 
 
 def segment_of(blocks, row):
-    """The segment that a row lies in, and its row in its repeat and in that segment."""
+    """The segment of a row: its number, itself, the repeat, and the row within the segment."""
     repeat, start = divmod(row, blocks.shape[blocks.axis] // blocks.repeats)
     for number, segment in enumerate(blocks.segments):
         if start < segment.length:
@@ -26,7 +26,7 @@ def segment_of(blocks, row):
 
 
 def block_of(blocks, position):
-    """What names the block of one element, found without tensors."""
+    """A name for the block of one element, found without tensors."""
     if blocks.kind is Kind.ELEMENT:
         return position
     batch = tuple(position[axis] for axis in blocks.batch_axes)
@@ -46,7 +46,7 @@ def positions_by_block(blocks):
 
 
 def mean_square(blocks, tensor, slice_elements=None):
-    """The means in float64, with squares summed in slices of so many elements where they are summed in slices."""
+    """The means in float64; where squares are summed in slices, slices have `slice_elements`."""
     with mock.patch.object(blocks_module, "SLICE_ELEMENTS", slice_elements or blocks_module.SLICE_ELEMENTS):
         return blocks.mean_square(tensor, dtype=torch.float64)
 
@@ -98,7 +98,7 @@ def test_factored_means_equal_brute_force(blocks, slice_elements):
 
 
 @given(cuts(kinds=(Kind.FACTORED,)))
-def test_a_factored_square_is_found_again(blocks):
+def test_a_square_that_is_factored_is_reconstructed(blocks):
     """Where every segment of every expert is an outer product of rows and columns, the estimate is exact."""
     assert blocks.axis is not None
     row_shape = [size if a == blocks.axis or a in blocks.batch_axes else 1 for a, size in enumerate(blocks.shape)]
@@ -125,7 +125,7 @@ def test_roots_are_taken_of_the_second_moment(blocks):
     before = [mean.clone() for mean in means]
     roots = blocks.root_second_moment(*means)
     torch.testing.assert_close(roots.square(), blocks.second_moment(*means), rtol=1e-12, atol=0)
-    roots.zero_()  # a tensor of its own, which the update may change
+    roots.zero_()  # a new tensor, which the update may overwrite
     assert all(torch.equal(a, b) for a, b in zip(before, means, strict=True))
 
 
@@ -138,8 +138,8 @@ def test_bytes(blocks, dtype):
 
 
 @given(cuts(kinds=(Kind.MEAN,)), st.data())
-def test_another_block_size_shows(blocks, data):
-    """The brute force notices: one element more or less in a block changes its mean."""
+def test_the_brute_force_can_fail(blocks, data):
+    """One element less in a block changes its mean."""
     groups = [positions for positions in positions_by_block(blocks).values() if len(positions) > 1]
     assume(groups)
     tensor = random_tensor(blocks)

@@ -1,9 +1,9 @@
-"""The C kernel as a library: compiled once by the system's compiler, kept in a cache folder, loaded through ctypes.
+"""Build the C kernel with the system's compiler, keep it in a cache folder, and load it through ctypes.
 
-A build is a folder of the cache that is named after all that it depends on: the source, the flags, the compiler's
-version and the processor, since a home folder may serve several machines. It holds the library and its checksum, which
-is compared before the library is loaded: a truncated one could end the process. A library runs as this user, so none is
-loaded that another one may have written.
+A build is a folder in the cache, named by a hash of all that it depends on: source, flags, compiler version and
+processor, since several machines may share a home folder. It holds the library and its checksum, which is compared
+before loading: a truncated library could crash the process. A library runs with the user's rights, so none is loaded
+that another user may have written.
 """
 
 from __future__ import annotations
@@ -27,31 +27,33 @@ from warnings import warn
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["library", "unavailable"]
+__all__ = ["cache_folder", "library", "unavailable"]
 
 SOURCE = Path(__file__).with_name("adam_mini.c")
-"""It includes the headers beside it."""
+"""It includes the headers next to it."""
 FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
-"""Without contraction, elements are rounded as torch rounds them; without `errno`, roots are vectors."""
+"""`-ffp-contract=off`: the compiler must not fuse multiplications and additions on its own. Where torch rounds once,
+the source calls `fmaf`; everywhere else both round twice. `-fno-math-errno`: square roots need not set `errno`, so they
+are vectorized. No `-ffast-math`: it would reorder sums and ignore NaN."""
 OPTIONAL_FLAGS = tuple(
     (*processor, *threads)
     for processor in (("-march=native",), ())
     for threads in (("-fopenmp",), ("-fopenmp-simd",), ())
 )
-"""What not every compiler knows or has libraries for, in this order: with `-fopenmp-simd` a step takes one thread,
-and without it sums are no vectors."""
+"""Flags that some compilers do not know or have no runtime for, best first. `-fopenmp-simd` builds a kernel with one
+thread; without it sums are not vectorized."""
 TIMEOUT_SECONDS = 300
 _LIBRARY, _CHECKSUM, _UNFINISHED = "adam_mini.so", "sha256", ".unfinished"
 
 
 class _BuildError(Exception):
-    """There is no library, for the reason that it says."""
+    """There is no library, for the reason in the message."""
 
 
 def library() -> ctypes.CDLL | None:
-    """The library, compiled at the first call if the cache has none; None where it cannot be had.
+    """The library, compiled on the first call if the cache has none; None if that fails.
 
-    The first call in a process that gets none warns with the reason.
+    The first call in a process that fails warns with the reason.
     """
     return _library_or_reason()[0]
 
@@ -59,6 +61,17 @@ def library() -> ctypes.CDLL | None:
 def unavailable() -> str | None:
     """Why there is no library; None if there is one."""
     return _library_or_reason()[1]
+
+
+def cache_folder() -> Path:
+    """`$LIGHTNING_ADAM_MINI_CACHE`, else `lightning-adam-mini` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    own = os.environ.get("LIGHTNING_ADAM_MINI_CACHE")
+    try:
+        if own:
+            return Path(own).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "lightning-adam-mini").expanduser()
+    except RuntimeError:  # the user has no home folder: treat it as a read-only one
+        return Path(os.devnull, "lightning-adam-mini")
 
 
 @cache
@@ -75,43 +88,42 @@ def _library_or_reason() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def _find_or_build() -> ctypes.CDLL:
-    build: Path | None
     if sys.maxsize < 2**32:
         raise _BuildError("it needs a 64-bit system")
     compiler = _compiler()
-    build = _cache_folder() / _key(compiler)
-    if distrust := _distrust(build):
+    build = cache_folder() / _key(compiler)
+    distrust = _distrust(build)
+    if distrust:
         warn(
             f"AdamMini does not use its kernel cache, since {distrust}: a library from there could run anything. It "
             "compiles the kernel for this process alone. Set LIGHTNING_ADAM_MINI_CACHE to a folder that only you may "
             "write to.",
             stacklevel=2,
         )
-        build = None
     elif loaded := _load(build):
         return loaded
-    with _folder_to_build_in(build) as folder:
+    with _folder_to_build_in(None if distrust else build) as folder:
         _compile(compiler, folder)
-        if build is not None and build.parent == folder.parent:
+        if not distrust and build.parent == folder.parent:
             _move(folder, build)
-        loaded = (_load(build) if build is not None else None) or _load(folder)
+        loaded = (None if distrust else _load(build)) or _load(folder)
         if loaded is None:
             raise _BuildError(f"the library that {shlex.join(compiler)} made cannot be loaded")
-        return loaded  # it stays in memory without its file
+        return loaded  # it stays in memory when its file is removed
 
 
 def _distrust(build: Path) -> str | None:
-    """Why others may have written a build; None if only this user can, or there is nothing yet."""
+    """Why another user may have written a build; None if only this user can, or if there is none yet."""
     user = os.getuid() if hasattr(os, "getuid") else None
     for path in (build.parent, build, build / _LIBRARY, build / _CHECKSUM):
-        for read in (os.lstat, os.stat):  # a link and what it leads to
+        for read in (os.lstat, os.stat):  # a link and its target
             try:
                 status = read(path)
             except OSError:
                 continue
             if user is not None and status.st_uid != user:
                 return f"{path} belongs to another user"
-            # Where each user has a group of their own, what that group may write only they may.
+            # Many systems give each user a group of their own (umask 002): write access of that group is harmless.
             is_own_group = status.st_gid == status.st_uid != 0
             forbidden = stat.S_IWOTH | (0 if is_own_group else stat.S_IWGRP)
             if user is not None and not stat.S_ISLNK(status.st_mode) and status.st_mode & forbidden:
@@ -121,7 +133,7 @@ def _distrust(build: Path) -> str | None:
 
 @contextmanager
 def _folder_to_build_in(build: Path | None) -> Iterator[Path]:
-    """A folder beside a build, or a temporary one where there can be none: for this process, and gone after it."""
+    """A new folder next to a build, so that renaming it is atomic, or a temporary one; it is removed afterwards."""
     lock = None
     try:
         if build is None:
@@ -140,34 +152,34 @@ def _folder_to_build_in(build: Path | None) -> Iterator[Path]:
             os.close(lock)
 
 
-def _remove_leftovers(cache_folder: Path) -> None:
-    """Remove what processes left that were killed: folders that none of them holds a lock on any more."""
-    for folder in cache_folder.glob(f"*{_UNFINISHED}*"):
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left: unfinished builds that no process holds a lock on."""
+    for unfinished in folder.glob(f"*{_UNFINISHED}*"):
         with suppress(OSError):
-            lock = _lock(folder)
+            lock = _lock(unfinished)
             if lock is not None:
-                shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(unfinished, ignore_errors=True)
                 os.close(lock)
 
 
 def _lock(folder: Path) -> int | None:
-    """A lock on a folder that ends with this process; None where the system has none.
+    """A lock on a folder that ends with this process; None if the system has no locks.
 
     Raises:
-        BlockingIOError: Another process has it.
+        BlockingIOError: Another process holds it.
         OSError: The folder is gone.
     """
     if sys.platform == "win32":
         return None
-    opened = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:  # some network file systems have no locks
-        os.close(opened)
+        os.close(descriptor)
         if isinstance(error, BlockingIOError):
             raise
         return None
-    return opened
+    return descriptor
 
 
 def _temporary_folder() -> Path:
@@ -185,22 +197,12 @@ def _compiler() -> list[str]:
         raise _BuildError(f"CC is {os.environ['CC']!r}, which is no command ({str(error).lower()})") from error
     if named:
         if shutil.which(named[0]) is None:
-            raise _BuildError(f"CC names {named[0]!r}, which is not there")
+            raise _BuildError(f"CC names {named[0]!r}, which is not installed")
         return named
     for name in ("cc", "gcc", "clang"):
         if found := shutil.which(name):
             return [found]
     raise _BuildError("there is no C compiler (cc, gcc or clang) in PATH")
-
-
-def _cache_folder() -> Path:
-    own = os.environ.get("LIGHTNING_ADAM_MINI_CACHE")
-    try:
-        if own:
-            return Path(own).expanduser()
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "lightning-adam-mini").expanduser()
-    except RuntimeError:  # nobody's home: as for a read-only one
-        return Path(os.devnull, "lightning-adam-mini")
 
 
 def _key(compiler: list[str]) -> str:
@@ -217,9 +219,9 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return f"{platform.platform()} {platform.processor()}"
-    told = {line.partition(":")[0].strip(): line for line in reversed(lines)}  # of the first core
+    first_core = {line.partition(":")[0].strip(): line for line in reversed(lines)}
     keys = ("vendor_id", "cpu family", "model", "model name", "flags", "CPU implementer", "CPU part", "Features", "isa")
-    return "\n".join([platform.machine(), *(told[key] for key in keys if key in told)])
+    return "\n".join([platform.machine(), *(first_core[key] for key in keys if key in first_core)])
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -230,7 +232,7 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def _compile(compiler: list[str], folder: Path) -> None:
-    """Leave the library and its checksum in `folder`."""
+    """Write the library and its checksum to `folder`."""
     target = folder / _LIBRARY
     for optional in OPTIONAL_FLAGS:
         done = _run([*compiler, *FLAGS, *optional, str(SOURCE), "-o", str(target), "-lm"])
@@ -248,7 +250,7 @@ def _checksum(path: Path) -> str:
 
 
 def _load(build: Path) -> ctypes.CDLL | None:
-    """The library in a folder; None if it is not there or not what was written."""
+    """The library in a folder; None if it is missing or differs from what was written."""
     try:
         if _checksum(build / _LIBRARY) != (build / _CHECKSUM).read_text():
             return None
@@ -262,15 +264,16 @@ def _load(build: Path) -> ctypes.CDLL | None:
 
 
 def _move(folder: Path, build: Path) -> None:
-    """Give a finished build its name: at once, so that other processes see all of it or nothing."""
+    """Rename a finished build, which is atomic: other processes see all of it or nothing."""
     for _ in range(2):
         try:
             folder.rename(build)
             return
-        except OSError:  # another process was quicker; or what is there is broken
+        except OSError:  # another process was faster, or the build that is there is broken
             if _load(build):
                 return
-            broken = folder.with_name(f"{folder.name}.broken")  # a leftover too, if this process is killed now
+            # Keeps the suffix of unfinished builds, so that it is cleaned up even if this process is killed now.
+            broken = folder.with_name(f"{folder.name}.broken")
             try:
                 build.rename(broken)
             except OSError:

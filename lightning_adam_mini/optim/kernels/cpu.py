@@ -17,11 +17,18 @@ from torch import Tensor
 
 from lightning_adam_mini.blocks import Blocks, Kind
 from lightning_adam_mini.optim import foreach, update
-from lightning_adam_mini.optim.kernels import formats
 from lightning_adam_mini.optim.kernels.build import library, unavailable
-from lightning_adam_mini.optim.kernels.formats import Formats, groups_fit, slice_length_of
+from lightning_adam_mini.optim.kernels.cpu_plan import (
+    Entry,
+    Formats,
+    Mode,
+    Plan,
+    Spans,
+    format_refusal,
+    groups_fit,
+    slice_length_of,
+)
 from lightning_adam_mini.optim.kernels.layout import Layout, box_layout, is_same_layout, layout
-from lightning_adam_mini.optim.kernels.plan import Entry, Mode, Plan, Spans
 from lightning_adam_mini.optim.parameter_view import ParameterView
 from lightning_adam_mini.optim.shards import Box
 from lightning_adam_mini.optim.step_options import StepOptions
@@ -91,7 +98,7 @@ def _has_known_format(tensor: ParameterView) -> bool:
 def _format_refusal(tensor: ParameterView, pieces: list[tuple[_Piece, Box | None]]) -> str | None:
     """Why the kernel cannot take the formats in which a tensor is stored; None if it can."""
     views = [tensor.param if box is None else box.view(tensor.param) for _, box in pieces]
-    if reason := formats.refusal(tensor, views):
+    if reason := format_refusal(tensor, views):
         return reason
     if tensor.exp_avg_scale is None or not tensor.param.numel():
         return None

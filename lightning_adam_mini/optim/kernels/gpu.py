@@ -1,9 +1,9 @@
 """One step of Adam-mini on many tensors by Triton kernels, without waiting for the device.
 
-What a step needs beside the tensors lies on the device: the work of each program, made once for a list of tensors;
-their addresses, copied where one has moved, as gradients do after `zero_grad`; and three scalars a tensor. Rank-one
-cuts, float64, gradients that do not lie in memory as their parameters do, and tensors whose memory has gaps are updated
-by `update`, one at a time.
+Besides the tensors, a step needs three things on the device: the work of each program, planned once for a list of
+tensors; the tensors' addresses, copied again when one has moved, as gradients do after `zero_grad`; and three scalars
+per tensor. Tensors that the kernels do not take (`triton_plan.refusal`), such as those with a factored second moment,
+float64, or a gradient in another memory order, are updated by `update`, one at a time.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ import torch
 from torch import Tensor
 
 from lightning_adam_mini.optim import update
-from lightning_adam_mini.optim.kernels.memory import address
-from lightning_adam_mini.optim.kernels.triton_plan import Plan, make_plan, plan_key, refusal
+from lightning_adam_mini.optim.kernels.layout import address
+from lightning_adam_mini.optim.kernels.triton_plan import TritonPlan, make_plan, plan_key, refusal
 from lightning_adam_mini.optim.parameter_view import ParameterView
 from lightning_adam_mini.optim.step_options import StepOptions
 
 __all__ = ["supports", "unavailable", "update_"]
 
 MIN_CAPABILITY = 8
-"""Older devices have no bfloat16."""
+"""Devices below compute capability 8.0 have no bfloat16."""
 MAX_PLANS = 32
-"""Plans that are kept: one for each parameter group, and for each set of parameters that had gradients."""
+"""Plans to keep: one per parameter group and set of parameters that had gradients."""
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why the kernels cannot run on a device; None where they can."""
+    """Why the kernels cannot run on a device; None if they can."""
     if find_spec("triton") is None:
         return "Triton is not installed (`pip install triton`)"
     if _is_interpreted():
@@ -47,7 +47,7 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def supports(tensor: ParameterView) -> str | None:
-    """Why the kernels do not take a tensor, so that the reference updates it; None where they do.
+    """Why the kernels do not take a tensor, so that the reference updates it; None if they do.
 
     Args:
         tensor: A parameter, or this rank's part of it, with its state and, if it has one, its gradient.
@@ -61,11 +61,11 @@ def update_(tensors: Sequence[ParameterView], options: StepOptions, *, capturabl
     Args:
         tensors: Parameters with their gradients, blocks and states.
         options: Scalars of this step.
-        capturable: Step counts, and `lr` where it is a tensor, stay on the device, so that CUDA graphs can capture the
+        capturable: Keep step counts, and `lr` if it is a tensor, on the device, so that CUDA graphs can capture the
             step. A graph reads and writes the memory that the tensors had when it was captured.
 
     Raises:
-        RuntimeError: A graph is captured before one step on the same tensors was taken.
+        RuntimeError: A graph captures the first step on these tensors.
     """
     by_device: dict[torch.device, list[ParameterView]] = defaultdict(list)
     for tensor in tensors:
@@ -97,13 +97,14 @@ class _Prepared:
 
     Args:
         plan: The plan.
-        shards: Shards of the tensors, held since plans are found by them.
-        addresses: Addresses on the device, as `pointers`; int64 (tensors, 4).
-        pointers: The addresses that were copied last.
-        spare: Page-locked memory for a graph that is captured later, when none can be had; None on the CPU.
+        shards: Shards of the tensors, kept alive since `plan_key` has their identities.
+        addresses: The addresses on the device; int64 (tensors, 4).
+        pointers: The addresses that were copied last, as numbers.
+        spare: Page-locked memory for a graph that is captured later, since none can be allocated during capture; None
+            on the CPU.
     """
 
-    plan: Plan
+    plan: TritonPlan
     shards: list[object]
     addresses: Tensor
     pointers: list[list[int]]
@@ -113,11 +114,11 @@ class _Prepared:
         """Launch the kernels of the plan.
 
         Args:
-            tensors: The tensors that the plan has taken.
-            options: Scalars of this step, by the names of the kernels' arguments.
+            tensors: The tensors that the plan takes.
+            options: Scalars of this step, by the names of kernel arguments.
         """
         addresses = self.addresses_of(tensors)
-        # Triton launches on the current device. Its default for fused multiplication and addition differs by version.
+        # Triton launches on the current device. Its default for `enable_fp_fusion` differs between versions.
         with torch.cuda.device(addresses.device) if addresses.is_cuda else nullcontext():
             for launch in self.plan.launches:
                 values = {name: options[name] for name in launch.options}
@@ -139,14 +140,14 @@ class _Prepared:
         ]
         is_cuda = self.addresses.is_cuda
         if is_cuda and torch.cuda.is_current_stream_capturing():
-            # The graph copies its own addresses in each replay: later steps may change those that are kept here.
+            # Each replay copies the addresses of the capture, which must not change: later steps overwrite ours.
             if self.spare is None:
-                raise RuntimeError("take one step outside the graph before each capture, which sets memory aside")
+                raise RuntimeError("take one step outside the graph before each capture, to allocate memory for it")
             locked, self.spare = self.spare.copy_(torch.tensor(pointers, device="cpu")), None
             _CAPTURED.append((self, locked))
             return torch.empty_like(self.addresses).copy_(locked, non_blocking=True)
         if pointers != self.pointers:
-            # A new page-locked tensor each time: an earlier copy may still be under way.
+            # A new page-locked tensor each time: an earlier asynchronous copy may still read the old one.
             self.addresses.copy_(torch.tensor(pointers, device="cpu", pin_memory=is_cuda), non_blocking=True)
             self.pointers = pointers
         if is_cuda and self.spare is None:
@@ -156,11 +157,11 @@ class _Prepared:
 
 _PREPARED: dict[tuple[object, ...], _Prepared] = {}
 _CAPTURED: list[tuple[_Prepared, Tensor]] = []
-"""What captured graphs read in every replay, for as long as the process lives: nothing tells when a graph ends."""
+"""What captured graphs read in each replay. Kept until the process ends, since nothing reports when a graph ends."""
 
 
 def _prepare(tensors: Sequence[ParameterView], device: torch.device) -> _Prepared:
-    """The plan for these tensors, made at the first step on them."""
+    """The plan for these tensors, made in the first step on them."""
     key = (device, *map(plan_key, tensors))
     prepared = _PREPARED.get(key)
     if prepared is None:
@@ -180,7 +181,7 @@ def _scalars(
 ) -> Tensor:
     """For each tensor the factor of weight decay, the step size and the root of the second bias correction.
 
-    They are computed in float64, on the device only if `capturable`.
+    They are computed in float64; on the device only if `capturable`.
     """
     lr = options.lr
     if capturable:

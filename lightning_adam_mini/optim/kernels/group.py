@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from lightning_adam_mini.optim.kernels.cpu import is_laid_out_as, laid_out_as, supports, whole_entry
-from lightning_adam_mini.optim.kernels.memory import Memory
-from lightning_adam_mini.optim.kernels.plan import Plan
+from lightning_adam_mini.optim.kernels.cpu_plan import Plan
+from lightning_adam_mini.optim.kernels.layout import Memory
 from lightning_adam_mini.optim.parameter_view import ParameterView
 from lightning_adam_mini.optim.step_options import StepOptions
 

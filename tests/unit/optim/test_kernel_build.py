@@ -1,4 +1,4 @@
-"""The C kernel is compiled once, survives what happens to its cache, and says why where it cannot be had."""
+"""The C kernel is compiled once, survives a damaged cache, and gives the reason if it is not available."""
 
 import ctypes
 import multiprocessing as mp
@@ -11,7 +11,7 @@ from warnings import catch_warnings
 import pytest
 import torch
 
-from lightning_adam_mini.optim.kernels import build, plan
+from lightning_adam_mini.optim.kernels import build, cpu_plan
 
 SOURCE = "int adam_mini_step(void) { return 0; }\n"
 needs_compiler = pytest.mark.skipif(build.unavailable() is not None, reason=str(build.unavailable()))
@@ -19,7 +19,7 @@ needs_compiler = pytest.mark.skipif(build.unavailable() is not None, reason=str(
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """An empty cache, a process that has not asked for the library, and a source that compiles at once."""
+    """An empty cache, a process that has not loaded the library, and a source that compiles quickly."""
     folder = tmp_path / "cache"
     source = tmp_path / "small.c"
     source.write_text(SOURCE)
@@ -31,7 +31,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def counted(monkeypatch):
-    """The commands that are run from here on."""
+    """The commands that run from now on."""
     commands, run = [], build._run
     monkeypatch.setattr(build, "_run", lambda command: commands.append(command) or run(command))
     return commands
@@ -132,7 +132,7 @@ def test_a_broken_library_is_built_again(damage, cache, monkeypatch):
 
 
 @needs_compiler
-def test_flags_that_a_compiler_does_not_know_are_left_out(tmp_path, monkeypatch):
+def test_flags_that_a_compiler_does_not_know_are_omitted(tmp_path, monkeypatch):
     (compiler,) = build._compiler()
     refuse = 'case "$*" in *-fopenmp*|*-march*) echo no such option; exit 1;; esac'
     monkeypatch.setenv("CC", script(tmp_path, refuse, f'exec {compiler} "$@"'))
@@ -147,7 +147,7 @@ def warnings_of(function):
     return [str(warning.message) for warning in caught]
 
 
-def test_a_compiler_that_fails_is_told_once(cache, tmp_path, monkeypatch):
+def test_a_compiler_that_fails_warns_once(cache, tmp_path, monkeypatch):
     monkeypatch.setenv("CC", script(tmp_path, "echo first line", "echo the last line >&2", "exit 1"))
     (message,) = warnings_of(build.library)
     assert "the last line" in message
@@ -167,7 +167,7 @@ def test_no_compiler(monkeypatch, tmp_path):
     assert not warnings_of(build.library)
 
 
-def test_a_compiler_that_is_not_there(monkeypatch):
+def test_a_compiler_that_is_not_installed(monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler -m64")
     (message,) = warnings_of(build.library)
     assert "CC names 'no-such-compiler'" in message
@@ -182,7 +182,7 @@ def test_a_compiler_that_is_no_command(command, monkeypatch):
 
 
 def planted(folder):
-    """Change a library in the cache, and its checksum with it, as whoever may write there can."""
+    """Change a library in the cache and its checksum, as anybody who may write there can."""
     (path,) = folder.glob("*/adam_mini.so")
     content = path.read_bytes() + b"planted"
     path.unlink()  # the one that is loaded keeps its file
@@ -197,7 +197,7 @@ def everybody(path):
 
 def the_group(path):
     if os.getgid() != 0:
-        pytest.skip("a group that is this user's own")
+        pytest.skip("the group is this user's own")
     path.chmod(path.stat().st_mode | 0o020)
 
 
@@ -205,11 +205,11 @@ def another_user(path):
     try:
         os.chown(path, 12345, -1)
     except PermissionError:
-        pytest.skip("only root gives files away")
+        pytest.skip("only root may change the owner of a file")
 
 
 def a_link(path):
-    """To what another user has."""
+    """To a file of another user."""
     elsewhere = path.with_name("elsewhere")
     path.rename(elsewhere)
     path.symlink_to(elsewhere)
@@ -251,7 +251,20 @@ def test_a_library_that_others_may_have_written_is_not_loaded(part, of_others, c
 
 
 @needs_compiler
-def test_a_cache_of_ones_own_is_used_without_a_word(cache, monkeypatch):
+def test_nothing_is_left_in_a_cache_that_others_may_write_to(tmp_path, monkeypatch):
+    """Not even where it is the folder of temporary files, in which the kernel is built then."""
+    open_to_all = tmp_path / "open"
+    open_to_all.mkdir()
+    everybody(open_to_all)
+    monkeypatch.setattr("tempfile.tempdir", str(open_to_all))
+    monkeypatch.setenv("LIGHTNING_ADAM_MINI_CACHE", str(open_to_all))
+    (message,) = warnings_of(build.library)
+    assert "others may write to" in message
+    assert not list(open_to_all.iterdir())
+
+
+@needs_compiler
+def test_a_cache_of_ones_own_is_used_without_a_warning(cache, monkeypatch):
     old = os.umask(0o002)  # as where each user has a group
     try:
         assert not warnings_of(build.library)
@@ -265,7 +278,7 @@ def test_a_cache_of_ones_own_is_used_without_a_word(cache, monkeypatch):
 
 @needs_compiler
 @pytest.mark.parametrize("variable", ["LIGHTNING_ADAM_MINI_CACHE", "XDG_CACHE_HOME"])
-def test_a_home_in_the_name_of_the_cache(variable, tmp_path, monkeypatch):
+def test_a_tilde_in_the_path_of_the_cache(variable, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("LIGHTNING_ADAM_MINI_CACHE")
@@ -275,17 +288,17 @@ def test_a_home_in_the_name_of_the_cache(variable, tmp_path, monkeypatch):
     assert not (tmp_path / "~").exists()
 
 
-def build_for_ever(compiler):
+def build_slowly(compiler):
     os.environ["CC"] = compiler
     build.library()
 
 
 @needs_compiler
 def test_what_a_killed_build_left_is_removed(cache, tmp_path, monkeypatch):
-    """At the next build, and not while the other is still at it."""
+    """By the next build, but not while the other one is running."""
     (compiler,) = build._compiler()
     slow = script(tmp_path, f'[ "$1" = --version ] && exec {compiler} --version', "sleep 5")
-    process = mp.get_context("fork").Process(target=build_for_ever, args=(slow,))
+    process = mp.get_context("fork").Process(target=build_slowly, args=(slow,))
     process.start()
     deadline = time.monotonic() + 30
     while not list(cache.glob("*.unfinished")) and time.monotonic() < deadline:
@@ -312,16 +325,16 @@ def test_a_compiler_that_makes_no_library(tmp_path, monkeypatch):
 
 def test_a_fork_of_a_process_with_threads_takes_one(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(plan, "_threads_of", {"parent": 1, "process": 1})
-    assert plan._num_threads() == 2
-    plan._after_fork()
-    assert plan._num_threads() == 1
+    monkeypatch.setattr(cpu_plan, "_most_threads", {"parent": 1, "process": 1})
+    assert cpu_plan._num_threads() == 2
+    cpu_plan._after_fork()
+    assert cpu_plan._num_threads() == 1
 
 
 def test_a_fork_of_a_process_with_one_thread_takes_what_torch_has(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    monkeypatch.setattr(plan, "_threads_of", {"parent": 1, "process": 1})
-    plan._num_threads()
-    plan._after_fork()
+    monkeypatch.setattr(cpu_plan, "_most_threads", {"parent": 1, "process": 1})
+    cpu_plan._num_threads()
+    cpu_plan._after_fork()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert plan._num_threads() == 2
+    assert cpu_plan._num_threads() == 2

@@ -1,4 +1,4 @@
-"""Blocks in memory: four sizes and a number a row say where each element of a block lies."""
+"""Blocks in memory: four sizes and one block index per row give the block of every element."""
 
 import pytest
 import torch
@@ -89,17 +89,12 @@ def test_what_four_sizes_do_not_express():
     assert layout(Blocks.element((6, 4)), torch.zeros(4, 6).mT) is None
 
 
-def test_rows_of_blocks_that_lie_together_or_apart():
-    fused = (Segment(4, 2), Segment(2, 1))
-    together = layout(Blocks.segmented((12, 3), fused, repeats=2), torch.zeros(12, 3))
-    assert together.rows_of_block.tolist() == [[0, 2], [2, 2], [6, 2], [8, 2], [4, 1], [5, 1], [10, 1], [11, 1]]
+def test_a_block_with_rows_in_two_places_has_two_runs():
     apart = layout(Blocks.segmented((12, 3), (Segment(4, 8), Segment(2, 1)), repeats=2), torch.zeros(12, 3))
-    assert apart.rows_of_block is None
-    assert apart.runs().tolist()[0] == [0, 4, 0]
-    assert apart.runs().tolist()[3] == [6, 4, 0]
+    assert apart.runs().tolist() == [[0, 4, 0], [4, 1, 1], [5, 1, 2], [6, 4, 0], [10, 1, 3], [11, 1, 4]]
 
 
-def test_rectangles_of_a_flat_range():
+def test_boxes_of_a_flat_range():
     blocks = Blocks.rows((6, 4), block_size=2)
     boxes = flat_boxes(blocks.shape, 6, 19)  # half a row, three rows, and three elements
     local = torch.zeros(13)

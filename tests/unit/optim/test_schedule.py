@@ -82,7 +82,7 @@ def test_one_step():
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"warmup": -1}, "not be negative"),
         ({"decay": -0.1}, "not be negative"),
@@ -91,8 +91,8 @@ def test_one_step():
         ({"horizon": 0}, "horizon must be at least one step"),
     ],
 )
-def test_refused(options, told):
-    with pytest.raises(ValueError, match=told):
+def test_refused(options, message):
+    with pytest.raises(ValueError, match=message):
         Schedule(**options)
 
 

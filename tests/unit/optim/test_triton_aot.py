@@ -1,6 +1,6 @@
-"""Every Triton kernel compiles for GPUs that are not here, without spilled registers and with wide loads.
+"""Every Triton kernel compiles ahead of time for several GPUs, without register spills and with 128-bit loads.
 
-Launches are those of real plans, so that block sizes and numbers of warps are the ones that run.
+The launches are those of real plans, with their block sizes and numbers of warps.
 """
 
 import os
@@ -50,7 +50,7 @@ def launches(names, dtype, exp_avg_dtype=None):
 
 
 def compiled(launch, capability):
-    """The PTX of a launch, and what ptxas says about it."""
+    """The PTX of a launch, and the report of ptxas."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -73,7 +73,7 @@ def compiled(launch, capability):
 
 
 def assembled(ptx):
-    """The report of the first ptxas of the wheel that knows this version of PTX."""
+    """The report of the first ptxas in the wheel that knows this version of PTX."""
     architecture = re.search(r"\.target (\w+)", ptx).group(1)
     for ptxas in sorted((Path(triton.__file__).parent / "backends/nvidia/bin").glob("ptxas*")):
         command = [str(ptxas), "-v", f"-arch={architecture}", "-o", os.devnull, "/dev/stdin"]
@@ -139,7 +139,7 @@ def test_other_dtypes_and_devices(dtype, exp_avg_dtype, capability):
 
 @pytest.mark.slow
 def test_a_kernel_that_spills_is_found():
-    """The test can fail: 16 times as many elements a thread do not fit into its registers."""
+    """The test can fail: 16 times as many elements per thread do not fit in its registers."""
     (launch,) = (x for x in launches(["rows of 11008"], torch.float32) if x.kernel.__name__ == "update_runs")
     launch.arguments["num_warps"] = 2
     with pytest.raises(AssertionError, match="bytes spill stores"):

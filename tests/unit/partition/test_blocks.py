@@ -1,4 +1,4 @@
-"""Blocks: shapes, numbering, means and everything that is refused."""
+"""Blocks: shapes, numbering, means, and invalid arguments."""
 
 import dataclasses
 import pickle
@@ -12,7 +12,7 @@ from lightning_adam_mini.blocks import Kind, Segment, sum_square
 
 QKV = (Segment(4, 2), Segment(2, 2), Segment(2, 1))
 
-# Blocks, the shapes that are kept, and how many values those are.
+# Blocks, the shapes of their second moments, and the number of values.
 SHAPES = [
     (Blocks.element((4, 3)), {"exp_avg_sq": (4, 3)}, 12),
     (Blocks.element(()), {"exp_avg_sq": ()}, 1),
@@ -57,7 +57,7 @@ EMPTY = [
 
 
 @pytest.mark.parametrize(("blocks", "shapes", "num_values"), SHAPES)
-def test_what_is_kept(blocks, shapes, num_values):
+def test_state_shapes(blocks, shapes, num_values):
     assert blocks.state_shapes == shapes
     assert blocks.num_values == num_values
     assert blocks.num_bytes() == 4 * num_values
@@ -65,7 +65,7 @@ def test_what_is_kept(blocks, shapes, num_values):
 
 
 @pytest.mark.parametrize("blocks", ALL + EMPTY)
-def test_means_have_the_shapes_that_are_kept_and_expand_to_the_tensor(blocks):
+def test_means_have_the_shapes_of_the_state_and_expand_to_the_tensor(blocks):
     means = blocks.mean_square(torch.randn(blocks.shape))
     assert [tuple(mean.shape) for mean in means] == list(blocks.state_shapes.values())
     assert all(mean.dtype == torch.float32 for mean in means)
@@ -87,7 +87,7 @@ def test_squares_of_narrow_numbers_are_summed_in_the_wide_dtype(dtype):
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("axes", [(0,), (1,), (0, 1), (0, 2), (0, 1, 2)])
 def test_sums_of_squares_of_many_slices(axes, exact, dtype, monkeypatch):
-    """The last of which is shorter."""
+    """The last slice is shorter."""
     monkeypatch.setattr(blocks_module, "SLICE_ELEMENTS", 60)
     tensor = torch.randn(11, 7, 3).to(dtype)
     found = sum_square(tensor, axes, exact=exact)
@@ -107,7 +107,7 @@ def test_numbers_keep_experts_apart():
     torch.testing.assert_close(blocks.block_index(), expected[:, :, None].expand(2, 3, 2))
 
 
-def test_a_factored_cut_has_no_numbers():
+def test_a_factored_second_moment_has_no_block_numbers():
     with pytest.raises(ValueError, match="no blocks to number"):
         Blocks.factored((2, 3)).block_index()
 
@@ -120,7 +120,7 @@ def test_the_factored_estimate_is_adafactors():
     torch.testing.assert_close(estimate, square)
 
 
-def test_the_factored_estimate_of_nothing_is_nothing():
+def test_the_factored_estimate_of_zeros_is_zero():
     blocks = Blocks.factored((3, 2))
     assert torch.equal(blocks.second_moment(*blocks.mean_square(torch.zeros(3, 2))), torch.zeros(3, 2))
 
@@ -146,6 +146,6 @@ def test_blocks_are_values():
         (lambda: Blocks.factored((6, 3), segment_lengths=(2, 2)), "segments cover 4 rows, but dimension 0"),
     ],
 )
-def test_segments_that_do_not_tile_the_axis(build, message):
+def test_segments_that_do_not_tile_the_block_axis(build, message):
     with pytest.raises(ValueError, match=message):
         build()
