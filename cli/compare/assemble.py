@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+from .analysis import Side, make_entry
 from .comparison import Comparison, TaskComparison
-from .entries import Side, make_entry
 from .grid import Grid, Run, expand
 from .notes import notes_of
 from .plan import Plan, read_plan
 from .recipe import copy_of, read_recipe
 from .results import Metrics, read_run, task_primary_metric
-from .run_result import RunResult
+from .run_records import RunResult
 from .selection import best_learning_rates
-from .statistics import profiles, target_of
+from .stats import profiles, target_of
 from .status import FINISHED
 
 __all__ = ["load_comparison"]

@@ -21,7 +21,7 @@ from .recipe import copy_recipe
 from .reporting import report
 from .reproduce import checkout_commit
 from .resources import resources_of
-from .stages import Stages
+from .runner import Stages
 from .status import LOST
 
 __all__ = ["main"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .outcomes import Estimate, Profile, ToTarget, Verdict
-from .run_result import Costs, PrimaryMetric, RunResult, Status
+from .run_records import Costs, PrimaryMetric, RunResult, Status
 
 __all__ = ["Comparison", "Entry", "LearningRate", "Ratios", "TaskComparison"]
 

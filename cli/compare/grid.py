@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 
-from .optimizers import OptimizerChoice, did_you_mean, own_weight_decay, parse_optimizers
 from .plan import Plan
 from .recipe import Recipe, copy_of, read_recipe
+from .spec import OptimizerChoice, did_you_mean, own_weight_decay, parse_optimizers
 
 __all__ = ["Grid", "Run", "expand", "format_lr"]
 

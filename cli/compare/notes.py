@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .grid import Grid
-from .optimizers import own_weight_decay
-from .run_result import RunResult
+from .run_records import RunResult
+from .spec import own_weight_decay
 
 __all__ = ["notes_of", "settings_of", "timings_of"]
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .optimizers import label_of
+from .spec import label_of
 from .status import write_json
 
 __all__ = ["Plan", "merge", "read_plan", "write_plan"]

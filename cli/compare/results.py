@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .grid import Grid, Run
-from .run_result import Costs, Point, PrimaryMetric, RunResult, Status
+from .run_records import Costs, Point, PrimaryMetric, RunResult, Status
 from .status import read_json, read_status
 
 __all__ = ["primary_metric_value", "read_run", "selection_value", "task_primary_metric"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .grid import Grid, Run
 from .results import selection_value, task_primary_metric
-from .statistics import best_of, estimate
+from .stats import best_of, estimate
 
 __all__ = ["best_learning_rates"]
 

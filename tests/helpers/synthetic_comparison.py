@@ -14,8 +14,8 @@ from lightning_adam_mini.cli.compare.comparison import (
     TaskComparison,
 )
 from lightning_adam_mini.cli.compare.outcomes import ToTarget, Verdict
-from lightning_adam_mini.cli.compare.run_result import Costs, Point, PrimaryMetric, RunResult
-from lightning_adam_mini.cli.compare.statistics import (
+from lightning_adam_mini.cli.compare.run_records import Costs, Point, PrimaryMetric, RunResult
+from lightning_adam_mini.cli.compare.stats import (
     estimate,
     first_reaching,
     profiles,

@@ -25,11 +25,11 @@ def write_report(comparison: Comparison, out: Path) -> dict[str, Path]:
         (`report.md`, with the charts in `figures/`), `runs` (`report.csv`, a row for each run) and `summary`
         (`summary.csv`, a row for each optimizer on each task).
     """
+    from .content import make_page
     from .files import write_csv, write_text
     from .html import render_html
     from .legend import legend_file
-    from .markdown import FIGURES, render_markdown
-    from .page import make_page
+    from .render import FIGURES, render_markdown
     from .spreadsheets import RUN_COLUMNS, SUMMARY_COLUMNS, run_rows, summary_rows
 
     page = make_page(comparison)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .drawing import Drawing, draw
+from .style import Drawing, draw
 from .theme import sentinel, series_style
 from .wording import BYTE_UNITS, plain, shorten, size
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from markupsafe import Markup, escape
 
+from .content import Page
 from .legend import key
-from .page import Page
 from .theme import theme_css
 
 __all__ = ["render_html"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from .drawing import Drawing, draw
 from .names import task_names
+from .style import Drawing, draw
 from .theme import sentinel, series_style
 from .wording import number, plain
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from .drawing import Drawing, draw
 from .scales import focus, rate_ticks, value_ticks
+from .style import Drawing, draw
 from .theme import sentinel, series_style
 from .wording import learning_rate, number, plain
 

@@ -8,11 +8,11 @@ from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from ..comparison import Ratios
-from ..run_result import Costs
+from ..run_records import Costs
 
 if TYPE_CHECKING:
     from ..comparison import Comparison, Entry, TaskComparison
-    from ..run_result import RunResult
+    from ..run_records import RunResult
 
 __all__ = ["RUN_COLUMNS", "SUMMARY_COLUMNS", "run_rows", "summary_rows"]
 

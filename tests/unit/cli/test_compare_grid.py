@@ -5,9 +5,9 @@ import yaml
 
 from lightning_adam_mini.cli.compare.grid import Run, expand, format_lr
 from lightning_adam_mini.cli.compare.notes import settings_of
-from lightning_adam_mini.cli.compare.optimizers import OptimizerChoice, parse_optimizers
 from lightning_adam_mini.cli.compare.plan import Plan, merge, read_plan, write_plan
 from lightning_adam_mini.cli.compare.recipe import read_recipe
+from lightning_adam_mini.cli.compare.spec import OptimizerChoice, parse_optimizers
 from tiny_runs import RECIPE
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from lightning_adam_mini.cli.compare.outcomes import Estimate, Verdict
 from lightning_adam_mini.cli.compare.report import write_report
-from lightning_adam_mini.cli.compare.run_result import Costs, PrimaryMetric
+from lightning_adam_mini.cli.compare.run_records import Costs, PrimaryMetric
 from report_page import ReportPage
 from synthetic_comparison import HEADLINES, synthetic_comparison, without_costs
 

@@ -9,7 +9,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from lightning_adam_mini.cli.compare.report import wording
-from lightning_adam_mini.cli.compare.report.curves import curves_chart
+from lightning_adam_mini.cli.compare.report.charts import curves_chart
 from lightning_adam_mini.cli.compare.report.names import task_names
 from lightning_adam_mini.cli.compare.report.profiles import profile_chart
 from lightning_adam_mini.cli.compare.report.rates import rates_chart

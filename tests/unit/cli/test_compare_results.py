@@ -15,7 +15,7 @@ from lightning_adam_mini.cli.compare.notes import notes_of
 from lightning_adam_mini.cli.compare.outcomes import Estimate
 from lightning_adam_mini.cli.compare.plan import Plan, write_plan
 from lightning_adam_mini.cli.compare.recipe import copy_of
-from lightning_adam_mini.cli.compare.run_result import Costs
+from lightning_adam_mini.cli.compare.run_records import Costs
 from lightning_adam_mini.cli.compare.selection import best_learning_rates
 from lightning_adam_mini.cli.main import main
 from tiny_runs import RECIPE, error_line

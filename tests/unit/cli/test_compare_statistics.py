@@ -6,8 +6,8 @@ import pytest
 from scipy import stats
 
 from lightning_adam_mini.cli.compare.outcomes import Estimate
-from lightning_adam_mini.cli.compare.run_result import Point
-from lightning_adam_mini.cli.compare.statistics import (
+from lightning_adam_mini.cli.compare.run_records import Point
+from lightning_adam_mini.cli.compare.stats import (
     best_of,
     estimate,
     first_reaching,

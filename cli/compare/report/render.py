@@ -6,8 +6,8 @@ import html
 import re
 from collections.abc import Iterator, Sequence
 
-from .drawing import Drawing
-from .page import CommandGroup, Page
+from .content import CommandGroup, Page
+from .style import Drawing
 from .tables import Cell, Row, Table
 from .wording import plain
 

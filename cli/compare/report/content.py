@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .bars import peak_chart, state_chart
-from .curves import curves_chart
+from .charts import curves_chart
 from .definitions import DEFINITIONS
-from .drawing import Drawing
 from .names import task_names
 from .profiles import profile_chart
 from .rates import rates_chart
+from .style import Drawing
 from .summary import page_summary, page_title, task_summary
 from .tables import Table, failures_table, hardware_table, versions_table
 from .verdicts import overview_table, verdict_table

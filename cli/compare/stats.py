@@ -9,7 +9,7 @@ from statistics import fmean, median, median_high, median_low, stdev
 from typing import Literal
 
 from .outcomes import Estimate, Profile, ToTarget, Verdict
-from .run_result import Point
+from .run_records import Point
 
 __all__ = [
     "CONFIDENCE",

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from .comparison import Entry, LearningRate, Ratios
 from .grid import Grid, format_lr
 from .outcomes import ToTarget, Verdict
-from .run_result import Costs, RunResult
-from .statistics import estimate, first_reaching, to_target, verdict
+from .run_records import Costs, RunResult
+from .stats import estimate, first_reaching, to_target, verdict
 from .status import FINISHED
 
 __all__ = ["Side", "make_entry"]

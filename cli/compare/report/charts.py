@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
-from .drawing import Drawing, draw
 from .scales import focus, value_ticks
+from .style import Drawing, draw
 from .theme import sentinel, series_style
 from .wording import count, duration, learning_rate, number, plain
 
