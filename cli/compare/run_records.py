@@ -1,35 +1,28 @@
-"""One run of a comparison, as its folder tells it."""
+"""What a run folder says about its run: `status.json`, `result.json` and `metrics.jsonl`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
-__all__ = ["Costs", "Point", "PrimaryMetric", "RunResult", "Status"]
+from ...tasks.primary_metric import PrimaryMetric
+from .grid import Grid, Run
+from .status import RunStatus, read_json, read_status
 
-Status = Literal["done", "diverged", "failed", "timeout", "interrupted", "pending"]
-"""How a run ended; `pending` has not begun, or is not yet over."""
+__all__ = [
+    "Costs",
+    "Point",
+    "RunRecord",
+    "primary_metric_value",
+    "read_primary_metric",
+    "read_record",
+    "selection_value",
+]
 
-
-@dataclass(frozen=True, kw_only=True)
-class PrimaryMetric:
-    """The figure that runs of a task are compared by.
-
-    Args:
-        metric: Its name; the last value of a run counts.
-        mode: Whether less (`min`) or more (`max`) is better.
-        label: Its name for readers.
-        curve: The metric of each validation that is drawn over steps; `metric` itself where a task names no other.
-        curve_label: Its name for readers.
-    """
-
-    metric: str = "val_loss"
-    mode: Literal["min", "max"] = "min"
-    label: str = "validation loss"
-    curve: str = "val_loss"
-    curve_label: str = "validation loss"
+Metrics = dict[str, dict[int, float]]
 
 
 @dataclass(frozen=True)
@@ -38,7 +31,7 @@ class Point:
 
     Args:
         step: Optimizer steps taken.
-        seconds: Seconds of training until then, without validation; None where a run did not log them.
+        seconds: Seconds of training until then, without validation; None if the run did not log them.
         value: The value.
     """
 
@@ -49,15 +42,15 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """What a run cost on one rank; None where it is not known. Names are those of `result.json`.
+    """Costs of a run on one rank; None if unknown. The names are those in `result.json`.
 
     Args:
         step_milliseconds: Time of a training step.
-        optimizer_milliseconds: Of it the optimizer's update.
+        optimizer_milliseconds: The part of it that the optimizer's update takes.
         units_per_second: Throughput over all ranks.
         unit: What throughput counts: samples, tokens, nodes.
         peak_memory_bytes: Peak memory, measured.
-        optimizer_state_bytes: The optimizer's state, measured.
+        optimizer_state_bytes: The optimizer state, measured.
         predicted_state_bytes: The same, predicted from the shapes before training.
         adamw_state_bytes: AdamW's state for the same model, predicted.
         parameters: Number of parameters.
@@ -79,15 +72,15 @@ class Costs:
 
     @property
     def predicted_memory_bytes(self) -> float | None:
-        """Parameters, gradients of the same size and the optimizer's state, predicted; activations are not in it."""
+        """Parameters, gradients of the same size and optimizer state, predicted; without activations."""
         if self.parameter_bytes is None or self.predicted_state_bytes is None:
             return None
         return 2 * self.parameter_bytes + self.predicted_state_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunResult:
-    """One run of the grid, whether it came to its end or not.
+class RunRecord:
+    """One run of the grid, finished or not.
 
     Args:
         recipe: The recipe as the user named it.
@@ -96,18 +89,18 @@ class RunResult:
         seed: Seed of the run.
         folder: The run folder.
         status: How it ended.
-        message: Why it did not end well; empty otherwise.
-        value: PrimaryMetric figure; None unless the run is done.
-        selection: Figure that learning rates are chosen by, which is never one of a test; None unless the run is done.
-        steps: Optimizer steps taken; None where it left no result.
-        curve: The curve of the primary metric, one point a validation.
-        costs: What it cost.
-        hardware: As `result.json` has it.
-        versions: As `result.json` has it.
+        message: Why it did not finish; empty otherwise.
+        value: Primary metric; None unless the run is done.
+        selection: The metric that chooses the learning rate, never a test metric; None unless the run is done.
+        steps: Optimizer steps taken; None without a result.
+        curve: The validated metric, one point for each validation.
+        costs: Time and memory.
+        hardware: As in `result.json`.
+        versions: As in `result.json`.
         command: The command of the run, as a user would type it.
-        wall_seconds: Seconds from the start of the process to its end, of all starts together.
-        num_jobs: Runs at a time, itself among them; None where that was not recorded or there was no limit.
-        launcher: What started it, `local` or `submitit`; None where that was not recorded.
+        wall_seconds: Seconds from the start of the process to its end, summed over all starts.
+        num_jobs: Runs at a time, including this one; None if that was not recorded or unlimited.
+        launcher: What started it, `local` or `submitit`; None if that was not recorded.
     """
 
     recipe: str
@@ -115,7 +108,7 @@ class RunResult:
     lr: float
     seed: int
     folder: Path
-    status: Status
+    status: RunStatus
     message: str = ""
     value: float | None = None
     selection: float | None = None
@@ -128,3 +121,89 @@ class RunResult:
     wall_seconds: float | None = None
     num_jobs: int | None = None
     launcher: str | None = None
+
+
+def read_record(
+    grid: Grid, run: Run, out: Path, primary_metric: PrimaryMetric, read_metrics: Callable[[Path], Metrics]
+) -> RunRecord:
+    """Read a run of the grid, finished or not.
+
+    Args:
+        grid: The grid.
+        run: The run.
+        out: Folder of the comparison.
+        primary_metric: That of the task, which a diverged run may not have written.
+        read_metrics: Reads `metrics.jsonl` of a run folder.
+    """
+    folder = out / grid.folder(run)
+    status, result = read_status(folder), read_json(folder / "result.json")
+    word: RunStatus = status["status"] if status["status"] in get_args(RunStatus) else "pending"
+    command = map(str, status.get("command") or ["adam-mini", *grid.arguments(run, out)])
+    is_done, num_jobs, launcher = word == "done", status.get("num_jobs"), status.get("launcher")
+    metrics = read_metrics(folder)
+    seconds, costs = metrics.get("training_seconds", {}), result.get("costs") or {}
+    return RunRecord(
+        recipe=run.recipe,
+        optimizer=run.optimizer,
+        lr=run.lr,
+        seed=run.seed,
+        folder=folder,
+        status=word,
+        message=str(status.get("message") or ""),
+        value=primary_metric_value(folder),
+        selection=selection_value(folder),
+        steps=result.get("steps") if is_done else None,
+        curve=tuple(
+            Point(step, seconds.get(step), value)
+            for step, value in metrics.get(primary_metric.curve, {}).items()
+            if step
+        ),
+        costs=Costs(**{each.name: costs.get(each.name) for each in fields(Costs)}) if is_done else Costs(),
+        hardware=result.get("hardware") or {},
+        versions=result.get("versions") or {},
+        # A start that resumed from a checkpoint has it in its command, but it is not part of the experiment.
+        command=tuple(part for part in command if part != "--ckpt_path=last"),
+        wall_seconds=status.get("wall_seconds"),
+        num_jobs=num_jobs if isinstance(num_jobs, int) else None,
+        launcher=launcher if isinstance(launcher, str) else None,
+    )
+
+
+def primary_metric_value(folder: Path) -> float | None:
+    """The primary metric of a run; None unless it is done."""
+    return _finite(_primary_metric_of_done(folder).get("value"))
+
+
+def selection_value(folder: Path) -> float | None:
+    """The metric of a run that chooses the learning rate; None unless the run is done.
+
+    That is the primary metric if `result.json` names no other.
+    """
+    metric = _primary_metric_of_done(folder)
+    return _finite(metric.get("selection", metric.get("value")))
+
+
+def read_primary_metric(folders: Iterable[Path]) -> PrimaryMetric:
+    """The primary metric of a task, from the first of its runs that has one; validation loss by default."""
+    for folder in folders:
+        metric = read_json(folder / "result.json").get("primary_metric")
+        if isinstance(metric, dict):
+            name = str(metric["metric"])
+            return PrimaryMetric(
+                metric=name,
+                mode="max" if metric.get("mode") == "max" else "min",
+                label=str(metric.get("label") or name),
+                validated=metric.get("curve"),
+                validated_label=metric.get("curve_label"),
+            )
+    return PrimaryMetric()
+
+
+def _primary_metric_of_done(folder: Path) -> Mapping[str, Any]:
+    if read_status(folder)["status"] != "done":
+        return {}
+    return read_json(folder / "result.json").get("primary_metric") or {}
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from lightning_adam_mini.cli.compare import check
-from lightning_adam_mini.cli.compare.assemble import load_comparison
+from lightning_adam_mini.cli.compare.analysis import load_comparison
 from lightning_adam_mini.cli.compare.check import first_error
 from lightning_adam_mini.cli.main import main
 from tiny_runs import RECIPE, assert_same_state, checkpoint, error_line, start
@@ -77,9 +77,13 @@ REFUSED = [
 def test_the_check_sees_what_a_run_would_meet(work_dir):
     fit = ["fit", "--config", "tiny.yaml"]
     for options, told in REFUSED:
-        assert told in check._error([*fit, *options], set()), options
+        assert told in check._error_of([*fit, *options], set()), options
     seen = set()
-    assert check._error(fit, seen) == check._error([*fit, "--optimizer=SGD", "--optimizer.weight_decay=0"], seen) == ""
+    assert (
+        check._error_of(fit, seen)
+        == check._error_of([*fit, "--optimizer=SGD", "--optimizer.weight_decay=0"], seen)
+        == ""
+    )
     assert seen == {"tiny.yaml"}
     assert not Path("runs").exists()
 
@@ -88,7 +92,7 @@ def test_data_that_take_long_to_prepare_are_there(work_dir, monkeypatch):
     monkeypatch.setattr(check, "PATIENCE", 0.2)
     monkeypatch.setattr("lightning_adam_mini.tasks.llm.data.TextFiles.prepare_data", lambda data: time.sleep(60))
     began = time.monotonic()
-    assert check._error(["fit", "--config", "tiny.yaml"], set()) == ""
+    assert check._error_of(["fit", "--config", "tiny.yaml"], set()) == ""
     assert time.monotonic() - began < 50
 
 

@@ -1,31 +1,89 @@
-"""The report in Markdown, for places that show no page of HTML, with the charts as files beside it."""
+"""The report as files: one page of HTML that needs no other file, the same in Markdown, and CSV."""
 
 from __future__ import annotations
 
+import csv
 import html
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .content import CommandGroup, Page
-from .style import Drawing
-from .tables import Cell, Row, Table
+from ....tasks.run_files import replacing
+from .content import CommandGroup, Page, make_page
+from .style import Chart
+from .tables import RUN_COLUMNS, SUMMARY_COLUMNS, Cell, ReportTable, Row, run_rows, summary_rows
 from .wording import plain
 
-__all__ = ["FIGURES", "render_markdown"]
+if TYPE_CHECKING:
+    from ..analysis import Comparison
+
+__all__ = ["write_report"]
 
 FIGURES = "figures"
+TEMPLATES = Path(__file__).parent / "templates"
 
 
-def render_markdown(page: Page) -> str:
-    """The same texts and tables as the page, in the same order."""
-    return "\n\n".join(_blocks(page)) + "\n"
+def write_report(comparison: Comparison, out: Path) -> dict[str, Path]:
+    """Write the report of a comparison, also of an incomplete one.
+
+    Each file is written next to its target and renamed; files of earlier reports are replaced.
+
+    Args:
+        comparison: The comparison.
+        out: Its folder.
+
+    Returns:
+        Kind of file -> the file: `page` (`report.html`, which needs no other file), `markdown` (`report.md`, with the
+        charts in `figures/`), `runs` (`report.csv`, a row for each run) and `summary` (`summary.csv`, a row for each
+        optimizer on each task).
+    """
+    page = make_page(comparison)
+    for chart in page.charts:
+        _write_text(out / FIGURES / f"{chart.name}.svg", chart.file_text())
+    return {
+        "page": _write_text(out / "report.html", _render_html(page)),
+        "markdown": _write_text(out / "report.md", "\n\n".join(_markdown(page)) + "\n"),
+        "runs": _write_csv(out / "report.csv", RUN_COLUMNS, run_rows(comparison)),
+        "summary": _write_csv(out / "summary.csv", SUMMARY_COLUMNS, summary_rows(comparison)),
+    }
 
 
-def _blocks(page: Page) -> Iterator[str]:
+def _write_text(path: Path, text: str) -> Path:
+    """Write a text unchanged, with `?` for what UTF-8 cannot hold; readers see the old file or the new one."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, "utf-8", errors="replace", newline="")
+    return path
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Path:
+    """Write a table as in RFC 4180; None is an empty field."""
+    stream = StringIO()
+    writer = csv.writer(stream)
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return _write_text(path, stream.getvalue())
+
+
+def _render_html(page: Page) -> str:
+    """The page; every text in it is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    environment.globals["zip"] = zip
+    style = (TEMPLATES / "report.css").read_text("utf-8")
+    return environment.get_template("report.html.j2").render(page=page, style=style)
+
+
+def _markdown(page: Page) -> Iterator[str]:
+    """The blocks of the Markdown: the texts and tables of the page, in its order."""
     yield f"# {_text(page.title)}"
     yield _text(page.summary)
     if page.notes:
-        yield _list(page.notes)
+        yield "\n".join(f"- {_text(note)}" for note in page.notes)
     if page.overview:
         yield from _table(page.overview)
     for task in page.tasks:
@@ -33,13 +91,11 @@ def _blocks(page: Page) -> Iterator[str]:
         yield _text(task.summary)
         yield from _table(task.verdicts)
         if task.notes:
-            yield _list(task.notes)
-        if task.drawings:
-            yield _picture("legend", "Which line is which optimizer")
-        yield from _drawings(task.drawings)
+            yield "\n".join(f"- {_text(note)}" for note in task.notes)
+        yield from _pictures(task.charts)
     if page.profiles:
         yield "## Across tasks"
-        yield from _drawings(page.profiles)
+        yield from _pictures(page.profiles)
     yield "## Failed, diverged and unfinished runs"
     if page.failures.rows:
         yield from _table(page.failures)
@@ -53,26 +109,22 @@ def _blocks(page: Page) -> Iterator[str]:
     for group in page.commands:
         yield from _commands(group)
     yield "## Definitions"
-    yield _list([f"**{_text(term)}.** {_text(text)}" for term, text in page.definitions], escape=False)
+    yield "\n".join(f"- **{_text(term)}.** {_text(text)}" for term, text in page.definitions)
 
 
 def _text(text: str) -> str:
-    """A text that means itself: no HTML, no Markdown."""
+    """A text without the meaning that HTML or Markdown would give it."""
     escaped = html.escape(" ".join(plain(text).split()), quote=False)
     return re.sub(r"([\\`*_\[\]|#~$@])", r"\\\1", escaped)
 
 
-def _list(items: Sequence[str], *, escape: bool = True) -> str:
-    return "\n".join(f"- {_text(item) if escape else item}" for item in items)
-
-
-def _table(table: Table) -> Iterator[str]:
+def _table(table: ReportTable) -> Iterator[str]:
     yield _text(table.caption)
     lines = [
         [_text(column.label) for column in table.columns],
-        ["--:" if c.is_number else "---" for c in table.columns],
+        ["--:" if column.is_number else "---" for column in table.columns],
+        *([_name(row), *map(_cell, row.cells)] for row in table.rows),
     ]
-    lines += [[_name(row), *map(_cell, row.cells)] for row in table.rows]
     yield "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -85,18 +137,14 @@ def _cell(cell: Cell) -> str:
     return "<br>".join([text, *map(_text, cell.notes)])
 
 
-def _drawings(drawings: Sequence[Drawing]) -> Iterator[str]:
-    for drawing in drawings:
-        yield _picture(drawing.name, drawing.title)
-        yield f"{_text(drawing.title)}. {_text(drawing.caption)}"
-
-
-def _picture(name: str, title: str) -> str:
-    return f"![{_text(title)}]({FIGURES}/{name}.svg)"
+def _pictures(charts: Sequence[Chart]) -> Iterator[str]:
+    for chart in charts:
+        yield f"![{_text(chart.title)}]({FIGURES}/{chart.name}.svg)"
+        yield f"{_text(chart.title)}. {_text(chart.caption)}"
 
 
 def _commands(group: CommandGroup) -> Iterator[str]:
-    """A fence longer than any in the command, folded because there may be hundreds."""
+    """A fence longer than any in the commands, folded because there may be hundreds."""
     text = "\n\n".join((f"# {command.label}\n" if command.label else "") + command.text for command in group.commands)
     fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
     yield f"<details><summary>{html.escape(group.title)}</summary>"

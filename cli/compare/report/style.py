@@ -1,37 +1,84 @@
-"""Figures of matplotlib as SVG that follows the colours of the page it stands in."""
+"""How every chart looks: small SVG drawings in the text colour of their page, with one fixed style for each series."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from html import escape
 from io import StringIO
 from typing import TYPE_CHECKING, Any
-from xml.etree import ElementTree as ET
-
-from .theme import sentinel, theme_css, variables_of_sentinels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-__all__ = ["Drawing", "draw"]
+__all__ = ["SERIES_COLOURS", "Chart", "draw", "series_style"]
 
-SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 WIDTH_INCHES, HEIGHT_INCHES = 4.4, 3.1  # 317 points wide: text of 10 points is 11 pixels high in a column of 350
 FONT_POINTS = 10.2
 
+# After Okabe and Ito (https://jfly.uni-koeln.de/color/); each has a contrast of 3 against white and against near-black.
+SERIES_COLOURS = ("#0072b2", "#d55e00", "#00845f", "#b0508a", "#936300", "#3b87b5", "#7a7a7a", "#7d7600")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+LINE_STYLES: tuple[Any, ...] = (
+    "-",
+    (0, (6, 2)),
+    (0, (2, 1.2)),
+    (0, (7, 2, 1.5, 2)),
+    (0, (1, 1.2)),
+    (0, (5, 1.5, 1, 1.5, 1, 1.5)),
+    (0, (10, 3)),
+    (0, (3, 3)),
+)
+
+INK = "#000000"  # becomes currentColor
+SETTINGS: dict[Any, Any] = {  # matplotlib declares its settings one by one
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": FONT_POINTS,
+    "text.parse_math": False,  # labels are the user's, and `$` is a character
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.labelsize": FONT_POINTS,
+    "axes.edgecolor": INK,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.formatter.useoffset": False,
+    "axes.formatter.use_mathtext": False,
+    "grid.color": INK,
+    "grid.alpha": 0.12,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.labelsize": FONT_POINTS,
+    "ytick.labelsize": FONT_POINTS,
+    "legend.fontsize": FONT_POINTS,
+    "legend.frameon": False,
+    "legend.handlelength": 2.6,
+    "legend.columnspacing": 1.0,
+    "lines.linewidth": 1.7,
+    "lines.markersize": 5,
+}
+
+# An image has no page to take its text colour from.
+FILE_STYLE = (
+    "<style>:root{color:#1c1e21;background:#fff}"
+    "@media (prefers-color-scheme:dark){:root{color:#e8e6e1;background:#1b1e22}}</style>"
+)
+
 
 @dataclass(frozen=True)
-class Drawing:
+class Chart:
     """One chart.
 
     Args:
-        name: Name of its file, without the ending; unique in the report.
+        name: Name of its file without the extension; unique in the report.
         title: What it shows, in a few words.
         caption: How to read it, one or two sentences.
-        words: Its numbers in words, for those who do not see it.
-        svg: The element `<svg>`, with colours as CSS variables and ids that are unique in the report.
+        words: Its numbers in words, for screen readers.
+        svg: The element `<svg>`, with ids that are unique in the report.
     """
 
     name: str
@@ -41,10 +88,16 @@ class Drawing:
     svg: str
 
     def file_text(self) -> str:
-        """The drawing as a file of its own, which follows the reader's theme wherever it is shown."""
-        style = f"<style>{theme_css()}\n:root{{background:var(--surface);font-family:sans-serif}}</style>"
+        """The chart as a file of its own, in the light or dark scheme of its reader."""
         opening, rest = self.svg.split(">", 1)
-        return f'<?xml version="1.0" encoding="utf-8"?>\n{opening}>{style}{rest}\n'
+        return f'<?xml version="1.0" encoding="utf-8"?>\n{opening}>{FILE_STYLE}{rest}\n'
+
+
+def series_style(number: int) -> dict[str, Any]:
+    """Colour, marker and line style of a series: eight colours; more series repeat them with other markers."""
+    lap, colour = divmod(number, len(SERIES_COLOURS))
+    shape = (colour + 3 * lap) % len(MARKERS)
+    return {"color": SERIES_COLOURS[colour], "marker": MARKERS[shape], "linestyle": LINE_STYLES[shape]}
 
 
 def draw(
@@ -55,99 +108,40 @@ def draw(
     words: str,
     paint: Callable[[Axes], None],
     height: float = HEIGHT_INCHES,
-) -> Drawing:
-    """Paint one pair of axes and keep it as a `Drawing`.
+) -> Chart:
+    """Draw one pair of axes; lines with a label get a legend below.
 
     Args:
         name: Unique in the report; letters, digits and hyphens.
         title: What it shows.
         caption: How to read it.
         words: Its numbers in words.
-        paint: Draws into the axes, in colours of `theme.sentinel`.
-        height: Height in inches.
+        paint: Draws into the axes.
+        height: Height in inches, without the legend.
     """
     import matplotlib as mpl
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, **_look()}):
+    stream = StringIO()
+    with mpl.rc_context({**SETTINGS, "svg.hashsalt": name}):  # ids are hashes of the content and this salt
         figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained", facecolor="none")
-        FigureCanvasSVG(figure)
         axes = figure.subplots()
         paint(axes)
-        text = _text(figure)
-    return Drawing(name, title, caption, words, _svg(text, name, words))
+        handles, labels = axes.get_legend_handles_labels()
+        if handles:
+            num_columns = 2 if max(map(len, labels)) <= 16 else 1
+            figure.set_figheight(height + 0.22 * -(-len(labels) // num_columns))
+            figure.legend(handles, labels, loc="outside lower center", ncols=num_columns)
+        # No date: the same comparison gives the same bytes.
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    return Chart(name, title, caption, words, _embedded(stream.getvalue(), words))
 
 
-def _look() -> dict[Any, Any]:  # matplotlib names its settings one by one
-    ink, muted, grid, surface = (sentinel(each) for each in ("ink", "muted", "grid", "surface"))
-    return {
-        "font.family": "DejaVu Sans",  # comes with matplotlib, so that the layout is the same on every machine
-        "font.size": FONT_POINTS,
-        "text.color": ink,
-        "text.parse_math": False,  # labels are the user's, and `$` is a character
-        "axes.labelcolor": muted,
-        "axes.edgecolor": muted,
-        "axes.facecolor": "none",
-        "axes.linewidth": 0.8,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.labelsize": FONT_POINTS,
-        "axes.formatter.useoffset": False,
-        "axes.formatter.use_mathtext": False,
-        "grid.color": grid,
-        "grid.linewidth": 0.8,
-        "xtick.color": muted,
-        "ytick.color": muted,
-        "xtick.labelsize": FONT_POINTS,
-        "ytick.labelsize": FONT_POINTS,
-        "lines.linewidth": 1.7,
-        "lines.markersize": 5,
-        "lines.markeredgecolor": surface,
-        "lines.markeredgewidth": 0.6,
-    }
-
-
-def _text(figure: Figure) -> str:
-    stream = StringIO()
-    # No date: the same comparison gives the same bytes.
-    figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    return stream.getvalue()
-
-
-def _svg(text: str, name: str, words: str) -> str:
-    """The element alone, scalable, named for screen readers, its ids and colours made those of the page."""
-    ET.register_namespace("", SVG)
-    ET.register_namespace("xlink", XLINK)
-    root = ET.fromstring(text)
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag in (f"{{{SVG}}}metadata", f"{{{SVG}}}style"):  # a style here would hold for the whole page
-                parent.remove(child)
-    replaced = variables_of_sentinels()
-    for element in root.iter():
-        for key, value in list(element.attrib.items()):
-            element.set(key, _attribute(key, value, name, replaced))
-        if element.tag == f"{{{SVG}}}g" and re.fullmatch(rf"{name}-(?:[a-z_]+_)?\d+", element.get("id", "")):
-            del element.attrib["id"]  # matplotlib numbers its groups; nothing refers to them
-    for key in ("width", "height"):
-        root.attrib.pop(key, None)
-    root.set("class", "chart")
-    root.set("role", "img")
-    root.set("aria-label", words)
-    root.set("style", "stroke-linejoin:round;stroke-linecap:butt")  # what the removed style said
-    return ET.tostring(root, encoding="unicode")
-
-
-def _attribute(key: str, value: str, name: str, replaced: dict[str, str]) -> str:
-    if key == "id":
-        return f"{name}-{value}"
-    if key == f"{{{XLINK}}}href" and value.startswith("#"):
-        return f"#{name}-{value[1:]}"
-    value = value.replace("url(#", f"url(#{name}-")
-    if key in ("style", "fill", "stroke"):
-        value = re.sub(r"#fe01[0-9a-f]{2}", lambda found: replaced[found[0]], value)
-        value = re.sub(r"'DejaVu Sans'(?:, [\w', -]+)?", "inherit", value) if "font" in value else value
-    return value
+def _embedded(text: str, words: str) -> str:
+    """The element `<svg>` alone, in the text colour of its page and labelled for screen readers."""
+    svg = text[text.index("<svg") :]
+    svg = re.sub(r"(?s)\s*<metadata>.*?</metadata>", "", svg)
+    svg = re.sub(r' id="[A-Za-z2.]+_\d+"', "", svg)  # matplotlib numbers its groups; nothing refers to them
+    svg = svg.replace(INK, "currentColor")
+    attributes = f'class="chart" role="img" aria-label="{escape(words)}" style="fill:currentColor"'
+    return svg.replace("<svg ", f"<svg {attributes} ", 1).rstrip()
