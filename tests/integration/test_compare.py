@@ -3,6 +3,7 @@
 import csv
 import json
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def test_a_grid_from_the_command_to_the_report(work_dir, capsys):
     assert main(["compare", "tiny.yaml", *options, "--out", "out", "--jobs", "1"]) == 0
     assert "report:" in capsys.readouterr().out
     comparison = load_comparison(Path("out"))
-    ((entry,),) = [task.entries for task in comparison.tasks]
+    ((entry,),) = [task.summaries for task in comparison.tasks]
     done, diverged = entry.runs
     assert (done.status, done.lr, diverged.status, diverged.lr) == ("done", 1e-2, "diverged", 1e30)
     assert "not finite" in diverged.message
@@ -86,6 +87,19 @@ def test_the_check_sees_what_a_run_would_meet(work_dir):
     )
     assert seen == {"tiny.yaml"}
     assert not Path("runs").exists()
+
+
+def test_an_unexpected_error_of_the_check_surfaces(work_dir, monkeypatch, capsys):
+    def fail(command, seen):
+        raise KeyError("lost")
+
+    monkeypatch.setattr(check, "_set_up", fail)
+    error = check._error_of(["fit", "--config", "tiny.yaml"], set())
+    assert error.startswith("Traceback")
+    answer = subprocess.CompletedProcess([], 0, stdout=json.dumps(["", error]), stderr="")
+    monkeypatch.setattr(check.subprocess, "run", lambda *arguments, **options: answer)
+    assert first_error([[], []], work_dir) == (1, "the check of its command failed with an unexpected KeyError: 'lost'")
+    assert 'raise KeyError("lost")' in capsys.readouterr().err
 
 
 def test_data_that_take_long_to_prepare_are_there(work_dir, monkeypatch):

@@ -484,7 +484,14 @@ def comparing(tmp_path, monkeypatch):
     return compare
 
 
+@pytest.fixture
+def _untrained(monkeypatch):
+    """For tests of plans, which need no run."""
+    monkeypatch.setattr(command.GridRunner, "train", lambda runner, interruption: [])
+
+
 GRID = ("tiny.yaml", "--optimizers", "AdamW", "AdamMini", "--lr", "1e-4", "1e-3")
+ONE_RUN = ("tiny.yaml", "--optimizers", "AdamW", "--lr", "1e-4", "--seeds", "1")
 
 
 def test_two_stages_and_extension(comparing, capsys):
@@ -554,6 +561,7 @@ def test_nothing_to_continue(comparing, capsys):
     assert "holds no comparison to continue" in error_line(capsys)
 
 
+@pytest.mark.usefixtures("_untrained")
 def test_a_changed_recipe_or_option_is_refused(comparing, capsys):
     assert comparing(*GRID, "--seeds", "1", "--set", "trainer.max_steps=3")[0] == 0
     assert comparing(*GRID, "--seeds", "1", "--set", "trainer.max_steps=4")[0] == 1
@@ -564,7 +572,7 @@ def test_a_changed_recipe_or_option_is_refused(comparing, capsys):
 
 
 def test_runs_train_from_the_copy_of_their_recipe(comparing, capsys):
-    code, statuses = comparing(*GRID, "--seeds", "1")
+    code, statuses = comparing(*ONE_RUN)
     copy = Path("out/recipes/tiny.yaml")
     assert code == 0
     assert copy.read_bytes() == Path("tiny.yaml").read_bytes()
@@ -607,7 +615,7 @@ def test_other_seeds_wait_for_all_tuning_runs(comparing, capsys, monkeypatch):
 
 
 def test_a_run_that_could_not_start_is_told_by_the_exit_code(comparing):
-    assert comparing(*GRID, "--seeds", "1")[0] == 0
+    assert comparing(*ONE_RUN)[0] == 0
     Path("out/tiny/AdamW/lr_1e-4/seed_1").mkdir()
     Path("out/tiny/AdamW/lr_1e-4/seed_1/metrics.jsonl").touch()
     assert comparing("--seeds", "2")[0] == 1
@@ -615,17 +623,19 @@ def test_a_run_that_could_not_start_is_told_by_the_exit_code(comparing):
 
 def test_an_interrupted_run_alone_is_told_by_the_exit_code(comparing, monkeypatch):
     monkeypatch.setenv("STAND_IN_INTERRUPTED", "1")
-    code, statuses = comparing("tiny.yaml", "--optimizers", "AdamW", "--lr", "1e-3", "--seeds", "1")
+    code, statuses = comparing(*ONE_RUN)
     assert [status["status"] for status in statuses.values()] == ["interrupted"]
     assert code == 1
 
 
+@pytest.mark.usefixtures("_untrained")
 def test_learning_rates_of_a_later_start_do_not_replace_those_that_ran(comparing, capsys):
     assert comparing(*GRID, "--seeds", "1")[0] == 0
     assert comparing("--lr-of", "AdamMini", "1e-2", "3e-3")[0] == 1
     assert "same number of learning rates, not AdamW 2, AdamMini 4" in error_line(capsys)
 
 
+@pytest.mark.usefixtures("_untrained")
 def test_one_command_for_what_several_began(comparing):
     comparing(*GRID, "--seeds", "2", "--tuning-seeds", "1", "--set", "trainer.max_steps=3")
     comparing(
@@ -685,12 +695,14 @@ def pids_in(folder):
     return {json.loads(line)["pid"] for line in (folder / "metrics.jsonl").read_text().splitlines()}
 
 
-ONE = ("tiny.yaml", "--optimizers", "AdamW", "--lr", "1e-4", "1e-3", "--seeds", "1", "--set", "trainer.max_steps=100")
+TWO_LONG_RUNS = (*ONE_RUN[:4], "1e-4", "1e-3", "--seeds", "1", "--set", "trainer.max_steps=50")
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "signum", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM, signal.SIGKILL]
+)
 def test_a_stop_leaves_no_process_and_the_next_start_goes_on(comparing, tmp_path, signum):
-    process, folders = start_compare(tmp_path, *ONE)
+    process, folders = start_compare(tmp_path, *TWO_LONG_RUNS)
     process.send_signal(signum)
     out, err = process.communicate(timeout=60)
     if signum != signal.SIGKILL:
@@ -703,15 +715,15 @@ def test_a_stop_leaves_no_process_and_the_next_start_goes_on(comparing, tmp_path
     assert comparing("--jobs", "2")[0] == 0
     for folder in folders:
         assert read_status(folder)["status"] == "done"
-        assert steps_in(folder) == list(range(1, 101)), "no step twice"
+        assert steps_in(folder) == list(range(1, 51)), "no step twice"
 
 
 def test_one_comparison_at_a_time(comparing, capsys):
     Path("out").mkdir()
     with FileLock("out/.compare.lock"):
-        assert comparing(*ONE) == (1, {})
+        assert comparing(*ONE_RUN) == (1, {})
     assert "another `adam-mini compare` runs there" in error_line(capsys)
-    assert comparing(*ONE)[0] == 0
+    assert comparing(*ONE_RUN)[0] == 0
 
 
 def test_no_guard_without_a_comparison(monkeypatch):
