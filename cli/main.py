@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from lightning_adam_mini import __version__
 
-from .compare.child import guard
+from .compare.process import guard
 from .recipes import list_recipes, resolve_configs
 from .telling import one_teller, tell
 
@@ -97,7 +97,7 @@ def _dispatch(command: str, rest: list[str]) -> int:
 
         return compare(rest)
     if command == "report":
-        from .compare.reporting import report
+        from .compare.command import report
 
         return report(rest)
     _show_log()

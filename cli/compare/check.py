@@ -1,7 +1,7 @@
-"""Whether `adam-mini fit` understands the commands of a comparison, before any of them runs.
+"""Whether `adam-mini fit` accepts the commands of a comparison, before any of them runs.
 
 Run as a program, it reads a list of commands from standard input and writes a list of errors to standard output. It is
-a process of its own because it imports Lightning, which the comparison then need not hold in memory.
+a separate process because it imports Lightning, which the comparison then need not hold in memory.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
@@ -19,11 +20,11 @@ from typing import Any, cast
 __all__ = ["first_error"]
 
 PATIENCE = 30.0
-"""Seconds in which data that are missing are missed; what takes longer is their preparation, which runs do as well."""
+"""Seconds in which missing data are noticed; what takes longer is their preparation, which runs do as well."""
 
 
 def first_error(commands: Sequence[Sequence[str]], folder: Path) -> tuple[int, str] | None:
-    """The first command that `adam-mini fit` refuses, and what it says.
+    """The number of the first command that `adam-mini fit` refuses, and its error.
 
     Args:
         commands: Arguments of `adam-mini`, each from `fit` on.
@@ -43,45 +44,47 @@ def first_error(commands: Sequence[Sequence[str]], folder: Path) -> tuple[int, s
     if checked.returncode:
         raise ValueError(f"the commands could not be checked: {(checked.stderr.strip() or 'no message')[-400:]}")
     errors: list[str] = json.loads(checked.stdout)
-    return next(((number, error) for number, error in enumerate(errors) if error), None)
+    for number, error in enumerate(errors):
+        if "\n" in error:  # the traceback of an unexpected one
+            sys.stderr.write(error)
+            return number, f"the check of its command failed with an unexpected {error.splitlines()[-1]}"
+        if error:
+            return number, error
+    return None
 
 
-def _error(command: list[str], seen: set[str]) -> str:
-    """What a command is refused for; empty where it is not.
+def _error_of(command: list[str], seen: set[str]) -> str:
+    """The error of a command in one line, or the traceback of one that is not for users; empty if it is accepted.
 
     Args:
         command: Arguments of `adam-mini`, from `fit` on.
         seen: Recipes whose data were looked for; this one is added.
     """
     from ..main import main
+    from ..messages import one_line
+    from ..telling import is_for_users
 
     out, err = io.StringIO(), io.StringIO()
     try:
         with redirect_stdout(out), redirect_stderr(err):
-            code: object = main([*command, "--print_config"])
-    except SystemExit as stop:
-        code = stop.code
-    except Exception as error:  # noqa: BLE001 - with ADAM_MINI_TRACEBACK, main raises whatever it is
-        return str(error)
-    if code:
-        lines = [line for line in err.getvalue().splitlines() if line.strip()]
-        return (lines or ["it is refused"])[-1].removeprefix("adam-mini: error: ")
-    from ..messages import one_line
-    from ..telling import is_for_users
-
-    try:
-        with redirect_stdout(out), redirect_stderr(err):
-            _set_up(command, seen)
-    except Exception as error:  # noqa: BLE001 - what is not for users may be a fault of this check alone
-        return one_line(str(error)) if is_for_users(error) else ""
-    return ""
+            try:
+                code: object = main([*command, "--print_config"])
+            except SystemExit as stop:
+                code = stop.code
+            if not code:
+                _set_up(command, seen)
+                return ""
+    except Exception as error:  # noqa: BLE001 - all of them are reported
+        return one_line(str(error)) if is_for_users(error) else traceback.format_exc()
+    lines = [line for line in err.getvalue().splitlines() if line.strip()]
+    return (lines or ["it is refused"])[-1].removeprefix("adam-mini: error: ")
 
 
 def _set_up(command: list[str], seen: set[str]) -> None:
     """Build model and optimizer without memory, and look for the data as long as that is quick.
 
     Raises:
-        ValueError: They do not fit together, or the data are not there.
+        ValueError: They do not fit together, or the data are missing.
     """
     import torch
 
@@ -97,8 +100,8 @@ def _set_up(command: list[str], seen: set[str]) -> None:
         name = command[command.index("--config") + 1]
         if name not in seen:
             seen.add(name)
-            with suppress(_EnoughError):
-                with _for_seconds(PATIENCE):
+            with suppress(_PatienceError):
+                with _limited_to(PATIENCE):
                     data.prepare_data()
                     data.setup("fit")
                 trainer.datamodule, task.trainer = data, trainer  # as fit does
@@ -110,16 +113,16 @@ def _set_up(command: list[str], seen: set[str]) -> None:
         task.optimizer_factory.predict_state_bytes(task)
 
 
-class _EnoughError(Exception):
-    """The data are being prepared: they are there."""
+class _PatienceError(Exception):
+    """The data are being prepared, so they are not missing."""
 
 
 @contextmanager
-def _for_seconds(seconds: float) -> Iterator[None]:
+def _limited_to(seconds: float) -> Iterator[None]:
     """Raise in a block that takes longer."""
 
     def stop(*_: object) -> None:
-        raise _EnoughError
+        raise _PatienceError
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -132,4 +135,4 @@ def _for_seconds(seconds: float) -> Iterator[None]:
 
 if __name__ == "__main__":
     seen_recipes: set[str] = set()
-    sys.stdout.write(json.dumps([_error(each, seen_recipes) for each in json.load(sys.stdin)]))
+    sys.stdout.write(json.dumps([_error_of(each, seen_recipes) for each in json.load(sys.stdin)]))

@@ -1,4 +1,4 @@
-"""One run, on this machine or within a job of a cluster: whether it may train in its folder, and what came of it."""
+"""A run that is ready to be started, on this machine or in a job of a cluster."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from ..run_folder import holds_run
-from .child import wait_until_free
-from .grid import Run, program
-from .interruption import Interruption
-from .process import stop_all, train
-from .status import FINISHED, outcome, read_status, write_status
+from .grid import Run
+from .process import Interruption, run_process, stop_all, wait_until_free
+from .status import FINISHED, read_status, status_after, write_status
 
-__all__ = ["Job"]
+__all__ = ["Job", "program"]
+
+
+def program() -> list[str]:
+    """The start of each run's command: this Python, this package."""
+    return [sys.executable, "-m", "lightning_adam_mini.cli.main"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,15 +31,15 @@ class Job:
     """A run that is ready to be started; calling it trains and returns its status.
 
     Args:
-        run: Where it stands in the grid.
+        run: Its place in the grid.
         arguments: Its command, without the program's name.
         folder: The run folder, absolute.
-        working_folder: Folder that it is started in.
-        threads: Threads of its process; None where the job that it runs in decides.
+        working_folder: Working folder of its process.
+        threads: Threads of its process; None if the cluster's job decides.
         digest: SHA-256 of its recipe.
         timeout: Seconds after which a start is stopped; None for no limit.
-        facts: What else `status.json` says of the circumstances of a start: its launcher, say.
-        environment: Variables beside those of this process.
+        facts: What else `status.json` says about a start, such as its launcher.
+        environment: Variables in addition to those of this process.
         program: What is run with the arguments.
     """
 
@@ -51,21 +55,21 @@ class Job:
     program: tuple[str, ...] = field(default_factory=lambda: tuple(program()))
 
     def __call__(self, interruption: Interruption | None = None, **environment: str) -> dict[str, Any]:
-        """Train, from the last checkpoint where there is one.
+        """Train, from the last checkpoint if there is one.
 
         Args:
             interruption: Asks the run to stop.
-            **environment: Further variables of its environment.
+            **environment: More variables of its environment.
 
         Returns:
-            What is written to `status.json`.
+            The content of `status.json`.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             wait_until_free(self.folder)
             self._check_origin()
         except ValueError as error:
-            return {"status": "failed", "message": str(error)}  # it is the other's folder, and its status.json
+            return {"status": "failed", "message": str(error)}  # folder and status.json belong to another run
         before = self._own_status()
         if before.get("status") in FINISHED:
             return before
@@ -88,7 +92,7 @@ class Job:
         }
         write_status(self.folder, status)
         start = time.monotonic()
-        ended = train(
+        end = run_process(
             self.program,
             command,
             folder=self.folder,
@@ -97,21 +101,21 @@ class Job:
             timeout=self.timeout,
             interruption=interruption or Interruption(),
         )
-        word, message = outcome(ended.code, self.folder, log_start=ended.log_start, stopped=ended.stopped)
-        if word == "failed" and ended.code == 0:
-            self._put_checkpoints_aside()  # nothing is left to train from them, so the next start begins anew
+        word, message = status_after(end.code, self.folder, log_start=end.log_start, stopped=end.stopped)
+        if word == "failed" and end.code == 0:
+            self._set_checkpoints_aside()  # the run is over, so the next start begins from the first step
         seconds = round(status["wall_seconds"] + time.monotonic() - start, 3)
-        status |= {"status": word, "exit_code": ended.code, "message": message, "wall_seconds": seconds}
+        status |= {"status": word, "exit_code": end.code, "message": message, "wall_seconds": seconds}
         write_status(self.folder, status)
         return status
 
     @property
     def fingerprint(self) -> str:
-        """What tells this run from another one in its folder: its recipe and options, wherever they lie."""
+        """What distinguishes this run from another one in its folder: its recipe and options, without their paths."""
         options = list(self.arguments)
         if "--config" in options:
             place = options.index("--config")
-            del options[place : place + 2]  # a path: the digest stands for what it holds
+            del options[place : place + 2]  # a path: the digest stands for its content
         options = [option for option in options if not option.startswith(("--run_dir=", "--ckpt_path="))]
         return hashlib.sha256(json.dumps([self.digest, *options]).encode()).hexdigest()
 
@@ -120,7 +124,7 @@ class Job:
         return self._own_status().get("status") in FINISHED
 
     def note(self, status: str, message: str) -> dict[str, Any]:
-        """Note how the run ended where nobody else could, for its machine is gone, say."""
+        """Write how the run ended if it could not do so itself, because its machine is gone, say."""
         before = self._own_status()
         if before.get("status") in FINISHED:
             return before
@@ -129,34 +133,34 @@ class Job:
         return noted
 
     def checkpoint(self) -> Any:
-        """Called by submitit when a job of a cluster is about to be stopped: save, and queue again."""
+        """Called by submitit before the cluster stops a job: save, and queue again."""
         from submitit.helpers import DelayedSubmission
 
         stop_all()
         return DelayedSubmission(self)
 
     def _own_status(self) -> dict[str, Any]:
-        """What `status.json` says of this run, and not of another one that was in the folder."""
-        told = read_status(self.folder)
-        # Runs that finished before there were fingerprints have none.
-        known = told.get("fingerprint") == self.fingerprint or (
-            "fingerprint" not in told and told["status"] in FINISHED
+        """The content of `status.json`, or nothing if it belongs to another run."""
+        status = read_status(self.folder)
+        # Finished runs of earlier versions have no fingerprint.
+        is_own = status.get("fingerprint") == self.fingerprint or (
+            "fingerprint" not in status and status["status"] in FINISHED
         )
-        return told if known else {}
+        return status if is_own else {}
 
     def _check_origin(self) -> None:
         if not self._own_status() and (holds_run(self.folder) or read_status(self.folder)["status"] in FINISHED):
             raise ValueError(f"{self.folder} holds another run; remove it, or choose another --out")
 
     def _command(self) -> list[str]:
-        """The arguments, with those that continue a run that has begun."""
+        """The arguments, with those that resume a run that has begun."""
         folder = self.folder / "checkpoints"
         if folder.exists() and not (folder / "last.ckpt").exists():
-            self._put_checkpoints_aside()  # killed between its first two checkpoints: nothing to continue from
+            self._set_checkpoints_aside()  # killed between its first two checkpoints: nothing to resume from
         has_begun = folder.exists() or (self.folder / "metrics.jsonl").exists()
         return [*self.arguments, *(["--ckpt_path=last"] if has_begun else [])]
 
-    def _put_checkpoints_aside(self) -> None:
+    def _set_checkpoints_aside(self) -> None:
         folder = self.folder / "checkpoints"
         if folder.exists():
             number = 1 + sum(1 for _ in self.folder.glob("checkpoints.unused-*"))

@@ -1,4 +1,4 @@
-"""The process of a run: started, stopped with its comparison, and never left behind."""
+"""The process of a run, from both sides: how a comparison starts and stops it, and how it stops with its comparison."""
 
 from __future__ import annotations
 
@@ -6,26 +6,79 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
-from .child import GRACE_SECONDS, guarded
-from .interruption import Interruption
+from ..run_folder import LOCK_NAME, lock_run
 
-__all__ = ["Exit", "stop_all", "train"]
+__all__ = [
+    "GRACE_SECONDS",
+    "LOCK_NAME",
+    "Interruption",
+    "ProcessEnd",
+    "guard",
+    "on_signals",
+    "run_process",
+    "stop_all",
+    "wait_until_free",
+]
+
+GRACE_SECONDS = 120.0
+"""Time to finish a step and save a checkpoint, before a run that was asked to stop is killed."""
+
+_PIPE, _FOLDER = "ADAM_MINI_COMPARE_PIPE", "ADAM_MINI_COMPARE_FOLDER"
 
 
 @dataclass(frozen=True)
-class Exit:
+class Interruption:
+    """A request to all runs to save a checkpoint and stop, or to stop at once.
+
+    Args:
+        stop: Set once they have to stop.
+        kill: Set once they have to stop at once.
+        received: The signals that asked for it.
+    """
+
+    stop: threading.Event = field(default_factory=threading.Event)
+    kill: threading.Event = field(default_factory=threading.Event)
+    received: list[signal.Signals] = field(default_factory=list)
+
+
+@contextmanager
+def on_signals() -> Iterator[Interruption]:
+    """An interruption that Ctrl-C and SIGTERM set: the first one stops, the second one kills."""
+    interruption = Interruption()
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        if interruption.received:
+            interruption.kill.set()
+        else:
+            sys.stderr.write("stopping: the runs save their checkpoints; once more kills them\n")
+        interruption.received.append(signal.Signals(signum))
+        interruption.stop.set()
+
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interruption
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+@dataclass(frozen=True)
+class ProcessEnd:
     """How a process ended.
 
     Args:
         code: Its exit code; minus the signal that killed it.
         log_start: Where this start begins in `log.txt`.
-        stopped: `timeout` or `interrupted` where it was stopped.
+        stopped: `timeout` or `interrupted` if the comparison stopped it.
     """
 
     code: int
@@ -33,7 +86,7 @@ class Exit:
     stopped: str | None
 
 
-def train(
+def run_process(
     program: Sequence[str],
     command: Sequence[str],
     *,
@@ -42,19 +95,19 @@ def train(
     environment: Mapping[str, str],
     timeout: float | None,
     interruption: Interruption,
-) -> Exit:
-    """Run a command until it ends; what it prints is added to `log.txt`.
+) -> ProcessEnd:
+    """Run a command until it ends; its output is appended to `log.txt`.
 
     Args:
         program: What is run.
         command: Its arguments.
         folder: The run folder.
-        working_folder: Folder that it is started in.
-        environment: All its variables but those of `child.guard`.
+        working_folder: Its working folder.
+        environment: All its variables but those that `guard` reads.
         timeout: Seconds after which it is stopped; None for no limit.
         interruption: Asks it to stop.
     """
-    reading, writing = os.pipe()
+    reading, writing = os.pipe()  # this process keeps the writing end open: see `guard`
     try:
         with (folder / "log.txt").open("ab") as log:
             log.write(f"$ {shlex.join(['adam-mini', *command])}\n".encode())
@@ -66,7 +119,7 @@ def train(
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=working_folder,
-                env=guarded(environment, reading, folder),
+                env={**environment, _PIPE: str(reading), _FOLDER: str(folder)},
                 pass_fds=(reading,),
                 # Ctrl-C in a terminal reaches all processes of a group; a second signal would stop the run at once.
                 start_new_session=True,
@@ -80,20 +133,20 @@ def train(
         os.close(reading)
         os.close(writing)
     if code:
-        _kill_group(process)  # other ranks wait for the first one, and would do so for ever
-    return Exit(code, log_start, stopped)
+        _kill_group(process)  # its other ranks would wait for the first one forever
+    return ProcessEnd(code, log_start, stopped)
+
+
+_running: list[subprocess.Popen[bytes]] = []
 
 
 def stop_all() -> None:
-    """Let each process of this one save a checkpoint and end; kill those that do not in time."""
+    """Let each process of this one save a checkpoint and end; kill those that take too long."""
     for process in _running:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
             process.wait(GRACE_SECONDS)
         _kill_group(process)
-
-
-_running: list[subprocess.Popen[bytes]] = []
 
 
 def _wait(
@@ -118,6 +171,40 @@ def _wait(
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process with those of its other ranks and loaders."""
+    """Kill a process with its other ranks and data loaders."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def guard() -> None:
+    """In a run that a comparison started: stop when the comparison is gone, and lock the run folder until the end.
+
+    A pipe closes however its writer ends, also by SIGKILL and on systems without a parent-death signal. Then this
+    process gets SIGTERM, on which a run saves a checkpoint. Without a comparison, nothing happens.
+
+    Raises:
+        ValueError: Another process still runs in the folder.
+    """
+    pipe, folder = os.environ.pop(_PIPE, None), os.environ.pop(_FOLDER, None)  # not for processes of other ranks
+    if pipe is None or folder is None:
+        return
+    threading.Thread(target=_stop_with_parent, args=(int(pipe),), daemon=True).start()
+    lock_run(Path(folder), wait=GRACE_SECONDS + 30)
+
+
+def _stop_with_parent(pipe: int) -> None:
+    os.read(pipe, 1)  # nobody writes: it returns when the other end is closed
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE_SECONDS)
+    if os.getpgid(0) == os.getpid():  # including other ranks and data loaders
+        os.killpg(0, signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wait_until_free(folder: Path) -> None:
+    """Wait until a run that a killed comparison left behind has saved its checkpoint.
+
+    Raises:
+        ValueError: It does not end.
+    """
+    lock_run(folder, wait=GRACE_SECONDS + 30).release()

@@ -1,4 +1,4 @@
-"""How a run ended, in its folder: `status.json`."""
+"""How a run ended: `status.json` in its folder."""
 
 from __future__ import annotations
 
@@ -7,11 +7,24 @@ import math
 import os
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ...tasks.run_files import replacing
 
-__all__ = ["FINISHED", "LOST", "last_error", "outcome", "read_json", "read_status", "write_json", "write_status"]
+__all__ = [
+    "FINISHED",
+    "LOST",
+    "RunStatus",
+    "last_error",
+    "read_json",
+    "read_status",
+    "status_after",
+    "write_json",
+    "write_status",
+]
+
+RunStatus = Literal["done", "diverged", "failed", "timeout", "interrupted", "pending"]
+"""How a run ended; `pending` has not started, or is still running."""
 
 FINISHED = ("done", "diverged")
 """Runs that are not started again."""
@@ -20,16 +33,16 @@ LOST = ("failed", "timeout", "interrupted")
 """Runs that were started and have no result."""
 
 DIVERGED_EXIT_CODE = 3
-"""Of `adam-mini fit`, where the loss is not finite."""
+"""Exit code of `adam-mini fit` if the loss is not finite."""
 
 
 def read_status(folder: Path) -> dict[str, Any]:
-    """What `status.json` of a run says; `{"status": "pending"}` before its first start."""
-    return read_json(folder / "status.json") or {"status": "pending"}
+    """The content of `status.json` in a run folder; `{"status": "pending"}` before the first start."""
+    return {"status": "pending"} | read_json(folder / "status.json")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a file; empty where there is none that can be read."""
+    """A JSON object from a file; empty if there is none that can be read."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
@@ -38,37 +51,37 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_status(folder: Path, status: dict[str, Any]) -> None:
-    """Note in a run folder how its run stands."""
+    """Write `status.json` in a run folder."""
     write_json(folder / "status.json", status)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a file that is never half there, also where the machine loses its power."""
-    with replacing(path) as beside, beside.open("w", encoding="utf-8") as file:
+    """Write a file that is never half written, not even after a power failure."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
 
 
-def outcome(exit_code: int, folder: Path, *, log_start: int, stopped: str | None) -> tuple[str, str]:
-    """The status of a run whose process has ended, and the reason where it did not end well.
+def status_after(exit_code: int, folder: Path, *, log_start: int, stopped: str | None) -> tuple[str, str]:
+    """The status of a run whose process has ended, and the reason if it did not finish.
 
     Args:
         exit_code: Of the process; minus the signal that killed it.
         folder: The run folder.
         log_start: Where this start begins in the log.
-        stopped: `timeout` or `interrupted` where the comparison stopped it.
+        stopped: `timeout` or `interrupted` if the comparison stopped it.
     """
     if exit_code == 0:
-        return _of_result(folder)
+        return _status_of_result(folder)
     if exit_code == DIVERGED_EXIT_CODE:
         return "diverged", last_error(folder / "log.txt", log_start)
     if stopped == "timeout":
-        return "timeout", "it did not end within --timeout; the next start goes on from its checkpoint"
-    asked = {number for name in (signal.SIGINT, signal.SIGTERM) for number in (-name, 128 + name)}
-    if stopped or exit_code in asked:
-        return "interrupted", "it was stopped; the next start goes on from its checkpoint"
+        return "timeout", "it did not finish within --timeout; the next start resumes from its checkpoint"
+    signals = {number for name in (signal.SIGINT, signal.SIGTERM) for number in (-name, 128 + name)}
+    if stopped or exit_code in signals:
+        return "interrupted", "it was stopped; the next start resumes from its checkpoint"
     if exit_code < 0:
         hint = "; is memory short?" if exit_code == -signal.SIGKILL else ""
         return "failed", f"its process was killed by {signal.Signals(-exit_code).name}{hint}"
@@ -81,7 +94,7 @@ def last_error(log: Path, start: int = 0, limit: int = 400) -> str:
     Args:
         log: The file.
         start: Bytes to skip.
-        limit: Characters to return at most.
+        limit: Maximum number of characters.
     """
     try:
         with log.open("rb") as file:
@@ -90,11 +103,11 @@ def last_error(log: Path, start: int = 0, limit: int = 400) -> str:
     except OSError as error:
         return f"it left no log: {error.strerror}"
     lines = [line.strip() for line in lines if line.strip()]
-    told = [line.removeprefix("adam-mini: error: ") for line in lines if line.startswith("adam-mini: error: ")]
-    return (told or lines or ["it left no word"])[-1][:limit]
+    errors = [line.removeprefix("adam-mini: error: ") for line in lines if line.startswith("adam-mini: error: ")]
+    return (errors or lines or ["its log is empty"])[-1][:limit]
 
 
-def _of_result(folder: Path) -> tuple[str, str]:
+def _status_of_result(folder: Path) -> tuple[str, str]:
     result = read_json(folder / "result.json")
     primary_metric = result.get("primary_metric")
     if not isinstance(primary_metric, dict):

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from lightning_adam_mini.cli.compare.child import guard
+from lightning_adam_mini.cli.compare.process import guard
 
 OFFSETS = {"AdamW": 0.0, "AdamMini": 0.5, "Adam": 0.0}
 

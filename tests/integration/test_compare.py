@@ -3,6 +3,7 @@
 import csv
 import json
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import yaml
 
 from lightning_adam_mini.cli.compare import check
-from lightning_adam_mini.cli.compare.assemble import load_comparison
+from lightning_adam_mini.cli.compare.analysis import load_comparison
 from lightning_adam_mini.cli.compare.check import first_error
 from lightning_adam_mini.cli.main import main
 from tiny_runs import RECIPE, assert_same_state, checkpoint, error_line, start
@@ -21,7 +22,7 @@ def test_a_grid_from_the_command_to_the_report(work_dir, capsys):
     assert main(["compare", "tiny.yaml", *options, "--out", "out", "--jobs", "1"]) == 0
     assert "report:" in capsys.readouterr().out
     comparison = load_comparison(Path("out"))
-    ((entry,),) = [task.entries for task in comparison.tasks]
+    ((entry,),) = [task.summaries for task in comparison.tasks]
     done, diverged = entry.runs
     assert (done.status, done.lr, diverged.status, diverged.lr) == ("done", 1e-2, "diverged", 1e30)
     assert "not finite" in diverged.message
@@ -77,18 +78,35 @@ REFUSED = [
 def test_the_check_sees_what_a_run_would_meet(work_dir):
     fit = ["fit", "--config", "tiny.yaml"]
     for options, told in REFUSED:
-        assert told in check._error([*fit, *options], set()), options
+        assert told in check._error_of([*fit, *options], set()), options
     seen = set()
-    assert check._error(fit, seen) == check._error([*fit, "--optimizer=SGD", "--optimizer.weight_decay=0"], seen) == ""
+    assert (
+        check._error_of(fit, seen)
+        == check._error_of([*fit, "--optimizer=SGD", "--optimizer.weight_decay=0"], seen)
+        == ""
+    )
     assert seen == {"tiny.yaml"}
     assert not Path("runs").exists()
+
+
+def test_an_unexpected_error_of_the_check_surfaces(work_dir, monkeypatch, capsys):
+    def fail(command, seen):
+        raise KeyError("lost")
+
+    monkeypatch.setattr(check, "_set_up", fail)
+    error = check._error_of(["fit", "--config", "tiny.yaml"], set())
+    assert error.startswith("Traceback")
+    answer = subprocess.CompletedProcess([], 0, stdout=json.dumps(["", error]), stderr="")
+    monkeypatch.setattr(check.subprocess, "run", lambda *arguments, **options: answer)
+    assert first_error([[], []], work_dir) == (1, "the check of its command failed with an unexpected KeyError: 'lost'")
+    assert 'raise KeyError("lost")' in capsys.readouterr().err
 
 
 def test_data_that_take_long_to_prepare_are_there(work_dir, monkeypatch):
     monkeypatch.setattr(check, "PATIENCE", 0.2)
     monkeypatch.setattr("lightning_adam_mini.tasks.llm.data.TextFiles.prepare_data", lambda data: time.sleep(60))
     began = time.monotonic()
-    assert check._error(["fit", "--config", "tiny.yaml"], set()) == ""
+    assert check._error_of(["fit", "--config", "tiny.yaml"], set()) == ""
     assert time.monotonic() - began < 50
 
 

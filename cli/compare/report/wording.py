@@ -1,4 +1,4 @@
-"""Numbers as a reader wants them: no more digits than they carry, one unit, and a dash where there is none."""
+"""Numbers as readers want them: no more digits than they carry, one unit, and a dash for missing values."""
 
 from __future__ import annotations
 
@@ -28,10 +28,6 @@ BYTE_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 MINUS = "−"
 
 
-def _is_number(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
 def decimals_for(value: float, digits: int) -> int:
     """Decimal places that show so many significant digits of a value."""
     if value == 0 or not math.isfinite(value):
@@ -53,15 +49,15 @@ def number(value: float | None, *, decimals: int | None = None) -> str:
 
 
 def spread_decimals(spread: float | None) -> int | None:
-    """Decimals that show two digits of a spread; None where it says nothing about that."""
+    """Decimals that show two digits of a spread; None if there is none."""
     if spread is None or not math.isfinite(spread) or spread <= 0:
         return None
     return min(decimals_for(spread, 2), 8)
 
 
-def with_spread(value: float | None, spread: float | None) -> str:
+def with_spread(value: float, spread: float | None) -> str:
     """`4.736 ± 0.091`: the spread with two digits, the value with as many decimals."""
-    if not _is_number(spread) or value is None or not math.isfinite(value):
+    if spread is None or not math.isfinite(spread) or not math.isfinite(value):
         return number(value)
     places = spread_decimals(spread)
     return f"{number(value, decimals=places)} ± {number(spread, decimals=places)}"
@@ -80,7 +76,7 @@ def count(value: float | None) -> str:
 
 def milliseconds(value: float | None) -> str:
     """Three significant digits, in milliseconds."""
-    return _three(value, "ms")
+    return _three_digits(value, "ms")
 
 
 def duration(seconds: float | None) -> str:
@@ -88,7 +84,7 @@ def duration(seconds: float | None) -> str:
     if seconds is None or not math.isfinite(seconds):
         return MISSING
     if seconds < 99.95:
-        return _three(seconds, "s")
+        return _three_digits(seconds, "s")
     if seconds < 3599.5:
         return f"{int(seconds + 0.5) // 60} min {int(seconds + 0.5) % 60:02d} s"
     minutes = int(seconds / 60 + 0.5)
@@ -101,12 +97,12 @@ def size(number_of_bytes: float | None) -> str:
         return MISSING
     for scale, unit in BYTE_UNITS:
         if abs(number_of_bytes) >= 0.9995 * scale:
-            return _three(number_of_bytes / scale, unit)
+            return _three_digits(number_of_bytes / scale, unit)
     return f"{round(number_of_bytes)} B"
 
 
 def factor(value: float) -> str:
-    """`0.52×`: a value in units of the reference's."""
+    """`0.52×`: a value divided by the reference's."""
     return f"{value:.{2 if value >= 0.095 else 3}f}×"
 
 
@@ -126,7 +122,7 @@ def plain(text: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]+", " ", text).strip()
 
 
-def _three(value: float | None, unit: str) -> str:
+def _three_digits(value: float | None, unit: str) -> str:
     if value is None or not math.isfinite(value):
         return MISSING
     return f"{value:,.{decimals_for(value, 3)}f} {unit}"

@@ -3,11 +3,16 @@
 import pytest
 import yaml
 
-from lightning_adam_mini.cli.compare.grid import Run, expand, format_lr
+from lightning_adam_mini.cli.compare.grid import Run, expand, format_lr, read_recipe
 from lightning_adam_mini.cli.compare.notes import settings_of
-from lightning_adam_mini.cli.compare.optimizers import OptimizerChoice, parse_optimizers
-from lightning_adam_mini.cli.compare.plan import Plan, merge, read_plan, write_plan
-from lightning_adam_mini.cli.compare.recipe import read_recipe
+from lightning_adam_mini.cli.compare.spec import (
+    ComparisonPlan,
+    OptimizerChoice,
+    merge,
+    parse_optimizers,
+    read_plan,
+    write_plan,
+)
 from tiny_runs import RECIPE
 
 
@@ -21,7 +26,7 @@ def recipe(tmp_path):
 
 
 def plan_of(*recipes, optimizers=("AdamW", "AdamMini"), lrs=("1e-3", "3e-3"), seeds=(0, 1, 2), **others):
-    return Plan(recipes=recipes, optimizers=optimizers, lrs=lrs, seeds=seeds, **others)
+    return ComparisonPlan(recipes=recipes, optimizers=optimizers, lrs=lrs, seeds=seeds, **others)
 
 
 def test_every_combination_runs_once(recipe):
@@ -100,8 +105,8 @@ REFUSED = [
     ({"optimizers": ("AdamW:betass=[0.9,0.9]",)}, "AdamW has no option 'betass'; did you mean betas"),
     ({"optimizers": ("AdamW:betas",)}, "'betas' is not of the form option=value"),
     ({"optimizers": ("AdamW:",)}, "write NAME, NAME:option=value"),
-    ({"optimizers": ("AdamW:lr=1",)}, "learning rates are given by --lr"),
-    ({"optimizers": ("AdamW", "AdamW")}, "AdamW stands twice"),
+    ({"optimizers": ("AdamW:lr=1",)}, "give learning rates by --lr"),
+    ({"optimizers": ("AdamW", "AdamW")}, "AdamW is given twice"),
     ({"optimizers": ("a b=AdamW", "a_b=Lion")}, "a b and a_b would share a folder"),
     ({"lrs": ("0",)}, "--lr 0: a learning rate must be positive"),
     ({"lrs": ("-1e-3",)}, "must be positive"),
@@ -114,8 +119,8 @@ REFUSED = [
     ({"common": ("--trainer.max_steps=1",)}, "write KEY=VALUE"),
     ({"common": ("optimizer.lr=1",)}, "the comparison sets optimizer.lr itself: give optimizers by"),
     ({"common": ("seed_everything=1",)}, "give --seeds"),
-    ({"common": ("run_dir=x",)}, "a folder of its own"),
-    ({"common": ("ckpt_path=last",)}, "runs go on by themselves"),
+    ({"common": ("run_dir=x",)}, "each run has its own folder"),
+    ({"common": ("ckpt_path=last",)}, "runs resume automatically"),
     ({"common": ("data.seed=5",)}, "give --seeds"),
     ({"common": ("data.init_args.seed=5",)}, "give --seeds"),
     ({"common": ("data=TextFiles",)}, "write a recipe with these data"),
@@ -193,7 +198,9 @@ def test_plans_are_kept_and_extended(recipe, tmp_path):
     write_plan(old, tmp_path)
     assert read_plan(tmp_path) == old
     assert read_plan(tmp_path / "nowhere") is None
-    more = merge(old, Plan(optimizers=("AdamW", "Lion"), lrs=("1e-2",), seeds=(3,), lrs_of={"Lion": ("3e-4",)}))
+    more = merge(
+        old, ComparisonPlan(optimizers=("AdamW", "Lion"), lrs=("1e-2",), seeds=(3,), lrs_of={"Lion": ("3e-4",)})
+    )
     assert more.optimizers == ("AdamW", "AdamMini", "Lion")
     assert more.lrs == ("1e-3", "3e-3", "1e-2")
     assert more.lrs_of == {"Lion": ("1e-4", "2e-4", "3e-4")}
@@ -203,7 +210,7 @@ def test_plans_are_kept_and_extended(recipe, tmp_path):
 
 def test_a_label_keeps_the_learning_rates_that_it_has_run_with(recipe):
     old = plan_of(recipe, optimizers=("AdamW", "mine=AdamMini"))
-    more = merge(old, Plan(optimizers=("Lion",), lrs_of={"mine": ("1e-2",), "Lion": ("1e-4", "2e-4")}))
+    more = merge(old, ComparisonPlan(optimizers=("Lion",), lrs_of={"mine": ("1e-2",), "Lion": ("1e-4", "2e-4")}))
     assert more.lrs_of == {"mine": ("1e-3", "3e-3", "1e-2"), "Lion": ("1e-4", "2e-4")}
     with pytest.raises(ValueError, match="not AdamW 2, mine 3, Lion 2"):
         expand(more)
@@ -211,12 +218,12 @@ def test_a_label_keeps_the_learning_rates_that_it_has_run_with(recipe):
 
 def test_a_plan_does_not_mix_what_cannot_be_compared(tmp_path):
     old = plan_of("r", digests={"r": "1"}, common=("trainer.max_steps=5",))
-    with pytest.raises(ValueError, match=r"begun with --set trainer\.max_steps=5"):
-        merge(old, Plan(common=("trainer.max_steps=6",)))
-    with pytest.raises(ValueError, match="begun with no --set"):
-        merge(plan_of("r"), Plan(common=("trainer.max_steps=6",)))
+    with pytest.raises(ValueError, match=r"began with --set trainer\.max_steps=5"):
+        merge(old, ComparisonPlan(common=("trainer.max_steps=6",)))
+    with pytest.raises(ValueError, match="began with no --set"):
+        merge(plan_of("r"), ComparisonPlan(common=("trainer.max_steps=6",)))
     with pytest.raises(ValueError, match="the recipe r has changed"):
-        merge(old, Plan(digests={"r": "2"}))
+        merge(old, ComparisonPlan(digests={"r": "2"}))
     (tmp_path / "plan.json").write_text('{"recipes": []}', "utf-8")
     with pytest.raises(ValueError, match="no plan of this version"):
         read_plan(tmp_path)

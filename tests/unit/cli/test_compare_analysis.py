@@ -8,15 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_adam_mini.cli.compare import command
-from lightning_adam_mini.cli.compare.assemble import load_comparison
-from lightning_adam_mini.cli.compare.grid import Run, expand
+from lightning_adam_mini.cli.compare.analysis import best_learning_rates, load_comparison
+from lightning_adam_mini.cli.compare.grid import Run, copy_of, expand
 from lightning_adam_mini.cli.compare.notes import notes_of
-from lightning_adam_mini.cli.compare.outcomes import Estimate
-from lightning_adam_mini.cli.compare.plan import Plan, write_plan
-from lightning_adam_mini.cli.compare.recipe import copy_of
-from lightning_adam_mini.cli.compare.run_result import Costs
-from lightning_adam_mini.cli.compare.selection import best_learning_rates
+from lightning_adam_mini.cli.compare.run_records import Costs
+from lightning_adam_mini.cli.compare.spec import ComparisonPlan, write_plan
+from lightning_adam_mini.cli.compare.stats import MeanStd
 from lightning_adam_mini.cli.main import main
 from tiny_runs import RECIPE, error_line
 
@@ -31,7 +28,7 @@ class Folder:
         recipe.write_text("# A tiny one.\n" + yaml.safe_dump(RECIPE), "utf-8")
         self.recipe = str(recipe)
         settings = {"recipes": (self.recipe,), "optimizers": ("AdamW", "AdamMini"), "lrs": ("1e-3", "3e-3")}
-        self.plan = Plan(**settings | {"seeds": (0, 1), "command": ("adam-mini", "compare")} | plan)
+        self.plan = ComparisonPlan(**settings | {"seeds": (0, 1), "command": ("adam-mini", "compare")} | plan)
         write_plan(self.plan, path)
         self.grid = expand(self.plan)
 
@@ -76,12 +73,12 @@ def test_all_figures_of_a_task(tmp_path):
         folder.write("AdamMini", 1e-3, seed, (0.7, 0.9 + seed / 100), mode="max", step_milliseconds=5.0)
         folder.write("AdamMini", 3e-3, seed, (0.1, 0.1), mode="max")
     task = folder.load()
-    adamw, mini = task.entries
+    adamw, mini = task.summaries
     assert (task.title, task.primary_metric.mode, task.primary_metric.label) == ("A tiny one.", "max", "accuracy")
     assert task.primary_metric.curve_label == "accuracy", "a result.json of before has no label of the curve"
     assert (adamw.best_lr, mini.best_lr) == (3e-3, 1e-3)
     assert task.target == 0.6, "the worse of two"
-    assert adamw.final == Estimate(pytest.approx(0.7), pytest.approx(0.02**0.5), 2)
+    assert adamw.final == MeanStd(pytest.approx(0.7), pytest.approx(0.02**0.5), 2)
     assert dict(adamw.steps_to_target.by_seed) == {0: 20, 1: 20}
     assert adamw.steps_to_target.median == 20
     assert dict(mini.steps_to_target.by_seed) == {0: 10, 1: 10}
@@ -92,7 +89,7 @@ def test_all_figures_of_a_task(tmp_path):
     assert mini.verdict.difference == pytest.approx(0.205)
     assert mini.verdict.word == "within the spread", "two seeds of 0.6 and 0.8"
     assert dict(mini.lrs[1e-3].values) == {0: 0.9, 1: 0.91}
-    assert mini.lrs[3e-3].tuning == Estimate(0.1, 0.0, 2)
+    assert mini.lrs[3e-3].tuning == MeanStd(0.1, 0.0, 2)
     assert [run.seed for run in mini.best_runs] == [0, 1]
 
 
@@ -118,9 +115,9 @@ def test_a_learning_rate_at_which_a_seed_diverged_is_not_the_best(tmp_path):
         folder.write("AdamMini", 3e-3, seed, status="failed", message="it cannot")
     folder.write("AdamW", 3e-3, 0, (1.0,))
     folder.write("AdamW", 3e-3, 1, status="diverged", message="not finite")
-    adamw, mini = folder.load().entries
+    adamw, mini = folder.load().summaries
     assert adamw.best_lr == 1e-3
-    assert (adamw.lrs[3e-3].eligible, adamw.lrs[3e-3].tuning) == (False, Estimate(1.0, None, 1))
+    assert (adamw.lrs[3e-3].eligible, adamw.lrs[3e-3].tuning) == (False, MeanStd(1.0, None, 1))
     assert dict(adamw.lrs[3e-3].statuses) == {0: "done", 1: "diverged"}
     assert (mini.best_lr, mini.final, mini.message) == (None, None, "it cannot")
     assert (mini.verdict.word, mini.verdict.text) == ("failed", "every run failed")
@@ -137,12 +134,12 @@ def test_a_seed_that_is_lost_at_the_best_learning_rate_takes_the_verdict(tmp_pat
     folder.write("AdamMini", 1e-3, 2, status="diverged", message="not finite")
     for optimizer in ("AdamW", "AdamMini"):
         folder.write(optimizer, 3e-3, 0, (5.0,))
-    adamw, mini = folder.load().entries
+    adamw, mini = folder.load().summaries
     assert len(adamw.runs) == 4, "the other seeds ran at the best learning rate alone"
     assert mini.final.n == 2
-    assert mini.verdict.text == "1 seed did not come to an end: no verdict"
+    assert mini.verdict.text == "1 seed did not finish: no verdict"
     assert mini.message == "seed 2 diverged: not finite"
-    assert adamw.lrs[1e-3].tuning == Estimate(3.0, None, 1), "chosen on the first seed alone"
+    assert adamw.lrs[1e-3].tuning == MeanStd(3.0, None, 1), "chosen on the first seed alone"
 
 
 def test_learning_rates_are_chosen_on_validation_where_the_primary_metric_is_a_test_figure(tmp_path):
@@ -155,7 +152,7 @@ def test_learning_rates_are_chosen_on_validation_where_the_primary_metric_is_a_t
                 told["curve_label"] = "validation accuracy"
                 folder.write(optimizer, lr, seed, (0.1, validation), mode="max", result={"primary_metric": told})
     task = folder.load()
-    adamw, _ = task.entries
+    adamw, _ = task.summaries
     assert best_learning_rates(folder.grid, tmp_path)[folder.recipe, "AdamW"] == adamw.best_lr == 1e-3
     assert adamw.lrs[1e-3].tuning.mean == pytest.approx(0.805)
     assert adamw.final.mean == pytest.approx(0.505), "the primary_metric itself is compared"
@@ -180,15 +177,13 @@ def test_a_tuning_run_that_was_lost_to_the_machine_is_told_and_takes_the_verdict
             folder.write(optimizer, 1e-3, seed, (value + seed / 100,))
             lost = optimizer == loser and seed == 1
             folder.write(optimizer, 3e-3, seed, (0.5 * value,), status if lost else "done")
-    adamw, mini = folder.load().entries
+    adamw, mini = folder.load().summaries
     word = {"timeout": "ran out of time", "interrupted": "was interrupted", "pending": "is pending"}.get(status, status)
     told = f"lr 3e-3 was left out: seed 1 {word}"
     assert adamw.message == (told if loser == "AdamW" else "")
     assert mini.message == (told if loser == "AdamMini" else f"AdamW's {told}")
     assert (adamw.best_lr, mini.best_lr) == ((1e-3, 3e-3) if loser == "AdamW" else (3e-3, 1e-3))
-    assert (mini.verdict.word, mini.verdict.text) == (
-        *("no verdict", "1 run to choose the learning rate did not finish: no verdict"),
-    )
+    assert (mini.verdict.word, mini.verdict.text) == (*("no verdict", "1 tuning run did not finish: no verdict"),)
     assert mini.verdict.difference is not None
 
 
@@ -198,7 +193,7 @@ def test_a_tuning_run_that_diverged_is_a_finding_and_leaves_the_verdict(tmp_path
         for optimizer, value in (("AdamW", 3.0), ("AdamMini", 1.0)):
             folder.write(optimizer, 1e-3, seed, (value + seed / 100,))
             folder.write(optimizer, 3e-3, seed, (0.5,), "diverged" if seed else "done")
-    _, mini = folder.load().entries
+    _, mini = folder.load().summaries
     assert (mini.verdict.word, mini.message) == ("better", "")
 
 
@@ -207,9 +202,9 @@ def test_learning_rates_of_which_none_has_all_its_seeds(tmp_path):
     for lr in (1e-3, 3e-3):
         folder.write("AdamW", lr, 0, (lr,))
         folder.write("AdamW", lr, 1, status="timeout")
-    (adamw,) = folder.load().entries
+    (adamw,) = folder.load().summaries
     assert adamw.message == (
-        "at each learning rate a seed did not come to its end: the best of the others; "
+        "at each learning rate a seed did not finish: the best of the others; "
         "lr 1e-3: seed 1 ran out of time; lr 3e-3: seed 1 ran out of time"
     )
 
@@ -222,7 +217,7 @@ def test_a_seed_that_diverged_is_later_at_the_target_than_any_other(tmp_path):
     folder.write("AdamMini", 1e-3, 1, (1.5, 1.5), "diverged", message="not finite")
     folder.write("AdamMini", 1e-3, 2, (1.5, 1.5), "diverged")
     folder.write("AdamMini", 1e-3, 3, (1.5, 1.5), "failed")
-    _, mini = folder.load().entries
+    _, mini = folder.load().summaries
     assert dict(mini.steps_to_target.by_seed) == {0: 10, 1: None, 2: None}, "one that failed might have reached it"
     assert mini.steps_to_target.median is None
     assert mini.seconds_to_target.median is None
@@ -246,7 +241,7 @@ def test_a_command_is_shown_as_it_was_first_given(tmp_path):
     folder = Folder(tmp_path, seeds=(0,), lrs=("1e-3",), optimizers=("AdamW",))
     command = ["adam-mini", "fit", "--config=x", "--ckpt_path=last"]
     folder.write("AdamW", 1e-3, 0, (1.0,), told={"command": command})
-    assert folder.load().entries[0].runs[0].command == ("adam-mini", "fit", "--config=x")
+    assert folder.load().summaries[0].runs[0].command == ("adam-mini", "fit", "--config=x")
 
 
 def notes_of_runs(path, told, **plan):
@@ -273,14 +268,18 @@ def test_how_many_runs_shared_the_machine_is_told(tmp_path):
 
 def test_machines_that_differ_are_told(tmp_path):
     told = notes_of_runs(tmp_path / "two", [({"num_jobs": 1}, 1), ({"num_jobs": 1}, 2)])
-    assert "The runs were made on 2 machines, or with other threads" in told
+    assert "The runs were made on 2 machines, or with different threads" in told
 
 
 def test_what_the_rate_was_chosen_on_is_told(tmp_path):
     one = Folder(tmp_path / "one", seeds=(0, 1, 2), num_tuning_seeds=1)
-    assert "Seed 0, on which the rate was chosen, is in the mean." in " ".join(load_comparison(one.path).notes)
+    assert "Seed 0, which chose the learning rate, is included in the mean." in " ".join(
+        load_comparison(one.path).notes
+    )
     two = Folder(tmp_path / "two", seeds=(0, 1, 2), num_tuning_seeds=2)
-    assert "Seeds 0, 1, on which the rate was chosen, are in the mean." in " ".join(load_comparison(two.path).notes)
+    assert "Seeds 0, 1, which chose the learning rate, are included in the mean." in " ".join(
+        load_comparison(two.path).notes
+    )
 
 
 def test_multiples_of_the_recipes_own_learning_rate_are_told(tmp_path):
@@ -305,23 +304,23 @@ def test_a_recipe_that_has_changed_is_not_read_for_its_learning_rates(tmp_path, 
     copy = copy_of(folder.recipe, tmp_path)
     copy.parent.mkdir()
     copy.write_text(before, "utf-8")
-    assert list(load_comparison(tmp_path).tasks[0].entries[0].lrs) == list(folder.grid.lrs[folder.recipe, "AdamW"])
+    assert list(load_comparison(tmp_path).tasks[0].summaries[0].lrs) == list(folder.grid.lrs[folder.recipe, "AdamW"])
 
 
 def test_one_seed_gives_no_verdict(tmp_path):
     folder = Folder(tmp_path, seeds=(0,), lrs=("1e-3",))
     folder.write("AdamW", 1e-3, 0, (2.0,))
     folder.write("AdamMini", 1e-3, 0, (1.0,))
-    _, mini = folder.load().entries
+    _, mini = folder.load().summaries
     assert (mini.verdict.text, mini.verdict.difference) == ("one seed: no verdict", -1.0)
 
 
 def test_a_grid_that_has_not_begun(tmp_path):
     task = Folder(tmp_path).load()
     assert task.target is None
-    for entry in task.entries:
+    for entry in task.summaries:
         assert {run.status for run in entry.runs} == {"pending"}
-        assert (entry.best_lr, entry.final, entry.message) == (None, None, "no run has come to its end")
+        assert (entry.best_lr, entry.final, entry.message) == (None, None, "no run has finished")
         assert entry.costs == Costs()
 
 
@@ -330,8 +329,8 @@ def test_a_best_learning_rate_at_the_edge_is_told(tmp_path):
     for place, lr in enumerate((1e-3, 2e-3, 3e-3)):
         folder.write("AdamW", lr, 0, (1.0 + place,))
         folder.write("AdamMini", lr, 0, (1.0 + abs(place - 1),))
-    adamw, mini = folder.load().entries
-    assert adamw.message == "its best learning rate is the smallest of those tried: a better one may lie beyond"
+    adamw, mini = folder.load().summaries
+    assert adamw.message == "its best learning rate is the smallest one tried: a better one may lie beyond"
     assert mini.message == ""
 
 
@@ -356,5 +355,4 @@ def test_report_alone(tmp_path, capsys):
 def test_report_of_nothing(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 1
     assert "holds no comparison: there is no plan.json" in error_line(capsys)
-    assert command.report is not None
     assert not list(Path(tmp_path).iterdir())

@@ -5,28 +5,28 @@ import math
 import pytest
 from scipy import stats
 
-from lightning_adam_mini.cli.compare.outcomes import Estimate
-from lightning_adam_mini.cli.compare.run_result import Point
-from lightning_adam_mini.cli.compare.statistics import (
+from lightning_adam_mini.cli.compare.run_records import Point
+from lightning_adam_mini.cli.compare.stats import (
+    MeanStd,
     best_of,
-    estimate,
     first_reaching,
-    profiles,
+    mean_std,
+    performance_profiles,
     target_of,
-    to_target,
-    verdict,
+    time_to_target,
+    verdict_of,
     welch,
 )
 
 
 def test_mean_and_sample_standard_deviation():
-    assert estimate([]) is None
-    assert estimate([3.0]) == Estimate(3.0, None, 1)
-    assert estimate([2.0, 4.0, 9.0]) == Estimate(5.0, math.sqrt((9 + 1 + 16) / 2), 3)
+    assert mean_std([]) is None
+    assert mean_std([3.0]) == MeanStd(3.0, None, 1)
+    assert mean_std([2.0, 4.0, 9.0]) == MeanStd(5.0, math.sqrt((9 + 1 + 16) / 2), 3)
 
 
 def tuned(mean, n=2):
-    return Estimate(mean, None, n)
+    return MeanStd(mean, None, n)
 
 
 @pytest.mark.parametrize(
@@ -54,11 +54,11 @@ def test_first_point_that_reaches_a_target():
 
 
 def test_a_seed_that_never_reaches_the_target_is_the_latest():
-    assert to_target({0: 10, 1: 30, 2: None}).median == 30
-    assert to_target({0: 10, 1: None, 2: None}).median is None
-    assert to_target({0: 10, 1: 20}).median == 15
-    assert to_target({0: 10, 1: None}).median is None
-    assert to_target({}).median is None
+    assert time_to_target({0: 10, 1: 30, 2: None}).median == 30
+    assert time_to_target({0: 10, 1: None, 2: None}).median is None
+    assert time_to_target({0: 10, 1: 20}).median == 15
+    assert time_to_target({0: 10, 1: None}).median is None
+    assert time_to_target({}).median is None
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_the_target_is_what_the_median_seed_of_the_reference_reaches(last, mode,
     if target is not None:
         curves = [[] if value is None else [Point(10, 1.0, value)] for value in last]
         reached = (first_reaching(curve, target, mode) for curve in curves)
-        assert to_target({seed: point and point.step for seed, point in enumerate(reached)}).median == 10
+        assert time_to_target({seed: point and point.step for seed, point in enumerate(reached)}).median == 10
 
 
 def test_welch_by_hand():
@@ -108,7 +108,7 @@ def test_welch_by_hand():
     ],
 )
 def test_verdict(ours, reference, mode, word):
-    judged = verdict(ours, reference, mode)
+    judged = verdict_of(ours, reference, mode)
     assert judged.word == judged.text == word
     low, high = judged.interval
     assert low <= judged.difference <= high
@@ -116,21 +116,21 @@ def test_verdict(ours, reference, mode, word):
 
 
 def test_no_verdict():
-    assert verdict([1.0], [2.0, 3.0], "min").text == "one seed: no verdict"
-    assert verdict([], [2.0, 3.0], "min").text == "no result: no verdict"
-    assert verdict([1.0, 2.0], [], "min").text == "no result of the reference: no verdict"
-    lost = verdict([1.0, 1.1], [2.0, 2.1], "min", missing=1)
-    assert (lost.word, lost.text) == ("no verdict", "1 seed did not come to an end: no verdict")
+    assert verdict_of([1.0], [2.0, 3.0], "min").text == "one seed: no verdict"
+    assert verdict_of([], [2.0, 3.0], "min").text == "no result: no verdict"
+    assert verdict_of([1.0, 2.0], [], "min").text == "no result of the reference: no verdict"
+    lost = verdict_of([1.0, 1.1], [2.0, 2.1], "min", missing=1)
+    assert (lost.word, lost.text) == ("no verdict", "1 seed did not finish: no verdict")
     assert lost.interval is None
-    unfinished = verdict([1.0, 1.1], [2.0, 2.1], "min", unfinished=2)
-    assert unfinished.text == "2 runs to choose the learning rate did not finish: no verdict"
+    unfinished = verdict_of([1.0, 1.1], [2.0, 2.1], "min", unfinished=2)
+    assert unfinished.text == "2 tuning runs did not finish: no verdict"
     assert (unfinished.word, unfinished.difference) == ("no verdict", pytest.approx(-1.0))
 
 
 @pytest.mark.parametrize("reference", [[1.0, 1.0], [2.0, 2.0]])
 def test_seeds_that_do_not_differ_give_no_verdict(reference):
     """Without a spread nothing tells chance from a difference, nor from equality."""
-    judged = verdict([1.0, 1.0], reference, "min")
+    judged = verdict_of([1.0, 1.0], reference, "min")
     assert (judged.word, judged.text) == ("no verdict", "the seeds do not differ: no verdict")
     assert judged.interval is None
     assert judged.difference == 1.0 - reference[0]
@@ -143,7 +143,7 @@ def test_performance_profiles():
         "b": {"AdamW": 30.0, "Lion": None},
         "c": {"AdamW": None, "Lion": None},
     }
-    adamw, lion = profiles(times)
+    adamw, lion = performance_profiles(times)
     assert adamw.factors == {"a": 2.0, "b": 1.0}
     assert lion.factors == {"a": 1.0, "b": None}
     assert adamw.taus == lion.taus == (1.0, 2.0)

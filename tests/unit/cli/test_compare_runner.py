@@ -11,24 +11,23 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from filelock import FileLock
 
 import stand_in_fit
-from lightning_adam_mini.cli.compare import child, command, process
+from lightning_adam_mini.cli.compare import command, process
 from lightning_adam_mini.cli.compare import job as job_module
-from lightning_adam_mini.cli.compare.cluster import Submitit
-from lightning_adam_mini.cli.compare.grid import Run
-from lightning_adam_mini.cli.compare.interruption import Interruption
+from lightning_adam_mini.cli.compare.command import checkout_commit
+from lightning_adam_mini.cli.compare.grid import Run, copy_recipe, read_recipe
 from lightning_adam_mini.cli.compare.job import Job
-from lightning_adam_mini.cli.compare.launchers import Local
-from lightning_adam_mini.cli.compare.options import parse
-from lightning_adam_mini.cli.compare.plan import read_plan
-from lightning_adam_mini.cli.compare.recipe import copy_recipe, read_recipe
-from lightning_adam_mini.cli.compare.reproduce import checkout_commit
-from lightning_adam_mini.cli.compare.status import last_error, outcome, read_status, write_status
+from lightning_adam_mini.cli.compare.launchers import ClusterLauncher, LocalLauncher
+from lightning_adam_mini.cli.compare.process import Interruption
+from lightning_adam_mini.cli.compare.runner import train_all
+from lightning_adam_mini.cli.compare.spec import parse_options, read_plan
+from lightning_adam_mini.cli.compare.status import last_error, read_status, status_after, write_status
 from lightning_adam_mini.cli.main import main
 from tiny_runs import RECIPE, error_line
 
@@ -178,7 +177,7 @@ def test_a_run_that_was_killed_before_its_last_checkpoint_begins_anew(tmp_path):
 def test_how_a_run_ended(tmp_path, exit_code, stopped, result, status):
     if result is not None:
         (tmp_path / "result.json").write_text(json.dumps(result))
-    word, message = outcome(exit_code, tmp_path, log_start=0, stopped=stopped)
+    word, message = status_after(exit_code, tmp_path, log_start=0, stopped=stopped)
     assert word == status
     assert bool(message) == (status != "done")
     if exit_code == -9 and stopped is None:
@@ -196,21 +195,21 @@ def test_the_line_that_says_why(tmp_path):
     with log.open("a") as file:
         file.write("adam-mini: error: lr must be\nlast words\n")
     assert last_error(log, start) == "lr must be"
-    assert last_error(log, log.stat().st_size) == "it left no word"
+    assert last_error(log, log.stat().st_size) == "its log is empty"
 
 
 def test_a_folder_is_free_when_the_process_of_a_killed_comparison_has_gone(tmp_path, monkeypatch):
     hold = "import sys, time; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); "
     hold += "print(1, flush=True); time.sleep(60)"
-    script = [sys.executable, "-c", hold, str(tmp_path / child.LOCK_NAME)]
-    with subprocess.Popen(script, stdout=subprocess.PIPE) as process:
-        process.stdout.readline()
-        monkeypatch.setattr(child, "GRACE_SECONDS", -29.8)
+    script = [sys.executable, "-c", hold, str(tmp_path / process.LOCK_NAME)]
+    with subprocess.Popen(script, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        monkeypatch.setattr(process, "GRACE_SECONDS", -29.8)
         status = stand_in_job(tmp_path)()
         assert (status["status"], "another process still trains there" in status["message"]) == ("failed", True)
         assert not (tmp_path / "status.json").exists(), "it is the other's folder"
-        process.kill()
-    child.wait_until_free(tmp_path)
+        holder.kill()
+    process.wait_until_free(tmp_path)
 
 
 def test_status_tells_the_circumstances(tmp_path):
@@ -287,19 +286,23 @@ def test_a_job_about_to_be_stopped_ends_its_process_and_is_queued_again(tmp_path
     assert not thread.is_alive()
 
 
-def recorded(launcher, jobs, interruption=None):
+def recorded(launcher, jobs, interruption=None, on_start=lambda: None):
     """Statuses by folder, with the most jobs that ran at a time."""
     running, most, statuses = set(), [], {}
 
     def started(job):
         running.add(job.folder)
         most.append(len(running))
+        on_start()
 
     def ended(job, status):
         running.discard(job.folder)
         statuses[job.folder.name] = status["status"]
 
-    launcher.train(jobs, interruption or Interruption(), started, ended)
+    try:
+        train_all(jobs, launcher, interruption or Interruption(), SimpleNamespace(started=started, ended=ended))
+    finally:
+        assert not running
     return statuses, max(most, default=0)
 
 
@@ -324,22 +327,22 @@ class Counted:
 
 
 def test_local_runs_two_at_a_time(tmp_path):
-    statuses, _ = recorded(Local(2), [Counted(tmp_path / str(number)) for number in range(6)])
+    statuses, _ = recorded(LocalLauncher(2, 1), [Counted(tmp_path / str(number)) for number in range(6)])
     assert len(statuses) == 6
     assert Counted.most == 2
 
 
-def test_local_tells_statuses_and_deals_out_devices(tmp_path):
+def test_local_returns_statuses_and_assigns_devices(tmp_path):
     jobs = [stand_in_job(tmp_path / name, **options) for name, options in {"a": {}, "b": {"optimizer": "SGD"}}.items()]
     jobs += [stand_in_job(tmp_path / "c", lr=3.0), stand_in_job(tmp_path / "d")]
-    statuses, _ = recorded(Local(2), jobs)
+    statuses, _ = recorded(LocalLauncher(2, 1), jobs)
     assert statuses == {"a": "done", "b": "failed", "c": "diverged", "d": "done"}
     seen = "import os, sys; sys.exit('devices ' + os.environ['CUDA_VISIBLE_DEVICES'])"
     jobs = [
         Job(**{**vars(job), "program": (sys.executable, "-c", seen), "folder": tmp_path / f"gpu{number}"})
         for number, job in enumerate(jobs)
     ]
-    recorded(Local(2, ("4", "7")), jobs)
+    recorded(LocalLauncher(2, 1, ("4", "7")), jobs)
     told = [read_status(job.folder)["message"] for job in jobs]
     assert set(told) <= {"devices 4", "devices 7"}
 
@@ -347,7 +350,7 @@ def test_local_tells_statuses_and_deals_out_devices(tmp_path):
 def test_nothing_starts_after_an_interruption(tmp_path):
     interruption = Interruption()
     interruption.stop.set()
-    assert recorded(Local(2), [stand_in_job(tmp_path / "a")], interruption) == ({}, 0)
+    assert recorded(LocalLauncher(2, 1), [stand_in_job(tmp_path / "a")], interruption) == ({}, 0)
     assert not (tmp_path / "a").exists()
 
 
@@ -355,7 +358,7 @@ def test_nothing_starts_after_an_interruption(tmp_path):
 def test_submitit(tmp_path, cluster):
     pytest.importorskip("submitit")
     jobs = [stand_in_job(tmp_path / "a"), stand_in_job(tmp_path / "b", lr=2.0), stand_in_job(tmp_path / "c", "SGD")]
-    launcher = Submitit(tmp_path / "jobs", 2, 1, {"cluster": cluster, "timeout_min": 5}, poll_seconds=0.2)
+    launcher = ClusterLauncher(2, 1, tmp_path / "jobs", {"cluster": cluster, "timeout_min": 5}, poll_seconds=0.2)
     statuses, most = recorded(launcher, jobs)
     assert statuses == {"a": "done", "b": "diverged", "c": "failed"}
     assert most <= 2
@@ -364,24 +367,24 @@ def test_submitit(tmp_path, cluster):
 def test_a_job_that_its_cluster_loses_has_failed(tmp_path):
     pytest.importorskip("submitit")
     lost = Job(**{**vars(stand_in_job(tmp_path / "a")), "program": ("/nowhere/python",)})
-    launcher = Submitit(tmp_path / "jobs", 1, 1, {"cluster": "local"}, poll_seconds=0.2)
+    launcher = ClusterLauncher(1, 1, tmp_path / "jobs", {"cluster": "local"}, poll_seconds=0.2)
     statuses, _ = recorded(launcher, [lost])
     assert statuses == {"a": "failed"}
-    assert "did not end well" in read_status(tmp_path / "a")["message"]
+    assert "its cluster job" in read_status(tmp_path / "a")["message"]
 
 
 def test_submitit_refuses_options_that_it_does_not_know(tmp_path):
     pytest.importorskip("submitit")
     with pytest.raises(ValueError, match=r"--launcher-options: .*timeout_min.*expected type"):
-        Submitit(tmp_path, 1, 1, {"cluster": "local", "timeout_min": "soon"}).cluster()
+        ClusterLauncher(1, 1, tmp_path, {"cluster": "local", "timeout_min": "soon"}).cluster()
     with pytest.raises(ValueError, match=r"--launcher-options: .*slrm_partition"):
-        Submitit(tmp_path, 1, 1, {"cluster": "local", "slrm_partition": "x"}).cluster()
+        ClusterLauncher(1, 1, tmp_path, {"cluster": "local", "slrm_partition": "x"}).cluster()
 
 
 def test_submitit_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(ValueError, match=r"pip install 'lightning-adam-mini\[cluster\]'"):
-        Submitit(tmp_path, 1, 1).cluster()
+        ClusterLauncher(1, 1, tmp_path).cluster()
 
 
 @pytest.fixture
@@ -404,13 +407,11 @@ def slurm(tmp_path, monkeypatch):
 
 
 def test_a_refused_job_cancels_the_others(tmp_path, slurm):
-    ended = []
-    launcher = Submitit(tmp_path / "jobs", None, None)
+    launcher = ClusterLauncher(None, None, tmp_path / "jobs")
     jobs = [stand_in_job(tmp_path / "a"), stand_in_job(tmp_path / "b", seed=1)]
-    with pytest.raises(ValueError, match=r"a job could not be submitted, and those that were are cancelled: .*no more"):
-        launcher.train(jobs, Interruption(), lambda job: None, lambda job, status: ended.append(job.folder.name))
+    with pytest.raises(ValueError, match=r"a job could not be submitted, so those that were are cancelled: .*no more"):
+        recorded(launcher, jobs)
     assert (tmp_path / "cancelled").read_text() == "7\n"
-    assert ended == ["a"]
     assert read_status(tmp_path / "a")["status"] == "interrupted"
     assert read_status(tmp_path / "b")["status"] == "pending"
     assert stand_in_job(tmp_path / "a")()["status"] == "done", "the next start runs it"
@@ -418,9 +419,9 @@ def test_a_refused_job_cancels_the_others(tmp_path, slurm):
 
 def test_interrupted_jobs_are_cancelled_and_noted(tmp_path, slurm):
     interruption = Interruption()
-    launcher = Submitit(tmp_path / "jobs", 1, None, poll_seconds=0.1)
+    launcher = ClusterLauncher(1, None, tmp_path / "jobs", poll_seconds=0.1)
     jobs = [stand_in_job(tmp_path / "a"), stand_in_job(tmp_path / "b", seed=1)]
-    launcher.train(jobs, interruption, lambda job: interruption.stop.set(), lambda job, status: None)
+    assert recorded(launcher, jobs, interruption, interruption.stop.set) == ({"a": "interrupted"}, 1)
     assert (tmp_path / "cancelled").read_text() == "7\n"
     assert read_status(tmp_path / "a")["status"] == "interrupted"
     assert not (tmp_path / "b").exists()
@@ -433,21 +434,24 @@ def test_what_is_over_is_not_noted_as_cancelled(tmp_path):
 
 
 def test_slurm_waits_for_the_checkpoint(tmp_path, slurm):
-    launcher = Submitit(tmp_path / "jobs", None, None)
+    launcher = ClusterLauncher(None, None, tmp_path / "jobs")
     assert launcher.cluster() == "slurm"
-    assert launcher.executor(tmp_path / "jobs").parameters["signal_delay_s"] > child.GRACE_SECONDS
+    assert launcher.executor(tmp_path / "jobs").parameters["signal_delay_s"] > process.GRACE_SECONDS
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ([], "all at once with as many threads as their jobs give them"),
-        (["--launcher-options", "cpus_per_task=6"], "all at once with 6 thread(s) each"),
+        ([], "all at once, each with the threads of its job"),
+        (["--launcher-options", "cpus_per_task=6"], "all at once, each with 6 thread(s)"),
         (
             ["--jobs", "3", "--threads", "2", "--launcher-options", "cpus_per_task=6"],
-            "3 at a time with 2 thread(s) each",
+            "3 at a time, each with 2 thread(s)",
         ),
-        (["--launcher-options", "cluster=local", "--threads", "1", "--jobs", "2"], "2 at a time with 1 thread(s) each"),
+        (
+            ["--launcher-options", "cluster=local", "--threads", "1", "--jobs", "2"],
+            "2 at a time, each with 1 thread(s)",
+        ),
     ],
 )
 def test_resources_of_a_cluster(comparing, slurm, capsys, options, told):
@@ -480,7 +484,14 @@ def comparing(tmp_path, monkeypatch):
     return compare
 
 
+@pytest.fixture
+def _untrained(monkeypatch):
+    """For tests of plans, which need no run."""
+    monkeypatch.setattr(command.GridRunner, "train", lambda runner, interruption: [])
+
+
 GRID = ("tiny.yaml", "--optimizers", "AdamW", "AdamMini", "--lr", "1e-4", "1e-3")
+ONE_RUN = ("tiny.yaml", "--optimizers", "AdamW", "--lr", "1e-4", "--seeds", "1")
 
 
 def test_two_stages_and_extension(comparing, capsys):
@@ -550,17 +561,18 @@ def test_nothing_to_continue(comparing, capsys):
     assert "holds no comparison to continue" in error_line(capsys)
 
 
+@pytest.mark.usefixtures("_untrained")
 def test_a_changed_recipe_or_option_is_refused(comparing, capsys):
     assert comparing(*GRID, "--seeds", "1", "--set", "trainer.max_steps=3")[0] == 0
     assert comparing(*GRID, "--seeds", "1", "--set", "trainer.max_steps=4")[0] == 1
-    assert "begun with --set trainer.max_steps=3" in error_line(capsys)
+    assert "began with --set trainer.max_steps=3" in error_line(capsys)
     Path("tiny.yaml").write_text(yaml.safe_dump(RECIPE | {"seed_everything": 7}), "utf-8")
     assert comparing("--seeds", "2")[0] == 1
     assert "has changed since" in error_line(capsys)
 
 
 def test_runs_train_from_the_copy_of_their_recipe(comparing, capsys):
-    code, statuses = comparing(*GRID, "--seeds", "1")
+    code, statuses = comparing(*ONE_RUN)
     copy = Path("out/recipes/tiny.yaml")
     assert code == 0
     assert copy.read_bytes() == Path("tiny.yaml").read_bytes()
@@ -595,7 +607,7 @@ def test_other_seeds_wait_for_all_tuning_runs(comparing, capsys, monkeypatch):
         "AdamW/lr_1e-4/seed_0": "done",
         "AdamW/lr_1e-3/seed_0": "failed",
     }
-    assert "AdamW: the other seeds wait, for 1 of its tuning runs have no result yet" in capsys.readouterr().out
+    assert "AdamW: the other seeds wait, 1 tuning run(s) have no result yet" in capsys.readouterr().out
     monkeypatch.delenv("STAND_IN_FAILS_AT")
     code, statuses = comparing(*options)
     assert (code, statuses["AdamW/lr_1e-3/seed_1"]["status"]) == (0, "done")
@@ -603,7 +615,7 @@ def test_other_seeds_wait_for_all_tuning_runs(comparing, capsys, monkeypatch):
 
 
 def test_a_run_that_could_not_start_is_told_by_the_exit_code(comparing):
-    assert comparing(*GRID, "--seeds", "1")[0] == 0
+    assert comparing(*ONE_RUN)[0] == 0
     Path("out/tiny/AdamW/lr_1e-4/seed_1").mkdir()
     Path("out/tiny/AdamW/lr_1e-4/seed_1/metrics.jsonl").touch()
     assert comparing("--seeds", "2")[0] == 1
@@ -611,17 +623,19 @@ def test_a_run_that_could_not_start_is_told_by_the_exit_code(comparing):
 
 def test_an_interrupted_run_alone_is_told_by_the_exit_code(comparing, monkeypatch):
     monkeypatch.setenv("STAND_IN_INTERRUPTED", "1")
-    code, statuses = comparing("tiny.yaml", "--optimizers", "AdamW", "--lr", "1e-3", "--seeds", "1")
+    code, statuses = comparing(*ONE_RUN)
     assert [status["status"] for status in statuses.values()] == ["interrupted"]
     assert code == 1
 
 
+@pytest.mark.usefixtures("_untrained")
 def test_learning_rates_of_a_later_start_do_not_replace_those_that_ran(comparing, capsys):
     assert comparing(*GRID, "--seeds", "1")[0] == 0
     assert comparing("--lr-of", "AdamMini", "1e-2", "3e-3")[0] == 1
     assert "same number of learning rates, not AdamW 2, AdamMini 4" in error_line(capsys)
 
 
+@pytest.mark.usefixtures("_untrained")
 def test_one_command_for_what_several_began(comparing):
     comparing(*GRID, "--seeds", "2", "--tuning-seeds", "1", "--set", "trainer.max_steps=3")
     comparing(
@@ -632,7 +646,7 @@ def test_one_command_for_what_several_began(comparing):
     assert plan.seeds == (0, 1, 2, 5)
     assert plan.command[-2:] == ("--out", "out")
     again = tuple("again" if word == "out" else word for word in plan.command[2:])
-    assert parse(again).out == "again"
+    assert parse_options(again).out == "again"
     assert main(["compare", *again]) == 0
     changed = ("created", "command")
     first, second = (
@@ -681,12 +695,14 @@ def pids_in(folder):
     return {json.loads(line)["pid"] for line in (folder / "metrics.jsonl").read_text().splitlines()}
 
 
-ONE = ("tiny.yaml", "--optimizers", "AdamW", "--lr", "1e-4", "1e-3", "--seeds", "1", "--set", "trainer.max_steps=100")
+TWO_LONG_RUNS = (*ONE_RUN[:4], "1e-4", "1e-3", "--seeds", "1", "--set", "trainer.max_steps=50")
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "signum", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM, signal.SIGKILL]
+)
 def test_a_stop_leaves_no_process_and_the_next_start_goes_on(comparing, tmp_path, signum):
-    process, folders = start_compare(tmp_path, *ONE)
+    process, folders = start_compare(tmp_path, *TWO_LONG_RUNS)
     process.send_signal(signum)
     out, err = process.communicate(timeout=60)
     if signum != signal.SIGKILL:
@@ -699,20 +715,20 @@ def test_a_stop_leaves_no_process_and_the_next_start_goes_on(comparing, tmp_path
     assert comparing("--jobs", "2")[0] == 0
     for folder in folders:
         assert read_status(folder)["status"] == "done"
-        assert steps_in(folder) == list(range(1, 101)), "no step twice"
+        assert steps_in(folder) == list(range(1, 51)), "no step twice"
 
 
 def test_one_comparison_at_a_time(comparing, capsys):
     Path("out").mkdir()
     with FileLock("out/.compare.lock"):
-        assert comparing(*ONE) == (1, {})
+        assert comparing(*ONE_RUN) == (1, {})
     assert "another `adam-mini compare` runs there" in error_line(capsys)
-    assert comparing(*ONE)[0] == 0
+    assert comparing(*ONE_RUN)[0] == 0
 
 
 def test_no_guard_without_a_comparison(monkeypatch):
     for name in ("ADAM_MINI_COMPARE_PIPE", "ADAM_MINI_COMPARE_FOLDER"):
         monkeypatch.delenv(name, raising=False)
     before = threading.active_count()
-    child.guard()
+    process.guard()
     assert threading.active_count() == before
