@@ -152,7 +152,7 @@ def _verification(
     """The verdict of a forward pass on a model with random weights, and what that model lacks."""
     from lightning_adam_mini import verify_partition
 
-    from .dummy_inputs import dummy_inputs
+    from .runnable_models import dummy_inputs
     from .model_building import quiet
 
     assert source.runnable is not None

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .dummy_inputs import built, check_size, shortened
+from .runnable_models import built, check_size, shortened
 from .model_building import Source, building, config_file, is_subclass, near, package, quiet, read_json
 from .recipes import find_recipe, read_yaml
-from .transformers_models import of_transformers
+from .models import of_transformers
 from .without_training import trainer_options
 
 __all__ = ["SOURCES"]

@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 
 import tiny_models
 from lightning_adam_mini import AdamMini, explain
-from lightning_adam_mini.cli import dummy_inputs
+from lightning_adam_mini.cli import runnable_models
 from lightning_adam_mini.cli import explain as command
 from lightning_adam_mini.cli.main import main
 from lightning_adam_mini.measure import adamw_state_bytes, optimizer_state_bytes
@@ -530,7 +530,7 @@ def test_a_recipe_is_verified(folder, capsys):
 
 def test_a_wrong_layout_is_contradicted(folder, capsys, monkeypatch):
     """A large model is verified with fewer layers, and the rest as their like."""
-    monkeypatch.setattr(dummy_inputs, "LARGE", 0)
+    monkeypatch.setattr(runnable_models, "LARGE", 0)
     sizes = {"model_type": "gpt2", "n_embd": 24, "n_head": 4, "n_layer": 5, "vocab_size": 50}
     write_json(folder / "config.json", sizes)
     options = ["--hf", "config.json", "--verify"]

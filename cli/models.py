@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .dummy_inputs import shortened
+from .runnable_models import shortened
 from .model_building import Source, building, config_file, is_subclass, near, package, quiet, read_json
 
 if TYPE_CHECKING:
