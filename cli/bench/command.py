@@ -16,7 +16,7 @@ from ..arguments import Parser, check_place
 __all__ = ["main"]
 
 MIN_ROUNDS = 3
-"""Quartiles of fewer say nothing."""
+"""Quartiles of fewer rounds mean nothing."""
 
 STEP = """Time one step of several optimizers on the same parameters and random gradients, in turn, in one process. The
 model has random weights; no data are read and nothing is downloaded."""
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> int:
 
     Raises:
         ArgumentError: The command line is wrong.
-        ValueError: There is no such model or optimizer, a package is missing, or memory does not do.
+        ValueError: There is no such model or optimizer, a package is missing, or the memory is too small.
         OSError: The results cannot be written.
     """
     is_throughput = arguments[:1] == ["throughput"]
@@ -40,10 +40,10 @@ def main(arguments: Sequence[str]) -> int:
     options.command = shlex.join(["adam-mini", "bench", *arguments])
     if options.out is not None:
         check_place(options.out)
-    settings = _settings(options)
-    if "torch" not in sys.modules and settings:
+    variables = _variables(options)
+    if "torch" not in sys.modules and variables:
         again = [sys.executable, "-m", "lightning_adam_mini.cli.main", "bench", *arguments]
-        return subprocess.call(again, env={**os.environ, **settings})
+        return subprocess.call(again, env={**os.environ, **variables})
     if is_throughput:
         from .throughput import run as run_throughput
 
@@ -55,49 +55,41 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _settings(options: Namespace) -> dict[str, str]:
-    """Variables that OpenMP and torch read once, when they are loaded, where they are not as they should be.
+def _variables(options: Namespace) -> dict[str, str]:
+    """Environment variables that OpenMP and torch read once, when they are loaded, and that have another value now.
 
-    Threads that wait must not spin: their CPU time would count as the step's. A choice of the user's stays.
+    Waiting threads must not spin: their CPU time would count as the step's. The user's own choice is kept.
     """
     wanted = {
         "OMP_NUM_THREADS": str(options.threads),
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
-        "KINETO_LOG_LEVEL": os.environ.get("KINETO_LOG_LEVEL", "99"),  # torch's profiler is talkative
+        "KINETO_LOG_LEVEL": os.environ.get("KINETO_LOG_LEVEL", "99"),  # silences torch's profiler
     }
     return {name: value for name, value in wanted.items() if os.environ.get(name) != value}
 
 
 def _parse_step(arguments: Sequence[str]) -> Namespace:
-    """Parse the options of `adam-mini bench`.
-
-    Raises:
-        ArgumentError: The command line is wrong.
-    """
     parser = Parser(
         prog="adam-mini bench",
         description=STEP,
         epilog=f"The largest batch that fits into a memory:\n\n{_throughput_parser().format_usage()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
-    _add_model(parser)
-    parser.add_argument("--timm", metavar="NAME", help="Model of timm, such as resnet18.")
-    parser.add_argument("--diffusers", metavar="CLASS_OR_CONFIG.json", help="Model of diffusers.")
+    parser.add_model("hf", "timm", "diffusers")
     parser.add_argument(
         "--optimizers",
         nargs="+",
         metavar="NAME",
         help="adamw-fused, adamw-foreach, adamw-8bit (torchao), authors (the package adam-mini), adam-mini-NAME for "
-        "each implementation of AdamMini, and adam-mini-8bit, with first moments in 8 bits. All by default; "
-        "adamw-fused, which ratios are to, always runs.",
+        "each implementation of AdamMini, and adam-mini-8bit, with an 8-bit first moment. All by default; "
+        "adamw-fused, the baseline of the ratios, always runs.",
     )
     parser.add_argument(
         "--partition",
         nargs="+",
         metavar="NAME",
         default=[],
-        help="Partitions of AdamMini; auto by default, or what the recipe says. Several give a row each.",
+        help="Partitions of AdamMini; auto by default, or that of the recipe. Each gets its own row.",
     )
     _add_machine(parser)
     parser.add_argument(
@@ -107,55 +99,36 @@ def _parse_step(arguments: Sequence[str]) -> Namespace:
         metavar="N",
         help="Ranks that FSDP2 shards over; the step of the first is timed, alone, and its collectives are counted.",
     )
-    parser.add_argument("--rounds", type=int, default=15, help="Steps that are timed of each optimizer; 15 by default.")
+    parser.add_argument("--rounds", type=int, default=15, help="Timed steps of each optimizer; 15 by default.")
     parser.add_argument("--seed", type=int, default=0, help="Of weights, gradients and the order; 0 by default.")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="Of parameters; the model's own by default.")
     _add_out(parser, "bench.json and bench.png")
     options = parser.parse_args(arguments)
-    _check_model(parser, options, ("recipe", "hf", "timm", "diffusers"))
-    if options.ranks < 1:
-        parser.error(f"--ranks {options.ranks}: at least 1")
+    _check(parser, options, ranks=1)
     if options.rounds < MIN_ROUNDS:
-        parser.error(f"--rounds {options.rounds}: quartiles need at least {MIN_ROUNDS}; 15 tell 5 % apart as a rule")
-    for name in ("optimizers", "partition"):
-        given = getattr(options, name) or []
-        if len(set(given)) < len(given):
-            parser.error(f"--{name} {' '.join(given)}: give each name once")
+        parser.error(f"--rounds {options.rounds}: quartiles need at least {MIN_ROUNDS}; 15 usually resolve 5 %")
     return options
 
 
 def _parse_throughput(arguments: Sequence[str]) -> Namespace:
-    """Parse the options of `adam-mini bench throughput`; `memory` becomes a number of bytes.
-
-    Raises:
-        ArgumentError: The command line is wrong.
-    """
+    """Parse the options of `adam-mini bench throughput`; `memory` becomes a number of bytes."""
     parser = _throughput_parser()
     options = parser.parse_args(arguments)
-    _check_model(parser, options, ("recipe", "hf"))
-    options.memory_text = options.memory
-    options.memory = parser.memory(options.memory, least=1)
-    for name in ("ranks", "context", "sequences"):
-        if (number := getattr(options, name)) is not None and number < 1:
-            parser.error(f"--{name} {number}: at least 1")
+    options.memory_text, options.memory = options.memory, parser.memory(options.memory, least=1)
+    _check(parser, options, ranks=1, context=1, sequences=1)
     if options.measure and (options.ranks or 1) > 1:
         parser.error(f"--measure runs on one device: leave out --ranks {options.ranks}")
-    if len(set(options.optimizers)) < len(options.optimizers):
-        parser.error(f"--optimizers {' '.join(options.optimizers)}: give each name once")
     return options
 
 
 def _throughput_parser() -> Parser:
-    parser = Parser(prog="adam-mini bench throughput", description=THROUGHPUT, allow_abbrev=False)
-    _add_model(parser)
+    parser = Parser(prog="adam-mini bench throughput", description=THROUGHPUT)
+    parser.add_model("hf")
     parser.add_argument(
         "--memory", required=True, metavar="SIZE", help="Memory of one device: 80GB (1e9), 80GiB, 500MB."
     )
     parser.add_argument(
-        "--ranks",
-        type=int,
-        metavar="N",
-        help="Devices that FSDP2 shards over; as the recipe's FSDP2, else 1.",
+        "--ranks", type=int, metavar="N", help="Devices that FSDP2 shards over; those of the recipe's FSDP2, else 1."
     )
     parser.add_argument(
         "--context",
@@ -169,9 +142,7 @@ def _throughput_parser() -> Parser:
         help="As Lightning names it; the recipe's, else 32-true.",
     )
     parser.add_argument(
-        "--checkpointing",
-        choices=("on", "off"),
-        help="Activation checkpointing; as the recipe says, else off.",
+        "--checkpointing", choices=("on", "off"), help="Activation checkpointing; the recipe's, else off."
     )
     parser.add_argument(
         "--optimizers",
@@ -184,7 +155,7 @@ def _throughput_parser() -> Parser:
     parser.add_argument(
         "--measure",
         action="store_true",
-        help="Run it here, on one device, from the predicted batch on; each batch is a process of its own.",
+        help="Run it here, on one device, starting with the predicted batch; each batch is a process of its own.",
     )
     parser.add_argument(
         "--sequences",
@@ -197,37 +168,24 @@ def _throughput_parser() -> Parser:
     return parser
 
 
-def _add_model(parser: Parser) -> None:
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="Packaged recipe, or path of one.")
-    parser.add_argument(
-        "--hf",
-        metavar="NAME_OR_CONFIG",
-        help="""Model of transformers: its config.json, a folder with one, a name in the local cache of the hub, or the
-        content of a config.json, such as '{"model_type": "gpt2"}'.""",
-    )
-
-
 def _add_machine(parser: Parser) -> None:
     parser.add_argument(
-        "--threads", type=int, default=1, metavar="N", help="CPU threads; 1 by default, least disturbed."
+        "--threads", type=int, default=1, metavar="N", help="CPU threads; 1 by default, which is least disturbed."
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one, by default.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda by default if there is a GPU.")
 
 
 def _add_out(parser: Parser, files: str) -> None:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"Write {files} there; older ones are replaced.")
 
 
-def _check_model(parser: Parser, options: Namespace, sources: Sequence[str]) -> None:
-    """Check that one model is given, and what both commands have in common."""
-    given = [name for name in sources if getattr(options, name) is not None]
-    if len(given) != 1:
-        names = ["RECIPE", *(f"--{name}" for name in sources[1:])]
-        parser.error(f"give exactly one of {', '.join(names[:-1])} and {names[-1]}")
-    (options.source,) = given
-    if not getattr(options, options.source):
-        parser.error(f"{'RECIPE' if options.source == 'recipe' else f'--{options.source}'} is empty: give a name")
-    if options.threads < 1:
-        parser.error(f"--threads {options.threads}: at least 1")
+def _check(parser: Parser, options: Namespace, **least: int) -> None:
+    """Check what both commands have in common."""
+    parser.check_model(options)
+    parser.check_least(options, threads=1, **least)
+    for name in ("optimizers", "partition"):
+        given = getattr(options, name)
+        if isinstance(given, list) and len(set(given)) < len(given):
+            parser.error(f"--{name} {' '.join(given)}: give each name once")
     if options.out is not None:
         options.out = parser.folder(options.out)

@@ -66,8 +66,7 @@ def _error(command: list[str], seen: set[str]) -> str:
     if code:
         lines = [line for line in err.getvalue().splitlines() if line.strip()]
         return (lines or ["it is refused"])[-1].removeprefix("adam-mini: error: ")
-    from ..messages import one_line
-    from ..telling import is_for_users
+    from ..messages import is_for_users, one_line
 
     try:
         with redirect_stdout(out), redirect_stderr(err):
@@ -86,9 +85,9 @@ def _set_up(command: list[str], seen: set[str]) -> None:
     import torch
 
     from ..application import Application
-    from ..model_building import quiet
+    from ..messages import quiet
+    from ..models import trainer_options
     from ..recipes import resolve_configs
-    from ..without_training import trainer_options
 
     options, recipe = resolve_configs(command[1:])
     with quiet():
