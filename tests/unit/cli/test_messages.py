@@ -217,7 +217,7 @@ def test_processes_of_other_ranks_end_with_the_first():
     application = object.__new__(Application)
     strategy = type("Strategy", (), {"launcher": launcher})
     application.trainer = type("Trainer", (), {"strategy": strategy})
-    application._made = []
-    application._leave_nothing(ValueError("no data"))
+    application._created = []
+    application._clean_up(ValueError("no data"))
     assert process.returncode is not None
     assert launcher.procs == []
