@@ -6,13 +6,24 @@ import logging
 import shlex
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .arguments import Parser, check_place
-from .checkpoint_optimizer import KEPT, build, check_groups, continued_factory, converted_state, named
+from .recipes import find_recipe
+from .run_folder import new_run_dirs, resolve_checkpoint
 
-__all__ = ["main"]
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lightning_adam_mini.convert.conversion import Conversion
+    from lightning_adam_mini.factory import OptimizerFactory
+
+__all__ = ["main", "write_folder"]
+
+KEPT = ("lr", "betas", "eps", "weight_decay")
+"""Options that the checkpoint decides: `fit --ckpt_path` continues with its values too."""
 
 OPTIMIZERS = {"adam-mini": "AdamMini", "adamw": "AdamW"}
 LAYOUTS = ("file", "folder")
@@ -53,15 +64,15 @@ def main(arguments: Sequence[str]) -> None:
     command = ""
     names: list[str] | None = None
     if config is not None:
-        from .trained_model import outline_task
+        from .models import meta_task
 
-        task = outline_task(config, checkpoint["state_dict"], optimizer, passed)
-        built = continued_factory(task.optimizer_factory, checkpoint, state, passed)
-        own_optimizer, names = build(built, task)
+        task = meta_task(config, checkpoint["state_dict"], optimizer, passed)
+        built = _continued_factory(task.optimizer_factory, checkpoint, state, passed)
+        own_optimizer, names = _build(built, task)
         if optimizer is not None:
-            state = converted_state(checkpoint, state, own_optimizer, built)
+            state = _converted_state(checkpoint, state, own_optimizer, built)
         else:
-            check_groups(state, own_optimizer)
+            _check_groups(state, own_optimizer)
         command = _next_command(config, [type(built).__name__, *passed], target, checkpoint)
     for group in state["param_groups"]:
         group.pop("param_names", None)
@@ -79,8 +90,6 @@ def _next_command(config: Path, optimizer: Sequence[str], target: Path, checkpoi
         target: The converted checkpoint.
         checkpoint: What it holds.
     """
-    from .run_folder import new_run_dirs
-
     words = ["adam-mini", "fit", "--config", config, "--run_dir", next(new_run_dirs(target.stem))]
     words += ["--optimizer", *optimizer, "--ckpt_path", target]
     further = _further(config, checkpoint)
@@ -180,11 +189,8 @@ def _wishes(parser: Parser, to: Sequence[str], layout: str) -> tuple[str | None,
 
 def _find_checkpoint(options: Namespace) -> tuple[Path, Path | None]:
     """The file or folder of the checkpoint, and the run folder where that was given."""
-    from .checkpoint_folder import is_folder
-    from .run_folder import resolve_checkpoint
-
     source: Path = options.source.expanduser()
-    if source.is_file() or is_folder(source):
+    if source.is_file() or _is_folder(source):
         return source, None
     if (source / "config.yaml").is_file() or (source / "checkpoints").is_dir():
         found = resolve_checkpoint(options.ckpt_path, source, may_start=False)
@@ -197,10 +203,13 @@ def _find_checkpoint(options: Namespace) -> tuple[Path, Path | None]:
     )
 
 
+def _is_folder(path: Path) -> bool:
+    """Whether a path is a checkpoint folder, by the metadata of torch.distributed.checkpoint."""
+    return (path / ".metadata").is_file()
+
+
 def _find_config(recipe: str | None, source: Path, run_dir: Path | None) -> Path:
     """The configuration that the model is built from."""
-    from .recipes import find_recipe
-
     if recipe is not None:
         return find_recipe(recipe, given_as="--recipe")
     folders = [run_dir] if run_dir else [source.parent, source.parent.parent]
@@ -211,39 +220,174 @@ def _find_config(recipe: str | None, source: Path, run_dir: Path | None) -> Path
 
 
 def _check_target(target: Path, layout: str, *, overwrite: bool) -> None:
-    from .checkpoint_folder import is_folder
-
     if not target.exists():
         return
     if not overwrite:
         raise ValueError(f"{target} exists; choose another --out, or give --overwrite")
-    if not (is_folder(target) if layout == "folder" else target.is_file()):
+    if not (_is_folder(target) if layout == "folder" else target.is_file()):
         raise ValueError(
             f"--overwrite replaces a checkpoint {layout} alone, and {target} is none; choose another --out"
         )
 
 
+def _continued_factory(
+    factory: OptimizerFactory, checkpoint: Mapping[str, Any], state: Mapping[str, Any], passed: Sequence[str]
+) -> OptimizerFactory:
+    """The factory with the values that the checkpoint decides: the next run finds the same ones and says nothing."""
+    saved = checkpoint.get("optimizer_factory")
+    if saved is None:  # of another program
+        groups = state["param_groups"]
+        saved = {key: groups[0][key] for key in ("betas", "eps") if key in groups[0]}
+        saved["lr"] = max(float(group.get("initial_lr", group["lr"])) for group in groups)
+        saved["weight_decay"] = max(group.get("weight_decay", 0.0) for group in groups)
+    given = {option.partition("=")[0] for option in passed}
+    policy = () if "--optimizer.weight_decay_policy" in given else ("weight_decay_policy",)
+    known = asdict(factory)
+    kept = {key: saved[key] for key in (*KEPT, *policy) if key in saved and key in known}
+    if "betas" in kept:
+        kept["betas"] = tuple(kept["betas"])
+    return replace(factory, **kept)
+
+
+def _build(factory: OptimizerFactory, task: nn.Module) -> tuple[Any, list[str]]:
+    """The optimizer over the model without memory, and the names of its parameters in the order of its state."""
+    optimizer = factory.build(task)
+    names = {parameter: name for name, parameter in task.named_parameters()}
+    for group in optimizer.param_groups:
+        group["param_names"] = [names[parameter] for parameter in group["params"]]
+    return optimizer, [name for group in optimizer.param_groups for name in group["param_names"]]
+
+
+def _converted_state(
+    checkpoint: dict[str, Any], state: dict[str, Any], optimizer: Any, factory: OptimizerFactory
+) -> dict[str, Any]:
+    """The state for another optimizer; what else names the optimizer in the checkpoint is brought in line."""
+    from lightning_adam_mini.convert.conversion import convert
+
+    saved = checkpoint.get("optimizer_factory")
+    if saved is not None and saved["name"] not in ("AdamW", "Adam", "AdamMini"):
+        raise ValueError(
+            f"the checkpoint was saved with {saved['name']}; states of AdamW, Adam and AdamMini are converted"
+        )
+    conversion = convert(state, optimizer, keep_hyperparameters=True)
+    name = type(factory).__name__
+    checkpoint["optimizer_factory"] = {"name": name, **asdict(factory)}
+    if "optimizer" in checkpoint.get("hyper_parameters", {}):
+        checkpoint["hyper_parameters"]["optimizer"] = factory
+    for schedule in checkpoint.get("lr_schedulers", []):
+        _regroup(schedule, len(state["param_groups"]), conversion)
+    before, after = _num_bytes(state), _num_bytes(conversion.state)
+    source = saved["name"] if saved else conversion.source
+    log.info("%s", f"{source} -> {name}: {before:,} bytes of optimizer state -> {after:,}")
+    return conversion.state
+
+
+def _regroup(schedule: dict[str, Any], num_groups: int, conversion: Conversion) -> None:
+    """Keep one entry a group in what a schedule keeps for each group."""
+    for key in ("base_lrs", "_last_lr", "lr_lambdas"):
+        values = schedule.get(key)
+        if isinstance(values, list) and len(values) == num_groups:
+            schedule[key] = [values[numbers[0] if numbers else 0] for numbers in conversion.group_sources]
+
+
+def _check_groups(state: Mapping[str, Any], optimizer: Any) -> None:
+    """Check that a state, which has no names, is of the groups that the configuration makes."""
+    sizes = [len(group["params"]) for group in state["param_groups"]]
+    own = [len(group["params"]) for group in optimizer.param_groups]
+    if sizes != own:
+        raise ValueError(
+            f"the checkpoint has optimizer groups of {sizes} parameters, the configuration makes {own}: it belongs to "
+            "another model or optimizer; give --recipe, what it was trained with"
+        )
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    for parameter, number in zip(parameters, numbers, strict=True):
+        saved = state["state"].get(number, {}).get("exp_avg")
+        if saved is not None and saved.shape != parameter.shape:
+            raise ValueError(
+                f"the optimizer state has a parameter of shape {tuple(saved.shape)} where the configuration has one of "
+                f"shape {tuple(parameter.shape)}; give --recipe, what it was trained with"
+            )
+
+
+def _named(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """A numbered state keyed by names, as torch.distributed takes it."""
+    groups = [{**group, "params": [names[number] for number in group["params"]]} for group in state["param_groups"]]
+    return {"state": {names[number]: value for number, value in state["state"].items()}, "param_groups": groups}
+
+
+def _num_bytes(state: Mapping[str, Any]) -> int:
+    """Bytes of the tensors of a state."""
+    values = (value for entry in state["state"].values() for value in entry.values())
+    return sum(value.nbytes for value in values if hasattr(value, "nbytes"))
+
+
 def _read(source: Path) -> dict[str, Any]:
-    """A checkpoint with whole tensors; the optimizer of a folder names its parameters."""
-    from ..tasks import base  # noqa: F401 - names the classes that checkpoints hold
+    """A checkpoint with whole tensors; the optimizer state of a folder keeps the names of its parameters."""
+    from ..tasks import base  # noqa: F401 - registers the classes that checkpoints hold
     from ..tasks.checkpoint_io import AtomicCheckpointIO
-    from .checkpoint_folder import parameter_names
 
     checkpoint = AtomicCheckpointIO().load_checkpoint(source, weights_only=True)
     if source.is_dir() and checkpoint.get("optimizer_states"):
         groups = checkpoint["optimizer_states"][0]["param_groups"]
-        for group, names in zip(groups, parameter_names(source), strict=True):
+        for group, names in zip(groups, _parameter_names(source), strict=True):
             group["param_names"] = names
     return checkpoint
 
 
+def _parameter_names(path: Path) -> list[list[str]]:
+    """Names of the parameters of each group of the first optimizer in a checkpoint folder.
+
+    Raises:
+        ValueError: The folder is incomplete.
+    """
+    from ..tasks.checkpoint_folder import load_tensors, optimizer_part, read_outline
+
+    outline = read_outline(path)
+    groups = {
+        place[2]: key
+        for key, place in outline.paths.items()
+        if place[:2] == (optimizer_part(0), "param_groups") and place[-1] == "params"
+    }
+    values: dict[str, Any] = dict.fromkeys(groups.values())
+    load_tensors(values, path, alone=True)
+    return [values[groups[number]] for number in sorted(groups)]
+
+
 def _write(checkpoint: dict[str, Any], names: Sequence[str] | None, target: Path, layout: str) -> None:
     from ..tasks.checkpoint_io import AtomicCheckpointIO
-    from .checkpoint_folder import write_folder
 
     if layout == "file":
         AtomicCheckpointIO().save_checkpoint(checkpoint, target)
         return
     assert names is not None
     (state,) = checkpoint["optimizer_states"]
-    write_folder({**checkpoint, "optimizer_states": [named(state, names)]}, target)
+    write_folder({**checkpoint, "optimizer_states": [_named(state, names)]}, target)
+
+
+def write_folder(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint as a folder, without a process group; it is renamed into place when it is complete.
+
+    Args:
+        checkpoint: As a file holds it, with optimizer states keyed by parameter names.
+        path: The folder; an older one is replaced.
+
+    Raises:
+        OSError: The disk is full, or the folder cannot be written; an older one at `path` is untouched.
+    """
+    from ..tasks.checkpoint_file import write_file
+    from ..tasks.checkpoint_folder import CHECKSUMS, REST_NAME, save_tensors, split_parts
+    from ..tasks.checkpoint_io import cannot_save
+    from ..tasks.in_place import beside, put_in_place, remove
+
+    tensors, rest = split_parts(checkpoint)
+    new = beside(path)
+    try:
+        new.mkdir(parents=True)
+        checksums = save_tensors(tensors, new, alone=True)
+        write_file({**rest, CHECKSUMS: checksums}, new / REST_NAME)
+        put_in_place(new, path)
+    except OSError as error:
+        raise cannot_save(path, error) from error
+    finally:
+        remove(new)

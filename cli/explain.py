@@ -1,15 +1,14 @@
-"""`adam-mini explain`: how a model would be cut, and what the optimizer would keep, before any training."""
+"""`adam-mini explain`: the blocks of a model and the optimizer state that it needs, before any training."""
 
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .arguments import Parser
+from .messages import quiet, show
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -17,89 +16,74 @@ if TYPE_CHECKING:
     from lightning_adam_mini.measure import Explanation
     from lightning_adam_mini.verify import Verification
 
-    from .model_building import Source
+    from .models import Source
 
 __all__ = ["main"]
 
-DESCRIPTION = """Show the role, the cut and the blocks of every parameter, the bytes of the optimizer's state, and what
-to look at. No weights are made, no data are read and nothing is downloaded. With --verify the model runs once, with
-random weights and a random input, and tells of each parameter whether it uses it as it is cut; a contradiction ends the
-command with 1."""
+DESCRIPTION = """Show the role and the blocks of every parameter, the bytes of the optimizer's state, and warnings. No
+weights are made, no data are read and nothing is downloaded. With --verify the model runs once, with random weights and
+a random input, and each parameter is reported as confirmed or not: does the forward pass use it in these blocks? The
+exit code is 1 if one is contradicted."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Explain the partition of a recipe's model, or of a model of another library.
 
     Returns:
-        The exit code: 1 where the forward pass contradicts the partition.
+        The exit code: 1 if the forward pass contradicts the partition.
 
     Raises:
         ArgumentError: The command line is wrong.
-        ValueError: There is no such model, a package is missing, or the model cannot be cut as asked.
+        ValueError: There is no such model, a package is missing, or the partition does not fit the model.
     """
     parser = _parser()
     options = parser.parse_args(arguments)
-    for name in ("recipe", "hf", "timm", "diffusers", "partition"):
-        if getattr(options, name) == "":
-            parser.error(f"{'RECIPE' if name == 'recipe' else f'--{name}'} is empty: give a name, or leave it out")
-    sources = {name: getattr(options, name) for name in ("recipe", "hf", "timm", "diffusers")}
-    given = {name: value for name, value in sources.items() if value is not None}
-    if len(given) != 1:
-        parser.error("give exactly one of RECIPE, --hf, --timm and --diffusers")
+    if options.partition == "":
+        parser.error("--partition is empty: give a name, or leave it out")
+    parser.check_model(options)
     overrides = _pairs(parser, "--override", options.override)
     layouts = _pairs(parser, "--layout", options.layout)
-    ((kind, value),) = given.items()
 
-    from .model_sources import SOURCES
+    from .models import SOURCES, check_partition
 
-    text, code = _explanation(SOURCES[kind](value), options, overrides, layouts)
-    _write(text)
+    if options.partition is not None:
+        check_partition(options.partition)
+    text, code = _explanation(SOURCES[options.source](options.model), options, overrides, layouts)
+    show(text)
     return code
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="adam-mini explain", description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="Packaged recipe, or path of one.")
-    parser.add_argument(
-        "--hf",
-        metavar="NAME_OR_CONFIG.json",
-        help="Model of transformers: its config.json, a folder with one, a name in the local cache of the hub, or the "
-        """content of a config.json, such as '{"model_type": "gpt2"}'.""",
-    )
-    parser.add_argument("--timm", metavar="NAME", help="Model of timm, such as vit_base_patch16_224.")
-    parser.add_argument(
-        "--diffusers",
-        metavar="CLASS_OR_CONFIG.json",
-        help="Model of diffusers: a class, such as UNet2DConditionModel, with its defaults, or a config.json.",
-    )
-    parser.add_argument("--partition", metavar="NAME", help="auto by default, or what the recipe says.")
+    parser = Parser(prog="adam-mini explain", description=DESCRIPTION)
+    parser.add_model("hf", "timm", "diffusers")
+    parser.add_argument("--partition", metavar="NAME", help="auto by default, or that of the recipe.")
     parser.add_argument(
         "--override",
-        metavar="KEY=CUT",
+        metavar="KEY=STRUCTURE",
         action="append",
         default=[],
-        help="Cut of a role, of a parameter or of a re: pattern, before those of the recipe; may be repeated.",
+        help="Block structure of a role, of a parameter or of a re: pattern, before those of the recipe; repeatable.",
     )
     parser.add_argument(
         "--layout",
         metavar="CLASS=LAYOUT",
         action="append",
         default=[],
-        help="Layout, by its name, of a class of attention; may be repeated.",
+        help="Name of the layout of an attention class; repeatable.",
     )
-    parser.add_argument("--verify", action="store_true", help="Run the model once, and compare; 1 if it contradicts.")
-    parser.add_argument("--full", action="store_true", help="One row for each parameter, not one for equal layers.")
+    parser.add_argument("--verify", action="store_true", help="Run the model once and check the blocks.")
+    parser.add_argument("--full", action="store_true", help="A row for each parameter, not one for equal layers.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object.")
     return parser
 
 
 def _pairs(parser: Parser, option: str, values: Sequence[str]) -> dict[str, str]:
-    """Values of the form KEY=VALUE; a pattern may itself hold `=`."""
+    """Values of the form KEY=VALUE; a pattern may itself contain `=`."""
     pairs: dict[str, str] = {}
     for value in values:
         key, equals, meant = value.rpartition("=")
         if not (key and equals and meant):
-            parser.error(f"{option} {value}: expected {'KEY=CUT' if option == '--override' else 'CLASS=LAYOUT'}")
+            parser.error(f"{option} {value}: expected {'KEY=STRUCTURE' if option == '--override' else 'CLASS=LAYOUT'}")
         if key in pairs:
             parser.error(f"{option} {value}: {key} is given twice")
         pairs[key] = meant
@@ -112,7 +96,7 @@ def _explanation(
     """The text of the command, and its exit code."""
     from lightning_adam_mini.measure import explain
 
-    own = {key: cut for key, cut in source.overrides.items() if key not in overrides}
+    own = {key: structure for key, structure in source.overrides.items() if key not in overrides}
     partition, all_overrides = options.partition or source.partition, {**overrides, **own}
     all_layouts = {**source.layouts, **layouts}
     verification: Verification | None = None
@@ -128,7 +112,7 @@ def _explanation(
     except ValueError as error:
         if not (own and overrides):
             raise
-        keys = ", ".join(f"{key}={cut}" for key, cut in own.items())
+        keys = ", ".join(f"{key}={structure}" for key, structure in own.items())
         raise ValueError(f"{error} (the recipe itself overrides {keys}; --override with the same key wins)") from error
     if options.verify:
         verification, remarks = _verification(source, partition, all_overrides, all_layouts)
@@ -149,11 +133,10 @@ def _explanation(
 def _verification(
     source: Source, partition: str, overrides: dict[str, str], layouts: Mapping[str, str]
 ) -> tuple[Verification, list[str]]:
-    """The verdict of a forward pass on a model with random weights, and what that model lacks."""
+    """The verdict of a forward pass of a model with random weights, and which layers that model leaves out."""
     from lightning_adam_mini import verify_partition
 
-    from .dummy_inputs import dummy_inputs
-    from .model_building import quiet
+    from .runnable_models import dummy_inputs
 
     assert source.runnable is not None
     model, remarks = source.runnable()
@@ -174,7 +157,7 @@ def _verification(
 
 
 def _with_verdicts(explanation: Explanation, verification: Verification) -> Explanation:
-    """Rows with their verdicts; layers that were left out have those of their like."""
+    """Rows with their verdicts; a layer that was left out has that of the same parameter in other layers."""
     from lightning_adam_mini.measure.collapse import template
 
     alike: dict[str, set[str]] = {}
@@ -191,7 +174,7 @@ def _with_verdicts(explanation: Explanation, verification: Verification) -> Expl
 
 
 def _summary(verification: Verification) -> str:
-    """What the forward pass contradicts, and what would be right."""
+    """What the forward pass contradicts, and the correct partition."""
     from lightning_adam_mini.measure.collapse import collapse
 
     counts = {status: len(verification.of_status(status)) for status in ("confirmed", "contradicted", "not seen")}
@@ -202,14 +185,5 @@ def _summary(verification: Verification) -> str:
     )
     lines += [f"contradicted: {name}: {members[0].reason}" for name, members in groups]
     if verification.remedy:
-        lines += ["right would be:", verification.remedy]
+        lines += ["the correct partition:", verification.remedy]
     return "\n".join(lines)
-
-
-def _write(text: str) -> None:
-    """Print; a reader that wants the first lines alone (`| head`) is no error."""
-    try:
-        sys.stdout.write(f"{text}\n")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit

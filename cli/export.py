@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from .arguments import Parser, check_place
 from .recipes import read_yaml
-from .without_training import ON_ONE_CPU, load_weights, open_data, without_start
+from .run_folder import resolve_checkpoint
 
 __all__ = ["main"]
 
@@ -32,23 +32,24 @@ def main(arguments: Sequence[str]) -> None:
         "--out", type=Path, default=None, help="New folder for the model; RUN_DIR/hf or RUN_DIR/diffusers by default."
     )
     options = parser.parse_args(arguments)
-    config = options.run_dir / "config.yaml"
-    if not config.is_file():
-        raise ValueError(f"{options.run_dir} holds no run: there is no config.yaml in it")
-    if options.out is not None and options.out.expanduser().exists():
-        raise ValueError(f"{options.out} exists; choose another folder for the export, or remove it")
-
-    if options.out is not None:
-        check_place(options.out)
+    run_dir, out = options.run_dir, options.out
+    if not (config := run_dir / "config.yaml").is_file():
+        raise ValueError(f"{run_dir} holds no run: there is no config.yaml in it")
+    if out is not None:
+        if out.expanduser().exists():
+            raise ValueError(f"{out} exists; choose another folder for the export, or remove it")
+        check_place(out)
 
     from lightning.pytorch.trainer.states import TrainerFn
 
     from .application import Application
-    from .run_folder import resolve_checkpoint
+    from .models import ON_ONE_CPU, load_weights, open_data, without_start
 
-    checkpoint = resolve_checkpoint(options.ckpt_path, options.run_dir, may_start=False)
+    checkpoint = resolve_checkpoint(options.ckpt_path, run_dir, may_start=False)
     assert checkpoint is not None
-    application = Application(_on_one_cpu(config, options.run_dir), run=False)
+    content = without_start(read_yaml(config))
+    on_one_cpu = {"trainer": {**content["trainer"], **ON_ONE_CPU}, "run_dir": str(run_dir)}
+    application = Application({**content, **on_one_cpu}, run=False)
     task, data, trainer = application.model, application.datamodule, application.trainer
     if not hasattr(task, "export"):
         raise ValueError(f"{type(task).__name__} has no export; language models and diffusion models have")
@@ -57,12 +58,5 @@ def main(arguments: Sequence[str]) -> None:
     open_data(data, checkpoint, "predict")
     task.configure_model()
     load_weights(task, checkpoint)
-    folder = options.out or options.run_dir / getattr(task, "export_folder", "hf")
+    folder = out or run_dir / getattr(task, "export_folder", "hf")
     log.info("%s", f"exported to {task.export(folder)}")
-
-
-def _on_one_cpu(config: Path, run_dir: Path) -> dict[str, Any]:
-    """The options of a run without what belongs to its training alone, whatever it was trained on."""
-    options = without_start(read_yaml(config))
-    options["trainer"] = {**options["trainer"], **ON_ONE_CPU}
-    return {**options, "run_dir": str(run_dir)}

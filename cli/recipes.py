@@ -1,39 +1,41 @@
-"""Recipes: where they lie, and how their YAML is read. Importing this imports neither torch nor lightning."""
+"""Recipes: where they are, and how their YAML is read. Importing this imports neither torch nor Lightning."""
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import re
-from argparse import ArgumentError
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from lightning_adam_mini.hints import did_you_mean
+
+from .arguments import UsageError
+
 __all__ = ["check_keys", "find_recipe", "list_recipes", "name_of", "read_yaml", "resolve_configs"]
 
 SECTIONS = ("model", "data", "optimizer", "schedule", "trainer", "checkpoint", "performance")
-"""What a recipe holds options below, and never a null."""
+"""Sections of a recipe, which are never null."""
 FILES = (".yaml", ".yml")
 
 
 def list_recipes() -> dict[str, str]:
-    """Names of the recipes, such as `llm/gpt2_tiny.yaml`, with the first line of their headers; not of studies."""
+    """Names of the recipes, such as `llm/gpt2_tiny.yaml`, with the first line of their headers; without studies."""
     root = _root()
     names = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.yaml"))}
     return {name: _title(path) for name, path in names.items() if not name.startswith("studies/")}
 
 
 def find_recipe(name: str, *, given_as: str = "--config") -> Path:
-    """The file of a `--config` value: a path that exists, else a packaged recipe with or without `.yaml`.
+    """The file of a recipe: an existing path, else a packaged recipe with or without `.yaml`.
 
     Args:
-        name: The value.
+        name: Path or name.
         given_as: What the message calls it.
 
     Raises:
-        ValueError: Neither exists; with the recipes whose names come near.
+        UsageError: Neither exists; the message suggests recipes with similar names.
     """
     path = Path(name).expanduser()
     if path.is_file():
@@ -42,28 +44,31 @@ def find_recipe(name: str, *, given_as: str = "--config") -> Path:
         if candidate in list_recipes():
             return _root() / candidate
     recipes = list(list_recipes())
-    by_stem = [recipe for recipe in recipes if Path(recipe).stem == Path(name).stem]
-    near = by_stem or difflib.get_close_matches(name, recipes, n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}?" if near else "`adam-mini recipes` lists the packaged ones"
-    raise ValueError(f"{given_as} {name}: no such file, and no recipe of that name; {hint}")
+    same_stem = [recipe for recipe in recipes if Path(recipe).stem == Path(name).stem]  # of another domain
+    nothing_near = "; `adam-mini recipes` lists the packaged ones"
+    hint = did_you_mean(name, recipes, otherwise=nothing_near, cutoff=0.5)
+    if same_stem:
+        hint = f"; did you mean {' or '.join(same_stem)}?"
+    raise UsageError(f"{given_as} {name}: no such file, and no recipe of that name{hint}")
 
 
 def name_of(recipe: Path) -> str:
-    """What is made of a recipe is called as its file; of the `config.yaml` of a run, or an older one, as its folder."""
+    """The name of what a recipe makes: that of its file, or for the `config.yaml` of a run, that of its folder."""
     of_run = re.fullmatch(r"config(\.\d+)?", recipe.stem)
     return (recipe.absolute().parent.name if of_run else "") or recipe.stem
 
 
 def resolve_configs(arguments: Sequence[str]) -> tuple[list[str], str | None]:
-    """Replace recipe names after `--config` or `-c` by files.
+    """Resolve the recipes in the arguments of a trainer command: the first argument, and values of `--config`.
 
     Returns:
-        The arguments, and the name of the first configuration, which is that of the run.
+        The arguments with `--config FILE` for each recipe, and the name of the first one, which names the run.
 
     Raises:
-        ValueError: As `find_recipe`.
-        ArgumentError: A file is no recipe.
+        UsageError: There is no such recipe, or a file is no recipe.
     """
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--config", *arguments]
     resolved: list[str] = []
     first: str | None = None
     expects_value = False
@@ -91,7 +96,7 @@ def read_yaml(path: Path, name: str | None = None) -> dict[str, Any]:
         name: What messages call it; its path by default.
 
     Raises:
-        ValueError: With the file and, where there is one, the line.
+        ValueError: It is no recipe; the message has the file and, if possible, the line.
     """
     import yaml
 
@@ -102,8 +107,8 @@ def read_yaml(path: Path, name: str | None = None) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{name}: this is not UTF-8: {error}") from error
     except yaml.YAMLError as error:
-        told = " ".join(str(error).replace(' in "<unicode string>",', ",").split())
-        raise ValueError(f"{name}: this is not YAML: {told[:300]}") from error
+        reason = " ".join(str(error).replace(' in "<unicode string>",', ",").split())
+        raise ValueError(f"{name}: this is not YAML: {reason[:300]}") from error
     except RecursionError as error:
         raise ValueError(f"{name}: this is nested too deeply for a recipe") from error
     if not isinstance(content, dict):
@@ -116,10 +121,10 @@ def read_yaml(path: Path, name: str | None = None) -> dict[str, Any]:
 
 
 def _check_file(path: Path, name: str, *, is_recipe: bool = False) -> None:
-    """Check a file of the command line; what is no recipe may hold anything, and its own parser reads it.
+    """Check a file of the command line; a file that is no recipe may hold anything, and its own parser reads it.
 
     Raises:
-        ArgumentError: It is no recipe, or has a key twice.
+        UsageError: It is no recipe, or has a key twice.
     """
     try:
         if is_recipe:
@@ -127,19 +132,19 @@ def _check_file(path: Path, name: str, *, is_recipe: bool = False) -> None:
         else:
             check_keys(path.read_text("utf-8-sig", errors="replace"), name, path.parent)
     except ValueError as error:
-        raise ArgumentError(None, str(error)) from error
+        raise UsageError(str(error)) from error
 
 
 def check_keys(text: str, name: str, folder: Path | None = None) -> None:
-    """Refuse a key that stands twice: YAML would take the second, and forget what the first one said.
+    """Reject duplicate keys: YAML would silently take the last one.
 
     Args:
         text: A document of YAML.
         name: What messages call it.
-        folder: Where it lies, if it is a file: other files that it names are checked as well.
+        folder: Its folder, if it is a file: other files that it names are checked as well.
 
     Raises:
-        ValueError: With the line; also where a class has neither name nor options behind its key.
+        ValueError: A key is a duplicate, or `class_path` or `init_args` is blank; the message has the line.
     """
     import yaml
 
@@ -148,7 +153,7 @@ def check_keys(text: str, name: str, folder: Path | None = None) -> None:
     while waiting:
         node, name, folder = waiting.pop()
         if isinstance(node, str):
-            with contextlib.suppress(yaml.YAMLError):  # whoever reads it tells that
+            with contextlib.suppress(yaml.YAMLError):  # its own parser reports that
                 waiting.append((yaml.compose(node, yaml.SafeLoader), name, folder))
             continue
         if isinstance(node, yaml.ScalarNode):
@@ -171,7 +176,7 @@ def check_keys(text: str, name: str, folder: Path | None = None) -> None:
             line = key.start_mark.line + 1
             if first := lines.get((key.tag, key.value)):
                 where = "" if first == line else f", first in line {first}"
-                raise ValueError(f"{name}, line {line}: the key {key.value!r} stands twice{where}; keep one of them")
+                raise ValueError(f"{name}, line {line}: duplicate key {key.value!r}{where}; keep one of them")
             lines[key.tag, key.value] = line
             if key.value in ("class_path", "init_args") and value.tag == "tag:yaml.org,2002:null":
                 raise ValueError(f"{name}, line {line}: `{key.value}:` is blank; give it a value, or remove the line")

@@ -1,4 +1,4 @@
-"""One folder a run, one run a folder: where it lies, who trains there, and what may be written into it."""
+"""One folder per run, one run per folder: its name, its lock, and its checkpoints."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ __all__ = [
 ]
 
 LOCK_NAME = ".running.lock"
-"""File that the process which trains in a folder has locked; the system frees it however that process ends."""
+"""File that the training process locks; the system releases the lock however that process ends."""
 
 _HOLDER_NAME = ".running.json"
 RUN_DIR = "ADAM_MINI_RUN_DIR"
-"""Variable with the folder of the run: processes that Lightning starts for other ranks take that of the first."""
+"""Variable with the folder of the run, for the processes that Lightning starts for other ranks."""
 _RANKS = (
     "RANK",
     "SLURM_PROCID",
@@ -48,26 +48,26 @@ _RANKS = (
     "PMI_RANK",
     "JSM_NAMESPACE_RANK",
 )
-"""Where launchers tell a process its number among those that train together, or that of its machine."""
+"""Variables in which launchers set the rank of a process, or that of its machine."""
 
 _ORPHANS_SECONDS = 10.0
-"""Loaders see every few seconds whether the process that reads from them is still there."""
+"""Worker processes of data loaders check every few seconds whether their parent still exists."""
 
-_locks: dict[Path, BaseFileLock] = {}  # a lock that is collected is released
+_locks: dict[Path, BaseFileLock] = {}  # a lock that is garbage-collected is released
 _of_this_run: list[BaseFileLock] = []
 
 
 def lock_run(folder: Path, *, wait: float = 0.0) -> BaseFileLock:
-    """Keep all other processes from training in a folder, until this one ends or releases the lock.
+    """Lock a folder against other training processes, until this one ends or releases the lock.
 
-    Within a process it may be taken several times.
+    A process may take the lock several times.
 
     Args:
-        folder: The run folder; it is made.
+        folder: The run folder; it is created.
         wait: Seconds to wait for a process that is about to end.
 
     Raises:
-        ValueError: Another process trains there; the message tells which.
+        ValueError: Another process trains there; the message says which one.
     """
     from filelock import FileLock, Timeout
 
@@ -83,15 +83,14 @@ def lock_run(folder: Path, *, wait: float = 0.0) -> BaseFileLock:
             lock.acquire(timeout=_ORPHANS_SECONDS)
     except Timeout:
         holder = _holder(folder)
-        told = " (process {pid} on {host}, since {since})".format(**holder) if holder else ""
+        which = " (process {pid} on {host}, since {since})".format(**holder) if holder else ""
         raise ValueError(
-            f"{folder}: another process still trains there{told}; wait for it, end it, or choose another --run_dir"
+            f"{folder}: another process still trains there{which}; wait for it, end it, or choose another --run_dir"
         ) from None
     except (NotImplementedError, OSError) as error:
         if not has_no_locks(error):
             raise
-        told = f"{folder} is on a file system without locks: a second run there would not be noticed"
-        warnings.warn(told, stacklevel=2)
+        warnings.warn(f"{folder} is on a file system without locks: a second run there is not noticed", stacklevel=2)
         return lock
     holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     write_text(folder / _HOLDER_NAME, json.dumps(holder))
@@ -99,23 +98,23 @@ def lock_run(folder: Path, *, wait: float = 0.0) -> BaseFileLock:
 
 
 def _holder(folder: Path) -> dict[str, Any]:
-    """What the process that has locked a folder has told of itself; nothing where that cannot be read."""
+    """What the process that has locked a folder wrote about itself; empty if that cannot be read."""
     try:
-        told = json.loads((folder / _HOLDER_NAME).read_text("utf-8"))
-        return {"pid": int(told["pid"]), "host": told["host"], "since": told["since"]}
+        holder = json.loads((folder / _HOLDER_NAME).read_text("utf-8"))
+        return {"pid": int(holder["pid"]), "host": holder["host"], "since": holder["since"]}
     except (OSError, ValueError, LookupError, TypeError):
         return {}
 
 
 def _has_ended(holder: Mapping[str, Any]) -> bool:
-    """Whether that process is gone, so that what it has forked, its loaders, alone keeps the lock for a moment."""
+    """Whether that process is gone: its forked loader processes may keep the lock for a moment."""
     if holder.get("host") != socket.gethostname():
         return False
     try:
         os.kill(holder["pid"], 0)
     except ProcessLookupError:
         return True
-    except OSError:  # of another user
+    except OSError:  # a process of another user
         pass
     return False
 
@@ -124,17 +123,16 @@ def choose_run_dir(run_dir: str | None, recipe: str | None, *, starts_anew: bool
     """The folder of a run.
 
     Args:
-        run_dir: What the user asked for.
-        recipe: Stem of the recipe, which names the folder where the user did not.
-        starts_anew: Whether the run begins from its first step; then it gets a folder without a run, and locks it.
-        root: Folder of all runs that are not named.
+        run_dir: The folder that the user asked for.
+        recipe: Stem of the recipe, the default name of the folder.
+        starts_anew: Whether the run starts from its first step; then it gets and locks a folder without a run.
+        root: Folder of all runs without a `run_dir`.
 
     Returns:
         `run_dir`; or `runs/RECIPE`, `runs/RECIPE-2`, ...: the first free one for a new run, the newest otherwise.
 
     Raises:
-        ValueError: `run_dir` holds a run already, and the new one does not continue it; or another process trains
-            there.
+        ValueError: `run_dir` holds a run that the new one does not continue, or another process trains there.
     """
     if "LOCAL_RANK" in os.environ and RUN_DIR in os.environ:
         return Path(os.environ[RUN_DIR])
@@ -158,16 +156,16 @@ def choose_run_dir(run_dir: str | None, recipe: str | None, *, starts_anew: bool
 
 
 def new_run_dirs(name: str, root: str = "runs") -> Iterator[Path]:
-    """Folders for a run of this name, behind all that hold one: `runs/NAME`, or `runs/NAME-2`, `runs/NAME-3`, ..."""
+    """Folders for a new run of this name, after all that hold one: `runs/NAME`, `runs/NAME-2`, `runs/NAME-3`, ..."""
     begun = [number for number, path in _numbered(Path(root), name).items() if holds_run(path)]
     for number in itertools.count(max(begun, default=0) + 1):
         yield Path(root) / (name if number == 1 else f"{name}-{number}")
 
 
 def _is_free(folder: Path) -> bool:
-    """Whether a folder has no run, and no process that is about to begin one; then it is locked.
+    """Whether a folder has no run, and no process that is about to start one; if so, it is locked.
 
-    Ranks that a launcher started together have to choose the same folder, whoever else is there.
+    Ranks that a launcher started together must choose the same folder, so there a locked folder is an error.
     """
     try:
         lock_for_run(folder)
@@ -182,7 +180,7 @@ def _is_free(folder: Path) -> bool:
 
 
 def lock_for_run(folder: Path) -> None:
-    """Lock a folder for the run of this process, on the first of its ranks alone; `forget_run_dir` frees it.
+    """Lock a folder for the run of this process, on rank 0 only; `forget_run_dir` releases it.
 
     Raises:
         ValueError: Another process trains there.
@@ -192,7 +190,7 @@ def lock_for_run(folder: Path) -> None:
 
 
 def forget_run_dir() -> None:
-    """Free the folder of a run that is over, and let the next run of this process choose its own."""
+    """Release the folder of a finished run, so that the next run of this process chooses its own."""
     os.environ.pop(RUN_DIR, None)
     _free()
 
@@ -207,8 +205,8 @@ def resolve_checkpoint(checkpoint: str, run_dir: Path, *, may_start: bool) -> st
 
     Args:
         checkpoint: A path, `last`, `best`, or a keyword of Lightning.
-        run_dir: The run folder, in which `last` and `best` are looked for.
-        may_start: Whether a missing `last` means the first start of a run, as in jobs that are requeued.
+        run_dir: The run folder that `last` and `best` refer to.
+        may_start: Whether a missing `last` means the first start of a run, as in requeued jobs.
 
     Returns:
         The path, the keyword, or None to start anew.
@@ -236,7 +234,7 @@ def resolve_checkpoint(checkpoint: str, run_dir: Path, *, may_start: bool) -> st
     if newest is not None:
         return str(newest)
     if may_start and not _others(run_dir):
-        from lightning.pytorch.utilities import rank_zero_warn  # seconds, which light commands do not have
+        from lightning.pytorch.utilities import rank_zero_warn  # takes seconds to import
 
         rank_zero_warn(f"--ckpt_path last: {run_dir} holds no checkpoint yet, so the run starts from its first step")
         return None
@@ -251,21 +249,23 @@ def last_checkpoint(run_dir: Path) -> Path | None:
 
 
 def _best_checkpoint(run_dir: Path) -> Path:
-    """The one checkpoint beside `last.ckpt`."""
+    """The only checkpoint besides `last.ckpt`."""
     others = _others(run_dir)
     if len(others) != 1:
         names = ", ".join(path.name for path in others) or "none"
-        raise ValueError(f"--ckpt_path best: give a path, for {run_dir / 'checkpoints'} holds beside the last: {names}")
+        raise ValueError(
+            f"--ckpt_path best: give a path, because besides the last one {run_dir / 'checkpoints'} holds: {names}"
+        )
     return others[0]
 
 
 def _others(run_dir: Path) -> list[Path]:
-    """Checkpoints that are not the newest."""
+    """Checkpoints other than `last.ckpt`."""
     return sorted(path for path in (run_dir / "checkpoints").glob("*.ckpt") if path.name != "last.ckpt")
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a run has begun there: it has metrics or checkpoints."""
+    """Whether a run has started there: it has metrics or checkpoints."""
     return any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints"))
 
 

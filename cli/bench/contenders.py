@@ -1,8 +1,7 @@
-"""The optimizers that a step is timed with."""
+"""The optimizers whose step is timed."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -14,10 +13,13 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from lightning_adam_mini import factory
+from lightning_adam_mini.hints import did_you_mean
 from lightning_adam_mini.optim.adam_mini import AdamMini
 from lightning_adam_mini.optim.implementation import Implementation
 
-from ..model_building import Source, quiet
+from ..arguments import UsageError
+from ..messages import quiet
+from ..models import Source, check_partition
 
 __all__ = ["BASELINE", "Contender", "choose"]
 
@@ -33,8 +35,8 @@ class Contender:
 
     Args:
         name: Name of `--optimizers`.
-        partition: Partition; empty for what has none.
-        label: What tells it from the others.
+        partition: Partition of AdamMini; empty for the others.
+        label: Its name in the results.
         build: Builds it for the model of a source.
     """
 
@@ -45,25 +47,27 @@ class Contender:
 
 
 def choose(names: Sequence[str] | None, source: Source, partitions: Sequence[str]) -> list[Contender]:
-    """The contenders of the names in their order, the baseline first.
+    """The contenders in the order of their names, the baseline first.
 
     Args:
         names: Names of `--optimizers`; None for all.
         source: The model.
-        partitions: Partitions of AdamMini; empty for that of the source.
+        partitions: Partitions of AdamMini; that of the source if empty.
 
     Raises:
-        ValueError: There is no optimizer of that name; with the list.
+        UsageError: There is no optimizer or partition of that name; the message lists them.
+        ValueError: Partitions are given, and no implementation of AdamMini.
     """
     for name in names or ():
         if name not in _BUILDS:
-            near = difflib.get_close_matches(name, _BUILDS, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"--optimizers {name}: choose from {', '.join(_BUILDS)}{hint}")
+            hint = did_you_mean(name, _BUILDS, count=1)
+            raise UsageError(f"--optimizers {name}: choose from {', '.join(_BUILDS)}{hint}")
     chosen = [BASELINE, *(name for name in names or _BUILDS if name != BASELINE)]
     ours = list(partitions) or [source.partition]
     if partitions and not any(name in _OURS for name in chosen):
-        raise ValueError("--partition cuts AdamMini's blocks, and no implementation of it is among --optimizers")
+        raise ValueError("--partition is for AdamMini, and no implementation of it is among --optimizers")
+    for partition in partitions:
+        check_partition(partition)
     found = []
     for name in chosen:
         for partition in ours if name in _OURS else [""]:
@@ -86,7 +90,7 @@ def _adamw_8bit(source: Source, _: str) -> Optimizer:
 
 
 def _authors(source: Source, _: str) -> Optimizer:
-    """The authors' package, with the sizes that it asks for where the model tells them."""
+    """The reference implementation, with the sizes that it asks for if the model has a configuration."""
     package = _installed("adam-mini", "adam_mini")
     configs = (getattr(module, "config", None) for module in source.model.modules())
     config: Any = next((found for found in configs if hasattr(found, "num_attention_heads")), None)

@@ -6,13 +6,16 @@ import gc
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_adam_mini.hints import require_package
 from lightning_adam_mini.measure.allocations import peak_extra_bytes
 from lightning_adam_mini.measure.available import available_bytes
 from lightning_adam_mini.measure.collectives import count_collectives
@@ -21,19 +24,18 @@ from lightning_adam_mini.measure.timing import Seconds, choose_clock, interleave
 from lightning_adam_mini.measure.traffic import add_of_bytes, copy_of_bytes, step_traffic_bytes, stored_state_bytes
 from lightning_adam_mini.optim.sharding import local
 
-from ..model_building import Source
+from ...tasks.parallel.sharding import shard_model
+from ..models import SOURCES, Source
+from ..runnable_models import WEIGHT_STD, choose_device, give_memory, trained_bytes
 from .contenders import BASELINE, Contender, choose
-from .models import choose_device, give_memory, outline, trained_bytes
-from .ranks import one_of_ranks, shard_with_memory
-from .results import check_drawing, write_results
-from .step_table import step_table
+from .results import step_table, write_results
 
 __all__ = ["measure", "run"]
 
 GRADIENT_STD = 1e-3
 COPY, ADD = "copy", "add in place"
 COPY_BYTES = 256 << 20
-"""Larger than most caches."""
+"""More than most caches hold."""
 
 
 def run(options: Namespace) -> None:
@@ -43,12 +45,12 @@ def run(options: Namespace) -> None:
         ValueError: There is no such model or optimizer, or it does not fit into memory.
     """
     if options.out is not None:
-        check_drawing()
+        require_package("matplotlib", "--out")
     device = choose_device(options.device)
     torch.set_num_threads(options.threads)
-    source = outline(options)
+    source = SOURCES[options.source](options.model)
     contenders = choose(options.optimizers, source, options.partition)
-    with one_of_ranks(options.ranks):
+    with _first_of_ranks(options.ranks):
         result = measure(source, contenders, options, device)
     write_results(options, result, step_table(result), "bench", draws=True)
 
@@ -71,7 +73,7 @@ def measure(
     turns = list(_turns(contenders, trained_bytes(source.model, dtype), available_bytes(device)))
     torch.manual_seed(options.seed)
     if options.ranks > 1:
-        shard_with_memory(source.model, options.ranks, device, dtype)
+        _shard_with_memory(source.model, options.ranks, device, dtype)
     else:
         give_memory(source.model, device, dtype)
     parameters = [parameter for parameter in source.model.parameters() if parameter.requires_grad]
@@ -82,7 +84,7 @@ def measure(
     bandwidths: dict[str, float] = {}
     for turn in turns:
         found, moved = _measure_turn(source, turn, parameters, options, device)
-        gc.collect()  # the states of this turn make room for those of the next
+        gc.collect()  # frees the states of this turn before the next
         bandwidths = bandwidths or moved
         rows += found if not rows else found[1:]  # the baseline runs in each turn and is shown once
     return {
@@ -103,9 +105,10 @@ def measure(
 
 
 def _turns(contenders: Sequence[Contender], model_bytes: int, free: int | None) -> Iterator[Sequence[Contender]]:
-    """Contenders whose states fit into memory at a time, each turn with the baseline.
+    """Groups of contenders whose states fit into memory at the same time, each with the baseline.
 
-    Parameters and gradients are shared. A state takes two parameters at most, and a step's temporaries take two.
+    Parameters and gradients are shared. A state takes the bytes of the parameters twice at most, and so do the
+    temporary tensors of a step.
 
     Raises:
         ValueError: Not even two fit.
@@ -140,7 +143,7 @@ def _measure_turn(
         try:
             optimizer = entry.build(source)
             time_call(optimizer.step, device)  # makes lazy states, and compiles what is compiled
-        except Exception as error:  # of any library: the row says it, and the others go on
+        except Exception as error:  # any library may raise anything: the row reports it, and the others go on
             row["reason"] = _reason(error)
             if entry.name == BASELINE:
                 raise ValueError(f"{BASELINE}, which ratios are to, failed: {row['reason']}") from error
@@ -159,7 +162,7 @@ def _measure_turn(
         optimizer = optimizers[row["label"]]
         state = stored_state_bytes(optimizer)
         traffic = step_traffic_bytes(parameters, state)
-        row |= _figures(times[row["label"]], times[BASELINE], traffic, clock)
+        row |= _values(times[row["label"]], times[BASELINE], traffic, clock)
         row["share_of_bandwidth"] = row["bytes_per_second"] / max(bandwidths.values())
         row["state_bytes"] = state
         row["streams"] = traffic / sum(local(p).numel() * p.element_size() for p in parameters)
@@ -169,24 +172,24 @@ def _measure_turn(
     return rows, bandwidths
 
 
-def _figures(times: list[Seconds], baseline: list[Seconds], num_bytes: int, clock: str) -> dict[str, Any]:
-    """Seconds and ratios by both clocks, and the bandwidth by the one that counts."""
-    figures: dict[str, Any] = {}
+def _values(times: list[Seconds], baseline: list[Seconds], num_bytes: int, clock: str) -> dict[str, Any]:
+    """Seconds and ratios by both clocks, and the bandwidth by the decisive one."""
+    values: dict[str, Any] = {}
     for name in Seconds._fields:
         own, other = ([getattr(seconds, name) for seconds in column] for column in (times, baseline))
         ratio = ratio_of_pairs(own, other)
-        figures[name] = {
+        values[name] = {
             "seconds": _as_dict(spread_of(own)),
             "ratio": {**_as_dict(ratio), "uncertainty": ratio.uncertainty},
             "rounds": own,
         }
-    figures["traffic_bytes"] = num_bytes
-    figures["bytes_per_second"] = num_bytes / figures[clock]["seconds"]["median"]
-    return figures
+    values["traffic_bytes"] = num_bytes
+    values["bytes_per_second"] = num_bytes / values[clock]["seconds"]["median"]
+    return values
 
 
 def _collectives(optimizer: Optimizer) -> dict[str, int | None]:
-    """Collectives of a step and their bytes; None for steps that torch compiles, which nothing may look into."""
+    """Collectives of a step and their bytes; None for compiled steps, in which no dispatch mode can count."""
     try:
         found = count_collectives(optimizer.step)
     except RuntimeError:
@@ -201,3 +204,33 @@ def _as_dict(spread: Any) -> dict[str, float]:
 def _reason(error: BaseException) -> str:
     text = " ".join(str(error).split()) or "no message"
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text[:160]}"
+
+
+@contextmanager
+def _first_of_ranks(ranks: int) -> Iterator[None]:
+    """A fake process group: this is the first of `ranks`, the others do not exist, and collectives send nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if ranks == 1:
+        yield
+        return
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _shard_with_memory(model: nn.Module, ranks: int, device: torch.device, dtype: torch.dtype | None = None) -> None:
+    """Shard a model on the meta device in place as FSDP2 does, and give its own shards random content."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if dtype is not None:
+        model.to(dtype)
+    shard_model(model, init_device_mesh(device.type, (ranks,)))
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            local(parameter).normal_(0.0, WEIGHT_STD)
+        for buffer in model.buffers():
+            buffer.zero_()

@@ -61,8 +61,7 @@ def _error_of(command: list[str], seen: set[str]) -> str:
         seen: Recipes whose data were looked for; this one is added.
     """
     from ..main import main
-    from ..messages import one_line
-    from ..telling import is_for_users
+    from ..messages import is_for_users, one_line
 
     out, err = io.StringIO(), io.StringIO()
     try:
@@ -89,9 +88,9 @@ def _set_up(command: list[str], seen: set[str]) -> None:
     import torch
 
     from ..application import Application
-    from ..model_building import quiet
+    from ..messages import quiet
+    from ..models import trainer_options
     from ..recipes import resolve_configs
-    from ..without_training import trainer_options
 
     options, recipe = resolve_configs(command[1:])
     with quiet():

@@ -71,7 +71,7 @@ def parse_options(arguments: Sequence[str]) -> Namespace:
 
 def _parser() -> Parser:
     parser = Parser(prog="adam-mini compare", description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("recipes", nargs="*", metavar="RECIPE", help="Packaged recipes, or paths.")
+    parser.add_recipe("recipes", nargs="*", help="Packaged recipes, or paths.")
     parser.add_argument(
         "--optimizers",
         nargs="+",

@@ -45,9 +45,11 @@ def parse(arguments: Sequence[str]) -> Namespace:
         parser.parse_args(["--help"])
     if arguments[0] not in COMMANDS:
         parser.error(f"hessian {arguments[0]}: there is no such command; choose from {', '.join(COMMANDS)}")
-    if PASSED_ON.match(first := "".join(arguments[1:2])) and "=" not in first:
+    command, arguments = arguments[0], parser.recipe_first(arguments[1:])
+    if PASSED_ON.match(first := "".join(arguments[:1])) and "=" not in first:
         parser.error(f"{first} stands before RECIPE, and its value would be read as one: give RECIPE first")
-    options, rest = _parser(command := arguments[0]).parse_known_args(arguments[1:])
+    parser = _parser(command)
+    options, rest = parser.parse_known_args(arguments)
     options.command = command
     options.recipe_options = _recipe_options(parser, rest)
     options.memory_text, options.memory = options.memory, parser.memory(options.memory, least=0)
@@ -61,7 +63,7 @@ def _parser(command: str) -> Parser:
         description=DESCRIPTION.format(title=COMMANDS[command]),
         allow_abbrev=False,
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="Packaged recipe, or path of one or of a run's config.yaml.")
+    parser.add_recipe(help="Packaged recipe, or path of one or of a run's config.yaml.")
     parser.add_argument("--ckpt_path", metavar="PATH", help="Weights: a checkpoint, or `last` or `best` of the run.")
     parser.add_argument("--run_dir", metavar="DIR", help="Run that last and best are of; RECIPE's newest by default.")
     parser.add_argument(
@@ -123,7 +125,7 @@ def _recipe_options(parser: Parser, rest: Sequence[str]) -> list[str]:
     if wrong is None and rest and rest[0] not in options:
         wrong = rest[0]
     if wrong is not None:
-        parser.error(f"there is no option {wrong}; `adam-mini hessian COMMAND --help` lists them")
+        parser.error(f"unrecognized arguments: {wrong}")
     return list(rest)
 
 

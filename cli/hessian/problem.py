@@ -19,9 +19,9 @@ from lightning_adam_mini.hessian.batches import place
 
 from ...tasks.base import Task
 from ...tasks.seeds import seed_of
-from ..bench.models import choose_device
+from ..models import load_weights, open_data
 from ..recipes import find_recipe
-from ..without_training import load_weights, open_data
+from ..runnable_models import choose_device
 from .recipe import build_application, find_checkpoint
 
 __all__ = ["Problem", "load_problem"]

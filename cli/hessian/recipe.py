@@ -9,10 +9,10 @@ from tempfile import TemporaryDirectory
 import yaml
 
 from ..application import Application
-from ..model_building import quiet
+from ..messages import quiet
+from ..models import trainer_options, without_start
 from ..recipes import read_yaml
 from ..run_folder import holds_run, resolve_checkpoint
-from ..without_training import trainer_options, without_start
 
 __all__ = ["build_application", "find_checkpoint"]
 

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("name", metavar="NAME", help="A study of the list below, or the path of a recipe.")
+    parser.add_recipe("name", metavar="NAME", help="A study of the list below, or the path of a recipe.")
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="runs/studies/NAME by default; older files of it are replaced."
     )

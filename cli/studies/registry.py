@@ -14,6 +14,9 @@ from typing import Any
 
 import yaml
 
+from lightning_adam_mini.hints import did_you_mean
+
+from ..arguments import UsageError
 from ..recipes import read_yaml
 from .outcome import Outcome
 
@@ -71,8 +74,8 @@ def find_study(name: str) -> Path:
     stem = name.removeprefix("studies/").removesuffix(".yaml")
     if stem in known:
         return _root() / f"{stem}.yaml"
-    near = difflib.get_close_matches(stem, known, n=2, cutoff=0.5) or list(known)
-    raise ValueError(f"{name}: no such file, and no study of that name; did you mean {', '.join(near)}?")
+    hint = did_you_mean(stem, known, otherwise="; `adam-mini study --help` lists them", cutoff=0.5)
+    raise UsageError(f"{name}: no such file, and no study of that name{hint}")
 
 
 def load_study(name: str, changes: Sequence[str] = ()) -> Study:

@@ -15,7 +15,7 @@ __all__ = ["cpu_name", "describe_machine", "package_versions"]
 
 _PACKAGES = (
     "lightning-adam-mini", "torch", "lightning", "torchvision", "torch-geometric", "diffusers", "transformers", "timm",
-    "pytorch-optimizer", "adam-mini", "numpy",
+    "pytorch-optimizer", "adam-mini", "numpy", "torchao", "triton",
 )  # fmt: skip
 
 

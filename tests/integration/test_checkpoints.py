@@ -332,7 +332,7 @@ def test_the_best_checkpoint(work_dir, capsys):
     assert list(read_metrics("run")["test_loss"]) == [10]
     (work_dir / "run" / "checkpoints" / "best-step=10.ckpt").rename(work_dir / "elsewhere.ckpt")
     assert run("test", "--run_dir", "run", "--ckpt_path", "best") == 1
-    assert "holds beside the last: none" in error_line(capsys)
+    assert "besides the last one run/checkpoints holds: none" in error_line(capsys)
 
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_over(work_dir):

@@ -15,9 +15,9 @@ pytest.importorskip("transformers")
 
 import tiny_models
 from lightning_adam_mini import AdamMini, explain
-from lightning_adam_mini.cli import dummy_inputs
-from lightning_adam_mini.cli import explain as command
+from lightning_adam_mini.cli import runnable_models
 from lightning_adam_mini.cli.main import main
+from lightning_adam_mini.cli.messages import show
 from lightning_adam_mini.measure import adamw_state_bytes, optimizer_state_bytes
 from tiny_runs import RECIPE, error_line, write_recipe
 
@@ -338,10 +338,14 @@ COMMANDS = [
     ([], COMMAND, "give exactly one of RECIPE, --hf, --timm and --diffusers"),
     ([*GPT2_TINY, "--hf", "config.json"], COMMAND, "give exactly one of"),
     (["--hf"], COMMAND, "expected one argument"),
-    ([*GPT2_TINY, "--partitoin", "default"], COMMAND, "unrecognized arguments: --partitoin"),
-    ([*GPT2_TINY, "--over", "value=row"], COMMAND, "unrecognized arguments: --over"),
-    ([*GPT2_TINY, "--override", "value"], COMMAND, "--override value: expected KEY=CUT"),
-    ([*GPT2_TINY, "--override", "=row"], COMMAND, "--override =row: expected KEY=CUT"),
+    (
+        [*GPT2_TINY, "--partitoin", "default"],
+        COMMAND,
+        "there is no option --partitoin; did you mean --partition? `adam-mini explain --help` lists all",
+    ),
+    ([*GPT2_TINY, "--over", "value=row"], COMMAND, "there is no option --over; did you mean --override?"),
+    ([*GPT2_TINY, "--override", "value"], COMMAND, "--override value: expected KEY=STRUCTURE"),
+    ([*GPT2_TINY, "--override", "=row"], COMMAND, "--override =row: expected KEY=STRUCTURE"),
     ([*GPT2_TINY, "--override", "key=row", "--override", "key=whole"], COMMAND, "key is given twice"),
     ([*GPT2_TINY, "--layout", "GPT2Attention"], COMMAND, "--layout GPT2Attention: expected CLASS=LAYOUT"),
     ([*GPT2_TINY, "--override", "value=hole"], VALUE, "unknown cut 'hole' for 'value'; choose from head, row"),
@@ -352,12 +356,14 @@ COMMANDS = [
     (["--hf", ""], COMMAND, "--hf is empty: give a name"),
     (["--timm", ""], COMMAND, "--timm is empty: give a name"),
     (["--diffusers", ""], COMMAND, "--diffusers is empty: give a name"),
-    ([*GPT2_TINY, "--partition", "transfomer"], VALUE, "unknown partition 'transfomer'; choose from auto"),
+    ([*GPT2_TINY, "--partition", "transfomer"], COMMAND, "--partition transfomer: choose from auto, transformer"),
+    ([*GPT2_TINY, "--partition", "transfomer"], COMMAND, "did you mean transformer?"),
+    ([*GPT2_TINY, "--partition", "transformer_rank_one"], COMMAND, "transformer_early, factored, default"),
     ([*GPT2_TINY, "--layout", "Foo=gpt2"], VALUE, "no module of this model is of class 'Foo'"),
     ([*GPT2_TINY, "--layout", "GPT2Attention=foo"], VALUE, "there is no layout 'foo'"),
     (
         ["llm/gpt2_tinny"],
-        VALUE,
+        COMMAND,
         "recipe llm/gpt2_tinny: no such file, and no recipe of that name; did you mean llm/gpt2",
     ),
     (["llm/llama2_7b", "--override", "re:.*v_proj.weight=row"], VALUE, "(the recipe itself overrides value=whole;"),
@@ -494,7 +500,7 @@ def test_a_reader_that_stops_early(monkeypatch):
     os.close(reader)
     with os.fdopen(writer, "w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
-        command._write("text")
+        show("text")
 
 
 def test_a_model_of_70_billion_parameters_takes_no_memory(folder):
@@ -530,7 +536,7 @@ def test_a_recipe_is_verified(folder, capsys):
 
 def test_a_wrong_layout_is_contradicted(folder, capsys, monkeypatch):
     """A large model is verified with fewer layers, and the rest as their like."""
-    monkeypatch.setattr(dummy_inputs, "LARGE", 0)
+    monkeypatch.setattr(runnable_models, "LARGE", 0)
     sizes = {"model_type": "gpt2", "n_embd": 24, "n_head": 4, "n_layer": 5, "vocab_size": 50}
     write_json(folder / "config.json", sizes)
     options = ["--hf", "config.json", "--verify"]
@@ -541,7 +547,7 @@ def test_a_wrong_layout_is_contradicted(folder, capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert re.search(r"c_attn\.weight +x5 .* contradicted ", shown)
     assert "contradicted: transformer.h.{0,1}.attn.c_attn.weight: " in shown
-    assert "right would be:" in shown
+    assert "the correct partition:" in shown
 
 
 def test_an_input_that_nobody_can_make_up(folder, capsys):

@@ -94,6 +94,82 @@ def test_a_place_is_tried_and_left_as_it_is(tmp_path, monkeypatch):
         check_place(tmp_path / "new")
 
 
+def parser_with_recipe(**options):
+    parser = Parser(prog="adam-mini some")
+    parser.add_recipe(**options)
+    parser.add_argument("--number", type=int)
+    parser.add_argument("--names", nargs="+")
+    return parser
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["a", "--number", "3"],
+        ["--config", "a", "--number", "3"],
+        ["--number", "3", "-c", "a"],
+        ["--config=a", "--number=3"],
+        ["--number", "3", "a"],
+    ],
+)
+def test_a_recipe_by_position_or_by_config(arguments):
+    options = parser_with_recipe().parse_args(arguments)
+    assert (options.recipe, options.number) == ("a", 3)
+    options, rest = parser_with_recipe(nargs="?").parse_known_args([*arguments, "--model.size", "8"])
+    assert (options.recipe, options.number, rest) == ("a", 3, ["--model.size", "8"])
+
+
+def test_several_recipes():
+    arguments = ["a", "--config", "b", "--names", "x", "y", "--config=c"]
+    options = parser_with_recipe(nargs="*").parse_args(arguments)
+    assert (options.recipe, options.names) == (["b", "c", "a"], ["x", "y"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a", "--config", "b"], "unrecognized arguments: a"),
+        (["--config"], "--config: expected one argument"),
+        (["--config", "--number", "3"], "--config: expected one argument"),
+        (["a", "--numbr", "3"], "no option --numbr; did you mean --number[?] `adam-mini some --help` lists all"),
+        (["a", "--numbr=3"], "no option --numbr; did you mean --number"),
+        (["a", "--num", "3"], "no option --num[.;]"),
+        (["a", "--xyz"], r"no option --xyz\. `adam-mini some --help`"),
+        (["a", "--number", "x"], "argument --number: invalid int value: 'x'"),
+    ],
+)
+def test_what_is_wrong_with_a_command_line(arguments, message):
+    with pytest.raises(argparse.ArgumentError, match=message):
+        parser_with_recipe().parse_args(arguments)
+
+
+WITH_RECIPE = {
+    "fit": ["fit"],
+    "predict": ["predict"],
+    "explain": ["explain"],
+    "bench": ["bench"],
+    "bench throughput": ["bench", "throughput", "--memory", "1GB"],
+    "compare": ["compare"],
+    "hessian": ["hessian", "js"],
+    "study": ["study"],
+}
+
+
+@pytest.mark.parametrize("command", WITH_RECIPE)
+def test_a_wrong_recipe_in_every_command(capsys, command):
+    """The same error in both forms, with a suggestion, and the exit code of a wrong command line."""
+    words = WITH_RECIPE[command]
+    name, near = ("mlp_hessia", "mlp_hessian") if command == "study" else ("resnet/mnist5k", "vision/mnist5k.yaml")
+    lines = []
+    for recipe in ([name], ["--config", name], [f"-c={name}"]):
+        first = recipe if command in ("fit", "predict") else []
+        last = [] if first else recipe
+        assert main([words[0], *first, *words[1:], *last]) == 2
+        lines.append(error_line(capsys))
+    assert len(set(lines)) == 1
+    assert f"did you mean {near}" in lines[0]
+
+
 GPT2 = '{"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 10}'
 COMMANDS = {
     "bench": ["bench", "--hf", GPT2, "--out"],

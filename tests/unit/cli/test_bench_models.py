@@ -10,8 +10,8 @@ from torch import nn
 import tiny_models
 from lightning_adam_mini.cli.bench import contenders, steps
 from lightning_adam_mini.cli.bench.contenders import BASELINE, choose
-from lightning_adam_mini.cli.bench.models import choose_device, give_memory, trained_bytes
-from lightning_adam_mini.cli.model_building import Source
+from lightning_adam_mini.cli.models import Source
+from lightning_adam_mini.cli.runnable_models import choose_device, give_memory, trained_bytes
 from lightning_adam_mini.optim.implementation import Implementation
 
 

@@ -1,5 +1,9 @@
-"""One line from jsonargparse's own messages, as the installed version words them."""
+"""Errors in one line: from the messages of the installed jsonargparse, and reported once by several ranks."""
 
+import os
+import subprocess
+import sys
+import time
 from argparse import ArgumentError
 from dataclasses import dataclass, field
 from typing import Literal
@@ -7,7 +11,8 @@ from typing import Literal
 import pytest
 from jsonargparse import ArgumentParser
 
-from lightning_adam_mini.cli.messages import near_option, one_line
+from lightning_adam_mini.cli import messages
+from lightning_adam_mini.cli.messages import is_for_users, near_option, one_line, report_error, report_once
 from lightning_adam_mini.factory import OptimizerFactory
 
 
@@ -113,3 +118,106 @@ def test_an_error_in_a_class_is_the_cause():
 def test_an_error_of_a_reading_process_is_its_last_line():
     text = "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File x\n"
     assert one_line(text + "ValueError: cannot read a.png; remove it\n") == "cannot read a.png; remove it"
+
+
+# Reported once
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch, tmp_path):
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "ADAM_MINI_REPORTED"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(messages, "PATIENCE", 0.2)
+
+
+def as_rank(monkeypatch, number):
+    monkeypatch.setenv("LOCAL_RANK", str(number))
+
+
+def test_one_process_tells_each_error(capsys):
+    with report_once():
+        assert report_error(ValueError("first"))
+        assert report_error(ValueError("second"))
+    assert capsys.readouterr().err == "adam-mini: error: first\nadam-mini: error: second\n"
+    assert "ADAM_MINI_REPORTED" not in os.environ
+
+
+def test_ranks_that_inherit_the_teller_tell_once(monkeypatch, capsys, tmp_path):
+    with report_once():
+        as_rank(monkeypatch, 0)
+        assert report_error(ValueError("no data"))
+        as_rank(monkeypatch, 1)
+        assert report_error(ValueError("no data"))
+        assert report_error(RuntimeError("Connection closed by peer"))
+    assert capsys.readouterr().err == "adam-mini: error: no data\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_rank_tells_what_it_alone_has_met(monkeypatch, capsys):
+    with report_once():
+        as_rank(monkeypatch, 1)
+        assert report_error(ValueError("no data here"))
+        as_rank(monkeypatch, 0)
+        assert report_error(RuntimeError("Connection closed by peer")), "whose reason is told"
+    assert capsys.readouterr().err == "adam-mini: error on rank 1: no data here\n"
+
+
+def test_a_fault_of_the_program_needs_its_traceback(monkeypatch, capsys):
+    with report_once():
+        assert not report_error(RuntimeError("a fault"))
+        as_rank(monkeypatch, 1)
+        assert not report_error(RuntimeError("a fault"))
+    assert capsys.readouterr().err == ""
+
+
+def test_ranks_of_another_launcher_have_their_parent_in_common(monkeypatch, capsys):
+    as_rank(monkeypatch, 0)
+    with report_once():
+        assert "ADAM_MINI_REPORTED" not in os.environ
+        report_error(ValueError("no data"))
+        as_rank(monkeypatch, 1)
+        report_error(ValueError("no data"))
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        as_rank(monkeypatch, 0)
+        report_error(ValueError("again"))
+    assert capsys.readouterr().err == "adam-mini: error: no data\nadam-mini: error: again\n"
+
+
+def test_a_file_of_long_ago_silences_nobody(monkeypatch, capsys):
+    as_rank(monkeypatch, 0)
+    report_error(ValueError("old"))
+    os.utime(messages._file(), (0, time.time() - 1000))
+    report_error(ValueError("new"))
+    assert capsys.readouterr().err == "adam-mini: error: old\nadam-mini: error: new\n"
+
+
+def test_an_error_of_a_process_that_torch_has_forked(capsys):
+    raised = type("ProcessRaisedException", (Exception,), {})
+    text = "\n\n-- Process 1 terminated with the following error:\nTraceback (most recent call last):\n  File x\n"
+    assert report_error(raised(f"{text}FileNotFoundError: There is no file nowhere.txt\n"))
+    assert capsys.readouterr().err == "adam-mini: error: There is no file nowhere.txt\n"
+    assert not report_error(raised(f"{text}ZeroDivisionError: division by zero\n"))
+
+
+def test_errors_for_users():
+    assert all(map(is_for_users, (ValueError(), OSError(), ArgumentError(None, ""), ModuleNotFoundError())))
+    assert not any(map(is_for_users, (TypeError(), RuntimeError(), KeyError())))
+
+
+def test_processes_of_other_ranks_end_with_the_first():
+    pytest.importorskip("lightning")
+    from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+    from lightning_adam_mini.cli.application import Application
+
+    launcher = object.__new__(_SubprocessScriptLauncher)
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+    launcher.procs = [process]
+    application = object.__new__(Application)
+    strategy = type("Strategy", (), {"launcher": launcher})
+    application.trainer = type("Trainer", (), {"strategy": strategy})
+    application._created = []
+    application._clean_up(ValueError("no data"))
+    assert process.returncode is not None
+    assert launcher.procs == []

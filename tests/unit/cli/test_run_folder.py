@@ -134,7 +134,7 @@ def test_best():
     run = make_run("run", "best-step=5.ckpt", "last.ckpt")
     assert resolve_checkpoint("best", run, may_start=False) == "run/checkpoints/best-step=5.ckpt"
     (run / "checkpoints" / "best-step=9.ckpt").touch()
-    with pytest.raises(ValueError, match=r"holds beside the last: best-step=5\.ckpt, best-step=9\.ckpt"):
+    with pytest.raises(ValueError, match=r"holds: best-step=5\.ckpt, best-step=9\.ckpt"):
         resolve_checkpoint("best", run, may_start=False)
 
 

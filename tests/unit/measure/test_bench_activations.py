@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from apart import apart, assert_passes_apart
-from lightning_adam_mini.cli.bench.models import give_memory
+from lightning_adam_mini.cli.runnable_models import give_memory
 from lightning_adam_mini.measure.allocations import peak_extra_bytes
 from lightning_adam_mini.measure.live_memory import LiveMemory, activation_peak
 

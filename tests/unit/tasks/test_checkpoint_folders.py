@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from lightning_adam_mini.cli.checkpoint_folder import write_folder
+from lightning_adam_mini.cli.convert import write_folder
 from lightning_adam_mini.cli.run_folder import last_checkpoint, resolve_checkpoint
 from lightning_adam_mini.tasks import in_place
 from lightning_adam_mini.tasks.checkpoint_folder import read_folder, read_outline

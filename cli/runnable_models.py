@@ -1,4 +1,4 @@
-"""Models that can run here, and inputs that they take, for whoever looks at one forward pass."""
+"""Models that run here: with random weights on a device, and random inputs for their forward pass."""
 
 from __future__ import annotations
 
@@ -10,20 +10,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .model_building import quiet
+from .messages import quiet
 
-__all__ = ["built", "check_size", "dummy_inputs", "shortened"]
+__all__ = [
+    "WEIGHT_STD",
+    "built",
+    "check_size",
+    "choose_device",
+    "dummy_inputs",
+    "give_memory",
+    "shortened",
+    "trained_bytes",
+]
 
 MAX_ELEMENTS = 1_000_000_000
-"""Elements of the largest model that is run, 4 GB in float32, and as many again for copies."""
+"""Elements of the largest model that runs: 4 GB in float32, and as much again for copies."""
 LARGE = 100_000_000
-"""Elements from which on layers are left out."""
+"""A model with more elements runs with fewer layers."""
 LAYERS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "num_encoder_layers",
     "num_decoder_layers",
 )  # fmt: skip
-"""What configurations of transformers call the number of equal layers."""
+"""Names of the number of layers in configurations of transformers."""
 BATCH, TOKENS, SIDE = 2, 8, 32
+WEIGHT_STD = 0.02
 
 
 def check_size(model: nn.Module) -> None:
@@ -40,21 +50,21 @@ def check_size(model: nn.Module) -> None:
         )
 
 
-def built(build: Callable[[], nn.Module], outline: nn.Module) -> tuple[nn.Module, list[str]]:
-    """A model with random weights, as `runnable` of a `Source` gives it."""
-    check_size(outline)
+def built(build: Callable[[], nn.Module], meta_model: nn.Module) -> tuple[nn.Module, list[str]]:
+    """Build a model with random weights; the result is that of `Source.runnable`."""
+    check_size(meta_model)
     with quiet():
         return build(), []
 
 
-def shortened(outline: Any) -> tuple[nn.Module, list[str]]:
-    """A model of transformers with random weights, with as many layers as show one of each kind where it is large.
+def shortened(meta_model: Any) -> tuple[nn.Module, list[str]]:
+    """Build a model of transformers with random weights; a large one keeps at least one layer of each kind.
 
     Args:
-        outline: The model on the meta device.
+        meta_model: The model on the meta device.
     """
-    config, remarks = copy.deepcopy(outline.config), []
-    if sum(parameter.numel() for parameter in outline.parameters()) > LARGE:
+    config, remarks = copy.deepcopy(meta_model.config), []
+    if sum(parameter.numel() for parameter in meta_model.parameters()) > LARGE:
         for part in (config, *(getattr(config, name) for name in config.sub_configs)):
             for name in LAYERS:
                 count = getattr(part, name, None)
@@ -68,21 +78,21 @@ def shortened(outline: Any) -> tuple[nn.Module, list[str]]:
                     remarks.append(f"verified with {kept} of {count} layers ({name})")
     with quiet():
         with torch.device("meta"):
-            check_size(type(outline)(config))
-        return type(outline)(config), remarks
+            check_size(type(meta_model)(config))
+        return type(meta_model)(config), remarks
 
 
 def dummy_inputs(model: Any) -> dict[str, Any]:
-    """Keyword arguments for a forward pass of a model, from what its configuration says.
+    """Random keyword arguments for the forward pass of a model, from the sizes in its configuration.
 
     Raises:
-        ValueError: It asks for something that nobody here can make up.
+        ValueError: It needs an argument of unknown shape.
     """
     network = model.model if hasattr(model, "optimizer_factory") else model
     config = getattr(network, "config", None)
     signature = inspect.signature(model.forward).parameters
     if "graph" in signature:
-        # Labels that the model is given stand beside the features.
+        # With label reuse, labels are concatenated to the features.
         widths = (getattr(module, "in_channels", None) for module in model.modules())
         width = next(width for width in widths if isinstance(width, int) and width > 0)
         return {"graph": _graph(width - (model._num_classes if model.label_reuse else 0))}
@@ -112,7 +122,7 @@ def dummy_inputs(model: Any) -> dict[str, Any]:
 
 
 def _value(name: str, config: Any, network: Any) -> Tensor | None:
-    """A random tensor for an argument of this name; None where its shape is unknown."""
+    """A random tensor for an argument of this name; None if its shape is unknown."""
     parts = [config, *(getattr(config, part, None) for part in ("text_config", "vision_config", "audio_config"))]
 
     def size(*names: str) -> Any:
@@ -158,3 +168,46 @@ def _graph(features: int) -> Any:
     edges = torch.stack([nodes, nodes.roll(1)])
     x, y = torch.randn(6, features), torch.zeros(6, dtype=torch.long)
     return Graph(x=x, y=y, edge_index=edges, train=nodes, val=nodes, test=nodes)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of `--device`.
+
+    Raises:
+        ValueError: CUDA is asked for, and there is no GPU.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here; leave it out, or give --device cpu")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def give_memory(model: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> None:
+    """Replace parameters and buffers on the meta device by tensors with memory; tied parameters stay tied.
+
+    Parameters are drawn from a normal distribution of standard deviation `WEIGHT_STD`, buffers are zero.
+
+    Args:
+        model: A model on the meta device; it is changed in place.
+        device: Device of the tensors.
+        dtype: Dtype of floating-point parameters; their own by default.
+    """
+    made: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if parameter not in made:
+                    kind = dtype if parameter.is_floating_point() and dtype else parameter.dtype
+                    # Not `empty_like`: under FakeTensorMode it rejects a real tensor.
+                    content = torch.empty_strided(parameter.shape, parameter.stride(), dtype=kind, device=device)
+                    if content.is_floating_point():
+                        content.normal_(0.0, WEIGHT_STD)
+                    made[parameter] = nn.Parameter(content, requires_grad=parameter.requires_grad)
+                module._parameters[name] = made[parameter]  # type: ignore[assignment]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
+
+
+def trained_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
+    """Bytes of the trainable parameters, in `dtype` or their own."""
+    return sum(p.numel() * (dtype or p.dtype).itemsize for p in model.parameters() if p.requires_grad)
