@@ -5,8 +5,13 @@ Shapes: `B` images, `C` channels, `H` by `W` pixels.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, ClassVar, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,19 +21,131 @@ from torch import Tensor, nn
 from lightning_adam_mini.factory import OptimizerFactory
 from lightning_adam_mini.schedule import Schedule
 
+from ..base import Task
 from ..callbacks import WeightEMA
 from ..metrics import MeanLoss
 from ..packages import require
 from ..primary_metric import PrimaryMetric
-from .comparison import check_images
-from .generation import GeneratingTask
-from .noise import BetaSchedule, Prediction, build_schedule, evaluation_draws, loss_weights, target
-from .sampling import check_sample_steps
+from .frechet import check_images, compare_with_real
+from .noise import (
+    BetaSchedule,
+    Prediction,
+    build_schedule,
+    check_sample_steps,
+    ddim_sample,
+    evaluation_draws,
+    loss_weights,
+    seeded_noise,
+    target,
+    write_grid,
+    write_image,
+)
 from .unet import build_unet, check_unet, fit_to_data
 
-__all__ = ["DiffusionModel"]
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler, UNet2DModel
+
+__all__ = ["DiffusionModel", "GeneratingTask", "save_pipeline"]
 
 _PREDICTS = {"epsilon": "noise", "v_prediction": "velocity", "sample": "image"}
+
+
+class GeneratingTask(Task):
+    """A task that makes images from seeds, without any random number of the training.
+
+    A subclass sets the options below, and `forward` predicts from noisy images and their timesteps.
+    """
+
+    noise_schedule: DDPMScheduler
+    num_samples: int
+    sample_steps: int
+    sample_seed: int
+    pca_features: int
+    frechet_images: int
+    _grid: Path | None = None
+
+    @property
+    def network(self) -> UNet2DModel:
+        """The U-Net, once `configure_model` has made it."""
+        assert self.model is not None
+        return cast("UNet2DModel", self.model)
+
+    def sample(self, seeds: list[int]) -> Tensor:
+        """New images `(B, C, H, W)` in [-1, 1], on the CPU, each from the noise of its seed alone."""
+        with self.evaluating():
+            made = [self._sample(seeds[at : at + _SAMPLE_BATCH]) for at in range(0, len(seeds), _SAMPLE_BATCH)]
+        return torch.cat(made) if made else torch.empty(0, *self._image_shape())
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> list[dict[str, Any]]:
+        """Make the image of each seed, as PNG in `predictions/`: `{"image": path in the run folder, "seed": ...}`."""
+        seeds = batch[1].tolist()
+        folder = Path(self.trainer.default_root_dir)
+        rows = []
+        for seed, image in zip(seeds, self.sample(seeds), strict=True):
+            name = f"predictions/seed_{seed:06d}.png"
+            if self.trainer.is_global_zero or not self.is_sharded:  # all ranks make the same images where it is
+                write_image(image, folder / name)
+            rows.append({"image": name, "seed": seed})
+        return rows
+
+    def export(self, folder: str | Path) -> Path:
+        """See `save_pipeline`."""
+        return save_pipeline(self.network, self.noise_schedule, folder)
+
+    def pictures(self, folder: Path) -> dict[str, Path]:
+        """The last grid of samples."""
+        return {} if self._grid is None else {"samples": self._grid}
+
+    def draw_grid(self) -> None:
+        """Write samples to `samples/step_000600.png`, once a step; all ranks make them, the first one writes."""
+        path = Path(self.trainer.default_root_dir) / "samples" / f"step_{self.trainer.global_step:06d}.png"
+        if self._grid == path:
+            return
+        images = self.sample(list(range(self.sample_seed, self.sample_seed + self.num_samples)))
+        self._grid = path
+        if self.trainer.is_global_zero:
+            write_grid(images, path)
+
+    def compare(self, part: Literal["val", "test"]) -> tuple[float, float]:
+        """See `compare_with_real`."""
+        # Seeds of the grids are left out: these images are new.
+        first = self.sample_seed + self.num_samples
+        return compare_with_real(
+            self.data_module(),
+            part,
+            lambda number: self.sample(list(range(first, first + number))),
+            num_features=self.pca_features,
+            num_images=self.frechet_images,
+        )
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Without dropout and gradients."""
+        was_training = self.network.training
+        self.network.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.network.train(was_training)
+
+    def _sample(self, seeds: list[int]) -> Tensor:
+        noise = seeded_noise(seeds, self._image_shape()).to(self.device)
+        return ddim_sample(self._predict, self.noise_schedule, noise, self.sample_steps).cpu()
+
+    def _predict(self, images: Tensor, timesteps: Tensor) -> Tensor:
+        """`forward` in the precision of the trainer, which holds in its steps only."""
+        trainer = self._trainer
+        with contextlib.nullcontext() if trainer is None else trainer.precision_plugin.forward_context():
+            predicted: Tensor = self(images, timesteps)
+        return predicted
+
+    def _image_shape(self) -> tuple[int, int, int]:
+        config = self.network.config
+        size = config.sample_size
+        if size is None:
+            raise ValueError("set model.config.sample_size: without data nobody knows the size of the images to make")
+        return config.in_channels, size, size
 
 
 class DiffusionModel(GeneratingTask):
@@ -287,3 +404,32 @@ class DiffusionModel(GeneratingTask):
     def _is_training_validation(self) -> bool:
         trainer = self.trainer
         return trainer.state.fn == "fit" and not trainer.sanity_checking and not getattr(trainer, "fast_dev_run", False)
+
+
+# Images that go through the network at once where samples are made.
+_SAMPLE_BATCH = 128
+
+
+def save_pipeline(network: UNet2DModel, schedule: DDPMScheduler, folder: str | Path) -> Path:
+    """Save U-Net and noise schedule for diffusers' `DDPMPipeline.from_pretrained`, beside and then renamed.
+
+    Args:
+        network: The U-Net.
+        schedule: The noise schedule.
+        folder: A folder that does not exist yet.
+
+    Raises:
+        ValueError: The folder exists.
+    """
+    from diffusers import DDPMPipeline
+
+    path = Path(folder).expanduser()
+    if path.exists():
+        raise ValueError(f"{path} exists; choose another folder for the export, or remove it")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        DDPMPipeline(unet=network, scheduler=schedule).save_pretrained(beside)
+        beside.rename(path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return path

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, fields, replace
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Graph"]
+from ..packages import require
+
+__all__ = ["Graph", "require_neighbor_sampling", "require_torch_geometric"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -82,3 +87,31 @@ class Graph:
             )
         if not self.x.isfinite().all():
             raise ValueError(f"{where}: the features hold values that are not finite numbers; mend the file")
+
+
+def require_torch_geometric(what: str) -> None:
+    """Import torch_geometric.
+
+    Args:
+        what: What needs it, for the message.
+
+    Raises:
+        ValueError: It is not there; with what to install.
+    """
+    require("torch_geometric", what, extra="graph", package="torch-geometric")
+    with warnings.catch_warnings():  # of torch, about what torch_geometric does while it is imported
+        warnings.simplefilter("ignore", FutureWarning)
+        import_module("torch_geometric.nn.models")
+
+
+def require_neighbor_sampling() -> None:
+    """Check for a compiled sampler, without which torch_geometric's NeighborLoader cannot run.
+
+    Raises:
+        ValueError: There is none; with the sampling that works without.
+    """
+    if find_spec("pyg_lib") is None and find_spec("torch_sparse") is None:
+        raise ValueError(
+            "data.sampling neighbors needs the package pyg-lib (or torch-sparse), which is not installed: install it "
+            "as torch_geometric's installation page says, or use data.sampling parts, which needs neither"
+        )

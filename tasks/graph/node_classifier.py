@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -14,15 +17,25 @@ from lightning_adam_mini.factory import OptimizerFactory
 from lightning_adam_mini.schedule import Schedule
 
 from ..base import Task
+from ..curves import draw_curves
+from ..metrics_file import read_metrics
 from ..primary_metric import PrimaryMetric
-from .baselines import majority_accuracy, propagation_accuracy
-from .graph import Graph
-from .label_reuse import all_training_nodes, draw_training_nodes, predict_with_labels
-from .losses import Loss, node_losses
-from .packages import require_torch_geometric
-from .pictures import draw_accuracy, draw_classes
+from ..run_files import save_figure
+from .graph import Graph, require_torch_geometric
 
-__all__ = ["NodeClassifier"]
+__all__ = [
+    "Loss",
+    "NodeClassifier",
+    "all_training_nodes",
+    "class_accuracies",
+    "draw_accuracy",
+    "draw_classes",
+    "draw_training_nodes",
+    "majority_accuracy",
+    "node_losses",
+    "predict_with_labels",
+    "propagation_accuracy",
+]
 
 # The others convert a batch, and a graph is no collection of tensors to Lightning.
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
@@ -324,3 +337,145 @@ def _check_labels(mask_rate: float, label_reuse: bool, label_iterations: int) ->
         )
     if label_iterations and not label_reuse:
         raise ValueError("label_iterations continues label_reuse: set label_reuse true, or leave label_iterations out")
+
+
+Loss = Literal["cross_entropy", "log_cross_entropy"]
+
+_EPSILON = 1 - math.log(2)
+
+
+def node_losses(logits: Tensor, labels: Tensor, loss: Loss) -> Tensor:
+    r"""Loss of each node, `(n,)`.
+
+    `log_cross_entropy` is :math:`\log(\epsilon + CE) - \log \epsilon` with :math:`\epsilon = 1 - \ln 2`: as the
+    cross-entropy near 0, and slow where a label is far off, so that wrong labels pull less (Wang et al. 2021, "Bag of
+    Tricks for Node Classification with Graph Neural Networks", arXiv 2103.13355, section 4).
+
+    Args:
+        logits: `(n, C)`.
+        labels: `(n,)`.
+        loss: Which one.
+    """
+    losses = F.cross_entropy(logits.float(), labels, reduction="none")
+    return losses if loss == "cross_entropy" else torch.log(_EPSILON + losses) - math.log(_EPSILON)
+
+
+def all_training_nodes(graph: Graph) -> Tensor:
+    """Which nodes' labels an evaluation gives: `(N,)`, true for every training node."""
+    given = torch.zeros(graph.num_nodes, dtype=torch.bool, device=graph.y.device)
+    given[graph.train] = True
+    return given
+
+
+def draw_training_nodes(graph: Graph, rate: float) -> Tensor:
+    """Which nodes' labels a step gives: `(N,)`, true for each training node with probability `rate`.
+
+    Args:
+        graph: The graph.
+        rate: Between 0 and 1.
+    """
+    given = torch.zeros(graph.num_nodes, dtype=torch.bool, device=graph.y.device)
+    given[graph.train] = torch.rand(len(graph.train), device=graph.y.device) < rate
+    return given
+
+
+def predict_with_labels(
+    predict: Callable[[Tensor], Tensor], graph: Graph, given: Tensor, *, num_classes: int, iterations: int = 0
+) -> Tensor:
+    """Logits from features and given labels.
+
+    Args:
+        predict: Features `(N, F + C)` to logits `(N, C)`.
+        graph: The graph.
+        given: Nodes whose labels are given `(N,)`.
+        num_classes: C.
+        iterations: How often the network's own probabilities take the place of the labels that are not given. Only the
+            last pass has a gradient.
+    """
+    labels = torch.zeros(graph.num_nodes, num_classes, dtype=graph.x.dtype, device=graph.x.device)
+    labels[graph.train, graph.y[graph.train]] = given[graph.train].to(labels.dtype)
+    features = torch.cat([graph.x, labels], dim=1)
+    for _ in range(iterations):
+        with torch.no_grad():
+            guesses = predict(features).float().softmax(dim=1)
+        features = torch.cat([graph.x, torch.where(given[:, None], labels, guesses)], dim=1)
+    return predict(features)
+
+
+# Few enough for a second or two on a CPU; more change little.
+_PROPAGATIONS, _ALPHA = 20, 0.9
+
+
+def majority_accuracy(graph: Graph) -> float:
+    """Test accuracy of always naming the class that most training nodes have."""
+    most = graph.y[graph.train].bincount().argmax()
+    return (graph.y[graph.test] == most).float().mean().item()
+
+
+def propagation_accuracy(graph: Graph, num_classes: int) -> float:
+    """Test accuracy of training labels that spread along edges: no features, no training.
+
+    torch_geometric's LabelPropagation (Huang et al. 2020, arXiv 2010.13993).
+    """
+    from torch_geometric.nn.models import LabelPropagation
+
+    labels = torch.nn.functional.one_hot(graph.y, num_classes).float()
+    found = LabelPropagation(_PROPAGATIONS, _ALPHA)(labels, graph.edge_index, mask=graph.train).argmax(dim=1)
+    return (found[graph.test] == graph.y[graph.test]).float().mean().item()
+
+
+def draw_accuracy(folder: Path) -> Path:
+    """Training and validation accuracy in percent by step, from the metrics of the whole run: `accuracy_curve.png`.
+
+    Args:
+        folder: The run folder.
+    """
+    path, style = folder / "accuracy_curve.png", {"marker": "o", "markersize": 3}
+    curves = [
+        ("train_accuracy", "training", style),
+        ("val_accuracy", "validation", style),
+        ("test_accuracy_at_best", "test at the best validation", style),
+    ]
+    draw_curves(path, read_metrics(folder), curves, ylabel="accuracy, %", scale=100)
+    return path
+
+
+def class_accuracies(graph: Graph, predicted: Tensor) -> list[tuple[str, float, int]]:
+    """Name, test accuracy and number of test nodes of each class that has any, the worst first.
+
+    Args:
+        graph: The graph.
+        predicted: Class of each node `(N,)`.
+    """
+    labels = graph.y[graph.test].cpu()
+    hits = (predicted[graph.test].cpu() == labels).double()
+    counts = labels.bincount()
+    shares = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, labels, hits) / counts
+    rows = [
+        (graph.class_names[label] if graph.class_names else str(label), shares[label].item(), count)
+        for label, count in enumerate(counts.tolist())
+        if count
+    ]
+    return sorted(rows, key=lambda row: row[1])
+
+
+def draw_classes(folder: Path, graph: Graph, predicted: Tensor) -> Path:
+    """Test accuracy of each class in percent as bars: `accuracy_by_class.png`.
+
+    Args:
+        folder: The run folder.
+        graph: The graph.
+        predicted: Class of each node `(N,)`.
+    """
+    from matplotlib.figure import Figure
+
+    rows = class_accuracies(graph, predicted)
+    figure = Figure(figsize=(7, 1 + 0.2 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh([f"{name} ({count})" for name, _, count in rows], [100 * share for _, share, _ in rows])
+    axes.set_xlabel("test accuracy (and test nodes) of each class, %")
+    axes.set_xlim(0, 100)
+    axes.tick_params(labelsize=7)
+    axes.grid(axis="x", alpha=0.3)
+    save_figure(figure, folder / "accuracy_by_class.png")
+    return folder / "accuracy_by_class.png"

@@ -5,8 +5,9 @@ Shapes: `B` images, `C` channels, `H` and `W` height and width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +19,24 @@ from lightning_adam_mini.schedule import Schedule
 
 from ..base import Task
 from ..callbacks.ema import WeightEMA
+from ..curves import draw_curves
+from ..metrics import ExactMetric
 from ..metrics_file import read_metrics
 from ..primary_metric import PrimaryMetric
-from .mixing import BatchMixing, check_mixing
+from ..run_files import save_figure
 from .models import build_model, check_name, inspect_model
-from .pictures import draw_accuracy, draw_confusion
-from .scores import ClassificationSums
 
-__all__ = ["ImageClassifier"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "LARGEST_CONFUSION",
+    "BatchMixing",
+    "ClassificationSums",
+    "ImageClassifier",
+    "draw_accuracy",
+    "draw_confusion",
+]
 
 _IMAGENET_CLASSES = 1000
 
@@ -296,3 +307,168 @@ def _class_names(data: Any, num_classes: int) -> list[str]:
     """A name for each output: the data's, and numbers for those that the data have no class for."""
     names = getattr(data, "class_names", None) or ()
     return [*names, *map(str, range(len(names), num_classes))]
+
+
+class BatchMixing:
+    """Mixes each image of a batch with its neighbour: by mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019).
+
+    Draws from torch's generator of the CPU, so that no step waits for the device. Where both are on, each batch takes
+    one of them by a coin.
+
+    Args:
+        mixup_alpha: Of the Beta distribution of mixup's weight; 0 for no mixup.
+        cutmix_alpha: Of the Beta distribution of cutmix's area; 0 for no cutmix.
+        probability: That a batch is mixed; None for 1, and where nothing mixes.
+        num_classes: Number of classes.
+
+    Raises:
+        ValueError: See `check_mixing`.
+    """
+
+    def __init__(self, *, mixup_alpha: float, cutmix_alpha: float, probability: float | None, num_classes: int) -> None:
+        check_mixing(mixup_alpha, cutmix_alpha, probability)
+        from torchvision.transforms import v2
+
+        kinds = ((v2.MixUp, mixup_alpha), (v2.CutMix, cutmix_alpha))
+        self.transforms: list[Any] = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha > 0]
+        self.probability = 1.0 if probability is None else probability
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mix a batch.
+
+        Args:
+            images: `(B, C, H, W)`.
+            labels: `(B,)`, int64.
+
+        Returns:
+            The images, and their labels: as they were, or as shares of the classes `(B, num_classes)`.
+        """
+        if not self.transforms or torch.rand(()) >= self.probability:
+            return images, labels
+        chosen = int(torch.randint(len(self.transforms), ()))
+        return self.transforms[chosen](images, labels)
+
+
+def check_mixing(mixup_alpha: float, cutmix_alpha: float, probability: float | None) -> None:
+    """Check the options of mixing, before any data are read.
+
+    Args:
+        mixup_alpha: See `BatchMixing`.
+        cutmix_alpha: See `BatchMixing`.
+        probability: See `BatchMixing`.
+
+    Raises:
+        ValueError: A number is out of range, or a probability is given and nothing mixes.
+    """
+    for name, alpha in {"mixup_alpha": mixup_alpha, "cutmix_alpha": cutmix_alpha}.items():
+        if not 0.0 <= alpha < float("inf"):
+            raise ValueError(f"model.{name} must be a number of at least 0, not {alpha}; 0 turns it off")
+    if probability is None:
+        return
+    if not 0.0 <= probability <= 1.0:
+        raise ValueError(f"model.mix_probability is a probability in [0, 1], not {probability}")
+    if not mixup_alpha and not cutmix_alpha:
+        raise ValueError(
+            "model.mix_probability is for mixup and cutmix: set mixup_alpha or cutmix_alpha too, or leave it out"
+        )
+
+
+LARGEST_CONFUSION = 50
+"""Above so many classes a confusion matrix is neither kept nor drawn."""
+
+
+class ClassificationSums(ExactMetric):
+    """Counts what a classifier gets right, over all batches of all ranks.
+
+    Counts are whole numbers, so that no order of batches and no number of ranks changes an accuracy.
+
+    Args:
+        num_classes: Number of classes.
+    """
+
+    loss: Tensor
+    count: Tensor
+    top1: Tensor
+    top5: Tensor
+    confusion: Tensor
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.add_state("loss", torch.zeros((), dtype=torch.float32), dist_reduce_fx="sum")
+        for name in ("count", "top1", "top5"):
+            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        size = num_classes if num_classes <= LARGEST_CONFUSION else 0
+        self.add_state("confusion", torch.zeros(size, size, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            logits: `(B, num_classes)`; B may be 0.
+            labels: `(B,)`, int64.
+        """
+        logits = logits.float()
+        self.loss += F.cross_entropy(logits, labels, reduction="sum")
+        self.count += len(labels)
+        best = logits.topk(min(5, self.num_classes)).indices
+        hits = best == labels[:, None]
+        self.top1 += hits[:, 0].sum()
+        self.top5 += hits.sum()
+        if size := len(self.confusion):
+            pairs = labels * size + best[:, 0]
+            self.confusion += pairs.bincount(minlength=size**2).view(size, size)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Means over all images: `loss` in nats, `top1`, and `top5` where there are more than five classes.
+
+        Where there are few classes, also `confusion`: how often a class (row) was taken for another (column).
+        """
+        means = {"loss": self.loss / self.count, "top1": self.top1 / self.count}
+        if self.num_classes > 5:
+            means["top5"] = self.top5 / self.count
+        if len(self.confusion):
+            means["confusion"] = self.confusion
+        return means
+
+
+def draw_accuracy(metrics: dict[str, dict[int, float]], path: Path) -> None:
+    """Top-1 and top-5 validation accuracy in percent by optimizer step, as PNG.
+
+    Args:
+        metrics: Name to step to value.
+        path: The file.
+    """
+    style = {"marker": "o", "markersize": 4}
+    curves = [("val_top1", "top-1", style), ("val_top5", "top-5", style)]
+    draw_curves(path, metrics, curves, ylabel="validation accuracy, %", scale=100)
+
+
+def draw_confusion(confusion: Tensor, class_names: Sequence[str], path: Path) -> None:
+    """A confusion matrix in percent of each true class, as PNG.
+
+    Args:
+        confusion: Counts `(classes, classes)`, true class by predicted class.
+        class_names: Names of the classes.
+        path: The file.
+    """
+    from matplotlib.figure import Figure
+
+    number = len(confusion)
+    share = (100 * confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)).tolist()
+    side = max(4.0, 2.0 + 0.42 * number)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    axes.set_xticks(range(number), class_names, rotation=90)
+    axes.set_yticks(range(number), class_names)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    axes.set_title("% of the true class")
+    if number <= 20:
+        for row, values in enumerate(share):
+            for column, value in enumerate(values):
+                if value >= 0.05:
+                    color = "white" if value > 50 else "black"
+                    axes.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=7, color=color)
+    save_figure(figure, path)

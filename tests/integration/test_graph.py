@@ -198,7 +198,7 @@ def test_several_devices_are_refused_for_the_whole_graph(folder, monkeypatch, ca
     ],
 )
 def test_wrong_input_is_told_in_one_line(options, told, folder, monkeypatch, capsys):
-    monkeypatch.setattr("lightning_adam_mini.tasks.graph.packages.find_spec", lambda name: None)
+    monkeypatch.setattr("lightning_adam_mini.tasks.graph.graph.find_spec", lambda name: None)
     assert run("fit", *options) != 0
     assert told in error_line(capsys)
     assert not list(folder.rglob("metrics.jsonl"))

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import ast
 import platform
+import re
+import warnings
+import zlib
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...data.cache import digest, hash_files
 from ...data.standard_library import library_files
 from ..graph import Graph
-from .graph_cache import cached_graph
-from .module import GraphDataModule
-from .python_sources import Definition, find_definitions
-from .word_features import word_features
+from .module import GraphDataModule, cached_graph
 
-__all__ = ["CallGraph", "mention_edges"]
+__all__ = ["CallGraph", "Definition", "find_definitions", "mention_edges", "word_features"]
 
 _FEATURES = 128
 _TABLES = frozenset({"encodings", "pydoc_data"})  # generated files and plain text
@@ -137,3 +141,106 @@ def mention_edges(definitions: Sequence[Definition], kept: Sequence[int], max_de
         if target != source and target in node
     ]
     return to_undirected(torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).T.contiguous(), num_nodes=len(kept))
+
+
+_WORD = re.compile(r"[A-Za-z][a-z]{2,}|[A-Z]{3,}")
+_DOC_WORD = re.compile(r"[A-Za-z]{3,}")
+
+
+@dataclass(kw_only=True)
+class Definition:
+    """A function or class.
+
+    Args:
+        name: Its own name.
+        path: Its name with the module and what it is defined in.
+        package: Top-level package or module.
+        mentions: How often it mentions each name or attribute, what is defined within it included.
+        doc: Its docstring.
+    """
+
+    name: str
+    path: str
+    package: str
+    mentions: Counter[str] = field(default_factory=Counter)
+    doc: str = ""
+
+    def words(self) -> Counter[str]:
+        """Words of the docstring and of the names that it mentions, in lower case; its own name does not count."""
+        words = Counter(word.lower() for word in _DOC_WORD.findall(self.doc))
+        for name, count in self.mentions.items():
+            for word in _WORD.findall(name):
+                words[word.lower()] += count
+        return words
+
+
+def find_definitions(root: Path, files: Sequence[Path]) -> list[Definition]:
+    """All functions and classes of some files; a file that is no Python of this version is skipped.
+
+    Args:
+        root: Folder that modules are named from.
+        files: Files below it.
+    """
+    found: list[Definition] = []
+    for path in files:
+        module = path.relative_to(root).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of old escapes in the sources
+                tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):
+            continue
+        for child in ast.iter_child_nodes(tree):
+            found.extend(_definitions(child, module, []))
+    return found
+
+
+def _definitions(node: ast.AST, module: str, inside: list[Definition]) -> Iterator[Definition]:
+    """Definitions at and below a node; what it mentions counts for every definition that it stands in."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        path = f"{inside[-1].path if inside else module}.{node.name}"
+        definition = Definition(name=node.name, path=path, package=module.partition(".")[0])
+        definition.doc = ast.get_docstring(node) or ""
+        inside = [*inside, definition]
+        yield definition
+    elif inside and isinstance(node, ast.Name | ast.Attribute):
+        name = node.id if isinstance(node, ast.Name) else node.attr
+        for definition in inside:
+            definition.mentions[name] += 1
+    for child in ast.iter_child_nodes(node):
+        yield from _definitions(child, module, inside)
+
+
+_BUCKETS = 4096
+
+
+def word_features(texts: Sequence[Counter[str]], num_features: int) -> Tensor:
+    """Hashed words, weighted by tf-idf, and projected on their largest singular directions: `(N, F)`.
+
+    Each text has unit length in tf-idf; rows of the result have the length of the square root of F.
+
+    Args:
+        texts: Words and how often each occurs, N texts.
+        num_features: F, at most the texts and the 4,096 buckets that words are hashed to.
+    """
+    rows: list[int] = []
+    columns: list[int] = []
+    counts: list[int] = []
+    for number, words in enumerate(texts):
+        buckets: Counter[int] = Counter()
+        for word, count in words.items():
+            buckets[zlib.crc32(word.encode()) % _BUCKETS] += count
+        rows.extend([number] * len(buckets))
+        columns.extend(buckets.keys())
+        counts.extend(buckets.values())
+    row, column = torch.tensor(rows, dtype=torch.int64), torch.tensor(columns, dtype=torch.int64)
+    texts_with = column.bincount(minlength=_BUCKETS)
+    rarity = ((1 + len(texts)) / (1 + texts_with)).log() + 1
+    values = (1 + torch.tensor(counts, dtype=torch.float32).log()) * rarity[column]
+    lengths = torch.zeros(len(texts)).index_add_(0, row, values.square()).sqrt()
+    shape = (len(texts), _BUCKETS)
+    weights = torch.sparse_coo_tensor(torch.stack([row, column]), values / lengths[row], shape, check_invariants=False)
+    with torch.random.fork_rng(devices=[]):  # the projection starts from random directions
+        torch.manual_seed(0)
+        left, scale, _ = torch.svd_lowrank(weights.coalesce(), q=num_features, niter=4)
+    return F.normalize(left * scale, dim=1) * num_features**0.5

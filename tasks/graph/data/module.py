@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ...data.cache import default_cache_dir
+from ...checkpoint_file import read_file, write_to
+from ...data.cache import atomic_file, default_cache_dir, digest, only_one
 from ...data.module import SampledDataModule
 from ...data.record import hash_tensors
-from ..graph import Graph
-from ..packages import require_neighbor_sampling, require_torch_geometric
-from .sampling import NeighborBatches, RandomParts, WholeGraph
+from ...seeds import seed_of
+from ..graph import Graph, require_neighbor_sampling, require_torch_geometric
 
-__all__ = ["GraphDataModule"]
+__all__ = ["GraphDataModule", "NeighborBatches", "RandomParts", "WholeGraph", "cached_graph"]
 
 
 class GraphDataModule(SampledDataModule, ABC):
@@ -211,3 +217,154 @@ def _check_sampling(sampling: str, **options: dict[str, Any]) -> None:
 
 def _take_only(items: list[Graph]) -> Graph:
     return items[0]
+
+
+class WholeGraph(Dataset[Graph]):
+    """The same graph, whatever the number: always the same object, so that a device keeps it.
+
+    Args:
+        graph: The graph.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = replace(graph, whole=True)
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, number: int) -> Graph:
+        return self.graph
+
+
+class RandomParts(Dataset[Graph]):
+    """Random parts of the nodes, each with the edges within it; every epoch cuts anew.
+
+    Of the samplings that need no compiled package, this is the one whose cost is bounded: the neighbourhoods of a few
+    nodes over three layers (`k_hop_subgraph`) are nearly the whole of a citation graph. A part keeps one edge in
+    `num_parts`.
+
+    Args:
+        graph: The graph.
+        num_parts: Parts of an epoch.
+        seed: Picks the parts.
+    """
+
+    def __init__(self, graph: Graph, *, num_parts: int, seed: int) -> None:
+        self.graph = graph
+        self.num_parts = num_parts
+        self.seed = seed
+        self._cut: tuple[int, tuple[Tensor, ...]] = (-1, ())
+
+    def __len__(self) -> int:
+        return self.num_parts
+
+    def __getitem__(self, number: int) -> Graph:
+        epoch, part = divmod(number, self.num_parts)
+        if self._cut[0] != epoch:
+            order = torch.randperm(self.graph.num_nodes, generator=_generator(self.seed, epoch))
+            self._cut = (epoch, order.tensor_split(self.num_parts))
+        return _induced(self.graph, self._cut[1][part].sort().values)
+
+
+class NeighborBatches(Dataset[Graph]):
+    """Batches of training nodes with sampled neighbours, from torch_geometric's NeighborLoader.
+
+    Args:
+        graph: The graph.
+        num_neighbors: Neighbours that are sampled in each hop.
+        batch_size: Training nodes in a batch.
+        seed: Picks the order of the training nodes and their neighbours.
+    """
+
+    def __init__(self, graph: Graph, *, num_neighbors: Sequence[int], batch_size: int, seed: int) -> None:
+        self.graph = graph
+        self.num_neighbors = list(num_neighbors)
+        self.batch_size = batch_size
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.graph.train) / self.batch_size)
+
+    def __getitem__(self, number: int) -> Graph:
+        epoch, batch = divmod(number, len(self))
+        order = torch.randperm(len(self.graph.train), generator=_generator(self.seed, epoch))
+        positions = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+        with torch.random.fork_rng(devices=[]):  # the samplers draw from torch's global generator
+            torch.manual_seed(seed_of(self.seed, "neighbours", number))
+            sampled = self._loader(positions)  # in `input_nodes`
+        return replace(
+            self.graph,
+            x=sampled.x,
+            y=sampled.y,
+            edge_index=sampled.edge_index,
+            train=sampled.is_train.nonzero().flatten(),
+            val=positions.new_empty(0),
+            test=positions.new_empty(0),
+            seeds=torch.arange(len(positions)),  # the sampler puts them first
+            node_names=(),
+        )
+
+    @cached_property
+    def _loader(self) -> Any:
+        from torch_geometric.data import Data
+        from torch_geometric.loader import NeighborLoader
+
+        graph = self.graph
+        is_train = torch.zeros(graph.num_nodes, dtype=torch.bool)
+        is_train[graph.train] = True
+        data = Data(x=graph.x, y=graph.y, edge_index=graph.edge_index, is_train=is_train)
+        return NeighborLoader(data, num_neighbors=self.num_neighbors, input_nodes=graph.train)
+
+
+def _induced(graph: Graph, nodes: Tensor) -> Graph:
+    """Some nodes, in ascending order, and the edges between them, numbered anew."""
+    from torch_geometric.utils import subgraph
+
+    edges, _ = subgraph(nodes, graph.edge_index, relabel_nodes=True, num_nodes=graph.num_nodes)
+    number = torch.full((graph.num_nodes,), -1)
+    number[nodes] = torch.arange(len(nodes))
+    splits = {name: number[getattr(graph, name)] for name in ("train", "val", "test")}
+    kept: dict[str, Any] = {name: numbers[numbers >= 0] for name, numbers in splits.items()}
+    return replace(graph, x=graph.x[nodes], y=graph.y[nodes], edge_index=edges, node_names=(), **kept)
+
+
+def _generator(*position: int | str) -> torch.Generator:
+    return torch.Generator().manual_seed(seed_of(*position))
+
+
+log = logging.getLogger(__name__)
+
+# Raised by one whenever the meaning of a prepared file changes.
+_FORMAT = 1
+
+
+def cached_graph(cache_dir: Path, name: str, key: object, prepare: Callable[[], Graph]) -> Graph:
+    """A graph from the cache, or prepared and kept there.
+
+    Args:
+        cache_dir: The cache.
+        name: Begins the file's name.
+        key: All that the graph depends on, as a JSON value.
+        prepare: Makes the graph.
+    """
+    folder = cache_dir / "graph"
+    path = folder / f"{name}-{digest([_FORMAT, key])}.pt"
+    with only_one(folder):
+        if (graph := _read(path)) is not None:
+            return graph
+        graph = prepare()
+        values = {field.name: getattr(graph, field.name) for field in fields(Graph)}
+        with atomic_file(path) as file:
+            write_to(values, file)
+    return graph
+
+
+def _read(path: Path) -> Graph | None:
+    """The graph of a file; None where there is none, or one that is damaged."""
+    if not path.exists():
+        return None
+    try:
+        return Graph(**read_file(path))
+    except (OSError, TypeError, ValueError) as error:
+        log.warning("the prepared graph %s cannot be read and is made again: %s", path, error.__cause__ or error)
+        return None

@@ -15,10 +15,8 @@ from torch.utils.data import DataLoader
 from ...data.cache import default_cache_dir
 from ...data.module import SampledDataModule
 from ...data.record import TOKENIZER
-from .statistics import hash_tokens, unigram_loss
-from .token_stream import TokenStream
 from .tokenizer import keep_tokenizer, load_tokenizer, tokenizer_texts, tokenizers_differ
-from .windows import TrainWindows, ValidationWindows, collate_windows
+from .tokens import TokenStream, TrainWindows, ValidationWindows, collate_windows, hash_tokens, unigram_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -9,8 +9,7 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ...data.images import IMAGE_SUFFIXES
-from .image_sets import DecodedFiles, ImageSet
-from .module import ImageDataModule, settled
+from .module import DecodedFiles, ImageDataModule, ImageSet, settled
 from .transforms import IMAGENET_MEAN, IMAGENET_STD, Transforms
 
 __all__ = ["ImageFolders"]

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ...data.images import find_images
+from ...data.images import find_images, read_image
 from ...data.module import SampledDataModule
 from ...data.padding import PaddedItems, collate_padded
+from ...data.record import hash_paths, hash_tensors
 from ...data.shuffling import ShuffledSamples
-from .image_sets import DecodedFiles, ImageSet, TransformedImages, hash_images
 from .transforms import Transforms
 
-__all__ = ["ImageDataModule"]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["DecodedFiles", "ImageDataModule", "ImageSet", "ImageTensors", "TransformedImages", "hash_images"]
 
 
 class ImageDataModule(SampledDataModule, ABC):
@@ -192,3 +197,101 @@ def _files_to_predict(path: str, mode: str) -> DecodedFiles:
         problem = "holds no images" if root.is_dir() else "does not exist"
         raise ValueError(f"data.predict_path: {root} {problem}; give an image, or a folder of images")
     return DecodedFiles(files, [-1] * len(files), mode, root)
+
+
+class ImageSet(Protocol):
+    """Images by index, with labels `(N,)` and names that predictions tell."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Class numbers, int64; -1 where the class is unknown."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+    def name(self, index: int) -> str | int:
+        """What predictions call the image: its path or its index."""
+
+
+class ImageTensors:
+    """Images in memory.
+
+    Args:
+        images: `(N, C, H, W)`, uint8.
+        labels: `(N,)`, int64.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        assert images.dtype == torch.uint8
+        assert images.ndim == 4
+        assert len(images) == len(labels)
+        self.images = images.contiguous()
+        self.labels = labels.long()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index]
+
+    def name(self, index: int) -> int:
+        """The index."""
+        return index
+
+
+class DecodedFiles:
+    """Image files, decoded by Pillow.
+
+    Args:
+        paths: The files.
+        labels: Class number of each; -1 where unknown.
+        mode: Pillow's mode, `RGB` or `L`.
+        root: The folder that they lie in.
+    """
+
+    def __init__(self, paths: Sequence[str | Path], labels: Sequence[int], mode: str, root: Path) -> None:
+        # One array and no list of a million objects, whose counters every worker would write to and so copy.
+        self._paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
+        self.labels = torch.tensor(labels, dtype=torch.int64)
+        self.mode = mode
+        self.root = root
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> Image:
+        return read_image(self.name(index), self.mode)
+
+    def name(self, index: int) -> str:
+        """The path."""
+        return os.fsdecode(self._paths[index])
+
+
+def hash_images(images: ImageSet) -> str:
+    """A hash that other images, labels or another order change: of pixels in memory, of names of files, of labels."""
+    if isinstance(images, ImageTensors):
+        return hash_tensors(images.images, images.labels)
+    if isinstance(images, DecodedFiles):
+        return hash_paths([images.name(index) for index in range(len(images))], images.root, images.labels.tolist())
+    return hash_tensors(images.labels)
+
+
+class TransformedImages:
+    """Items of a batch: `{"image": uint8 (C, H, W), "label": int}`.
+
+    Args:
+        images: The images.
+        transform: Makes a tensor of the model's size from one.
+    """
+
+    def __init__(self, images: ImageSet, transform: Callable[[Any], Tensor]) -> None:
+        self.images = images
+        self.transform = transform
+        self._labels = images.labels.tolist()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.transform(self.images[index]), "label": self._labels[index]}

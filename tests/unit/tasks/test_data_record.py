@@ -17,7 +17,7 @@ from lightning_adam_mini.tasks.llm import LanguageModel
 from lightning_adam_mini.tasks.llm.data import StdlibText, TextFiles, TokenFiles
 from lightning_adam_mini.tasks.llm.data.tokenizer import load_tokenizer, tokenizer_texts, tokenizers_differ
 from lightning_adam_mini.tasks.vision.data import FashionMnist, ImageFolders, Mnist5k, TorchvisionData, Transforms
-from lightning_adam_mini.tasks.vision.data.image_sets import hash_images
+from lightning_adam_mini.tasks.vision.data.module import hash_images
 from tiny_images import write_fashion, write_tree
 from tiny_runs import write_text
 

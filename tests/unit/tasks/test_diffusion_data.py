@@ -12,7 +12,7 @@ pytest.importorskip("sklearn")
 from PIL import Image
 
 from lightning_adam_mini.tasks.data.images import find_images
-from lightning_adam_mini.tasks.diffusion.data import CelebA, DigitImages, ImageFiles, image_files
+from lightning_adam_mini.tasks.diffusion.data import CelebA, DigitImages, ImageFiles, sources
 
 FACES = 12
 OFFICIAL = [0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 2]
@@ -151,8 +151,8 @@ def test_files_are_checked_once(tmp_path, monkeypatch):
     paths = find_images(write_images(tmp_path))
     for path in paths:
         os.utime(path, (1e9, 1e9))  # a file that has just been written may change within its time stamp
-    read, read_image = [], image_files.read_image
-    monkeypatch.setattr(image_files, "read_image", lambda path, mode: read.append(path) or read_image(path, mode))
+    read, read_image = [], sources.read_image
+    monkeypatch.setattr(sources, "read_image", lambda path, mode: read.append(path) or read_image(path, mode))
 
     def reads(stage, **options):
         read.clear()

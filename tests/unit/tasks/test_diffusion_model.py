@@ -15,8 +15,13 @@ from lightning_adam_mini.tasks.data.padding import collate_padded
 from lightning_adam_mini.tasks.diffusion import DiffusionModel
 from lightning_adam_mini.tasks.diffusion.data import DigitImages
 from lightning_adam_mini.tasks.diffusion.frechet import PrincipalComponents, frechet_distance
-from lightning_adam_mini.tasks.diffusion.noise import build_schedule, evaluation_draws, loss_weights, target
-from lightning_adam_mini.tasks.diffusion.sampling import check_sample_steps
+from lightning_adam_mini.tasks.diffusion.noise import (
+    build_schedule,
+    check_sample_steps,
+    evaluation_draws,
+    loss_weights,
+    target,
+)
 
 CONFIG = {
     "block_out_channels": [8, 8],

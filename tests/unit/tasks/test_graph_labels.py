@@ -12,12 +12,12 @@ pytest.importorskip("torch_geometric")
 
 from lightning_adam_mini.tasks.graph import NodeClassifier
 from lightning_adam_mini.tasks.graph.graph import Graph
-from lightning_adam_mini.tasks.graph.label_reuse import (
+from lightning_adam_mini.tasks.graph.node_classifier import (
     all_training_nodes,
     draw_training_nodes,
+    node_losses,
     predict_with_labels,
 )
-from lightning_adam_mini.tasks.graph.losses import node_losses
 
 
 @pytest.fixture
@@ -172,15 +172,15 @@ def test_hops_are_as_many_as_layers():
 
 def test_pictures_are_in_percent(graph, tmp_path, monkeypatch):
     from lightning_adam_mini.tasks import curves
-    from lightning_adam_mini.tasks.graph import pictures
+    from lightning_adam_mini.tasks.graph import node_classifier
 
     drawn = {}
-    for module in (curves, pictures):
+    for module in (curves, node_classifier):
         monkeypatch.setattr(module, "save_figure", lambda figure, path: drawn.setdefault(path.name, figure.axes[0]))
-    monkeypatch.setattr(pictures, "read_metrics", lambda folder: {"val_accuracy": {5: 0.25, 10: 0.75}})
-    pictures.draw_accuracy(tmp_path)
+    monkeypatch.setattr(node_classifier, "read_metrics", lambda folder: {"val_accuracy": {5: 0.25, 10: 0.75}})
+    node_classifier.draw_accuracy(tmp_path)
     assert drawn["accuracy_curve.png"].lines[0].get_ydata().tolist() == [25.0, 75.0]
-    pictures.draw_classes(tmp_path, graph, graph.y)
+    node_classifier.draw_classes(tmp_path, graph, graph.y)
     assert [bar.get_width() for bar in drawn["accuracy_by_class.png"].patches] == [
         100.0
     ] * 2  # test nodes have two classes

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lightning_adam_mini.tasks.llm.data import HFText, TextFiles, text_cache
+from lightning_adam_mini.tasks.llm.data import HFText, TextFiles, text_module
 from lightning_adam_mini.tasks.llm.data.tokenizer import END_OF_TEXT, load_tokenizer
 
 WORDS = ["alpha", "beta", "gamma", "delta", "épsilon", "ζeta", "one", "two", "three", "four", "five\n"]
@@ -172,7 +172,7 @@ def test_named_parts_of_a_data_set(tmp_path, cache_dir, tokenizer_json):
 def test_long_documents_are_encoded_in_pieces_with_the_same_tokens(tmp_path, tokenizer_json, monkeypatch):
     kind, settings = _with(write_text, tmp_path, tokenizer_json)
     whole = opened(kind, settings, tmp_path / "whole")
-    monkeypatch.setattr("lightning_adam_mini.tasks.llm.data.text_cache._BATCH_CHARACTERS", 60)
+    monkeypatch.setattr("lightning_adam_mini.tasks.llm.data.text_module._BATCH_CHARACTERS", 60)
     pieces = opened(kind, settings, tmp_path / "pieces")
     for name in ("train.bin", "val.bin"):
         assert (
@@ -216,8 +216,8 @@ def test_tokenizer_folder_and_padded_vocabulary(tmp_path, cache_dir, tokenizer_j
 
 def _prepare(path, cache_dir, barrier, results):
     trained = []
-    train_bpe = text_cache.train_bpe
-    text_cache.train_bpe = lambda *args, **kwargs: trained.append(1) or train_bpe(*args, **kwargs)
+    train_bpe = text_module.train_bpe
+    text_module.train_bpe = lambda *args, **kwargs: trained.append(1) or train_bpe(*args, **kwargs)
     barrier.wait()
     data = opened(TextFiles, {"path": path, "vocab_size": 300}, cache_dir)
     results.put(((data.num_train_tokens, data.unigram_loss()), len(trained)))
@@ -281,7 +281,7 @@ def test_ready_cache_is_only_read(tmp_path, cache_dir, monkeypatch):
     kind, settings = write_text(tmp_path)
     settings |= {"vocab_size": 300}
     opened(kind, settings, cache_dir)
-    monkeypatch.setattr("lightning_adam_mini.tasks.llm.data.text_cache.only_one", pytest.fail)
+    monkeypatch.setattr("lightning_adam_mini.tasks.llm.data.text_module.only_one", pytest.fail)
     opened(kind, settings, cache_dir)
 
 

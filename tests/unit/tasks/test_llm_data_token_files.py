@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_adam_mini.tasks.llm.data import TokenFiles
-from lightning_adam_mini.tasks.llm.data.bin_format import read_part
+from lightning_adam_mini.tasks.llm.data.token_files import read_part
 
 VOCAB_SIZE = 500
 TOKENS = np.random.default_rng(0).integers(0, VOCAB_SIZE, 300)

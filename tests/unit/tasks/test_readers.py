@@ -16,10 +16,9 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from lightning_adam_mini.tasks.data.images import read_image
-from lightning_adam_mini.tasks.diffusion.data.celeba_layout import read_partition
-from lightning_adam_mini.tasks.diffusion.data.image_files import ImageFiles
-from lightning_adam_mini.tasks.graph.data.csv_files import read_table
-from lightning_adam_mini.tasks.graph.data.planetoid import Planetoid
+from lightning_adam_mini.tasks.diffusion.data.celeba import read_partition
+from lightning_adam_mini.tasks.diffusion.data.sources import ImageFiles
+from lightning_adam_mini.tasks.graph.data.citations import Planetoid, read_table
 from lightning_adam_mini.tasks.llm.data import HFText, TextFiles
 from lightning_adam_mini.tasks.vision.data import FashionMnist, ImageFolders, TorchvisionData
 from tiny_images import write_cifar10, write_fashion, write_tree

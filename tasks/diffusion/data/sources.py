@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -23,7 +24,7 @@ from .module import ImageData, Parts
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ImageFiles", "ScaledImages", "split_by_name"]
+__all__ = ["DigitImages", "ImageFiles", "ScaledImages", "split_by_name"]
 
 _REMEDY = "name all of them, or set `named_splits` to false to split them by hash"
 
@@ -203,3 +204,52 @@ def split_by_name(paths: Sequence[Path], val_fraction: float, *, root: Path) -> 
     number = min(max(1, round(val_fraction * len(paths))), len(paths) - 1)
     held_out = set(ordered[:number])
     return [path for path in paths if path not in held_out], sorted(held_out)
+
+
+class DigitImages(ImageData):
+    """The 1,797 grey digits of 8 x 8 pixels in scikit-learn (UCI, Alpaydin and Kaynak 1998).
+
+    The split is always the same: 1,527 images for training and 270 for validation.
+
+    Args:
+        batch_size: See `ImageData`, also below.
+        num_workers: Not needed: the images lie in memory.
+        val_images: Images of one validation.
+        num_images: Images that `predict` makes.
+        image_seed: Seed of the first of them.
+        seed: Of the order of the training images.
+
+    Raises:
+        ValueError: scikit-learn is missing.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        val_images: int | None = None,
+        num_images: int = 16,
+        image_seed: int = 0,
+        seed: int = 0,
+    ) -> None:
+        options: dict[str, Any] = {"num_images": num_images, "image_seed": image_seed, "seed": seed}
+        super().__init__(
+            image_size=8,
+            channels=1,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            flip=False,  # a mirrored digit is none
+            val_images=val_images,
+            **options,
+        )
+
+    def open_parts(self) -> Parts:
+        """See `ImageData.open_parts`."""
+        require("sklearn", type(self).__name__, extra="diffusion", package="scikit-learn")
+        from sklearn.datasets import load_digits
+
+        images = torch.tensor(load_digits().images / 8 - 1, dtype=torch.float32)[:, None]
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        held_out = len(images) * 15 // 100 + 1
+        return Parts(list(images[order[held_out:]]), list(images[order[:held_out]]))
