@@ -1,4 +1,4 @@
-"""How far generated images are from real ones, without a network that would have to be downloaded.
+"""Distance of generated images from real ones, without a network that would have to be downloaded.
 
 Shapes: `N` images, `P` numbers an image, `K` features.
 """
@@ -18,22 +18,22 @@ __all__ = ["PrincipalComponents", "check_images", "compare_with_real", "frechet_
 
 
 class PrincipalComponents:
-    """Features of images: their coordinates along the directions in which real images vary most.
+    """Features of images: their coordinates in the first principal components of real images.
 
     Args:
         images: Real images `(N, ...)` of P numbers each.
-        num_features: Directions, K.
+        num_features: Principal components, K.
 
     Raises:
-        ValueError: More directions than the images span.
+        ValueError: There are more components than the images span.
     """
 
     def __init__(self, images: Tensor, num_features: int) -> None:
         rows = images.flatten(1).double().cpu()
         if not 0 < num_features < min(rows.shape[0], rows.shape[1] + 1):
             raise ValueError(
-                f"{num_features} principal components need more images than that, of at least as many numbers; here "
-                f"are {rows.shape[0]} images of {rows.shape[1]} numbers: lower model.pca_features"
+                f"{num_features} principal components need more than {num_features} images of at least as many numbers;"
+                f" there are {rows.shape[0]} images of {rows.shape[1]} numbers: lower model.pca_features"
             )
         self.mean = rows.mean(0)
         self.directions = torch.linalg.svd(rows - self.mean, full_matrices=False).Vh[:num_features]
@@ -46,8 +46,8 @@ class PrincipalComponents:
 def frechet_distance(features: Tensor, others: Tensor) -> float:
     """Squared Frechet distance of two normal distributions with the means and covariances of two sets of features.
 
-    `|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))` (Dowson and Landau 1982), the distance that Heusel et al. 2017 take
-    between features of Inception; those of `PrincipalComponents` stay in the units of the pixels.
+    `|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))` (Dowson and Landau 1982), which Heusel et al. 2017 compute from
+    Inception's features. Those of `PrincipalComponents` keep the units of the pixels.
 
     Args:
         features: `(N, K)`, float64.
@@ -66,15 +66,15 @@ def _square_root(covariance: Tensor) -> Tensor:
     return vectors * values.clamp(min=0).sqrt() @ vectors.T
 
 
-# Real images whose principal components are features: their decomposition takes a minute at 64 x 64 pixels in colour.
+# Real images that define the principal components; the decomposition takes a minute for 64 x 64 pixels in colour.
 _REAL_IMAGES = 2000
 
 
 def check_images(data: ImageData, num_features: int) -> None:
-    """Check before training that there are images enough to compare with.
+    """Check before training that there are enough real images for a comparison.
 
     Raises:
-        ValueError: There are more principal components than pixels or training images, or one image for validation.
+        ValueError: There are more principal components than pixels or training images, or only one validation image.
     """
     PrincipalComponents(data.real_images("train", num_features + 1), num_features)
     if len(data.real_images("val", 2)) < 2:
@@ -93,15 +93,15 @@ def compare_with_real(
 
     Args:
         data: The real images.
-        part: Whose images the others are compared with.
-        sample: Makes so many new images.
+        part: The part whose images are the reference.
+        sample: Generates a given number of images.
         num_features: Principal components.
-        num_images: New images, and as many training images.
+        num_images: Number of generated images, and of training images.
 
     Returns:
-        The distances of new images and of training images: the second is what a perfect model would come to.
+        The distances of generated images and of training images; the second is what a perfect model would reach.
     """
     features = PrincipalComponents(data.real_images("train", _REAL_IMAGES), num_features)
     real = features(data.real_images(part, _REAL_IMAGES))
-    made, seen = sample(num_images), data.real_images("train", num_images)
-    return frechet_distance(features(made), real), frechet_distance(features(seen), real)
+    generated, training = sample(num_images), data.real_images("train", num_images)
+    return frechet_distance(features(generated), real), frechet_distance(features(training), real)
