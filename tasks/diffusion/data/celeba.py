@@ -71,9 +71,7 @@ class CelebA(ImageData):
         parts = read_partition(folder.parent, names)
         if parts is None:
             train, val = split_by_name([folder / name for name in names], 0.05, root=folder)
-            _log(
-                "no %s: %d images for training, %d for validation, by hash", PARTITION, len(train), len(val)
-            )
+            _log("no %s: %d images for training, %d for validation, by hash", PARTITION, len(train), len(val))
             return Parts(self._scaled(train), self._scaled(val))
         train, val, test = ([folder / name for name in names if parts[name] == part] for part in range(3))
         if not train or not val:

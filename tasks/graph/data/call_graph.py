@@ -1,4 +1,7 @@
-"""The graph that every machine has: who mentions whom in Python's standard library."""
+"""A graph that every machine has: which functions of Python's standard library mention which.
+
+Shapes: `N` nodes, `E` edges, `F` features.
+"""
 
 from __future__ import annotations
 
@@ -30,22 +33,22 @@ _SHARES = (0.54, 0.18)  # for training and validation; ogbn-arxiv's
 
 
 class CallGraph(GraphDataModule):
-    """Functions and classes of Python's standard library, and the package that each belongs to (licence PSF-2.0).
+    """Functions and classes of Python's standard library, classified by their package (licence PSF-2.0).
 
-    An edge runs where a definition mentions a name that has few definitions, to all of them, in whatever module they
-    are. To resolve a name in its own module first, as a reader would, leaks the label: such an edge says by its being
-    there that both ends are of one package, and a GCN then reads the rule and not the graph (91 %, not 82 %).
+    An edge connects a definition with all definitions of each name that it mentions, in any module, if the name has few
+    definitions. Resolving a name in its own module first, as a reader would, leaks the label: such an edge exists only
+    if both ends are in one package, and a GCN then learns this rule instead of the graph (91 %, not 82 %).
 
-    Features are hashed words of the names that a definition mentions and of its docstring, by tf-idf, projected to
-    128 numbers. The graph depends on the Python version and on the sources alone: 11,648 nodes and 83,910 edges on
-    Python 3.11. It takes a few seconds to make, once.
+    Features are words of the docstring and of the mentioned names, hashed, weighted by tf-idf and projected to 128
+    numbers. The graph depends on the Python version and on the sources alone: 11,648 nodes and 83,910 edges on Python
+    3.11. It takes a few seconds to make, once.
 
     Args:
-        num_packages: The largest packages, which are the classes.
-        max_definitions: Definitions that a name may have to give edges.
-        split_seed: Picks the nodes for training (54 %), validation (18 %) and test (28 %); not the run's seed, so that
-            all runs are judged by the same nodes.
-        kwargs: Settings of every graph, see `GraphDataModule`.
+        num_packages: Number of classes: the largest packages.
+        max_definitions: A name with more definitions gives no edges.
+        split_seed: Determines the nodes for training (54 %), validation (18 %) and test (28 %); it is not the run's
+            seed, so that all runs are evaluated on the same nodes.
+        kwargs: See `GraphDataModule`.
 
     Raises:
         ValueError: A number is out of range.
@@ -70,13 +73,13 @@ class CallGraph(GraphDataModule):
 
     @property
     def planned_classes(self) -> int:
-        """Packages."""
+        """Number of packages."""
         return self.num_packages
 
     other_data = "run with the Python of the run, whose sources these are, or start a new run"
 
     def meaning(self) -> dict[str, Any]:
-        """See `GraphDataModule.meaning`: features are directions in all words of the sources."""
+        """See `GraphDataModule.meaning`: the features are projections of all words of the sources."""
         return {**super().meaning(), "features": f"{_FEATURES} of {self._sources}"}
 
     def open_graph(self) -> Graph:
@@ -92,10 +95,10 @@ class CallGraph(GraphDataModule):
         """The graph of some definitions.
 
         Args:
-            definitions: All of them; those of small packages give no node, but do count as definitions of a name.
+            definitions: All of them; definitions in small packages are not nodes, but count as definitions of a name.
 
         Raises:
-            ValueError: There are fewer packages than are asked for.
+            ValueError: There are fewer packages than `num_packages`.
         """
         sizes = Counter(one.package for one in definitions)
         if len(sizes) < self.num_packages:
@@ -119,12 +122,12 @@ class CallGraph(GraphDataModule):
 
 
 def mention_edges(definitions: Sequence[Definition], kept: Sequence[int], max_definitions: int) -> Tensor:
-    """Edges in both directions between a definition and those of the names that it mentions: `(2, E)`, each once.
+    """Edges `(2, E)` in both directions between definitions and the definitions of names that they mention, each once.
 
     Args:
         definitions: All of them.
-        kept: Numbers of those that are nodes, in their order.
-        max_definitions: A name with more definitions gives no edge: it says too little.
+        kept: Indices of those that are nodes, in the order of the nodes.
+        max_definitions: A name with more definitions gives no edges, because it says too little.
     """
     from torch_geometric.utils import to_undirected
 
@@ -153,9 +156,9 @@ class Definition:
 
     Args:
         name: Its own name.
-        path: Its name with the module and what it is defined in.
+        path: Its qualified name, with the module.
         package: Top-level package or module.
-        mentions: How often it mentions each name or attribute, what is defined within it included.
+        mentions: How often it mentions each name or attribute, nested definitions included.
         doc: Its docstring.
     """
 
@@ -166,7 +169,7 @@ class Definition:
     doc: str = ""
 
     def words(self) -> Counter[str]:
-        """Words of the docstring and of the names that it mentions, in lower case; its own name does not count."""
+        """Words of the docstring and of the mentioned names, in lower case; its own name does not count."""
         words = Counter(word.lower() for word in _DOC_WORD.findall(self.doc))
         for name, count in self.mentions.items():
             for word in _WORD.findall(name):
@@ -175,10 +178,10 @@ class Definition:
 
 
 def find_definitions(root: Path, files: Sequence[Path]) -> list[Definition]:
-    """All functions and classes of some files; a file that is no Python of this version is skipped.
+    """All functions and classes of some files; a file that this Python version cannot parse is skipped.
 
     Args:
-        root: Folder that modules are named from.
+        root: Folder that module names start from.
         files: Files below it.
     """
     found: list[Definition] = []
@@ -186,7 +189,7 @@ def find_definitions(root: Path, files: Sequence[Path]) -> list[Definition]:
         module = path.relative_to(root).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of old escapes in the sources
+                warnings.simplefilter("ignore")  # about old escapes in the sources
                 tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):
             continue
@@ -196,7 +199,7 @@ def find_definitions(root: Path, files: Sequence[Path]) -> list[Definition]:
 
 
 def _definitions(node: ast.AST, module: str, inside: list[Definition]) -> Iterator[Definition]:
-    """Definitions at and below a node; what it mentions counts for every definition that it stands in."""
+    """Definitions at and below a node; names that it mentions count for every enclosing definition."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         path = f"{inside[-1].path if inside else module}.{node.name}"
         definition = Definition(name=node.name, path=path, package=module.partition(".")[0])
@@ -215,13 +218,13 @@ _BUCKETS = 4096
 
 
 def word_features(texts: Sequence[Counter[str]], num_features: int) -> Tensor:
-    """Hashed words, weighted by tf-idf, and projected on their largest singular directions: `(N, F)`.
+    """Hashed words, weighted by tf-idf and projected on the largest singular vectors: `(N, F)`.
 
-    Each text has unit length in tf-idf; rows of the result have the length of the square root of F.
+    Each text has unit norm in tf-idf; rows of the result have the norm sqrt(F).
 
     Args:
-        texts: Words and how often each occurs, N texts.
-        num_features: F, at most the texts and the 4,096 buckets that words are hashed to.
+        texts: N texts, each as counts of its words.
+        num_features: F, at most N and the 4,096 buckets that words are hashed to.
     """
     rows: list[int] = []
     columns: list[int] = []
@@ -240,7 +243,7 @@ def word_features(texts: Sequence[Counter[str]], num_features: int) -> Tensor:
     lengths = torch.zeros(len(texts)).index_add_(0, row, values.square()).sqrt()
     shape = (len(texts), _BUCKETS)
     weights = torch.sparse_coo_tensor(torch.stack([row, column]), values / lengths[row], shape, check_invariants=False)
-    with torch.random.fork_rng(devices=[]):  # the projection starts from random directions
+    with torch.random.fork_rng(devices=[]):  # the projection starts from random vectors
         torch.manual_seed(0)
         left, scale, _ = torch.svd_lowrank(weights.coalesce(), q=num_features, niter=4)
     return F.normalize(left * scale, dim=1) * num_features**0.5

@@ -1,4 +1,4 @@
-"""ogbn-arxiv from the files that OGB distributes, without the package ogb."""
+"""Citation graphs on disk: ogbn-arxiv from OGB's files without the package ogb, and Planetoid's Cora and the like."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import codecs
 import gzip
 import io
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from ...checkpoint_file import ExactUnpickler
 from ...packages import require
@@ -39,13 +37,13 @@ _FEATURES, _CLASSES = 128, 40
 class OgbArxiv(GraphDataModule):
     """ogbn-arxiv (Hu et al. 2020, arXiv 2005.00687): 169,343 papers, 1,166,243 citations, 40 subjects (ODC-BY).
 
-    Features are mean word vectors of title and abstract. Papers up to 2017 train, those of 2018 validate, later ones
-    test. Nothing is downloaded: unzip OGB's `arxiv.zip`, and give the folder.
+    Features are mean word vectors of title and abstract. Papers up to 2017 are for training, papers of 2018 for
+    validation, later ones for test. Nothing is downloaded: unzip OGB's `arxiv.zip` and give its folder.
 
     Args:
-        path: Folder that holds `ogbn_arxiv` or `arxiv`, as OGB and the zip file call it, or that folder itself.
-        to_undirected: Let messages run along citations in both directions, as the reference scripts do.
-        kwargs: Settings of every graph, see `GraphDataModule`.
+        path: Folder that contains `ogbn_arxiv` or `arxiv`, as OGB and the zip file call it, or that folder itself.
+        to_undirected: Send messages along citations in both directions, as the reference scripts do.
+        kwargs: See `GraphDataModule`.
     """
 
     def __init__(self, *, path: str, to_undirected: bool = True, **kwargs: Any) -> None:
@@ -60,7 +58,7 @@ class OgbArxiv(GraphDataModule):
 
     @property
     def planned_classes(self) -> int:
-        """Subjects."""
+        """Number of subjects."""
         return _CLASSES
 
     def describe(self) -> str:
@@ -94,6 +92,8 @@ class OgbArxiv(GraphDataModule):
         return folder
 
     def _read(self, folder: Path) -> Graph:
+        from torch_geometric.utils import to_undirected
+
         def table(name: str, dtype: type[np.generic], columns: int = 1) -> npt.NDArray[np.generic]:
             return read_table(folder / _FILES[name], dtype, columns)
 
@@ -121,7 +121,7 @@ class OgbArxiv(GraphDataModule):
             _check_range(folder / _FILES[name], numbers, bound)
         edge_index = torch.from_numpy(edges.T.copy())
         if self.to_undirected:
-            edge_index = _both_directions()(edge_index, num_nodes=num_nodes)
+            edge_index = to_undirected(edge_index, num_nodes=num_nodes)
         parts: dict[str, Any] = {name: torch.from_numpy(numbers).flatten() for name, numbers in splits.items()}
         return Graph(
             x=torch.from_numpy(features),
@@ -134,14 +134,12 @@ class OgbArxiv(GraphDataModule):
 
 def _single(table: npt.NDArray[np.generic], path: Path) -> int:
     if len(table) != 1:
-        raise ValueError(
-            f"{path} has {len(table)} lines, expected one, with the count of one graph: get the file again"
-        )
+        raise ValueError(f"{path} has {len(table)} lines, expected one with the count of one graph: get the file again")
     return int(table[0, 0])
 
 
 def _check_range(path: Path, numbers: npt.NDArray[np.generic], bound: int) -> None:
-    """Raise where a file names something that does not exist."""
+    """Raise if a file refers to something that does not exist."""
     lines, columns = np.nonzero((numbers < 0) | (numbers >= bound))  # type: ignore[operator]
     if len(lines):
         raise ValueError(
@@ -150,24 +148,18 @@ def _check_range(path: Path, numbers: npt.NDArray[np.generic], bound: int) -> No
         )
 
 
-def _both_directions() -> Callable[..., Tensor]:
-    from torch_geometric.utils import to_undirected
-
-    return to_undirected
-
-
 def read_table(path: Path, dtype: type[np.generic], columns: int) -> npt.NDArray[np.generic]:
-    """All numbers of a file, `(rows, columns)`.
+    """Read a `.csv.gz` file of numbers without a header, `(rows, columns)`.
 
-    The file is unpacked at once: numpy reads a line at a time, which through gzip takes longer than the numbers do.
+    The file is unpacked first: numpy reads line by line, and through gzip that takes longer than parsing.
 
     Args:
         path: The file.
         dtype: Type of its numbers.
-        columns: Numbers in a line.
+        columns: Numbers per line.
 
     Raises:
-        ValueError: The file is missing, cut off, or holds something else; with its name and line.
+        ValueError: The file is missing, cut off, or contains something else; with its name and line.
     """
     try:
         text = gzip.decompress(path.read_bytes()).removeprefix(codecs.BOM_UTF8)
@@ -186,11 +178,11 @@ def read_table(path: Path, dtype: type[np.generic], columns: int) -> npt.NDArray
     return table
 
 
-# Features and classes of each.
+# Number of features and of classes.
 _SHAPES = {"Cora": (1433, 7), "CiteSeer": (3703, 6), "PubMed": (500, 3)}
 _PICKLED = ("x", "tx", "allx", "y", "ty", "ally", "graph")
 _PARTS = (*_PICKLED, "test.index")
-# Sparse matrices, arrays, and a dict of lists, by the names that Python 2 and 3 and each numpy and scipy give them.
+# Sparse matrices, arrays, and a dict of lists, by their names in Python 2 and 3 and in all versions of numpy and scipy.
 _PICKLED_CLASSES = {
     *((module, "csr_matrix") for module in ("scipy.sparse.csr", "scipy.sparse._csr")),
     *(
@@ -210,15 +202,15 @@ _PICKLED_CLASSES = {
 class Planetoid(GraphDataModule):
     """Cora, CiteSeer or PubMed (Yang et al. 2016, arXiv 1603.08861): papers, citations and bags of words.
 
-    The files `ind.cora.x` and so on are those of torch_geometric's `Planetoid(root=path, name=name)`. They are pickles,
-    and one that holds anything but matrices and lists is refused. Nothing is downloaded.
+    The files `ind.cora.x` and so on are those of torch_geometric's `Planetoid(root=path, name=name)`, whose code parses
+    them. They are pickles: one that contains anything but matrices and lists is rejected. Nothing is downloaded.
 
     Args:
-        path: Folder that holds `NAME/raw/ind.name.x`, or the raw files themselves.
-        name: Which graph.
-        split: `public` trains on 20 nodes a class; `full` on all nodes that are neither validation nor test.
+        path: Folder that contains `NAME/raw/ind.name.x`, or the raw files themselves.
+        name: Name of the graph.
+        split: `public` trains on 20 nodes per class; `full` on all nodes that are neither validation nor test.
         normalize_features: Divide the features of a node by their sum.
-        kwargs: Settings of every graph, see `GraphDataModule`.
+        kwargs: See `GraphDataModule`.
     """
 
     def __init__(
@@ -238,16 +230,16 @@ class Planetoid(GraphDataModule):
 
     @property
     def planned_features(self) -> int:
-        """Words of the vocabulary."""
+        """Number of words in the vocabulary."""
         return _SHAPES[self.graph_name][0]
 
     @property
     def planned_classes(self) -> int:
-        """Topics."""
+        """Number of topics."""
         return _SHAPES[self.graph_name][1]
 
     def meaning(self) -> dict[str, Any]:
-        """See `GraphDataModule.meaning`: the vocabulary is the graph's, and the option scales its counts."""
+        """See `GraphDataModule.meaning`: the graph determines the vocabulary, and the option scales its counts."""
         own = {"data.name": self.graph_name, "data.normalize_features": self.normalize_features}
         return {**super().meaning(), **own}
 
@@ -261,13 +253,12 @@ class Planetoid(GraphDataModule):
         Raises:
             ValueError: A file is missing or cannot be read.
         """
-        prefix = f"ind.{self.graph_name.lower()}"
-        raw = self._raw_folder(prefix)
-        stats = [(raw / f"{prefix}.{part}").stat() for part in _PARTS]
-        key = [str(raw.resolve()), [[stat.st_size, stat.st_mtime_ns] for stat in stats], self.split]
-        return cached_graph(self.cache_dir, prefix, [*key, self.normalize_features], lambda: self._read(raw))
+        # The class Planetoid would write next to the raw files, and read what it wrote with a pickle that runs code.
+        from torch_geometric.io import read_planetoid_data
+        from torch_geometric.utils import mask_to_index
 
-    def _raw_folder(self, prefix: str) -> Path:
+        require("scipy", "Planetoid (its files are scipy's matrices)", extra="graph")
+        prefix = f"ind.{self.graph_name.lower()}"
         folders = (self.path / self.graph_name / "raw", self.path / "raw", self.path)
         raw = next((folder for folder in folders if (folder / f"{prefix}.graph").exists()), folders[0])
         if missing := [f"{prefix}.{part}" for part in _PARTS if not (raw / f"{prefix}.{part}").exists()]:
@@ -275,20 +266,14 @@ class Planetoid(GraphDataModule):
                 f"{raw} has no {missing[0]} ({len(missing)} of {len(_PARTS)} files are missing): put the files of "
                 f"Planetoid's {self.graph_name} there, or give their folder as data.path; nothing is downloaded"
             )
-        return raw
-
-    def _read(self, raw: Path) -> Graph:
-        from torch_geometric.io import read_planetoid_data
-
-        require("scipy", "Planetoid (its files hold scipy's matrices)", extra="graph")
         try:
-            for part in _PICKLED:  # which read_planetoid_data would let run code
-                with (raw / f"ind.{self.graph_name.lower()}.{part}").open("rb") as file:
+            for part in _PICKLED:  # read_planetoid_data would run any code in them
+                with (raw / f"{prefix}.{part}").open("rb") as file:
                     ExactUnpickler(file, _PICKLED_CLASSES, encoding="latin1").load()
             data = read_planetoid_data(str(raw), self.graph_name.lower())
-        except Exception as error:  # files that are no pickles, or of other versions of Python and numpy, raise any
-            told = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}".removesuffix(": ")
-            raise ValueError(f"{self.describe()}: the files cannot be read ({told}): get them again") from error
+        except Exception as error:  # damaged pickles, or those of other versions of Python and numpy, raise any error
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}".removesuffix(": ")
+            raise ValueError(f"{self.describe()}: the files cannot be read ({reason}): get them again") from error
         x = data.x.float()
         if self.normalize_features:
             x = x / x.sum(dim=1, keepdim=True).clamp(min=1.0)
@@ -297,11 +282,7 @@ class Planetoid(GraphDataModule):
             x=x,
             y=data.y.long(),
             edge_index=data.edge_index.contiguous(),
-            train=_numbers(train),
-            val=_numbers(data.val_mask),
-            test=_numbers(data.test_mask),
+            train=mask_to_index(train),
+            val=mask_to_index(data.val_mask),
+            test=mask_to_index(data.test_mask),
         )
-
-
-def _numbers(mask: Tensor) -> Tensor:
-    return torch.nonzero(mask).flatten()

@@ -224,7 +224,7 @@ def test_folders_take_the_order_of_the_run(tmp_path):
     [
         (
             lambda part: (part / "aardvark").mkdir(),
-            r"train/aardvark is no class of the run \(1 such folders\); give data of",
+            r"train/aardvark is not a class of the run \(1 such folders\); give data of",
         ),
         (
             lambda part: shutil.rmtree(part / "bee"),
@@ -232,7 +232,7 @@ def test_folders_take_the_order_of_the_run(tmp_path):
         ),
         (
             lambda part: (part / "ant").rename(part / "wasp"),
-            r"has no folder 'ant' .*, and 'wasp' is none; give data of",
+            r"has no folder 'ant' .*, and 'wasp' is not one of them; give data of",
         ),
     ],
 )

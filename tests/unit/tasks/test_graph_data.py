@@ -179,7 +179,7 @@ def test_splits_that_share_a_node_are_refused(graph):
         ({"num_workers": 2}, "leave `num_workers` out"),
         ({"num_parts": 0}, "at least 1"),
         ({"seed": -1}, "`seed` must be at least 0"),
-        ({"num_parts": 3}, "`num_parts` is for sampling parts, and sampling full has no use for it: leave it out"),
+        ({"num_parts": 3}, "`num_parts` is for sampling parts, but sampling is full: leave it out"),
         ({"num_neighbors": [3]}, r"or set data\.sampling neighbors"),
         ({"sampling": "parts", "seed_nodes": 3}, "`seed_nodes` is for sampling neighbors"),
         ({"num_neighbors": []}, "`num_neighbors` is a number for each hop"),

@@ -228,7 +228,7 @@ def test_damaged_sets_of_images_are_one_line_with_their_place(tmp_path, monkeypa
     for check in (True, False):  # torchvision compares sums first
         if not check:
             monkeypatch.setattr("torchvision.datasets.CIFAR10._check_integrity", lambda self: True)
-        with pytest.raises(ValueError, match=r"cannot read CIFAR10 \(.+\): data\.root = .*cifar must contain") as caught:
+        with pytest.raises(ValueError, match=r"cannot read CIFAR10 \(.+\): data\.root = .*cifar must ") as caught:
             TorchvisionData(name="CIFAR10", root=str(tmp_path / "cifar")).setup()
         assert "\n" not in str(caught.value)
 

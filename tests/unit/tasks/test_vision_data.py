@@ -51,7 +51,10 @@ def test_test_images_are_their_own_or_those_of_validation(folders):
 @pytest.mark.parametrize(
     ("harm", "told"),
     [
-        (lambda root: (root / "train").rename(root / "training"), r"no folder \S+/train; data\.root must contain train/"),
+        (
+            lambda root: (root / "train").rename(root / "training"),
+            r"no folder \S+/train; data\.root must contain train/",
+        ),
         (lambda root: (root / "val").rename(root / "valid"), r"no folder \S+/val; data\.root must contain"),
         (lambda root: (root / "val/bee").rename(root / "val/be"), r"val has no folder 'bee' \(1 such classes of"),
         (lambda root: (root / "val/dog").mkdir(), r"val/dog is not a class of \S+/train .* move its images"),
