@@ -292,7 +292,7 @@ class ImageClassifier(Task):
         )
 
     def _scores(self, images: Tensor) -> Tensor:
-        """Logits of a batch; an empty one runs on a dummy image, since collectives of other ranks wait for this rank."""
+        """Logits of a batch; an empty one runs on a dummy image, since other ranks wait for this one."""
         scores: Tensor = self(images if len(images) else images.new_zeros(1, *images.shape[1:]))
         return scores[: len(images)]
 

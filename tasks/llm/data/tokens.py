@@ -1,4 +1,7 @@
-"""One long row of token ids that lies in one or several files on disk."""
+"""Token ids on disk: a stream over several files, its statistics, and the windows and batches that are read from it.
+
+Shapes: B sequences in a batch, T tokens of context.
+"""
 
 from __future__ import annotations
 
@@ -38,10 +41,10 @@ class TokenPart:
 
 
 class TokenStream:
-    """Read-only tokens of several files, as if they were one array. Nothing is held in memory.
+    """Read-only tokens of several files as one array, memory-mapped.
 
-    A window may begin in one file and end in the next. Copies sent to other processes carry paths, not tokens: a
-    pickled memory map would carry the whole file.
+    A window may begin in one file and end in the next. Copies for other processes contain paths instead of tokens,
+    because a pickled memory map would contain the whole file.
 
     Args:
         parts: The files, in the order of the tokens.
@@ -82,11 +85,11 @@ class TokenStream:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def chunks(self, *, max_tokens: int | None = None, chunk_tokens: int = 2**22) -> Iterator[npt.NDArray[np.int64]]:
-        """The stream in pieces, or evenly spaced pieces of it.
+        """The stream in chunks, or evenly spaced chunks of it.
 
         Args:
-            max_tokens: Where the stream is longer than this, pieces of about so many tokens in all, spread evenly.
-            chunk_tokens: Tokens in a piece.
+            max_tokens: Limit on the tokens in all chunks; for a longer stream, chunks are spread evenly over it.
+            chunk_tokens: Tokens in a chunk.
 
         Yields:
             Token ids of shape ``(at most chunk_tokens,)``.
@@ -116,7 +119,7 @@ _HASHED_TOKENS = 2**22
 def count_tokens(
     stream: TokenStream, *, vocab_size: int, max_tokens: int = MAX_COUNTED_TOKENS
 ) -> npt.NDArray[np.int64]:
-    """Count each token, in pieces spread evenly over the stream where it is longer than ``max_tokens``.
+    """Count each token, in chunks spread evenly over the stream if it is longer than ``max_tokens``.
 
     Returns:
         Counts of shape ``(vocab_size,)``.
@@ -130,13 +133,13 @@ def count_tokens(
 def unigram_loss(
     train: TokenStream, val: TokenStream, *, vocab_size: int, max_tokens: int = MAX_COUNTED_TOKENS
 ) -> float:
-    """Nats per validation token of the training tokens' frequencies, each count plus one.
+    """Cross-entropy of a unigram model in nats per validation token, with add-one smoothing.
 
     Args:
-        train: Tokens whose frequencies are the model.
-        val: Tokens that it is scored on.
-        vocab_size: Possible tokens.
-        max_tokens: Tokens of each stream that are looked at, at most.
+        train: Tokens that the model counts.
+        val: Tokens that it predicts.
+        vocab_size: Number of possible tokens.
+        max_tokens: Limit on the tokens that are read of each stream.
     """
     smoothed = count_tokens(train, vocab_size=vocab_size, max_tokens=max_tokens) + 1
     val_counts = count_tokens(val, vocab_size=vocab_size, max_tokens=max_tokens)
@@ -144,7 +147,7 @@ def unigram_loss(
 
 
 def hash_tokens(stream: TokenStream) -> str:
-    """SHA-256 of the tokens, or of pieces spread evenly over the stream where it is longer than four million."""
+    """SHA-256 of the tokens, or of chunks spread evenly over a stream of more than four million tokens."""
     total = hashlib.sha256(str(len(stream)).encode())
     for chunk in stream.chunks(max_tokens=_HASHED_TOKENS, chunk_tokens=_HASHED_TOKENS // 64):
         total.update(chunk.astype("<u4").tobytes())
@@ -160,13 +163,13 @@ class TrainWindows(Dataset[Window]):
     """Windows at random positions, drawn with replacement.
 
     Window number ``k`` of a run depends on the seed and on ``k`` alone, by a counter-based generator (Philox, Salmon
-    et al. 2011): not on the batch size, the workers, the ranks, or what was drawn before.
+    et al. 2011): not on the batch size, the workers, the ranks, or on earlier draws.
 
     Args:
         stream: The training tokens.
         context_length: T.
-        seed: Picks the sequence of positions.
-        num_samples: Windows in an epoch. Numbers past it are valid: a run goes on counting.
+        seed: Determines the sequence of positions.
+        num_samples: Windows in an epoch. Numbers past it are valid, because a run counts over all epochs.
     """
 
     def __init__(self, stream: TokenStream, *, context_length: int, seed: int, num_samples: int) -> None:
@@ -184,8 +187,8 @@ class TrainWindows(Dataset[Window]):
 
     def start(self, index: int) -> int:
         """Position in the stream of the first token of window ``index``."""
-        # `random_raw` is stable across NumPy's releases, `Generator.integers` is not. The index sits in the second
-        # word of the counter: the first one counts the words that one index draws.
+        # `random_raw` is stable across NumPy's releases, `Generator.integers` is not. The index is the second word of
+        # the counter, because the first word counts the draws of one index.
         word = int(np.random.Philox(key=self.seed, counter=[0, index, 0, 0]).random_raw())
         return word * (len(self.stream) - self.context_length) // _TWO_TO_64
 
@@ -196,7 +199,7 @@ class ValidationWindows(Dataset[Window]):
     Args:
         stream: The validation tokens.
         context_length: T.
-        max_tokens: Where given, as many windows as hold so many predicted tokens, spread evenly over the stream.
+        max_tokens: Limit on the predicted tokens; the windows are then spread evenly over the stream.
     """
 
     def __init__(self, stream: TokenStream, *, context_length: int, max_tokens: int | None = None) -> None:
@@ -210,7 +213,7 @@ class ValidationWindows(Dataset[Window]):
         return self.num_windows
 
     def __getitem__(self, index: int) -> Window:
-        """Window ``index``; past the last one an empty window, which evens out the ranks."""
+        """Window ``index``; past the last one an empty window, so that all ranks read the same number of windows."""
         if index >= self.num_windows:
             return np.empty(0, dtype=np.int64)
         start = index * self.num_in_stream // self.num_windows * self.context_length
@@ -221,8 +224,8 @@ def collate_windows(windows: Sequence[Window], *, context_length: int) -> dict[s
     """Stack windows into a batch whose labels are already shifted.
 
     Args:
-        windows: Token ids of shape ``(n,)`` with ``n`` at most ``T + 1``. Empty ones are left out, as long as one
-            sequence remains.
+        windows: Token ids of shape ``(n,)`` with ``n`` at most ``T + 1``. Empty ones are dropped, but one sequence
+            always remains.
         context_length: T.
 
     Returns:

@@ -265,7 +265,7 @@ def test_damaged_cache_is_made_again(tmp_path, cache_dir, name, damage, caplog):
         (folder / name).write_text("[]")
     assert parts_of(opened(kind, settings, cache_dir)) == expected
     assert {file: file.read_bytes() for file in folder.glob("*.*") if file.is_file()} == contents
-    assert ("is damaged or cut short: it is made again" in caplog.text) == (name != "facts.json")
+    assert ("is damaged or cut off: it is made again" in caplog.text) == (name != "facts.json")
 
 
 def test_changed_text_is_noticed_although_its_size_is_not(tmp_path, cache_dir, tokenizer_json):
@@ -313,7 +313,7 @@ def _file(name, content):
 @pytest.mark.parametrize(
     ("kind", "settings", "write", "error", "message"),
     [
-        (TextFiles, {"path": "no"}, None, FileNotFoundError, "no file or folder .*no, and no download is made"),
+        (TextFiles, {"path": "no"}, None, FileNotFoundError, "no file or folder .*no, and nothing is downloaded"),
         (TextFiles, {"path": "a.txt"}, _file("a.txt", b""), ValueError, r"a\.txt is empty"),
         (TextFiles, {"path": "."}, _file("a.rst", b"x"), FileNotFoundError, r"matches \*\.txt, \*\.md, \*\.py: set `p"),
         (TextFiles, {"path": "a.txt"}, _file("a.txt", b"ab\xff"), ValueError, r"a\.txt is not UTF-8 text \(byte 2\)"),
@@ -331,7 +331,7 @@ def _file(name, content):
             {"path": "a.jsonl"},
             _file("a.jsonl", b"3"),
             ValueError,
-            r"line 1 of .*a\.jsonl is no record but a",
+            r"line 1 of .*a\.jsonl is not a record but a",
         ),
         (
             TextFiles,
@@ -340,11 +340,11 @@ def _file(name, content):
             ValueError,
             "`text_field` to one of 'body'",
         ),
-        (TextFiles, {"path": "a.json"}, _file("a.json", b"{}"), ValueError, r"a\.json holds one dict: give a list"),
+        (TextFiles, {"path": "a.json"}, _file("a.json", b"{}"), ValueError, r"a\.json contains one dict: give a list"),
         (TextFiles, {"path": "a.json"}, _file("a.json", b"{}\n{}"), ValueError, r"a\.json is not JSON .*\.jsonl"),
-        (HFText, {"path": "wikitext"}, None, FileNotFoundError, "wikitext, and no download is made: give a folder"),
+        (HFText, {"path": "wikitext"}, None, FileNotFoundError, "wikitext, and nothing is downloaded: give a folder"),
         (HFText, {"path": "."}, _file("a.txt", b"x"), FileNotFoundError, "neither a data set written by"),
-        (HFText, {"path": "a.csv"}, _file("a.csv", b"x"), ValueError, r"a\.csv is not called \.parquet"),
+        (HFText, {"path": "a.csv"}, _file("a.csv", b"x"), ValueError, r"a\.csv does not end in \.parquet"),
         (HFText, {"path": "a.parquet"}, _file("a.parquet", b"xx"), ValueError, r"Cannot read .*a\.parquet .* damaged"),
     ],
 )
@@ -366,7 +366,7 @@ def test_column_that_does_not_exist(tmp_path, cache_dir, tokenizer_json, write):
 
 def test_column_that_is_not_text(tmp_path, cache_dir, tokenizer_json):
     pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"a\.parquet holds a NoneType, not only text"):
+    with pytest.raises(ValueError, match=r"a\.parquet contains a NoneType, not only text"):
         opened(HFText, {"path": str(tmp_path / "a.parquet"), "tokenizer": tokenizer_json}, cache_dir)
 
 
@@ -393,7 +393,11 @@ def test_documents_that_all_land_in_one_part(tmp_path, cache_dir, tokenizer_json
 @pytest.mark.parametrize(
     ("content", "error", "message"),
     [
-        (None, FileNotFoundError, "'gpt2' is not a local file or folder, and no download is made: give a local token"),
+        (
+            None,
+            FileNotFoundError,
+            "'gpt2' is not a local file or folder, and nothing is downloaded: give a local token",
+        ),
         ("folder", FileNotFoundError, r"has no tokenizer\.json: load the tokenizer once"),
         ("{", ValueError, r"Cannot read the tokenizer .*tokenizer\.json"),
     ],
