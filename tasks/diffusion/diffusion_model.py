@@ -1,12 +1,17 @@
-"""Denoising diffusion models of images.
+"""Denoising diffusion models of images: the task, the samples that it draws, and their distance from real images.
 
 Shapes: `B` images, `C` channels, `H` by `W` pixels.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, ClassVar, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,49 +21,66 @@ from torch import Tensor, nn
 from lightning_adam_mini.factory import OptimizerFactory
 from lightning_adam_mini.schedule import Schedule
 
+from ..base import Task
 from ..callbacks import WeightEMA
 from ..metrics import MeanLoss
 from ..packages import require
 from ..primary_metric import PrimaryMetric
-from .comparison import check_images
-from .generation import GeneratingTask
-from .noise import BetaSchedule, Prediction, build_schedule, evaluation_draws, loss_weights, target
-from .sampling import check_sample_steps
+from ..run_files import replacing
+from .frechet import check_images, compare_with_real
+from .noise import (
+    BetaSchedule,
+    Prediction,
+    build_schedule,
+    check_sample_steps,
+    ddim_sample,
+    evaluation_draws,
+    loss_weights,
+    seeded_noise,
+    target,
+)
 from .unet import build_unet, check_unet, fit_to_data
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
 
 __all__ = ["DiffusionModel"]
 
 _PREDICTS = {"epsilon": "noise", "v_prediction": "velocity", "sample": "image"}
+# Images that go through the network at once when samples are made.
+_SAMPLE_BATCH = 128
+# Smaller images are enlarged in a grid.
+_MIN_TILE = 48
 
 
-class DiffusionModel(GeneratingTask):
-    """A diffusion model (Ho et al. 2020): diffusers' UNet2DModel, trained to tell noise from image.
+class DiffusionModel(Task):
+    """A diffusion model (Ho et al. 2020): diffusers' UNet2DModel, trained to predict the noise in an image.
 
-    Validation is the same in every run: each image has a timestep and a noise of its own, and the squared error counts
-    unweighted. Validation, samples and checkpoints have the averaged weights, where `ema_decay` is given.
+    Validation is the same in every run: each image has a fixed timestep and fixed noise, and the squared error is not
+    weighted. With `ema_decay`, validation, samples and checkpoints use the averaged weights.
 
     Args:
         optimizer: Factory of the optimizer.
         schedule: Learning-rate schedule.
-        config: Fields of UNet2DModel, such as `block_out_channels`; diffusers' defaults elsewhere. Size and channels
-            are the data's.
-        num_train_timesteps: Timesteps of the noise.
-        beta_schedule: How noise grows over them, by diffusers' names; `squaredcos_cap_v2` is the cosine.
+        config: Fields of UNet2DModel, such as `block_out_channels`; diffusers' defaults for the others. Size and
+            channels come from the data.
+        num_train_timesteps: Timesteps of the noise schedule.
+        beta_schedule: diffusers' name of the noise schedule; `squaredcos_cap_v2` is the cosine schedule.
         prediction_type: What the network predicts: the noise (`epsilon`), the velocity or the image (`sample`).
-        min_snr_gamma: Weigh the timesteps of the training loss by min-SNR (Hang et al. 2023; 5 in the paper); all alike
-            by default.
-        ema_decay: Decay of the moving average of the weights, which grows up to this; null for none.
-        activation_checkpointing: Compute activations again in the backward pass, for memory.
+        min_snr_gamma: Weight the timesteps of the training loss by min-SNR with this gamma (Hang et al. 2023; 5 in the
+            paper); equal weights by default.
+        ema_decay: Decay of the moving average of the weights, after its warm-up; null for none.
+        activation_checkpointing: Recompute activations in the backward pass, to save memory.
         compile: Compile the model with torch.compile.
-        sample_every: Draw samples in every so many validations, and at the end; 0 for never.
+        sample_every: Draw a grid of samples in every nth validation, and at the end; 0 for never.
         num_samples: Images of a grid of samples.
-        sample_steps: Steps of DDIM, for samples and `predict`. Numbers that would make it begin before images are noise
-            are refused, such as 2, 300 and 600 of 1000 timesteps.
-        sample_seed: Seed of the first image of a grid; the others follow.
+        sample_steps: Steps of DDIM, for samples and `predict`. Numbers for which it would begin before images are noise
+            are rejected, such as 2, 300 and 600 of 1000 timesteps.
+        sample_seed: Seed of the first image of a grid; the next images have the next seeds.
         pca_features: Compare samples with real images at the end of training and in `test`: the Frechet distance in
-            so many principal components of the training images. 0 for no comparison.
-        frechet_images: Samples for it, and as many training images for the distance of real from real images; 512 by
-            default.
+            this many principal components of the training images. 0 for no comparison.
+        frechet_images: Number of samples to compare, and of training images for the distance between real images; 512
+            by default.
 
     Raises:
         ValueError: A number is out of range, diffusers cannot build the network, or a package is missing.
@@ -106,12 +128,12 @@ class DiffusionModel(GeneratingTask):
         if frechet_images is not None and not pca_features:
             raise ValueError(
                 "frechet_images is given, but pca_features is 0, so nothing is compared: set model.pca_features, or "
-                "leave model.frechet_images out (null)"
+                "leave out model.frechet_images (null)"
             )
         if min_snr_gamma is not None and not min_snr_gamma > 0:
-            raise ValueError(f"min_snr_gamma must be positive, not {min_snr_gamma}; null weighs all timesteps alike")
+            raise ValueError(f"min_snr_gamma must be positive, not {min_snr_gamma}; null weights timesteps equally")
         if ema_decay is not None:
-            WeightEMA(ema_decay)  # a wrong decay raises here, before any data is read
+            WeightEMA(ema_decay)  # a wrong decay raises here, before any data are read
         self.save_hyperparameters()
         self.config = dict(config or {})
         check_unet(self.config)  # wrong options raise here, before any data are read
@@ -134,9 +156,10 @@ class DiffusionModel(GeneratingTask):
         self.val_mean = MeanLoss()
         self._validations = 0
         self._frechet: tuple[float, float] | None = None
+        self._grid: Path | None = None
 
     def configure_model(self) -> None:
-        """Make the network, for the data's size and channels.
+        """Build the network for the size and the channels of the data's images.
 
         Raises:
             ValueError: The U-Net does not fit the images.
@@ -157,43 +180,49 @@ class DiffusionModel(GeneratingTask):
         return model
 
     def setup(self, stage: str) -> None:
-        """See `Task.setup`; the data must be enough for the comparison with real images.
+        """See `Task.setup`.
 
         Raises:
-            ValueError: They are not.
+            ValueError: There are too few images for the comparison with real images.
         """
         super().setup(stage)
         if self.pca_features and stage != "predict":
             check_images(self.data_module(), self.pca_features)
 
     def on_fit_start(self) -> None:
-        """See `Task.on_fit_start`; the weights of the loss are no buffer, for they stay in float32."""
+        """See `Task.on_fit_start`; the loss weights are not a buffer, because they stay in float32."""
         super().on_fit_start()
         if self.loss_weights is not None:
             self.loss_weights = self.loss_weights.to(self.device)
 
     def configure_callbacks(self) -> list[Callback]:
-        """The average of the weights."""
+        """The moving average of the weights."""
         return [] if self.ema_decay is None else [WeightEMA(self.ema_decay)]
 
     @property
+    def network(self) -> UNet2DModel:
+        """The U-Net, once `configure_model` has made it."""
+        assert self.model is not None
+        return cast("UNet2DModel", self.model)
+
+    @property
     def num_timesteps(self) -> int:
-        """Timesteps of the noise."""
+        """Timesteps of the noise schedule."""
         return int(self.noise_schedule.config.num_train_timesteps)
 
     def forward(self, images: Tensor, timesteps: Tensor) -> Tensor:
-        """What the network predicts, float32 `(B, C, H, W)`, from noisy images `(B, C, H, W)` and `(B,)`."""
-        # Not diffusers' `dtype`, which walks all modules for it, in each forward pass.
+        """The network's prediction, float32 `(B, C, H, W)`, from noisy images `(B, C, H, W)` and timesteps `(B,)`."""
+        # diffusers' own `dtype` walks over all modules in each forward pass.
         dtype = next(self.network.parameters()).dtype
         predicted: Tensor = self.network(images.to(dtype), timesteps).sample
         return predicted.float()
 
     def squared_errors(self, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Squared errors `(B, C, H, W)` of the prediction, in float32 whatever the precision of the network.
+        """Squared errors `(B, C, H, W)` of the prediction, in float32 for any precision of the network.
 
         Args:
             images: `(B, C, H, W)` in [-1, 1].
-            noise: The same shape, normal.
+            noise: The same shape, standard normal.
             timesteps: `(B,)`.
         """
         images, noise = images.float(), noise.float()
@@ -202,7 +231,7 @@ class DiffusionModel(GeneratingTask):
         return F.mse_loss(self(noisy, timesteps), wanted, reduction="none")
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Mean squared error of a batch of images, at random timesteps; weighted with `min_snr_gamma`."""
+        """Mean squared error of a batch of images at random timesteps; weighted if `min_snr_gamma` is given."""
         noise = torch.randn(batch.shape, device=batch.device)
         timesteps = torch.randint(self.num_timesteps, (len(batch),), device=batch.device)
         errors = self.squared_errors(batch, noise, timesteps)
@@ -213,7 +242,7 @@ class DiffusionModel(GeneratingTask):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Start the mean anew."""
+        """Reset the mean."""
         self.val_mean.reset()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -221,16 +250,16 @@ class DiffusionModel(GeneratingTask):
         indices, images = batch
         shape = cast("tuple[int, int, int]", tuple(images.shape[1:]))
         counted = len(images)
-        if not counted:  # other ranks wait for this one's collectives, and diffusers' attention takes no empty batch
+        if not counted:  # collectives of other ranks wait for this one, and diffusers' attention rejects empty batches
             indices, images = indices.new_zeros(1), images.new_zeros(1, *shape)
         timesteps, noise = evaluation_draws(indices.tolist(), shape, self.num_timesteps, seed=0)
         errors = self.squared_errors(images, noise.to(images.device), timesteps.to(images.device))
         self.val_mean.update(errors[:counted].flatten(1).mean(1).sum(), counted)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the mean over all images of all ranks; draw samples where it is their turn."""
+        """Log the mean over all images of all ranks; draw samples if they are due."""
         loss = self.val_mean.compute()
-        # The same on all ranks already; sync_dist says so to Lightning.
+        # The values are equal on all ranks already; without sync_dist Lightning would warn.
         stage = "test" if self.trainer.testing else "val"
         self.log(f"{stage}_loss", loss, prog_bar=True, sync_dist=True)
         if self.pca_features and self.trainer.state.fn in ("test", "validate"):
@@ -242,7 +271,7 @@ class DiffusionModel(GeneratingTask):
                 self.draw_grid()
 
     def on_train_end(self) -> None:
-        """Draw the last samples, and compare others with real images; the averaged weights are in place."""
+        """Draw the last samples, and compare others with real images, with the averaged weights."""
         if getattr(self.trainer, "fast_dev_run", False):
             return
         with self.evaluating():
@@ -252,7 +281,7 @@ class DiffusionModel(GeneratingTask):
                 self._frechet = self.compare("val")
                 value = {"val_pca_frechet": self._frechet[0]}
                 for logger in self.trainer.loggers:
-                    logger.log_metrics(value, step=self.trainer.global_step - 1)  # Lightning's number of the last step
+                    logger.log_metrics(value, step=self.trainer.global_step - 1)  # Lightning counts steps from 0 here
                 self.trainer.callback_metrics.update({name: torch.tensor(each) for name, each in value.items()})
 
     def batch_units(self, batch: Tensor) -> int:
@@ -260,22 +289,22 @@ class DiffusionModel(GeneratingTask):
         return len(batch)
 
     def summary(self) -> dict[str, str]:
-        """Final loss, and how far samples are from real images."""
+        """Final loss, and the distance of samples from real images."""
         lines: dict[str, str] = {}
         loss = self.trainer.callback_metrics.get("val_loss")
         if loss is not None:
             predicted = _PREDICTS[self.noise_schedule.config.prediction_type]
             lines["validation loss"] = f"{loss:.4f}, mean squared error of the {predicted}"
         if self._frechet is not None:
-            made, real = self._frechet
+            generated, real = self._frechet
             lines["Frechet distance"] = (
-                f"{made:.3f} in {self.pca_features} principal components, {self.frechet_images} samples from the "
+                f"{generated:.3f} in {self.pca_features} principal components, {self.frechet_images} samples from the "
                 f"validation images; training images: {real:.3f}"
             )
         return lines
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the number of validations too, after which samples are drawn."""
+        """Save also the number of validations, which decides when samples are drawn."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["validations"] = self._validations
 
@@ -284,6 +313,114 @@ class DiffusionModel(GeneratingTask):
         super().on_load_checkpoint(checkpoint)
         self._validations = checkpoint.get("validations", 0)
 
+    def sample(self, seeds: list[int]) -> Tensor:
+        """New images `(B, C, H, W)` in [-1, 1], on the CPU, each from the noise of its seed alone."""
+        if not seeds:
+            return torch.empty(0, *self._image_shape())
+        batches = []
+        with self.evaluating():
+            for start in range(0, len(seeds), _SAMPLE_BATCH):
+                noise = seeded_noise(seeds[start : start + _SAMPLE_BATCH], self._image_shape()).to(self.device)
+                batches.append(ddim_sample(self._predict, self.noise_schedule, noise, self.sample_steps).cpu())
+        return torch.cat(batches)
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> list[dict[str, Any]]:
+        """Write the image of each seed as PNG to `predictions/`: `{"image": path in the run folder, "seed": ...}`."""
+        seeds = batch[1].tolist()
+        folder = Path(self.trainer.default_root_dir)
+        rows = []
+        for seed, image in zip(seeds, self.sample(seeds), strict=True):
+            name = f"predictions/seed_{seed:06d}.png"
+            if self.trainer.is_global_zero or not self.is_sharded:  # ranks of a sharded model make the same images
+                _write_png(image.float() / 2 + 0.5, folder / name)
+            rows.append({"image": name, "seed": seed})
+        return rows
+
+    def export(self, folder: str | Path) -> Path:
+        """Save U-Net and noise schedule for diffusers' `DDPMPipeline.from_pretrained`; the folder appears complete.
+
+        Args:
+            folder: A folder that does not exist yet.
+
+        Raises:
+            ValueError: The folder exists.
+        """
+        from diffusers import DDPMPipeline
+
+        path = Path(folder).expanduser()
+        if path.exists():
+            raise ValueError(f"{path} exists; choose another folder for the export, or remove it")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            DDPMPipeline(unet=self.network, scheduler=self.noise_schedule).save_pretrained(temporary)
+            temporary.rename(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return path
+
+    def pictures(self, folder: Path) -> dict[str, Path]:
+        """The last grid of samples."""
+        return {} if self._grid is None else {"samples": self._grid}
+
+    def draw_grid(self) -> None:
+        """Write samples in rows of eight to `samples/step_000600.png`; all ranks make them, rank zero writes."""
+        from torchvision.utils import make_grid
+
+        path = Path(self.trainer.default_root_dir) / "samples" / f"step_{self.trainer.global_step:06d}.png"
+        if self._grid == path:  # the last validation has drawn it already
+            return
+        images = self.sample(list(range(self.sample_seed, self.sample_seed + self.num_samples)))
+        self._grid = path
+        if self.trainer.is_global_zero:
+            scale = max(1, _MIN_TILE // images.shape[-1])
+            enlarged = F.interpolate(images.float(), scale_factor=scale, mode="nearest")
+            _write_png(make_grid(enlarged / 2 + 0.5, nrow=8), path)
+
+    def compare(self, part: Literal["val", "test"]) -> tuple[float, float]:
+        """See `compare_with_real`."""
+        # The seeds of the grids are skipped, so that these images are new.
+        first = self.sample_seed + self.num_samples
+        return compare_with_real(
+            self.data_module(),
+            part,
+            lambda number: self.sample(list(range(first, first + number))),
+            num_features=self.pca_features,
+            num_images=self.frechet_images,
+        )
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Turn dropout and gradients off."""
+        was_training = self.network.training
+        self.network.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.network.train(was_training)
+
+    def _predict(self, images: Tensor, timesteps: Tensor) -> Tensor:
+        """`forward` in the precision of the trainer, which Lightning sets within its steps only."""
+        trainer = self._trainer
+        with contextlib.nullcontext() if trainer is None else trainer.precision_plugin.forward_context():
+            predicted: Tensor = self(images, timesteps)
+        return predicted
+
+    def _image_shape(self) -> tuple[int, int, int]:
+        config = self.network.config
+        size = config.sample_size
+        if size is None:
+            raise ValueError("set model.config.sample_size: without data the size of new images is unknown")
+        return config.in_channels, size, size
+
     def _is_training_validation(self) -> bool:
         trainer = self.trainer
         return trainer.state.fn == "fit" and not trainer.sanity_checking and not getattr(trainer, "fast_dev_run", False)
+
+
+def _write_png(image: Tensor, path: Path) -> None:
+    """Write an image or a grid `(C, H, W)` in [0, 1] as PNG."""
+    from torchvision.utils import save_image
+
+    with replacing(path) as temporary:
+        save_image(image, temporary, format="png")

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..run_files import error_line
+
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
 
 __all__ = ["build_unet", "check_unet", "fit_to_data"]
 
-# Labels of classes would be needed in training and sampling alike.
+# Class-conditional models would need labels in training and in sampling.
 _CLASS_OPTIONS = ("class_embed_type", "num_class_embeds")
 
 
@@ -24,12 +26,12 @@ def check_unet(config: dict[str, Any]) -> None:
         config: Fields of diffusers' UNet2DModel.
 
     Raises:
-        ValueError: A field does not exist, with what comes near; or the network cannot be built.
+        ValueError: A field does not exist, with similar names; or the network cannot be built.
     """
     known = _fields()
     for name in config:
         if name in _CLASS_OPTIONS:
-            raise ValueError(f"model.config.{name}: models of classes are not supported; leave it out")
+            raise ValueError(f"model.config.{name}: class-conditional models are not supported; leave it out")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3) or known
             raise ValueError(f"UNet2DModel has no option {name!r}; did you mean {', '.join(near)}?")
@@ -37,7 +39,7 @@ def check_unet(config: dict[str, Any]) -> None:
     if config.get("out_channels", channels) != channels:
         raise ValueError(
             f"model.config.out_channels is {config['out_channels']} and in_channels {channels}: both are the channels "
-            "of the images; leave them out, and the data's are taken"
+            "of the images; leave them out to use the data's"
         )
     if size is not None and (not isinstance(size, int) or size < 1):
         raise ValueError(f"model.config.sample_size must be a number of pixels, not {size!r}")
@@ -49,18 +51,18 @@ def fit_to_data(config: dict[str, Any], image_shape: tuple[int, int, int] | None
     """The configuration for images of a shape.
 
     Args:
-        config: Fields of diffusers' UNet2DModel; channels and size are the data's where they are not given.
-        image_shape: `(C, H, W)` of the data's images; None where it is not known.
+        config: Fields of diffusers' UNet2DModel; channels and size default to the data's.
+        image_shape: `(C, H, W)` of the data's images; None if unknown.
 
     Raises:
-        ValueError: Channels or size are not the data's, or the U-Net cannot halve the size as often as it does.
+        ValueError: Channels or size differ from the data's, or the size cannot be halved as often as the U-Net does.
     """
     channels, size, width = image_shape or (config.get("in_channels", 3), *[config.get("sample_size")] * 2)
     for name, own, other in (("in_channels", channels, "channels"), ("sample_size", size, "pixels a side")):
         if config.get(name, own) != own:
             raise ValueError(
-                f"the images have {own} {other}, but model.config.{name} is {config[name]}; leave it out, and the "
-                "data's is taken"
+                f"the images have {own} {other}, but model.config.{name} is {config[name]}; leave it out to use the "
+                "data's"
             )
     halvings = len(config.get("block_out_channels", _fields()["block_out_channels"])) - 1
     if size is not None and (size != width or size % 2**halvings):
@@ -79,16 +81,15 @@ def build_unet(config: dict[str, Any]) -> UNet2DModel:
     """
     from diffusers import UNet2DModel
 
-    # diffusers only rarely checks what it is given: whatever its parts raise is about the configuration.
+    # diffusers checks few of its arguments, so errors of any type are about the configuration.
     try:
         return UNet2DModel(**config)
     except Exception as error:
-        told = " ".join(str(error).split())[:200]
-        raise ValueError(f"UNet2DModel cannot be built from model.config: {told or type(error).__name__}") from error
+        raise ValueError(f"UNet2DModel cannot be built from model.config: {error_line(error)}") from error
 
 
 def _fields() -> dict[str, Any]:
-    """Fields of the configuration, with their defaults."""
+    """Fields of the configuration and their defaults."""
     from diffusers import UNet2DModel
 
     parameters = signature(UNet2DModel.__init__).parameters

@@ -1,33 +1,38 @@
-"""A graph with labelled nodes: the whole of it, or a part that one step sees."""
+"""A graph with labelled nodes: the whole graph, or the part of it in one step."""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, fields, replace
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Graph"]
+from ..packages import require
+
+__all__ = ["Graph", "require_neighbor_sampling", "require_torch_geometric"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Graph:
-    """Nodes with features and labels, edges, and which nodes are for training, validation and test.
+    """Nodes with features and labels, edges, and the nodes for training, validation and test.
 
     Shapes: `N` nodes, `F` features, `E` edges.
 
     Args:
         x: Features `(N, F)`, float32.
         y: Class of each node `(N,)`, int64.
-        edge_index: Source and target of each edge `(2, E)`, int64. Messages run from source to target.
-        train: Numbers of the training nodes.
-        val: Numbers of the validation nodes.
-        test: Numbers of the test nodes.
-        seeds: Training nodes that the loss is over, where these are not all of `train`.
+        edge_index: Source and target of each edge `(2, E)`, int64. Messages go from source to target.
+        train: Indices of the training nodes.
+        val: Indices of the validation nodes.
+        test: Indices of the test nodes.
+        seeds: Training nodes of the loss, if it is not over all of `train`.
         whole: Whether this is the whole graph, which stays on the device.
-        class_names: Name of each class, where there are any.
-        node_names: Name of each node, where there are any.
+        class_names: Names of the classes, if they have any.
+        node_names: Names of the nodes, if they have any.
     """
 
     x: Tensor
@@ -43,7 +48,7 @@ class Graph:
 
     @property
     def num_nodes(self) -> int:
-        """Nodes, N."""
+        """Number of nodes, N."""
         return self.x.shape[0]
 
     def to(self, device: torch.device) -> Graph:
@@ -53,14 +58,14 @@ class Graph:
         return replace(self, **moved)
 
     def check(self, where: str, num_classes: int) -> None:
-        """Check that edges, labels and splits name what exists.
+        """Check that edges, labels and splits refer to existing nodes and classes.
 
         Args:
             where: The data in a few words, for messages.
-            num_classes: Classes that labels may name.
+            num_classes: Number of classes.
 
         Raises:
-            ValueError: With the first number that is out of range, or the split that is empty or shared.
+            ValueError: A number is out of range, a split is empty, splits share a node, or a feature is not finite.
         """
         for name, numbers, bound, of in (
             ("an edge", self.edge_index, self.num_nodes, "nodes"),
@@ -81,4 +86,32 @@ class Graph:
                 "must not share nodes"
             )
         if not self.x.isfinite().all():
-            raise ValueError(f"{where}: the features hold values that are not finite numbers; mend the file")
+            raise ValueError(f"{where}: the features contain values that are not finite; fix the file")
+
+
+def require_torch_geometric(what: str) -> None:
+    """Import torch_geometric.
+
+    Args:
+        what: What needs it, for the message.
+
+    Raises:
+        ValueError: It is not installed; with the command that installs it.
+    """
+    require("torch_geometric", what, extra="graph", package="torch-geometric")
+    with warnings.catch_warnings():  # torch deprecates torch.jit.script, which torch_geometric calls on import
+        warnings.simplefilter("ignore", FutureWarning)
+        import_module("torch_geometric.nn.models")
+
+
+def require_neighbor_sampling() -> None:
+    """Check for a compiled sampler, which torch_geometric's NeighborLoader needs.
+
+    Raises:
+        ValueError: There is none; with the sampling that works without it.
+    """
+    if find_spec("pyg_lib") is None and find_spec("torch_sparse") is None:
+        raise ValueError(
+            "data.sampling neighbors needs the package pyg-lib (or torch-sparse), which is not installed: install it "
+            "as torch_geometric's installation page says, or use data.sampling parts, which needs neither"
+        )

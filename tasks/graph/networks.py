@@ -1,4 +1,4 @@
-"""Networks for nodes, from torch_geometric's models; this module imports it, and is imported where one is built.
+"""Networks for node classification, from torch_geometric's models; imported only when a network is built.
 
 Shapes: `N` nodes, `F` features, `E` edges, `C` classes.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.nn.conv.gcn_conv import GCNConv, gcn_norm
 from torch_geometric.nn.models import GAT, GCN, MLP
-from torch_geometric.utils import add_remaining_self_loops, dropout_edge
+from torch_geometric.utils import add_remaining_self_loops, dropout_edge, to_torch_csr_tensor
 
 __all__ = ["Architecture", "NodeNetwork", "normalised_adjacency"]
 
@@ -20,24 +20,23 @@ Architecture = Literal["gcn", "gat", "mlp"]
 
 
 class NodeNetwork(nn.Module):
-    """Features and edges to logits of every node.
+    """torch_geometric's GCN, GAT or MLP, with dropout of input features and edges: logits of every node.
 
-    torch_geometric's GCN, GAT or MLP, with dropout of input features and edges before it. Layers that a batch norm
-    follows have no bias.
+    Layers that are followed by a batch norm have no bias.
 
     Args:
-        architecture: Which one.
+        architecture: The model.
         num_features: F.
         num_classes: C.
-        num_layers: Layers, the last one included.
-        hidden_size: Width of the other layers, over all heads together.
+        num_layers: Number of layers, the last one included.
+        hidden_size: Width of all layers but the last, over all heads together.
         heads: Attention heads of all layers but the last, which has one.
-        batch_norm: Normalise between layers.
+        batch_norm: Use batch norm between layers.
         residual: Add a linear map of the layer's input to its output.
-        input_dropout: Of features.
-        dropout: After each layer but the last.
-        attention_dropout: Of attention weights.
-        edge_dropout: Share of the edges that a training step leaves out.
+        input_dropout: Dropout of input features.
+        dropout: Dropout after each layer but the last.
+        attention_dropout: Dropout of attention weights.
+        edge_dropout: Fraction of the edges that a training step drops.
     """
 
     def __init__(
@@ -72,7 +71,7 @@ class NodeNetwork(nn.Module):
             self.body = MLP(widths, **options, bias=bias)
 
     def edges(self, edge_index: Tensor, num_nodes: int) -> Tensor | None:
-        """What the layers make of edges: the same in every step, as long as none is dropped.
+        """The edges in the form that the layers take, which can be reused as long as no edges are dropped.
 
         Args:
             edge_index: `(2, E)`.
@@ -90,7 +89,7 @@ class NodeNetwork(nn.Module):
         Args:
             x: Features `(N, F)`.
             edge_index: `(2, E)`.
-            edges: What `edges` makes of them, where it is known.
+            edges: The result of `edges`, if it is known.
         """
         x = self.input_dropout(x)
         if self.architecture == "mlp":
@@ -103,24 +102,23 @@ class NodeNetwork(nn.Module):
 
 
 def normalised_adjacency(edge_index: Tensor, num_nodes: int) -> Tensor:
-    """GCN's propagation matrix, degrees normalised with self-loops: `(N, N)`, sparse by rows, which are targets.
+    """GCN's normalised adjacency with self-loops: `(N, N)` in CSR format, with targets as rows.
 
-    torch_geometric multiplies by it without a message for each edge: five times faster on a CPU, and without `E x F`
-    numbers in memory.
+    torch_geometric multiplies by it without a message per edge: five times faster on a CPU, and without `E x F` numbers
+    in memory.
 
     Args:
         edge_index: `(2, E)`.
         num_nodes: N.
     """
     index, weight = gcn_norm(edge_index, None, num_nodes, dtype=torch.float32)
-    adjacency = torch.sparse_coo_tensor(index.flip(0), weight, (num_nodes, num_nodes), check_invariants=False)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch calls this layout a beta, once a process
-        return adjacency.coalesce().to_sparse_csr()
+        warnings.simplefilter("ignore", UserWarning)  # torch warns that CSR is in beta and that nothing is checked
+        return to_torch_csr_tensor(index.flip(0), weight, size=(num_nodes, num_nodes))
 
 
 class _GCN(GCN):
-    """torch_geometric's GCN on a propagation matrix, with a linear skip around each layer where asked for."""
+    """torch_geometric's GCN on a normalised adjacency, with optional linear skip connections around its layers."""
 
     def init_conv(self, in_channels: int, out_channels: int, *, residual: bool) -> nn.Module:
         conv = _Conv(in_channels, out_channels, normalize=False, bias=_has_bias(self))
@@ -128,7 +126,7 @@ class _GCN(GCN):
 
 
 class _Conv(GCNConv):
-    """torch_geometric's GCNConv, its sparse product in float32: torch has none in half precision on the CPU."""
+    """torch_geometric's GCNConv with a sparse product in float32: torch has none in half precision on the CPU."""
 
     def message_and_aggregate(self, adj_t: Tensor, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -136,7 +134,7 @@ class _Conv(GCNConv):
 
 
 class _GAT(GAT):
-    """torch_geometric's GAT, with one head in the last layer, and a dropout for attention of its own."""
+    """torch_geometric's GAT with one head in the last layer, and a separate dropout for attention."""
 
     def init_conv(
         self, in_channels: int, out_channels: int, *, heads: int, residual: bool, attention_dropout: float
@@ -149,7 +147,7 @@ class _GAT(GAT):
             bias=_has_bias(self),
             add_self_loops=False,
         )
-        conv.dropout = attention_dropout  # GAT itself drops attention weights at the rate of features
+        conv.dropout = attention_dropout  # GAT itself uses the dropout rate of the features
         return conv
 
 
@@ -164,8 +162,8 @@ class _Residual(nn.Module):
 
 
 def _is_last(network: Any) -> bool:
-    return getattr(network, "_is_conv_to_out", False)  # set while the last layer is made, as GAT itself reads it
+    return getattr(network, "_is_conv_to_out", False)  # torch_geometric sets it while it makes the last layer
 
 
 def _has_bias(network: Any) -> bool:
-    return _is_last(network) or network.norm is None  # a batch norm takes away what a bias adds
+    return _is_last(network) or network.norm is None  # a batch norm cancels a bias before it

@@ -1,11 +1,17 @@
-"""Classification of the nodes of one graph."""
+"""Classification of the nodes of one graph: the task, its losses, label reuse, baselines and pictures.
+
+Shapes: `N` nodes, `F` features, `C` classes.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -14,43 +20,46 @@ from lightning_adam_mini.factory import OptimizerFactory
 from lightning_adam_mini.schedule import Schedule
 
 from ..base import Task
+from ..curves import draw_curves
+from ..metrics_file import read_metrics
 from ..primary_metric import PrimaryMetric
-from .baselines import majority_accuracy, propagation_accuracy
-from .graph import Graph
-from .label_reuse import all_training_nodes, draw_training_nodes, predict_with_labels
-from .losses import Loss, node_losses
-from .packages import require_torch_geometric
-from .pictures import draw_accuracy, draw_classes
+from ..run_files import save_figure
+from .graph import Graph, require_torch_geometric
 
-__all__ = ["NodeClassifier"]
+__all__ = ["NodeClassifier", "node_losses", "predict_with_labels"]
 
-# The others convert a batch, and a graph is no collection of tensors to Lightning.
+Loss = Literal["cross_entropy", "log_cross_entropy"]
+
+# Lightning's other precisions convert the batch, and it does not treat a graph as a collection of tensors.
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+_EPSILON = 1 - math.log(2)
+# Label propagation then takes a second or two on a CPU; more iterations change little.
+_PROPAGATIONS, _ALPHA = 20, 0.9
 
 
 class NodeClassifier(Task):
-    """A network of torch_geometric's layers that tells the class of each node.
+    """A network of torch_geometric's layers that predicts the class of each node.
 
-    Validation runs on the whole graph, and keeps the test accuracy of the best validation accuracy so far.
+    Validation runs on the whole graph, and stores the test accuracy at the best validation accuracy so far.
 
     Args:
         optimizer: Factory of the optimizer.
         schedule: Learning-rate schedule.
         architecture: `gcn` (Kipf and Welling 2017, arXiv 1609.02907), `gat` (Velickovic et al. 2018, arXiv 1710.10903),
-            or `mlp`, which sees features alone: what the edges are worth is the difference.
-        num_layers: Layers, the last one included.
-        hidden_size: Width of the other layers, over all heads together.
+            or `mlp`, which ignores the edges and so shows what they are worth.
+        num_layers: Number of layers, the last one included.
+        hidden_size: Width of all layers but the last, over all heads together.
         heads: Attention heads of a GAT in all layers but the last, which has one.
-        batch_norm: Normalise between layers.
+        batch_norm: Use batch norm between layers.
         residual: Add a linear map of each layer's input to its output.
-        input_dropout: Of features.
-        dropout: After each layer but the last.
-        attention_dropout: Of a GAT's attention weights.
-        edge_dropout: Share of the edges that a training step leaves out, in all layers.
+        input_dropout: Dropout of input features.
+        dropout: Dropout after each layer but the last.
+        attention_dropout: Dropout of a GAT's attention weights.
+        edge_dropout: Fraction of the edges that a training step drops, in all layers.
         loss: Plain cross-entropy, or `log_cross_entropy`, log(eps + CE) - log eps with eps = 1 - ln 2.
-        mask_rate: Share of the training nodes, drawn anew for each step, that the loss leaves out.
-        label_reuse: Give the labels of the nodes that the loss leaves out as input features.
-        label_iterations: How often predictions take the place of labels that are not given, with `label_reuse`.
+        mask_rate: Fraction of the training nodes that the loss leaves out, drawn again in each step.
+        label_reuse: Use the labels of the nodes that the loss leaves out as input features.
+        label_iterations: With `label_reuse`, how often predictions replace the labels that are not given.
         predict_split: Nodes that `predict` writes.
     """
 
@@ -119,15 +128,15 @@ class NodeClassifier(Task):
         self._num_classes = 0
         self._edges: tuple[Graph, Tensor | None] | None = None
         self._predicted: tuple[Graph, Tensor] | None = None
-        # In the checkpoint, so that a resumed run goes on from the same best.
+        # Buffers are saved in the checkpoint, so that a resumed run continues from the same best.
         self.register_buffer("best_val_accuracy", torch.tensor(-1.0))
         self.register_buffer("test_accuracy_at_best", torch.tensor(float("nan")))
 
     def setup(self, stage: str) -> None:
-        """Refuse what would fail at the first batch.
+        """Reject settings that would fail at the first batch.
 
         Raises:
-            ValueError: A precision that converts batches, or a number of sampled hops that is not that of the layers.
+            ValueError: The precision converts batches, or the number of sampled hops is not the number of layers.
         """
         super().setup(stage)
         if self.trainer.precision not in _PRECISIONS:
@@ -143,7 +152,7 @@ class NodeClassifier(Task):
             )
 
     def configure_model(self) -> None:
-        """Make the network for the data's features and classes.
+        """Build the network for the data's features and classes.
 
         Raises:
             ValueError: torch_geometric is not installed, or there are no data.
@@ -155,7 +164,7 @@ class NodeClassifier(Task):
             self.build(lambda: self._build(data.num_features, data.num_classes))
 
     def outline(self, data: LightningDataModule, device: str = "meta") -> list[str]:
-        """See `Task.outline`: the sizes are those that the settings of the data tell."""
+        """See `Task.outline`: the sizes follow from the settings of the data."""
         graphs = cast("Any", data)
         with torch.device(device):
             self.model = self._build(graphs.planned_features, graphs.planned_classes)
@@ -172,7 +181,7 @@ class NodeClassifier(Task):
     @property
     def network(self) -> Any:
         """The `NodeNetwork`, once `configure_model` has made it."""
-        # Not annotated by its name: jsonargparse would import torch_geometric to parse a command line.
+        # Annotated as Any, because jsonargparse would import torch_geometric to parse a command line.
         assert self.model is not None
         return self.model
 
@@ -181,7 +190,7 @@ class NodeClassifier(Task):
 
         Args:
             graph: The graph, or a part of it.
-            given: With `label_reuse`, the nodes whose labels are given `(N,)`; all training nodes by default.
+            given: With `label_reuse`, a mask `(N,)` of the nodes whose labels are input; all training nodes by default.
         """
         edges = self._edges_of(graph)
 
@@ -190,37 +199,37 @@ class NodeClassifier(Task):
 
         if not self.label_reuse:
             return predict(graph.x)
-        given = all_training_nodes(graph) if given is None else given
+        given = draw_training_nodes(graph, 1.0) if given is None else given
         return predict_with_labels(
             predict, graph, given, num_classes=self._num_classes, iterations=self.label_iterations
         )
 
     def training_step(self, batch: Graph, batch_idx: int) -> Tensor:
-        """Mean loss over the training nodes of a batch, or over those that the mask leaves."""
+        """Mean loss over the training nodes of a batch that are not masked."""
         targets = batch.train if batch.seeds is None else batch.seeds
         given = draw_training_nodes(batch, self.mask_rate) if self.mask_rate else None
         losses = node_losses(self(batch, given)[targets], batch.y[targets], self.loss)
         counted = torch.ones_like(losses) if given is None else (~given[targets]).to(losses.dtype)
-        # A small part may hold no training node at all.
+        # A small part of the graph may have no training nodes.
         loss = (losses * counted).sum() / counted.sum().clamp(min=1)
         self.log("train_loss", loss, prog_bar=True, batch_size=batch.num_nodes)
         return loss
 
     def validation_step(self, batch: Graph, batch_idx: int) -> None:
-        """Loss and accuracy on the whole graph, and the test accuracy where the validation is the best so far."""
+        """Loss and accuracy on the whole graph, and the test accuracy if the validation accuracy is the best so far."""
         loss, accuracy = self._evaluate(batch, batch.val)
         metrics = {"val_loss": loss, "val_accuracy": accuracy}
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             if accuracy > self.best_val_accuracy:
                 self.best_val_accuracy.copy_(accuracy)
                 self.test_accuracy_at_best.copy_(self._accuracy(batch, batch.test))
-            # Copies: what is logged is read later.
+            # Copies, because Lightning reads logged tensors later.
             metrics["train_accuracy"] = self._accuracy(batch, batch.train)
             metrics["best_val_accuracy"] = self.best_val_accuracy.clone()
             metrics["test_accuracy_at_best"] = self.test_accuracy_at_best.clone()
         shown = {"val_loss", "val_accuracy"}
         for name, value in metrics.items():
-            # The same on every rank: each evaluates the whole graph.
+            # The values are equal on all ranks, which evaluate the whole graph; without sync_dist Lightning would warn.
             self.log(name, value, prog_bar=name in shown, batch_size=1, sync_dist=True)
 
     def test_step(self, batch: Graph, batch_idx: int) -> None:
@@ -229,26 +238,25 @@ class NodeClassifier(Task):
         self.log_dict({"test_loss": loss, "test_accuracy": accuracy}, batch_size=1, sync_dist=True)
 
     def predict_step(self, batch: Graph, batch_idx: int) -> list[dict[str, Any]]:
-        """`{"node": ..., "class": ..., "probability": ...}` of each node, by name where names are known."""
-        probabilities, classes = self(batch).float().softmax(dim=1).max(dim=1)
+        """`{"node": ..., "class": ..., "probability": ...}` of each node; node and class by name if they have names."""
+        probabilities, classes = (each.tolist() for each in self(batch).float().softmax(dim=1).max(dim=1))
         every = self.predict_split == "all"
         nodes = range(batch.num_nodes) if every else getattr(batch, self.predict_split).tolist()
-        found, sure = classes.tolist(), probabilities.tolist()
         return [
             {
                 "node": batch.node_names[node] if batch.node_names else node,
-                "class": batch.class_names[found[node]] if batch.class_names else found[node],
-                "probability": round(sure[node], 6),
+                "class": batch.class_names[classes[node]] if batch.class_names else classes[node],
+                "probability": round(probabilities[node], 6),
             }
             for node in nodes
         ]
 
     def batch_units(self, batch: Graph) -> int:
-        """Nodes of a batch."""
+        """Number of nodes in a batch."""
         return batch.num_nodes
 
     def summary(self) -> dict[str, str]:
-        """Accuracies, beside what needs no network: the most frequent class, and labels that spread along edges."""
+        """Accuracies, and two baselines without a network: the most frequent class, and label propagation."""
         lines: dict[str, str] = {}
         if self.best_val_accuracy >= 0:
             lines["best validation accuracy"] = f"{self.best_val_accuracy:.2%}"
@@ -258,41 +266,48 @@ class NodeClassifier(Task):
             lines["graph"] = (
                 f"{graph.num_nodes:,} nodes, {graph.edge_index.shape[1]:,} edges, {self._num_classes} classes"
             )
-            lines["test accuracy of the most frequent class"] = f"{majority_accuracy(graph):.2%}"
-            lines["test accuracy of label propagation"] = f"{propagation_accuracy(graph, self._num_classes):.2%}"
+            lines["test accuracy of the most frequent class"] = f"{_majority_accuracy(graph):.2%}"
+            lines["test accuracy of label propagation"] = f"{_propagation_accuracy(graph, self._num_classes):.2%}"
         return lines
 
     def pictures(self, folder: Path) -> dict[str, Path]:
         """Accuracies by step, and the test accuracy of each class after the last validation."""
-        pictures = {"accuracy curve": draw_accuracy(folder)}
+        drawn, style = {"accuracy curve": folder / "accuracy_curve.png"}, {"marker": "o", "markersize": 3}
+        curves = [
+            ("train_accuracy", "training", style),
+            ("val_accuracy", "validation", style),
+            ("test_accuracy_at_best", "test at the best validation", style),
+        ]
+        draw_curves(drawn["accuracy curve"], read_metrics(folder), curves, ylabel="accuracy, %", scale=100)
         if self._predicted is not None:
-            pictures["accuracy by class"] = draw_classes(folder, *self._predicted)
-        return pictures
+            drawn["accuracy by class"] = folder / "accuracy_by_class.png"
+            _draw_class_accuracies(drawn["accuracy by class"], *self._predicted)
+        return drawn
 
     def _evaluate(self, graph: Graph, nodes: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean loss and accuracy of some nodes, from one pass over the graph."""
+        """Mean loss and accuracy of some nodes, from one forward pass over the graph."""
         logits = self(graph)
         self._predicted = (graph, logits.argmax(dim=1))
         return node_losses(logits[nodes], graph.y[nodes], self.loss).mean(), self._accuracy(graph, nodes)
 
     def _accuracy(self, graph: Graph, nodes: Tensor) -> Tensor:
-        """Share of some nodes whose class the last pass found."""
+        """Accuracy of the last forward pass on some nodes."""
         assert self._predicted is not None
         return (self._predicted[1][nodes] == graph.y[nodes]).float().mean()
 
     def _edges_of(self, graph: Graph) -> Tensor | None:
         if self.network.training and self.network.edge_dropout:
-            return None  # the network makes its own of the edges that are left
+            return None  # the network drops edges first
         if not graph.whole:
             return self.network.edges(graph.edge_index, graph.num_nodes)
         if self._edges is None or self._edges[0] is not graph:
-            with torch.inference_mode(False):  # a validation may come first, and training uses the same
+            with torch.inference_mode(False):  # a validation may come first, and training uses the same tensors
                 self._edges = (graph, self.network.edges(graph.edge_index, graph.num_nodes))
         return self._edges[1]
 
 
 def _check_options(architecture: str, options: dict[str, Any]) -> None:
-    """Raise where an option is out of range, or one that the architecture does not have."""
+    """Raise if an option is out of range, or if the architecture does not have it."""
     for name in ("num_layers", "hidden_size", "heads"):
         if options[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {options[name]}")
@@ -312,15 +327,104 @@ def _check_options(architecture: str, options: dict[str, Any]) -> None:
 
 
 def _check_labels(mask_rate: float, label_reuse: bool, label_iterations: int) -> None:
-    """Raise where the options of label reuse do not fit each other."""
+    """Raise if the options of label reuse do not fit together."""
     if not 0 <= mask_rate < 1:
-        raise ValueError(f"mask_rate is a share in [0, 1), got {mask_rate}")
+        raise ValueError(f"mask_rate is a fraction in [0, 1), got {mask_rate}")
     if label_iterations < 0:
         raise ValueError(f"label_iterations must be at least 0, got {label_iterations}")
     if label_reuse and not mask_rate:
         raise ValueError(
-            "label_reuse gives the labels of the nodes that the loss leaves out, and mask_rate 0 leaves none out: set "
+            "label_reuse uses the labels of the nodes that the loss leaves out, and mask_rate 0 leaves none out: set "
             "mask_rate, to 0.5 as in DGL's scripts"
         )
     if label_iterations and not label_reuse:
         raise ValueError("label_iterations continues label_reuse: set label_reuse true, or leave label_iterations out")
+
+
+def node_losses(logits: Tensor, labels: Tensor, loss: Loss) -> Tensor:
+    r"""Loss of each node, `(n,)`.
+
+    `log_cross_entropy` is :math:`\log(\epsilon + CE) - \log \epsilon` with :math:`\epsilon = 1 - \ln 2`: like the
+    cross-entropy near 0, but it grows slowly for large errors, so that wrong labels have less influence (Wang et al.
+    2021, "Bag of Tricks for Node Classification with Graph Neural Networks", arXiv 2103.13355, section 4).
+
+    Args:
+        logits: `(n, C)`.
+        labels: `(n,)`.
+        loss: Name of the loss.
+    """
+    losses = F.cross_entropy(logits.float(), labels, reduction="none")
+    return losses if loss == "cross_entropy" else torch.log(_EPSILON + losses) - math.log(_EPSILON)
+
+
+def draw_training_nodes(graph: Graph, rate: float) -> Tensor:
+    """A mask `(N,)` of nodes whose labels are input: true for each training node with probability `rate`."""
+    given = torch.zeros(graph.num_nodes, dtype=torch.bool, device=graph.y.device)
+    given[graph.train] = True if rate == 1 else torch.rand(len(graph.train), device=graph.y.device) < rate
+    return given
+
+
+def predict_with_labels(
+    predict: Callable[[Tensor], Tensor], graph: Graph, given: Tensor, *, num_classes: int, iterations: int = 0
+) -> Tensor:
+    """Logits from features and labels of training nodes as input features.
+
+    Each step gives the labels of a random part of the training nodes and predicts those of the others; an evaluation
+    gives all of them (Wang et al. 2021, "Bag of Tricks for Node Classification with Graph Neural Networks", arXiv
+    2103.13355, section 3; the scripts for ogbn-arxiv in DGL's examples).
+
+    Args:
+        predict: Maps features `(N, F + C)` to logits `(N, C)`.
+        graph: The graph.
+        given: Mask `(N,)` of the nodes whose labels are given.
+        num_classes: C.
+        iterations: How often the network's own probabilities replace the labels that are not given. Only the last pass
+            has a gradient.
+    """
+    labels = torch.zeros(graph.num_nodes, num_classes, dtype=graph.x.dtype, device=graph.x.device)
+    labels[graph.train, graph.y[graph.train]] = given[graph.train].to(labels.dtype)
+    features = torch.cat([graph.x, labels], dim=1)
+    for _ in range(iterations):
+        with torch.no_grad():
+            guesses = predict(features).float().softmax(dim=1)
+        features = torch.cat([graph.x, torch.where(given[:, None], labels, guesses)], dim=1)
+    return predict(features)
+
+
+def _majority_accuracy(graph: Graph) -> float:
+    """Test accuracy of always predicting the most frequent class of the training nodes."""
+    most = graph.y[graph.train].bincount().argmax()
+    return (graph.y[graph.test] == most).float().mean().item()
+
+
+def _propagation_accuracy(graph: Graph, num_classes: int) -> float:
+    """Test accuracy of label propagation (Huang et al. 2020, arXiv 2010.13993), without features and training."""
+    from torch_geometric.nn.models import LabelPropagation
+
+    labels = F.one_hot(graph.y, num_classes).float()
+    predicted = LabelPropagation(_PROPAGATIONS, _ALPHA)(labels, graph.edge_index, mask=graph.train).argmax(dim=1)
+    return (predicted[graph.test] == graph.y[graph.test]).float().mean().item()
+
+
+def _draw_class_accuracies(path: Path, graph: Graph, predicted: Tensor) -> None:
+    """Draw the test accuracy of each class in percent as bars, the worst first, with the number of test nodes."""
+    from matplotlib.figure import Figure
+
+    labels = graph.y[graph.test].cpu()
+    hits = (predicted[graph.test].cpu() == labels).double()
+    counts = labels.bincount()
+    shares = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, labels, hits) / counts
+    rows = [
+        (graph.class_names[label] if graph.class_names else str(label), shares[label].item(), count)
+        for label, count in enumerate(counts.tolist())
+        if count
+    ]
+    rows.sort(key=lambda row: row[1])
+    figure = Figure(figsize=(7, 1 + 0.2 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh([f"{name} ({count})" for name, _, count in rows], [100 * share for _, share, _ in rows])
+    axes.set_xlabel("test accuracy (and test nodes) of each class, %")
+    axes.set_xlim(0, 100)
+    axes.tick_params(labelsize=7)
+    axes.grid(axis="x", alpha=0.3)
+    save_figure(figure, path)

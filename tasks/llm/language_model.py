@@ -47,18 +47,18 @@ class LanguageModel(Task):
         optimizer: Factory of the optimizer.
         schedule: Learning-rate schedule.
         architecture: The `model_type` of transformers, such as `gpt2` or `llama`.
-        config: Fields of its configuration, such as `hidden_size`; transformers' defaults elsewhere. `vocab_size` is
-            the data's where it is not given.
-        init_from: Folder in transformers' format to take configuration and weights from, instead of random ones.
+        config: Fields of its configuration, such as `hidden_size`; transformers' defaults for the others. `vocab_size`
+            defaults to the data's.
+        init_from: Folder in transformers' format with configuration and weights, instead of random weights.
         attention: Implementation of attention.
-        activation_checkpointing: Compute activations again in the backward pass, for memory.
-        gradient_release: Update each parameter within the backward pass and free its gradient at once, for memory. On
-            one device, with AdamMini; without clipping and accumulation.
+        activation_checkpointing: Recompute activations in the backward pass, to save memory.
+        gradient_release: Update each parameter within the backward pass and free its gradient at once, to save memory.
+            For AdamMini on one device, without clipping and accumulation.
         compile: Compile the model with torch.compile.
-        sample_prompt: Text that is continued after each validation; none where empty.
+        sample_prompt: Text that is continued after each validation; none if empty.
         sample_tokens: Tokens to generate, in validation and `predict`.
-        temperature: Of generation; 0 takes the most likely token.
-        top_k: Generation draws from so many most likely tokens.
+        temperature: Temperature of generation; 0 selects the most likely token.
+        top_k: Generation draws from this many most likely tokens.
     """
 
     unit = "tokens"
@@ -102,14 +102,14 @@ class LanguageModel(Task):
         self._sample = ""
         self._active_parameters = 0
         if init_from is None:
-            build_config(architecture, self.config)  # wrong options raise here, before any data is read
+            build_config(architecture, self.config)  # wrong options raise here, before any data are read
 
     def configure_model(self) -> None:
-        """Make the network; the vocabulary must hold the data's tokens.
+        """Build the network.
 
         Raises:
-            ValueError: A vocabulary that is too small, sequences longer than the model's positions, or a folder
-                without a model.
+            ValueError: The vocabulary is smaller than the data's, sequences are longer than the model's positions, or
+                `init_from` is not a folder with a model.
         """
         if self.model is not None:
             return
@@ -125,11 +125,11 @@ class LanguageModel(Task):
         if isinstance(data, TokenDataModule) and (difference := data.meaning_differs(self.given_meaning())):
             raise ValueError(f"the data are not those of model.init_from {self.init_from}: {difference}")
         config = None if self.init_from else build_config(self.architecture, options)
-        outline = config or read_config(cast("str", self.init_from))
-        _check_data(outline, vocab_size, getattr(data, "context_length", None))
+        meta_config = config or read_config(cast("str", self.init_from))
+        _check_data(meta_config, vocab_size, getattr(data, "context_length", None))
         self.build(
             lambda: self._checkpointed(build_model(config, self.init_from, self.attention)),
-            outline=lambda: self._checkpointed(build_model(outline, None, self.attention)),
+            outline=lambda: self._checkpointed(build_model(meta_config, None, self.attention)),
             initialise=initialise,
             is_trained=self.init_from is not None,
             compile=self.compile_model,
@@ -137,7 +137,7 @@ class LanguageModel(Task):
         self._active_parameters = active_parameters(self.network)
 
     def given_meaning(self) -> dict[str, Any]:
-        """See `Task.given_meaning`: the tokenizer beside the weights, where there is one."""
+        """See `Task.given_meaning`: the tokenizer in the folder of the weights, if there is one."""
         folder = None if self.init_from is None else Path(self.init_from).expanduser()
         if folder is None or not (folder / "tokenizer.json").is_file():
             return {}
@@ -147,21 +147,21 @@ class LanguageModel(Task):
         """See `Task.setup`.
 
         Raises:
-            ValueError: Gradients that would be released are needed.
+            ValueError: Gradients are released, but the trainer or the optimizer needs them after the backward pass.
         """
         super().setup(stage)
         if stage == "fit" and self.gradient_release:
             check_release(self.trainer, self.optimizer_factory)
 
     def on_train_start(self) -> None:
-        """Begin to release gradients."""
+        """Register the hooks that release gradients."""
         super().on_train_start()
         if self.gradient_release:
             (optimizer,) = self.trainer.optimizers
             self._hooks = release_gradients(cast("AdamMini", optimizer))
 
     def on_train_end(self) -> None:
-        """Leave gradients to whoever comes next."""
+        """Remove the hooks that release gradients."""
         for hook in self._hooks:
             hook.remove()
 
@@ -171,22 +171,22 @@ class LanguageModel(Task):
         return model
 
     def outline(self, data: LightningDataModule, device: str = "meta") -> list[str]:
-        """See `Task.outline`: the vocabulary is the one that the settings of the data tell.
+        """See `Task.outline`: the vocabulary size follows from the settings of the data.
 
         Raises:
             ValueError: As `configure_model`.
         """
-        options, told = dict(self.config), []
+        options, notes = dict(self.config), []
         if self.init_from is None and "vocab_size" not in options:
             planned = getattr(data, "planned_vocab_size", None)
             if planned is not None:
                 options["vocab_size"] = planned
             if getattr(data, "trains_tokenizer", False):
-                told.append(f"the vocabulary has {planned:,} tokens at most: a tokenizer is trained on the text")
+                notes.append(f"the vocabulary has {planned:,} tokens at most: a tokenizer is trained on the text")
         config = read_config(self.init_from) if self.init_from else build_config(self.architecture, options)
         with torch.device(device):
-            self.model = build_model(config, None, "eager")  # whose implementation of attention is always there
-        return told
+            self.model = build_model(config, None, "eager")  # eager attention is always available
+        return notes
 
     @property
     def network(self) -> PreTrainedModel:
@@ -206,11 +206,11 @@ class LanguageModel(Task):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Start the mean anew."""
+        """Reset the mean."""
         self.val_mean.reset()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Sum the cross-entropy over labels; -100 is no label."""
+        """Sum the cross-entropy over the labels that are not -100."""
         labels = batch["labels"].flatten()
         logits = self(batch["input_ids"])
         count = (labels != -100).sum()
@@ -218,14 +218,14 @@ class LanguageModel(Task):
         self.val_mean.update(total, count)
 
     def validation_loss(self) -> Tensor:
-        """Mean cross-entropy over the tokens of all ranks so far, in nats; not a number where there were none."""
+        """Mean cross-entropy over the tokens of all ranks so far, in nats; NaN without any."""
         return self.val_mean.compute()
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean over all tokens of all ranks, and continue the sample prompt."""
         loss = self.validation_loss()
         stage = "test" if self.trainer.testing else "val"
-        # The same on all ranks already; sync_dist says so to Lightning.
+        # The values are equal on all ranks already; without sync_dist Lightning would warn.
         self.log(f"{stage}_loss", loss, prog_bar=True, sync_dist=True)
         self.log(f"{stage}_perplexity", loss.exp(), sync_dist=True)
         if self.sample_prompt and stage == "val" and not self.trainer.sanity_checking and loss.isfinite():
@@ -244,20 +244,21 @@ class LanguageModel(Task):
         """Continue prompts of equal length.
 
         Args:
-            input_ids: Token ids `(B, P)`; the first are dropped where no room is left within the model's positions.
+            input_ids: Token ids `(B, P)`; the first ones are dropped if prompt and new tokens exceed the model's
+                positions.
 
         Returns:
             The new text of each.
 
         Raises:
-            ValueError: The data have no tokenizer, so there is no text.
+            ValueError: The data have no tokenizer.
         """
         tokenizer = getattr(self.data_module(), "tokenizer", None)
         if tokenizer is None:
             raise ValueError("generation needs a tokenizer: give the data module's `tokenizer` a local path")
-        room = self.network.config.max_position_embeddings
-        new_tokens = min(self.sample_tokens, room - 1)
-        input_ids = input_ids[:, -(room - new_tokens) :]
+        positions = self.network.config.max_position_embeddings
+        new_tokens = min(self.sample_tokens, positions - 1)
+        input_ids = input_ids[:, -(positions - new_tokens) :]
         sampling = {"temperature": self.temperature, "top_k": self.top_k} if self.temperature > 0 else {}
         output = self.network.generate(
             input_ids,
@@ -266,13 +267,13 @@ class LanguageModel(Task):
             max_new_tokens=new_tokens,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
-            synced_gpus=self.is_sharded,  # a rank that is done goes on until all are
+            synced_gpus=self.is_sharded,  # a rank that has finished continues until all have
             **sampling,
         )
         return tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
 
     def export(self, folder: str | Path) -> Path:
-        """Save model and tokenizer in transformers' format (safetensors), beside and then renamed.
+        """Save model and tokenizer in transformers' format (safetensors); the folder appears complete.
 
         Args:
             folder: A folder that does not exist yet.
@@ -283,23 +284,23 @@ class LanguageModel(Task):
         target = Path(folder).expanduser()
         if target.exists():
             raise ValueError(f"{target} exists; choose another folder for the export, or remove it")
-        beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
-            self.network.save_pretrained(beside)
+            self.network.save_pretrained(temporary)
             tokenizer = getattr(self.data_module(), "tokenizer", None)
             if tokenizer is not None:
-                tokenizer.save_pretrained(beside)
-            beside.rename(target)
+                tokenizer.save_pretrained(temporary)
+            temporary.rename(target)
         finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
         return target
 
     def batch_units(self, batch: dict[str, Tensor]) -> int:
-        """Tokens of a batch."""
+        """Number of tokens in a batch."""
         return batch["input_ids"].numel()
 
     def flops_per_unit(self, batch: dict[str, Tensor]) -> float | None:
-        """FLOPs a token, forward and backward, without recomputation."""
+        """FLOPs per token, forward and backward, without recomputation."""
         config = self.network.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return transformer_flops_per_token(
@@ -310,7 +311,7 @@ class LanguageModel(Task):
         )
 
     def summary(self) -> dict[str, str]:
-        """Final loss and perplexity, beside a unigram model of the same text, and a sample."""
+        """Final loss and perplexity, those of a unigram model of the same text, and a sample."""
         lines: dict[str, str] = {}
         loss = self.trainer.callback_metrics.get("val_loss")
         if loss is not None:
@@ -326,9 +327,9 @@ class LanguageModel(Task):
         return lines
 
     def _write_sample(self) -> None:
-        """Append a continuation of the sample prompt to `samples.txt`, with a generator of its own.
+        """Append a continuation of the sample prompt to `samples.txt`, without a draw from the training's generator.
 
-        Rank zero writes; the others take part where the model is sharded.
+        Rank zero writes; all ranks generate if the model is sharded.
         """
         tokenizer = getattr(self.data_module(), "tokenizer", None)
         if tokenizer is None or not (self.trainer.is_global_zero or self.is_sharded):
@@ -346,7 +347,7 @@ class LanguageModel(Task):
 
 
 def _special_tokens(data: Any, options: dict[str, Any]) -> dict[str, int]:
-    """End and padding tokens of the data's tokenizer, for a configuration that does not name them."""
+    """End and padding tokens of the data's tokenizer, for a configuration that does not set them."""
     tokenizer = getattr(data, "tokenizer", None)
     eos = getattr(tokenizer, "eos_token_id", None)
     pad = getattr(tokenizer, "pad_token_id", None)
@@ -355,10 +356,10 @@ def _special_tokens(data: Any, options: dict[str, Any]) -> dict[str, int]:
 
 
 def _check_data(config: Any, vocab_size: int | None, context_length: int | None) -> None:
-    """Check that tokens and positions of the data lie within the model's tables."""
+    """Check that the model has embeddings for all tokens and positions of the data."""
     if vocab_size is not None and vocab_size > config.vocab_size:
         raise ValueError(
-            f"the data have {vocab_size} tokens, the model's vocabulary holds {config.vocab_size}; set "
+            f"the data have {vocab_size} tokens, the model's vocabulary {config.vocab_size}; set "
             f"model.config.vocab_size to at least {vocab_size}, or use the model's own tokenizer for the data"
         )
     positions = getattr(config, "max_position_embeddings", None)

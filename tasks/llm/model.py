@@ -19,21 +19,21 @@ Attention = Literal["sdpa", "eager", "flash_attention_2"]
 
 
 def build_config(architecture: str, options: dict[str, Any]) -> PreTrainedConfig:
-    """A transformers configuration, with its defaults where `options` say nothing.
+    """A transformers configuration, with its defaults for fields that are not in `options`.
 
     Args:
         architecture: The `model_type` of transformers, such as `gpt2` or `llama`.
         options: Fields of its configuration class.
 
     Raises:
-        ValueError: Either does not exist, with what comes near; or a value or a combination of them is wrong.
+        ValueError: Either does not exist, with similar names; or a value or a combination of values is wrong.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if architecture not in CONFIG_MAPPING:
         near = difflib.get_close_matches(architecture, list(CONFIG_MAPPING), n=3) or ["gpt2", "llama"]
-        raise ValueError(f"transformers knows no architecture {architecture!r}; did you mean {', '.join(near)}?")
+        raise ValueError(f"transformers has no architecture {architecture!r}; did you mean {', '.join(near)}?")
     default = AutoConfig.for_model(architecture)
     _check_options(default, options)
     special = {
@@ -42,14 +42,14 @@ def build_config(architecture: str, options: dict[str, Any]) -> PreTrainedConfig
     try:
         config = AutoConfig.for_model(architecture, **special, **options)
     except StrictDataclassError as error:
-        cause = str(error).splitlines()[-1].partition(": ")[2]  # behind the type of the error within
-        raise ValueError(f"{type(default).__name__} refuses these options: {cause}") from error
+        cause = str(error).splitlines()[-1].partition(": ")[2]  # after the type of the inner error
+        raise ValueError(f"{type(default).__name__} rejects these options: {cause}") from error
     _check_sizes(config, has_head_dim="head_dim" in options)
     return config
 
 
 def _check_options(default: PreTrainedConfig, options: dict[str, Any]) -> None:
-    """Raise where the configuration has no such option, or a number there and something else is given."""
+    """Raise if the configuration has no such option, or has a number and the value is not one."""
     known = {*default.to_dict(), *default.attribute_map}
     for name, value in options.items():
         if name not in known:
@@ -62,7 +62,7 @@ def _check_options(default: PreTrainedConfig, options: dict[str, Any]) -> None:
 
 
 def _check_sizes(config: PreTrainedConfig, *, has_head_dim: bool) -> None:
-    """Raise where a size is not positive, or heads do not divide what they share."""
+    """Raise if a size is not positive, or if numbers of heads do not divide each other or the width."""
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
         if (size := getattr(config, name)) is None or size < 1:
             raise ValueError(f"model.config.{name} must be at least 1, not {'null' if size is None else size}")
@@ -75,7 +75,7 @@ def _check_sizes(config: PreTrainedConfig, *, has_head_dim: bool) -> None:
 
 
 def _too_large(default: PreTrainedConfig, name: str, options: dict[str, Any]) -> bool:
-    """Whether a special token that nobody chose lies outside of a smaller vocabulary."""
+    """Whether a special token that is a default lies outside a vocabulary that was made smaller."""
     token = getattr(default, name, None)
     return name not in options and isinstance(token, int) and token >= options.get("vocab_size", default.vocab_size)
 
@@ -89,7 +89,7 @@ def build_model(config: PreTrainedConfig | None, init_from: str | None, attentio
         attention: Implementation of attention.
 
     Raises:
-        ValueError: `init_from` is no folder with a model. Nothing is ever downloaded.
+        ValueError: `init_from` is not a folder with a model. Nothing is ever downloaded.
     """
     from transformers import AutoModelForCausalLM
 
@@ -97,14 +97,14 @@ def build_model(config: PreTrainedConfig | None, init_from: str | None, attentio
         assert config is not None
         return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     folder = _model_folder(init_from)
-    # In the trainer's precision, whatever precision the folder was saved in.
+    # In the trainer's precision, for any precision of the folder.
     return AutoModelForCausalLM.from_pretrained(
         folder, local_files_only=True, attn_implementation=attention, dtype=torch.get_default_dtype()
     )
 
 
 def initialise(model: nn.Module) -> None:
-    """Draw all weights of a model and set its buffers, by transformers' rules; it was built on the meta device."""
+    """Initialise all weights and buffers of a model that was built on the meta device, by transformers' rules."""
     cast("PreTrainedModel", model).initialize_weights()
 
 
@@ -112,7 +112,7 @@ def read_config(init_from: str) -> PreTrainedConfig:
     """The configuration of a local folder, for a model without its weights.
 
     Raises:
-        ValueError: `init_from` is no folder with a model.
+        ValueError: `init_from` is not a folder with a model.
     """
     from transformers import AutoConfig
 
@@ -125,14 +125,14 @@ def _model_folder(init_from: str) -> Path:
     folder = Path(init_from).expanduser()
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"init_from: {init_from} is no local folder with a config.json; no download is made, so give a folder "
+            f"init_from: {init_from} is not a local folder with a config.json; nothing is downloaded, so give a folder "
             "saved by save_pretrained or by adam-mini export"
         )
     return folder
 
 
 def active_parameters(model: PreTrainedModel) -> int:
-    """Parameters that multiply activations: all but tables that are only looked up."""
+    """Number of parameters that multiply activations: all but embeddings that are only looked up."""
     head = model.get_output_embeddings()
     used = {id(p) for p in head.parameters()} if head is not None else set()
     looked_up = {

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..packages import require
+from ..run_files import error_line
 
 __all__ = ["build_model", "check_name", "inspect_model"]
 
@@ -21,7 +22,7 @@ def check_name(name: str) -> None:
     """Check that a network of this name exists.
 
     Raises:
-        ValueError: It does not; with the names that come near.
+        ValueError: It does not; with similar names.
     """
     if name.startswith(TIMM):
         timm, short = _timm(), name.removeprefix(TIMM)
@@ -44,15 +45,15 @@ def build_model(
     """A network with random weights.
 
     Args:
-        name: Of torchvision, such as `resnet50`, or of timm, such as `timm/convnext_tiny`.
-        num_classes: Outputs.
-        in_channels: Channels of an image; the first convolution is made for them.
+        name: Name in torchvision, such as `resnet50`, or in timm, such as `timm/convnext_tiny`.
+        num_classes: Number of outputs.
+        in_channels: Channels of an image, to which the first convolution is adapted.
         small_input: Give a ResNet a first convolution of 3x3 with stride 1, and no max pooling (He et al. 2016,
             section 4.2).
-        options: Arguments of the model's own function, such as `drop_path_rate`.
+        options: Arguments of the model's constructor, such as `drop_path_rate`.
 
     Raises:
-        ValueError: There is no such network, or it cannot be built so.
+        ValueError: There is no such network, or the options do not fit it.
     """
     check_name(name)
     try:
@@ -65,8 +66,7 @@ def build_model(
             else:
                 model = _torchvision().get_model(name, weights=None, num_classes=num_classes, **options)
     except Exception as error:
-        told = " ".join(str(error).split())[:200]
-        raise ValueError(f"model.options: {name} cannot be built with {options}: {told}") from error
+        raise ValueError(f"model.options: {name} cannot be built with {options}: {error_line(error)}") from error
     if in_channels != 3 and not name.startswith(TIMM):
         _replace_first_convolution(model, name, in_channels)
     if small_input:
@@ -75,19 +75,19 @@ def build_model(
 
 
 def inspect_model(model: nn.Module, name: str, shape: tuple[int, int, int], num_classes: int) -> float:
-    """Run a network of the meta device on images of a shape, which costs no memory and next to no time.
+    """Run a meta-device network on images of a shape, which takes no memory and almost no time.
 
     Args:
         model: The network, on the meta device.
-        name: What messages call it.
+        name: Its name in messages.
         shape: Channels, height and width.
-        num_classes: Outputs that it must have.
+        num_classes: Number of outputs that it must have.
 
     Returns:
         FLOPs of a forward and backward pass for one image: three times those of the forward pass.
 
     Raises:
-        ValueError: It cannot take such images, or gives something else than one score for each class.
+        ValueError: It does not accept such images, or does not return one score per class.
     """
     size = "x".join(map(str, shape))
     counter = FlopCounterMode(display=False)
@@ -95,27 +95,27 @@ def inspect_model(model: nn.Module, name: str, shape: tuple[int, int, int], num_
         with counter, torch.no_grad():
             output = model.train()(torch.empty(2, *shape, device="meta"))
     except Exception as error:
-        told = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{name} cannot take images of {size} ({told}): set data.transforms.size, or the size in model.options "
-            "(image_size in torchvision, img_size in timm)"
+            f"{name} cannot take images of {size} ({error_line(error)}): set data.transforms.size, or the size in "
+            "model.options (image_size in torchvision, img_size in timm)"
         ) from error
     if not isinstance(output, torch.Tensor):
         raise ValueError(
-            f"{name} gives several outputs in training; leave out its auxiliary ones: model.options.aux_logits=false"
+            f"{name} returns several outputs in training; turn the auxiliary ones off: model.options.aux_logits=false"
         )
     if output.shape != (2, num_classes):
         raise ValueError(
-            f"{name} gives {tuple(output.shape[1:])} for an image, not one score for each of {num_classes}"
+            f"{name} returns {tuple(output.shape[1:])} for an image, not one score for each of {num_classes} classes"
         )
     return 3.0 * counter.get_total_flops() / 2
 
 
 def _replace_first_convolution(model: nn.Module, name: str, in_channels: int) -> None:
-    """Put a convolution of other input channels in front, its weights as spread as those that it replaces."""
+    """Replace the first convolution by one of other input channels, with weights of the same spread."""
     for path, module in model.named_modules():
         if isinstance(module, nn.Conv2d) and module.in_channels == 3:
-            _put(model, path, _like(module, in_channels=in_channels))
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, _like(module, in_channels=in_channels))
             return
     raise ValueError(f"{name} has no convolution of RGB images to replace: in_channels = {in_channels} is not possible")
 
@@ -125,13 +125,13 @@ def _shrink_stem(model: nn.Module, name: str) -> None:
     if isinstance(first, nn.Sequential) and pool is not None:
         raise ValueError(f"model.small_input needs one first convolution; {name} has a stem of several: leave it out")
     if not isinstance(first, nn.Conv2d) or pool is None:
-        raise ValueError(f"model.small_input is for ResNets, and {name} is none: leave it out")
+        raise ValueError(f"model.small_input is for ResNets, and {name} is not one: leave it out")
     model.conv1 = _like(first, kernel_size=3, stride=1, padding=1)
     model.maxpool = nn.Identity()
 
 
 def _like(convolution: nn.Conv2d, **changes: Any) -> nn.Conv2d:
-    """A convolution with some settings changed, initialised for the same variance of its outputs' gradients."""
+    """A copy of a convolution with some settings changed, initialised for the same variance of its output gradients."""
     own = {
         name: getattr(convolution, name)
         for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
@@ -146,11 +146,6 @@ def _like(convolution: nn.Conv2d, **changes: Any) -> nn.Conv2d:
             with torch.no_grad():
                 made.bias.copy_(convolution.bias)
     return made
-
-
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
 
 
 def _timm() -> Any:

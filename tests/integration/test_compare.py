@@ -67,7 +67,7 @@ REFUSED = [
     (["--trainer.gradient_clip_algorithm=foo"], "`gradient_clip_algorithm` foo is invalid"),
     (["--data.path=nowhere"], "There is no file or folder nowhere"),
     (["--data.context_length=100000"], "too few for one window"),
-    (["--model.config.vocab_size=10"], "the model's vocabulary holds 10"),
+    (["--model.config.vocab_size=10"], "the model's vocabulary 10"),
     (["--model.config.num_attention_heads=3"], "3 attention heads do not divide the width 32"),
     (["--optimizer.partition_overrides.vale=whole"], "'vale' matches no parameter"),
     (["--optimizer=AdamW", "--optimizer.weight_decay=-1"], "weight_decay must be a finite number"),

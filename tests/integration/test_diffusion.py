@@ -168,7 +168,7 @@ FOLDER = ["--data", "lightning_adam_mini.tasks.diffusion.data.ImageFiles", "--da
         (["--model.pca_features", 65], "66 images of 64 numbers: lower model.pca_features"),
         (["--data.num_images", 0], "`num_images` must be at least 1"),
         ([*FOLDER, "nowhere"], "there is no folder nowhere"),
-        ([*FOLDER, "empty"], "empty holds 0 images"),
+        ([*FOLDER, "empty"], "empty contains 0 images"),
         ([*FOLDER, "broken", "--data.check_files", "true"], "cannot read the image broken/1.png"),
         ([*FOLDER, "good", "--data.crop", 10], "9 x 9 pixels, fewer than the crop of 10"),
         ([*FOLDER, "good", "--data.image_size", 9], "9 x 9 pixels: this U-Net halves a square 1 times"),

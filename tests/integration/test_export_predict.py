@@ -98,7 +98,7 @@ def test_the_folder_must_fit_the_data(work_dir, capsys):
     assert main(["export", "run"]) == 0
     options = ["--model.init_from", "run/hf", "--data.vocab_size", 300]
     assert run("fit", "--run_dir", "next", *options) == 1
-    assert "the data have 300 tokens, the model's vocabulary holds 280" in error_line(capsys)
+    assert "the data have 300 tokens, the model's vocabulary 280" in error_line(capsys)
 
 
 def test_predictions(work_dir, capsys):

@@ -194,11 +194,11 @@ def test_several_devices_are_refused_for_the_whole_graph(folder, monkeypatch, ca
         (["--data.sampling", "neighbors"], "needs the package pyg-lib"),
         (["--model.label_reuse", "true"], "set mask_rate"),
         (["--trainer.precision", "64-true"], "trainer.precision 64-true would convert the graph"),
-        (["--data.num_parts", 5], "`num_parts` is for sampling parts, and sampling full has no use for it"),
+        (["--data.num_parts", 5], "`num_parts` is for sampling parts, but sampling is full"),
     ],
 )
 def test_wrong_input_is_told_in_one_line(options, told, folder, monkeypatch, capsys):
-    monkeypatch.setattr("lightning_adam_mini.tasks.graph.packages.find_spec", lambda name: None)
+    monkeypatch.setattr("lightning_adam_mini.tasks.graph.graph.find_spec", lambda name: None)
     assert run("fit", *options) != 0
     assert told in error_line(capsys)
     assert not list(folder.rglob("metrics.jsonl"))

@@ -72,7 +72,7 @@ def test_a_file_that_is_added_changes_no_token_of_the_run(grown, capsys):
     capsys.readouterr()
     assert run("validate", *LAST, "--data.tokenizer", "new/tokenizer") == 1
     line = error_line(capsys)
-    assert "tokens of the run have other numbers, or none, in the data's tokenizer; set data.tokenizer to null" in line
+    assert "tokens of the run have other ids, or none, in the data's tokenizer; set data.tokenizer to null" in line
     with pytest.warns(UserWarning, match="not quite those"):
         assert run("validate", *LAST, "--data.tokenizer", "run/tokenizer") == 0
     assert last_loss() == before

@@ -158,7 +158,7 @@ def test_test_counts_the_test_images(images):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--data.root", "nowhere"], "there is no folder nowhere; data.root must hold train/CLASS/*.jpg"),
+        (["--data.root", "nowhere"], "there is no folder nowhere; data.root must contain train/CLASS/*.jpg"),
         (["--model.architecture", "resnet1"], "did you mean"),
         (["--model.architecture", "vit_b_16"], "vit_b_16 cannot take images of 3x16x16"),
         (["--model.num_classes", 3], "the data have 7 classes, model.num_classes is 3"),

@@ -1,8 +1,7 @@
 """Images to train diffusion models on."""
 
 from .celeba import CelebA
-from .digits import DigitImages
-from .image_files import ImageFiles
 from .module import ImageData
+from .sources import DigitImages, ImageFiles
 
 __all__ = ["CelebA", "DigitImages", "ImageData", "ImageFiles"]

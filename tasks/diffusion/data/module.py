@@ -1,4 +1,4 @@
-"""The base of every source of images: loaders, flips, seeds of new images. Subclasses say where the images lie."""
+"""The base of data modules of unlabelled images: loaders, flips, seeds of new images. Subclasses open the images."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from ...data.shuffling import ShuffledSamples, SizedDataset
 __all__ = ["ImageData", "Parts"]
 
 
-# Those of a subclass may have to be decoded.
+# Images that the hash of a part reads, because a subclass may have to decode them.
 _HASHED_IMAGES = 1000
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a subclass finds: images `(C, H, W)` in [-1, 1] by index, not augmented.
+    """The images of a subclass: `(C, H, W)` in [-1, 1] by index, not augmented.
 
     Args:
         train: Training images.
         val: Validation images.
-        test: Test images; the validation part where there are none.
+        test: Test images; None to test on the validation images.
     """
 
     train: SizedDataset
@@ -40,25 +40,26 @@ class Parts:
 class ImageData(SampledDataModule, ABC):
     """Batches of images `(B, C, H, W)`, float32 in [-1, 1].
 
-    Training hands out the images alone, each once an epoch; evaluation a pair of their indices `(B,)` and the images;
-    `predict` a pair of indices and the seeds `(B,)` of images to make, and reads no images.
+    Training batches are the images alone, each once an epoch; evaluation batches are pairs of indices `(B,)` and
+    images; `predict` batches are pairs of indices and the seeds `(B,)` of images to make, and need no images.
 
     Args:
         image_size: Pixels a side, H and W.
         channels: 3 for colour, 1 for grey.
         batch_size: Images in a batch of one rank, B.
         num_workers: Processes that read ahead, for each loader; 0 reads in the training process.
-        flip: Mirror every second training image, at random.
-        val_images: Images of one validation, spread evenly over the validation part; all of it by default.
-        num_images: Images that `predict` makes, over all ranks.
-        image_seed: Seed of the first of them; each next image has the next seed.
-        seed: Picks the order of the training images and their flips, and nothing else.
+        flip: Mirror each training image with probability 1/2.
+        val_images: Number of images in a validation, spread evenly over the validation part; all of it by default.
+        num_images: Number of images that `predict` makes, over all ranks.
+        image_seed: Seed of the first of them; the next images have the next seeds.
+        seed: Determines the order of the training images and their flips, and nothing else.
 
     Raises:
         ValueError: A number is out of range.
     """
 
     batch_kind = "images"
+    other_data = "give images of the run's size and colours, or start a new run"
 
     def __init__(
         self,
@@ -91,21 +92,19 @@ class ImageData(SampledDataModule, ABC):
 
     @abstractmethod
     def open_parts(self) -> Parts:
-        """Find the images; every rank calls this."""
+        """Open the images; every rank calls this."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """`(C, H, W)`, known before anything is read."""
         return self.channels, self.image_size, self.image_size
 
-    other_data = "give images of the run's size and colours, or start a new run"
-
     def meaning(self) -> dict[str, Any]:
-        """See `SampledDataModule.meaning`: what images the network makes."""
+        """See `SampledDataModule.meaning`: the shape of the images that the network makes."""
         return {"data.image_size": self.image_size, "data.channels": self.channels}
 
     def samples(self) -> dict[str, Any]:
-        """See `SampledDataModule.samples`; of `setup` for new images there are none."""
+        """See `SampledDataModule.samples`; empty after `setup` for `predict`, which opens no images."""
         if self._parts is None:
             return {}
         parts = {"training images": self._parts.train, "validation images": self._parts.val}
@@ -113,15 +112,15 @@ class ImageData(SampledDataModule, ABC):
         return counts | {name: self.digest(images) for name, images in parts.items()}
 
     def digest(self, images: Any) -> str:
-        """A hash of a part: of some images, spread evenly, unless a subclass knows their files."""
+        """A hash of a part: of some images, spread evenly; a subclass that has files hashes their names."""
         chosen = _spread(images, _HASHED_IMAGES)
         return hash_tensors(*(chosen[index] for index in range(len(chosen))))
 
     def setup(self, stage: str | None = None) -> None:
-        """Find the images, on every rank, and read one; new images need none.
+        """Open the images, on every rank, and read one, so that wrong options raise here and not in a worker.
 
         Raises:
-            ValueError: That image cannot be read, or an option does not fit it: better here than in a worker.
+            ValueError: That image cannot be read, or an option does not fit it.
         """
         super().setup(stage)
         if stage != "predict":
@@ -130,16 +129,16 @@ class ImageData(SampledDataModule, ABC):
             images[0]
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Each image once an epoch, counted on over the run."""
+        """Each image once an epoch, counted over the whole run."""
         images = self._opened.train
         return self.train_loader(ShuffledSamples(_Flipped(images) if self.flip else images, seed=self.seed))
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """The same images at every validation."""
+        """The same images in every validation."""
         return self.evaluation_loader(PaddedItems(_spread(self._opened.val, self.val_images)), collate=collate_padded)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """All images of the test part; of the validation part, whatever `val_images` says, where there is none."""
+        """All images of the test part; without one, all images of the validation part, whatever `val_images` says."""
         images = self._opened.test or self._opened.val
         return self.evaluation_loader(PaddedItems(images), collate=collate_padded)
 
@@ -163,7 +162,7 @@ class ImageData(SampledDataModule, ABC):
 
 
 class _Flipped(Dataset[Tensor]):
-    """Images of which every second is mirrored, by torch's global generator."""
+    """Images that are mirrored with probability 1/2, by torch's global generator."""
 
     def __init__(self, images: SizedDataset) -> None:
         self.images = images

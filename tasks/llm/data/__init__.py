@@ -2,8 +2,7 @@
 
 from .hf_text import HFText
 from .module import TokenDataModule
-from .stdlib_text import StdlibText
-from .text_files import TextFiles
+from .text_files import StdlibText, TextFiles
 from .token_files import TokenFiles
 
 __all__ = ["HFText", "StdlibText", "TextFiles", "TokenDataModule", "TokenFiles"]

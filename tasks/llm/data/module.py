@@ -1,4 +1,4 @@
-"""The base of every source of token batches: windows, loaders, resuming. Subclasses say where the tokens lie."""
+"""The base of data modules of tokens: windows, loaders, resuming. Subclasses open the tokens."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -15,10 +15,8 @@ from torch.utils.data import DataLoader
 from ...data.cache import default_cache_dir
 from ...data.module import SampledDataModule
 from ...data.record import TOKENIZER
-from .statistics import hash_tokens, unigram_loss
-from .token_stream import TokenStream
 from .tokenizer import keep_tokenizer, load_tokenizer, tokenizer_texts, tokenizers_differ
-from .windows import TrainWindows, ValidationWindows, collate_windows
+from .tokens import TokenStream, TrainWindows, ValidationWindows, collate_windows, hash_tokens, unigram_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -26,14 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSource:
-    """What a subclass finds on disk.
+    """The tokens of a subclass.
 
     Args:
         train: Training tokens.
         val: Validation tokens.
         vocab_size: Every token is below it.
-        tokenizer: The tokenizer's file or folder, where there is one. Loaded when it is first needed.
-        val_bytes: UTF-8 bytes of the text behind the validation tokens, where known.
+        tokenizer: The tokenizer's file or folder, if there is one. Loaded when it is first needed.
+        val_bytes: UTF-8 bytes of the text of the validation tokens, if known.
     """
 
     train: TokenStream
@@ -47,9 +45,9 @@ class TokenDataModule(SampledDataModule, ABC):
     """Batches of token windows for training, validation and generation.
 
     A batch is ``{"input_ids": (B, T), "labels": (B, T)}``, int64, with the labels already shifted by one and -100 where
-    no token follows. Training windows lie at random positions, drawn with replacement; which ones a step sees depends
-    on ``seed`` and on the global batch (``batch_size`` times ranks, times accumulation) alone. A run that is resumed
-    from a checkpoint goes on with the samples that follow.
+    no token follows. Training windows start at random positions, drawn with replacement; the windows of a step depend
+    on ``seed`` and on the global batch (``batch_size`` times ranks, times accumulation) alone. A resumed run continues
+    with the next samples.
 
     Validation reads consecutive windows, each on one rank. Ranks that run out get a batch whose labels are all -100,
     so the loss must be summed over tokens and divided by the number of labels that are not -100, over all batches.
@@ -58,12 +56,12 @@ class TokenDataModule(SampledDataModule, ABC):
         context_length: Tokens in a sequence, T.
         batch_size: Sequences in a batch of one rank, B.
         num_workers: Processes that read ahead, for each loader; 0 reads in the training process.
-        val_tokens: Tokens that one evaluation predicts, over all ranks together, in windows spread evenly over the
-            validation part; all of it by default. The result does not depend on the number of ranks.
-        epoch_samples: Sequences in an epoch, over all ranks together. By default as many as the training part holds
-            side by side.
-        seed: Picks the training windows, and nothing else.
-        prompts: Texts that `predict` continues, one batch each. On several ranks each rank continues all of them.
+        val_tokens: Tokens that one evaluation predicts, over all ranks, in windows spread evenly over the validation
+            part; all of it by default. The result does not depend on the number of ranks.
+        epoch_samples: Sequences in an epoch, over all ranks. By default the number of windows without overlap in the
+            training part.
+        seed: Determines the training windows, and nothing else.
+        prompts: Texts that `predict` continues, one batch each. With several ranks, each rank continues all of them.
         cache_dir: Folder for prepared tokens and tokenizers. By default `$LIGHTNING_ADAM_MINI_CACHE`, else
             `$XDG_CACHE_HOME/lightning-adam-mini`, else `~/.cache/lightning-adam-mini`.
 
@@ -73,11 +71,13 @@ class TokenDataModule(SampledDataModule, ABC):
 
     batch_kind = "token windows"
     other_data = (
-        "set data.tokenizer to null, which takes the run's, or to the folder `tokenizer` of the run; other tokens need "
+        "set data.tokenizer to null to use the run's, or to the folder `tokenizer` of the run; other tokens need "
         "a new run"
     )
     tokenizer_spec: str | None = None
-    """The tokenizer that the user has named."""
+    """The tokenizer that the user gave."""
+    wanted_vocab_size: int | None = None
+    """The vocabulary size that the user gave."""
     default_prompts: tuple[str, ...] = ("The", "In the beginning", "Once upon a time")
 
     def __init__(
@@ -106,10 +106,10 @@ class TokenDataModule(SampledDataModule, ABC):
 
     @abstractmethod
     def open_source(self) -> TokenSource:
-        """Find the tokens, and prepare them where that has not been done. Several processes may call this at once."""
+        """Open the tokens, after preparing them if necessary. Several processes may call this at once."""
 
     def prepare_data(self) -> None:
-        """Prepare the tokens, once per node."""
+        """Prepare the tokens, once per machine."""
         if self._for_prompts() is None:
             self.open_source()
 
@@ -132,7 +132,7 @@ class TokenDataModule(SampledDataModule, ABC):
         super().setup(stage)
 
     def _for_prompts(self) -> TokenSource | None:
-        """All that prompts need of a run, which its checkpoint has, without any text; None where text is read."""
+        """What prompts need, taken from the run's checkpoint without any text; None if the text must be read."""
         predicts = self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING
         if not predicts or not {TOKENIZER, "data.vocab_size"} <= self.kept.keys():
             return None
@@ -141,43 +141,62 @@ class TokenDataModule(SampledDataModule, ABC):
 
     @property
     def vocab_size(self) -> int:
-        """Possible tokens. Known after `setup`, as everything below."""
+        """Number of possible tokens; available after `setup`, as everything below."""
         return self._opened.vocab_size
 
     @property
     def planned_vocab_size(self) -> int | None:
-        """Possible tokens as far as the settings tell, before any text is read; None where they do not."""
-        return None
+        """Number of possible tokens that the settings imply before any text is read; None if they do not."""
+        if self.wanted_vocab_size is None and self.tokenizer_spec is not None:
+            return len(load_tokenizer(self.tokenizer_spec))
+        return self.wanted_vocab_size
+
+    def checked_vocab_size(self, num_tokens: int, spec: str) -> int:
+        """The vocabulary size that the user gave, by default that of a tokenizer.
+
+        Args:
+            num_tokens: Tokens of the tokenizer.
+            spec: The tokenizer, for the message.
+
+        Raises:
+            ValueError: If the tokenizer has more tokens.
+        """
+        if self.wanted_vocab_size is not None and self.wanted_vocab_size < num_tokens:
+            raise ValueError(
+                f"`vocab_size` {self.wanted_vocab_size} is smaller than the {num_tokens} tokens of the tokenizer"
+                f" {spec}: leave it out, or give at least that many."
+            )
+        return self.wanted_vocab_size or num_tokens
 
     @property
     def trains_tokenizer(self) -> bool:
-        """Whether the tokenizer comes from the text, which may yield fewer tokens than planned."""
+        """Whether the tokenizer is trained on the text, and may have fewer tokens than planned."""
         return False
 
     @property
     def num_train_tokens(self) -> int:
-        """Tokens of the training part."""
+        """Number of tokens in the training part."""
         return len(self._opened.train)
 
     @property
     def num_val_tokens(self) -> int:
-        """Tokens of the validation part."""
+        """Number of tokens in the validation part."""
         return len(self._opened.val)
 
     @property
     def bytes_per_token(self) -> float | None:
-        """UTF-8 bytes behind a validation token on average; None where the text is unknown."""
+        """UTF-8 bytes per validation token on average; None if the text is unknown."""
         source = self._opened
         return None if source.val_bytes is None else source.val_bytes / len(source.val)
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerFast | None":
-        """The tokenizer, or None where only tokens are known."""
+        """The tokenizer, or None if only tokens are known."""
         spec = self._opened.tokenizer
         return None if spec is None else load_tokenizer(spec)
 
     def meaning(self) -> dict[str, Any]:
-        """See `SampledDataModule.meaning`: the tokenizer, or as much as the numbers of tokens tell."""
+        """See `SampledDataModule.meaning`: the vocabulary size, and the tokenizer if there is one."""
         meaning: dict[str, Any] = {"data.vocab_size": self.vocab_size}
         if (spec := self._opened.tokenizer) is not None:
             assert self.tokenizer is not None
@@ -202,11 +221,11 @@ class TokenDataModule(SampledDataModule, ABC):
         return counts | {name: hash_tokens(stream) for name, stream in hashes.items()}
 
     def unigram_loss(self) -> float:
-        """Nats per validation token of guessing by the training tokens' frequencies: what any model must beat."""
+        """Loss of predicting the training tokens' frequencies, in nats per validation token: any model must beat it."""
         return unigram_loss(self._opened.train, self._opened.val, vocab_size=self.vocab_size)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Random windows, counted on over the run."""
+        """Random windows, counted over the whole run."""
         stream = self._opened.train
         dataset = TrainWindows(
             stream,
@@ -217,11 +236,11 @@ class TokenDataModule(SampledDataModule, ABC):
         return self.train_loader(dataset, collate=self._collate)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """The same windows at every evaluation."""
+        """The same windows in every evaluation."""
         return self._evaluation_loader(max_tokens=self.val_tokens)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """The whole validation part, whatever `val_tokens` says."""
+        """The whole validation part, for any `val_tokens`."""
         return self._evaluation_loader(max_tokens=None)
 
     def predict_dataloader(self) -> DataLoader[Any]:

@@ -1,4 +1,4 @@
-"""Tokenizers: one trained on the spot, or one that lies on disk. Nothing is downloaded."""
+"""Tokenizers: training a byte-level BPE, loading from disk, and comparing. Nothing is downloaded."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
 SPECIAL_TOKENS = (END_OF_TEXT, PAD, "<|user|>", "<|assistant|>")
-# Every byte and every special token has a token of its own.
+# One token for every byte and for every special token.
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
-# How the tokenizers that are in use name the end of a text, for files that do not say which token it is.
+# End-of-text tokens of common tokenizers, for files that do not say which token it is.
 _KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 _SETTINGS_FILES = ("tokenizer_config.json", "config.json")
 _MAIN_FILE = "tokenizer.json"
-# Texts that rules of cutting differ on: case, accents, white space, digits, other scripts, code.
+# Texts on which pre-tokenizers and normalisers differ: case, accents, white space, digits, other scripts, code.
 _PROBES = (
     "The quick brown fox isn't here; it's 12,345.67 km away!",
     "  def f(x):\n\t\treturn x**2  # squared\n\n",
@@ -33,7 +33,7 @@ def train_bpe(texts: Iterator[str], *, vocab_size: int) -> "Tokenizer":
 
     Args:
         texts: Documents.
-        vocab_size: Tokens, with the special ones. Fewer come out where the texts have too few pairs to merge.
+        vocab_size: Number of tokens, with the special ones. The result has fewer if the texts have too few pairs.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -57,14 +57,14 @@ def tokenizer_files(spec: str) -> list[Path]:
         spec: A `tokenizer.json`, or a folder with one.
 
     Raises:
-        FileNotFoundError: If there is no such file or folder; a name on the hub is none.
+        FileNotFoundError: If there is no such file or folder, as for a name on the Hub.
     """
     path = Path(spec).expanduser()
     if path.is_file():
         return [path]
     if not path.exists():
         raise FileNotFoundError(
-            f"The tokenizer {spec!r} is not a local file or folder, and no download is made: give a local"
+            f"The tokenizer {spec!r} is not a local file or folder, and nothing is downloaded: give a local"
             " tokenizer.json or a folder written by `save_pretrained`."
         )
     if not (path / _MAIN_FILE).is_file():
@@ -77,7 +77,7 @@ def tokenizer_files(spec: str) -> list[Path]:
 
 
 def tokenizer_texts(spec: str) -> dict[str, str]:
-    """The content of a tokenizer's files by their names in a folder.
+    """The contents of a tokenizer's files by their names in a folder.
 
     Args:
         spec: A `tokenizer.json`, or a folder with one.
@@ -92,7 +92,7 @@ def tokenizer_texts(spec: str) -> dict[str, str]:
 
 
 def keep_tokenizer(texts: dict[str, str], cache_dir: Path) -> str:
-    """A folder in the cache with these files: what `load_tokenizer` takes."""
+    """Write these files to a folder in the cache, and return it for `load_tokenizer`."""
     folder = cache_dir / f"tokenizer-{digest(texts)}"
     if any(not (folder / name).is_file() for name in texts):
         with only_one(folder):
@@ -103,7 +103,7 @@ def keep_tokenizer(texts: dict[str, str], cache_dir: Path) -> str:
 
 
 def tokenizers_differ(saved: dict[str, str], own: dict[str, str]) -> str | None:
-    """How two tokenizers, each as `tokenizer_texts`, give a text other ids; None where they do not."""
+    """How two tokenizers, each as `tokenizer_texts`, encode a text differently; None if they do not."""
     from tokenizers import Tokenizer
 
     if saved[_MAIN_FILE] == own[_MAIN_FILE]:
@@ -111,11 +111,11 @@ def tokenizers_differ(saved: dict[str, str], own: dict[str, str]) -> str | None:
     theirs, ours = (Tokenizer.from_str(texts[_MAIN_FILE]) for texts in (saved, own))
     vocabulary, others = ours.get_vocab(), theirs.get_vocab()
     if moved := sum(vocabulary.get(token) != number for token, number in others.items()):
-        return f"{moved} of the {len(others)} tokens of the run have other numbers, or none, in the data's tokenizer"
+        return f"{moved} of the {len(others)} tokens of the run have other ids, or none, in the data's tokenizer"
     if len(vocabulary) > len(others):
         return f"the data's tokenizer has {len(vocabulary)} tokens, the run's {len(others)}"
     if any(theirs.encode(text).ids != ours.encode(text).ids for text in _PROBES):
-        return "the data's tokenizer cuts text into other tokens than the run's"
+        return "the data's tokenizer splits text into other tokens than the run's"
     return None
 
 
@@ -147,8 +147,8 @@ def load_tokenizer(spec: str) -> "PreTrainedTokenizerFast":
         tokenizer.eos_token = next((token for token in _KNOWN_ENDS if token in vocabulary), None)
     if tokenizer.eos_token is None:
         raise ValueError(
-            f"The tokenizer {files[0]} does not say which token ends a text: give a folder whose"
-            " tokenizer_config.json sets `eos_token`."
+            f"The tokenizer {files[0]} does not say which token ends a text: give a folder with a tokenizer_config.json"
+            " that sets `eos_token`."
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = PAD if PAD in vocabulary else tokenizer.eos_token

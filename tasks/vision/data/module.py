@@ -1,55 +1,165 @@
-"""The base of data modules of labelled images: loaders, normalisation on the device, what the task asks for."""
+"""The base of data modules of labelled images: image sets, loaders, normalisation on the device.
+
+Shapes: `N` images, `B` images in a batch, `C` channels, `H` and `W` height and width.
+"""
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ...data.images import find_images
+from ...data.images import find_images, read_image
 from ...data.module import SampledDataModule
 from ...data.padding import PaddedItems, collate_padded
+from ...data.record import hash_paths, hash_tensors
 from ...data.shuffling import ShuffledSamples
-from .image_sets import DecodedFiles, ImageSet, TransformedImages, hash_images
 from .transforms import Transforms
 
-__all__ = ["ImageDataModule"]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["DecodedFiles", "ImageDataModule", "ImageSet", "ImageTensors", "hash_images", "settled"]
+
+
+class ImageSet(Protocol):
+    """Images by index, with labels `(N,)` and the names that predictions show."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Class numbers, int64; -1 for an unknown class."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+    def name(self, index: int) -> str | int:
+        """The name of an image in predictions: its path or its index."""
+
+
+class ImageTensors:
+    """Images in memory.
+
+    Args:
+        images: `(N, C, H, W)`, uint8.
+        labels: `(N,)`, int64.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        assert images.dtype == torch.uint8
+        assert images.ndim == 4
+        assert len(images) == len(labels)
+        self.images = images.contiguous()
+        self.labels = labels.long()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index]
+
+    def name(self, index: int) -> int:
+        """The index."""
+        return index
+
+
+class DecodedFiles:
+    """Image files, decoded by Pillow.
+
+    Args:
+        paths: The files.
+        labels: Class number of each; -1 if unknown.
+        mode: Pillow's mode, `RGB` or `L`.
+        root: The folder that contains them.
+    """
+
+    def __init__(self, paths: Sequence[str | Path], labels: Sequence[int], mode: str, root: Path) -> None:
+        # One array instead of a list of a million objects: workers would write to the reference counts of a list, and
+        # so copy the pages that they share with the main process.
+        self._paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
+        self.labels = torch.tensor(labels, dtype=torch.int64)
+        self.mode = mode
+        self.root = root
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> Image:
+        return read_image(self.name(index), self.mode)
+
+    def name(self, index: int) -> str:
+        """The path."""
+        return os.fsdecode(self._paths[index])
+
+
+def hash_images(images: ImageSet) -> str:
+    """A hash that changes with the images, their labels or their order: of pixels in memory, or of names of files."""
+    if isinstance(images, ImageTensors):
+        return hash_tensors(images.images, images.labels)
+    if isinstance(images, DecodedFiles):
+        return hash_paths([images.name(index) for index in range(len(images))], images.root, images.labels.tolist())
+    return hash_tensors(images.labels)
+
+
+class TransformedImages:
+    """Items of a batch: `{"image": uint8 (C, H, W), "label": int}`.
+
+    Args:
+        images: The images.
+        transform: Turns one into a tensor of the model's size.
+    """
+
+    def __init__(self, images: ImageSet, transform: Callable[[Any], Tensor]) -> None:
+        self.images = images
+        self.transform = transform
+        self._labels = images.labels.tolist()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.transform(self.images[index]), "label": self._labels[index]}
 
 
 class ImageDataModule(SampledDataModule, ABC):
     """Batches of labelled images.
 
-    A batch is `{"image": (B, C, H, W), "label": (B,)}`: float32, normalised by `mean` and `std`, and int64. Batches of
-    evaluation also hold `index` `(B,)`, and may hold no image on a rank that has run out.
+    A batch is `{"image": (B, C, H, W), "label": (B,)}`: float32, normalised by `mean` and `std`, and int64. Evaluation
+    batches also have `index` `(B,)`, and are empty on a rank that has run out of images.
 
     Args:
         transforms: Crops, augmentation and normalisation.
+        channels: Channels of an image, C.
         batch_size: Images in a batch of one rank, B.
         num_workers: Processes that read ahead, for each loader; 0 reads in the training process.
-        seed: Picks the order of training images and their augmentation, and nothing else.
-        predict_path: An image, or a folder of images, for `predict`; by default the validation images.
+        seed: Determines the order and the augmentation of training images, and nothing else.
+        predict_path: An image or a folder of images for `predict`; the validation images by default.
 
     Raises:
         ValueError: A number is out of range, or the transforms do not fit the channels.
     """
 
     batch_kind = "labelled images"
+    other_data = "give data of the same classes in the same order, or start a new run"
+    _classes: Sequence[str] = ()
 
     def __init__(
         self,
         *,
         transforms: Transforms,
         channels: int,
-        batch_size: int,
-        num_workers: int,
-        seed: int,
-        predict_path: str | None,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+        predict_path: str | None = None,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         assert transforms.mean is not None
@@ -60,19 +170,16 @@ class ImageDataModule(SampledDataModule, ABC):
                     f"transforms.{name} has {len(values)} values for images of {channels} channels; give one for each"
                 )
         if transforms.policy == "autoaugment" and channels != 3:
-            raise ValueError("transforms.policy: autoaugment is for RGB images; take randaugment or trivialaugment")
+            raise ValueError("transforms.policy: autoaugment is for RGB images; use randaugment or trivialaugment")
         self.transforms = transforms
         self.channels = channels
         self.predict_path = predict_path
         self._sets: dict[str, ImageSet] = {}
         self._scaling: tuple[Tensor, Tensor] | None = None
 
-    _classes: Sequence[str] = ()
-    other_data = "give data of the same classes in the same order, or start a new run"
-
     @abstractmethod
     def open_images(self) -> dict[str, ImageSet]:
-        """The parts `train` and `val`, and `test` where there is one of its own."""
+        """The parts `train` and `val`, and `test` if the data have one."""
 
     @property
     def class_names(self) -> Sequence[str]:
@@ -86,7 +193,7 @@ class ImageDataModule(SampledDataModule, ABC):
 
     @property
     def planned_num_classes(self) -> int | None:
-        """Number of classes as far as the settings tell before any data are read; None where they do not."""
+        """Number of classes that the settings imply before any data are read; None if they do not."""
         return self.num_classes
 
     @property
@@ -102,7 +209,7 @@ class ImageDataModule(SampledDataModule, ABC):
         return self.channels, size, size
 
     def meaning(self) -> dict[str, Any]:
-        """See `SampledDataModule.meaning`: the classes, and how pixels become numbers."""
+        """See `SampledDataModule.meaning`: the classes, and the normalisation of pixels."""
         scaling = {"data.transforms.mean": self.transforms.mean, "data.transforms.std": self.transforms.std}
         return {"classes": list(self.class_names), **{name: list(values or ()) for name, values in scaling.items()}}
 
@@ -116,12 +223,12 @@ class ImageDataModule(SampledDataModule, ABC):
         """Open the images, on every rank."""
         super().setup(stage)
         predicts_files = stage == "predict" and self.predict_path is not None
-        if predicts_files and (classes := self.kept.get("classes")):  # images of training are not needed then
+        if predicts_files and (classes := self.kept.get("classes")):  # the training images are not needed then
             self._classes = tuple(classes)
         elif not self._sets.keys() - {"predict"}:
             self._sets |= self.open_images()
         if predicts_files:
-            self.part("predict")  # what is wrong with its path is told before the network is made
+            self.part("predict")  # a wrong path raises before the network is built
 
     def part(self, name: str) -> ImageSet:
         """The images of `train`, `val`, `test` or `predict`, after `setup`."""
@@ -132,13 +239,13 @@ class ImageDataModule(SampledDataModule, ABC):
         return self._sets[name if name in self._sets else "val"]
 
     def baseline(self) -> tuple[str, float]:
-        """What is easily reached on the validation images: how, and its top-1 accuracy."""
+        """What is easily reached on the validation images: the method, and its top-1 accuracy."""
         counts = self.part("train").labels.bincount(minlength=self.num_classes)
         share = (self.part("val").labels == counts.argmax()).double().mean()
         return "the largest class", float(share)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Each image once an epoch, in random order, counted on over the run."""
+        """Each image once an epoch, in random order, counted over the whole run."""
         images = TransformedImages(self.part("train"), self.transforms.training())
         return self.train_loader(ShuffledSamples(images, seed=self.seed))
 
@@ -147,7 +254,7 @@ class ImageDataModule(SampledDataModule, ABC):
         return self._evaluate("val")
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Each test image once: the validation images, where the data have no other ones."""
+        """Each test image once; the validation images if the data have no others."""
         return self._evaluate("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
@@ -172,11 +279,11 @@ class ImageDataModule(SampledDataModule, ABC):
         return self.evaluation_loader(PaddedItems(images), collate=_collate)
 
 
-def settled(transforms: Transforms, **own: Any) -> Transforms:
-    """The transforms with the data set's own values in place of None; its padding where the crop is padded."""
+def settled(transforms: Transforms, **defaults: Any) -> Transforms:
+    """The transforms with the data set's defaults in place of None; its `padding` only if the crop is `padded`."""
     if transforms.crop != "padded":
-        own.pop("padding", None)
-    return replace(transforms, **{name: value for name, value in own.items() if getattr(transforms, name) is None})
+        defaults.pop("padding", None)
+    return replace(transforms, **{name: value for name, value in defaults.items() if getattr(transforms, name) is None})
 
 
 def _collate(items: list[tuple[int, Any]]) -> dict[str, Tensor]:
@@ -185,10 +292,10 @@ def _collate(items: list[tuple[int, Any]]) -> dict[str, Tensor]:
 
 
 def _files_to_predict(path: str, mode: str) -> DecodedFiles:
-    """An image, or the images below a folder in the order of their names."""
+    """An image, or the images below a folder sorted by name."""
     root = Path(path).expanduser()
     files = [root] if root.is_file() else find_images(root)
     if not files:
-        problem = "holds no images" if root.is_dir() else "does not exist"
+        problem = "contains no images" if root.is_dir() else "does not exist"
         raise ValueError(f"data.predict_path: {root} {problem}; give an image, or a folder of images")
     return DecodedFiles(files, [-1] * len(files), mode, root)

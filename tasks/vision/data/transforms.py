@@ -1,6 +1,6 @@
-"""How images are cropped, augmented and normalised: one frozen value, and the transforms of torchvision that it means.
+"""Crops, augmentation and normalisation of images: one frozen value that builds transforms of torchvision.
 
-Items stay `uint8` until their batch is on the device, so that workers hand over a quarter of the bytes.
+Items stay `uint8` until their batch is on the device, so that workers send a quarter of the bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Transforms"]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# The crop or policy that alone reads an option.
+# Options that only one crop or policy reads.
 _OWNERS = {
     "scale": ("crop", "resized"),
     "padding": ("crop", "padded"),
@@ -28,24 +28,24 @@ class Transforms:
     """Crops, augmentation and normalisation. None means the data set's own.
 
     Args:
-        size: Height and width of what the model gets, in pixels.
-        crop: For training: `resized` takes a random part of the image and resizes it (as for ImageNet), `padded` pads
-            and takes a random window (as for CIFAR), `center` is validation's.
-        scale: Of `resized`: smallest and largest part of the area; 0.08 and 1 by default.
-        padding: Of `padded`: pixels of black on each side; 4 by default, where the data set says nothing else.
+        size: Height and width of the model's input, in pixels.
+        crop: In training: `resized` resizes a random part of the image (as for ImageNet), `padded` pads the image and
+            takes a random window (as for CIFAR), `center` crops as validation does.
+        scale: For `resized`: smallest and largest fraction of the area; 0.08 and 1 by default.
+        padding: For `padded`: black pixels on each side; 4 by default, unless the data set has its own value.
         flip: Probability of a horizontal flip in training.
-        policy: Augmentation that draws from a list of operations, by its name in torchvision, or `none`.
-        operations: Of `randaugment`: operations an image; 2 by default.
-        magnitude: Of `randaugment`: their strength, 0 to 30; 9 by default.
+        policy: torchvision's name of an augmentation policy, or `none`.
+        operations: For `randaugment`: operations per image; 2 by default.
+        magnitude: For `randaugment`: their strength, 0 to 30; 9 by default.
         erasing: Probability that a rectangle is replaced by the mean in training.
-        resize: For validation: the shorter side before the central crop of `size`; None for `size` itself.
-        eval_size: Height and width of what the model gets in validation; None for `size`.
-        interpolation: How images are resized.
+        resize: In validation: length of the shorter side before the central crop of `size`; None for `size` itself.
+        eval_size: Height and width of the model's input in validation; None for `size`.
+        interpolation: Interpolation of all resizing.
         mean: Of each channel, in [0, 1].
         std: Of each channel, in [0, 1].
 
     Raises:
-        ValueError: A value is out of its range, or of another crop or policy.
+        ValueError: A value is out of range, or belongs to another crop or policy.
     """
 
     size: int | None = None
@@ -79,12 +79,12 @@ class Transforms:
             raise ValueError(f"transforms.magnitude must be in 0 to 30, not {self.magnitude}")
         if self.scale is not None and not 0.0 < self.scale[0] <= self.scale[1] <= 1.0:
             raise ValueError(
-                f"transforms.scale is two parts of the area in (0, 1], the smaller first, not {self.scale}"
+                f"transforms.scale is two fractions of the area in (0, 1], the smaller first, not {self.scale}"
             )
         if self.mean is not None and not all(0.0 <= value <= 1.0 for value in self.mean):
-            raise ValueError(f"transforms.mean is of pixels in [0, 1], not {self.mean}; divide by 255 what is of bytes")
+            raise ValueError(f"transforms.mean is of pixels in [0, 1], not {self.mean}; divide values of bytes by 255")
         if self.std is not None and not all(0.0 < value <= 1.0 for value in self.std):
-            raise ValueError(f"transforms.std is of pixels in [0, 1], not {self.std}; divide by 255 what is of bytes")
+            raise ValueError(f"transforms.std is of pixels in [0, 1], not {self.std}; divide values of bytes by 255")
         if self.resize is not None and self.resize < (self.eval_size or self.size or 1):
             raise ValueError(
                 f"transforms.resize = {self.resize} is below the crop of {self.eval_size or self.size}; raise resize"
@@ -93,12 +93,12 @@ class Transforms:
             chosen = getattr(self, option)
             if getattr(self, name) is not None and chosen != owner:
                 raise ValueError(
-                    f"transforms.{name} is for {option} {owner}, and {option} {chosen} has no use for it: leave it "
-                    f"out, or set transforms.{option} {owner}"
+                    f"transforms.{name} is for {option} {owner}, but {option} is {chosen}: leave it out, or set "
+                    f"transforms.{option} {owner}"
                 )
 
     def training(self) -> Callable[[Any], Any]:
-        """From a PIL image or a `uint8` tensor `(C, H, W)` to a `uint8` tensor, at random by torch's generator."""
+        """From a PIL image or a `uint8` tensor `(C, H, W)` to a `uint8` tensor; draws from torch's global generator."""
         from torchvision.transforms import v2
 
         assert self.size is not None
@@ -129,7 +129,7 @@ class Transforms:
         return _Chain(steps)
 
     def evaluation(self) -> Callable[[Any], Any]:
-        """From a PIL image or a `uint8` tensor `(C, H, W)` to the middle of it."""
+        """From a PIL image or a `uint8` tensor `(C, H, W)` to its central crop, `uint8`."""
         from torchvision.transforms import v2
 
         size = self.eval_size or self.size
@@ -137,7 +137,7 @@ class Transforms:
         return _Chain([*self._central(size, v2.InterpolationMode(self.interpolation)), _to_tensor])
 
     def _central(self, size: int, mode: Any) -> list[Callable[[Any], Any]]:
-        """Resize the shorter side and take the middle; nothing where an image has that size already."""
+        """Resize the shorter side and crop the centre; leave images that have the size already."""
         from torchvision.transforms import v2
 
         steps = [v2.Resize(self.resize or size, interpolation=mode, antialias=True), v2.CenterCrop(size)]
@@ -145,7 +145,7 @@ class Transforms:
 
 
 class _Chain:
-    """Transforms one after another; `v2.Compose` looks into its inputs again for each, which costs more than a crop."""
+    """Transforms one after another; `v2.Compose` inspects its inputs again for each, which costs more than a crop."""
 
     def __init__(self, steps: list[Callable[[Any], Any]]) -> None:
         self.steps = steps
@@ -157,7 +157,7 @@ class _Chain:
 
 
 class _UnlessSized:
-    """Runs transforms on images that do not have the size yet."""
+    """Applies transforms to images that do not have the size yet."""
 
     def __init__(self, size: int, steps: list[Any]) -> None:
         self.size = size
@@ -173,7 +173,7 @@ class _UnlessSized:
 
 
 class _Sized(_UnlessSized):
-    """Resizes images to a square, if they are not one of that size yet."""
+    """Resizes images to a square of the size."""
 
     def __init__(self, size: int, mode: Any) -> None:
         from torchvision.transforms import v2

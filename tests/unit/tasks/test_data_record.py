@@ -17,7 +17,7 @@ from lightning_adam_mini.tasks.llm import LanguageModel
 from lightning_adam_mini.tasks.llm.data import StdlibText, TextFiles, TokenFiles
 from lightning_adam_mini.tasks.llm.data.tokenizer import load_tokenizer, tokenizer_texts, tokenizers_differ
 from lightning_adam_mini.tasks.vision.data import FashionMnist, ImageFolders, Mnist5k, TorchvisionData, Transforms
-from lightning_adam_mini.tasks.vision.data.image_sets import hash_images
+from lightning_adam_mini.tasks.vision.data.module import hash_images
 from tiny_images import write_fashion, write_tree
 from tiny_runs import write_text
 
@@ -94,7 +94,7 @@ def test_token_files_with_other_tokens(tokens):
     bare.check_record(named.record(), resumes=True)
     named.check_record(bare.record(), resumes=True)
     other = token_files(tokens, tokenizer=str(tokens / "two"))
-    refuses(named, other, r"tokens of the run have other numbers, or none, .* set data\.tokenizer to null, which takes")
+    refuses(named, other, r"tokens of the run have other ids, or none, .* set data\.tokenizer to null to use")
     padded = token_files(tokens, tokenizer=str(tokens / "one"), vocab_size=320)
     padded.check_record(named.record(), resumes=True)
     changed = token_files(tokens, vocab_size=270, train=str(tokens / "more.bin"))
@@ -124,9 +124,9 @@ def test_tokenizers_are_compared_by_what_they_do(tokens, tmp_path):
     one, two = (tokenizer_texts(str(tokens / name)) for name in ("one", "two"))
     content = json.loads(one["tokenizer.json"])
     assert tokenizers_differ(one, {"tokenizer.json": json.dumps(content)}) is None, "formatting says nothing"
-    assert "of the 270 tokens of the run have other numbers" in tokenizers_differ(one, two)
+    assert "of the 270 tokens of the run have other ids" in tokenizers_differ(one, two)
     lower = {"tokenizer.json": json.dumps(content | {"normalizer": {"type": "Lowercase"}})}
-    assert "cuts text into other tokens" in tokenizers_differ(one, lower)
+    assert "splits text into other tokens" in tokenizers_differ(one, lower)
     tokenizer = load_tokenizer(str(tokens / "one"))
     tokenizer.add_tokens(["<|new|>"])
     tokenizer.save_pretrained(tmp_path)
@@ -173,7 +173,7 @@ def test_a_trainer_in_python_refuses_what_it_was_not_told_of(tmp_path):
     first = trained()
     assert read_record(tmp_path / "a.ckpt") == first.record()
     (tmp_path / "corpus" / "b.txt").write_text("zqx zqxy zqxyj wvk wvkk pjj " * 2000, "utf-8")
-    with pytest.raises(ValueError, match="tokens of the run have other numbers"):
+    with pytest.raises(ValueError, match="tokens of the run have other ids"):
         trained(tmp_path / "a.ckpt")
     with pytest.warns(UserWarning, match="goes on with other data"):
         assert trained(tmp_path / "a.ckpt", recall=True).meaning() == first.meaning()
@@ -224,7 +224,7 @@ def test_folders_take_the_order_of_the_run(tmp_path):
     [
         (
             lambda part: (part / "aardvark").mkdir(),
-            r"train/aardvark is no class of the run \(1 such folders\); give data of",
+            r"train/aardvark is not a class of the run \(1 such folders\); give data of",
         ),
         (
             lambda part: shutil.rmtree(part / "bee"),
@@ -232,7 +232,7 @@ def test_folders_take_the_order_of_the_run(tmp_path):
         ),
         (
             lambda part: (part / "ant").rename(part / "wasp"),
-            r"has no folder 'ant' .*, and 'wasp' is none; give data of",
+            r"has no folder 'ant' .*, and 'wasp' is not one of them; give data of",
         ),
     ],
 )

@@ -12,7 +12,7 @@ pytest.importorskip("sklearn")
 from PIL import Image
 
 from lightning_adam_mini.tasks.data.images import find_images
-from lightning_adam_mini.tasks.diffusion.data import CelebA, DigitImages, ImageFiles, image_files
+from lightning_adam_mini.tasks.diffusion.data import CelebA, DigitImages, ImageFiles, sources
 
 FACES = 12
 OFFICIAL = [0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 2]
@@ -151,8 +151,8 @@ def test_files_are_checked_once(tmp_path, monkeypatch):
     paths = find_images(write_images(tmp_path))
     for path in paths:
         os.utime(path, (1e9, 1e9))  # a file that has just been written may change within its time stamp
-    read, read_image = [], image_files.read_image
-    monkeypatch.setattr(image_files, "read_image", lambda path, mode: read.append(path) or read_image(path, mode))
+    read, read_image = [], sources.read_image
+    monkeypatch.setattr(sources, "read_image", lambda path, mode: read.append(path) or read_image(path, mode))
 
     def reads(stage, **options):
         read.clear()
@@ -204,7 +204,7 @@ def test_a_missing_package_is_told(tmp_path, monkeypatch, package, called):
     ("options", "told"),
     [
         ({"path": "nowhere"}, "there is no folder nowhere"),
-        ({"path": "empty"}, "empty holds 0 images .* at least 2 are needed"),
+        ({"path": "empty"}, "empty contains 0 images .* at least 2 are needed"),
         ({"crop": 11}, r"has 12 x 10 pixels, fewer than the crop of 11: lower `crop`"),
         ({"crop": 0}, "`crop` must be at least 1"),
         ({"val_fraction": 0.0}, "`val_fraction` must lie between 0 and 1"),
@@ -264,7 +264,7 @@ PARTITION, ATTRIBUTES = "list_eval_partition.txt", "list_attr_celeba.txt"
         (edit(PARTITION, ".jpg 1", ".jpg 0"), r"10 images for training \(0\) and 0 for validation \(1\)"),
         (
             edit(ATTRIBUTES, "000012.jpg -1  1 -1\n", ""),
-            rf"{ATTRIBUTES}: its first line tells 12 images, but 11 follow",
+            rf"{ATTRIBUTES}: its first line says 12 images, but 11 follow",
         ),
         (edit(ATTRIBUTES, "12\n5", "twelve\n5"), rf"{ATTRIBUTES}: it must begin with the number of images"),
         (edit(ATTRIBUTES, "000012.jpg -1  1 -1", "000012.jpg -1  1"), r"line 14: 2 values for 3 attributes"),
@@ -281,7 +281,7 @@ def test_missing_faces_are_told(tmp_path):
     with pytest.raises(ValueError, match=r"there is no .*celeba/img_align_celeba: unpack img_align_celeba\.zip"):
         ready(CelebA(str(tmp_path), num_workers=0))
     (tmp_path / "celeba" / "img_align_celeba").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"img_align_celeba holds 0 images"):
+    with pytest.raises(ValueError, match=r"img_align_celeba contains 0 images"):
         ready(CelebA(str(tmp_path), num_workers=0))
 
 

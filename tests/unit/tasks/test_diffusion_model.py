@@ -15,8 +15,13 @@ from lightning_adam_mini.tasks.data.padding import collate_padded
 from lightning_adam_mini.tasks.diffusion import DiffusionModel
 from lightning_adam_mini.tasks.diffusion.data import DigitImages
 from lightning_adam_mini.tasks.diffusion.frechet import PrincipalComponents, frechet_distance
-from lightning_adam_mini.tasks.diffusion.noise import build_schedule, evaluation_draws, loss_weights, target
-from lightning_adam_mini.tasks.diffusion.sampling import check_sample_steps
+from lightning_adam_mini.tasks.diffusion.noise import (
+    build_schedule,
+    check_sample_steps,
+    evaluation_draws,
+    loss_weights,
+    target,
+)
 
 CONFIG = {
     "block_out_channels": [8, 8],
@@ -53,7 +58,7 @@ def without(name):
     ("config", "told"),
     [
         ({"block_out_chanels": [8]}, "UNet2DModel has no option 'block_out_chanels'; did you mean block_out_channels"),
-        ({"num_class_embeds": 10}, "num_class_embeds: models of classes are not supported; leave it out"),
+        ({"num_class_embeds": 10}, "num_class_embeds: class-conditional models are not supported; leave it out"),
         ({"in_channels": 3, "out_channels": 6}, "out_channels is 6 and in_channels 3: both are the channels"),
         ({"sample_size": "8"}, "sample_size must be a number of pixels, not '8'"),
         ({"norm_num_groups": 3}, "cannot be built from model.config: .*num_channels"),

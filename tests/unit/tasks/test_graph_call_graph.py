@@ -11,9 +11,7 @@ pytest.importorskip("torch_geometric")
 
 from lightning_adam_mini.tasks.data.standard_library import _is_wanted
 from lightning_adam_mini.tasks.graph.data import CallGraph
-from lightning_adam_mini.tasks.graph.data.call_graph import mention_edges
-from lightning_adam_mini.tasks.graph.data.python_sources import find_definitions
-from lightning_adam_mini.tasks.graph.data.word_features import word_features
+from lightning_adam_mini.tasks.graph.data.call_graph import find_definitions, mention_edges, word_features
 
 SOURCES = {
     "one/__init__.py": '''

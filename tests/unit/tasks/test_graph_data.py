@@ -8,8 +8,7 @@ import torch
 pytest.importorskip("torch_geometric")
 
 from lightning_adam_mini.tasks.graph.data import OgbArxiv
-from lightning_adam_mini.tasks.graph.data.graph_cache import cached_graph
-from lightning_adam_mini.tasks.graph.data.sampling import NeighborBatches, RandomParts, WholeGraph
+from lightning_adam_mini.tasks.graph.data.module import NeighborBatches, RandomParts, WholeGraph, cached_graph
 from lightning_adam_mini.tasks.graph.graph import Graph
 from tiny_graphs import write_ogb
 
@@ -92,7 +91,7 @@ def test_a_part_is_moved_each_time(module):
 
 
 def test_neighbours_without_a_compiled_sampler_name_the_package(module, monkeypatch):
-    monkeypatch.setattr("lightning_adam_mini.tasks.graph.packages.find_spec", lambda name: None)
+    monkeypatch.setattr("lightning_adam_mini.tasks.graph.graph.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pyg-lib .*or use data\.sampling parts"):
         module(sampling="neighbors")
 
@@ -180,7 +179,7 @@ def test_splits_that_share_a_node_are_refused(graph):
         ({"num_workers": 2}, "leave `num_workers` out"),
         ({"num_parts": 0}, "at least 1"),
         ({"seed": -1}, "`seed` must be at least 0"),
-        ({"num_parts": 3}, "`num_parts` is for sampling parts, and sampling full has no use for it: leave it out"),
+        ({"num_parts": 3}, "`num_parts` is for sampling parts, but sampling is full: leave it out"),
         ({"num_neighbors": [3]}, r"or set data\.sampling neighbors"),
         ({"sampling": "parts", "seed_nodes": 3}, "`seed_nodes` is for sampling neighbors"),
         ({"num_neighbors": []}, "`num_neighbors` is a number for each hop"),

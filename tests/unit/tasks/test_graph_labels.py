@@ -12,12 +12,11 @@ pytest.importorskip("torch_geometric")
 
 from lightning_adam_mini.tasks.graph import NodeClassifier
 from lightning_adam_mini.tasks.graph.graph import Graph
-from lightning_adam_mini.tasks.graph.label_reuse import (
-    all_training_nodes,
+from lightning_adam_mini.tasks.graph.node_classifier import (
     draw_training_nodes,
+    node_losses,
     predict_with_labels,
 )
-from lightning_adam_mini.tasks.graph.losses import node_losses
 
 
 @pytest.fixture
@@ -44,7 +43,7 @@ def test_the_log_loss_is_the_scripts():
 
 
 def test_labels_are_given_for_training_nodes_alone(graph):
-    assert all_training_nodes(graph).nonzero().flatten().tolist() == [1, 3, 5, 7]
+    assert draw_training_nodes(graph, 1.0).nonzero().flatten().tolist() == [1, 3, 5, 7]
     drawn = torch.stack([draw_training_nodes(graph, 0.5) for _ in range(200)])
     assert not drawn[:, [0, 2, 4, 6, 8, 9]].any()
     assert 0.4 < drawn[:, graph.train].float().mean() < 0.6
@@ -67,7 +66,7 @@ def test_inputs_hold_the_labels_that_are_given_and_no_other(graph):
 
 def test_iterations_fill_in_probabilities_where_no_label_is_given(graph):
     seen = []
-    given = all_training_nodes(graph)
+    given = draw_training_nodes(graph, 1.0)
     logits = torch.randn(10, 3)
 
     def predict(features):
@@ -172,15 +171,16 @@ def test_hops_are_as_many_as_layers():
 
 def test_pictures_are_in_percent(graph, tmp_path, monkeypatch):
     from lightning_adam_mini.tasks import curves
-    from lightning_adam_mini.tasks.graph import pictures
+    from lightning_adam_mini.tasks.graph import node_classifier
 
     drawn = {}
-    for module in (curves, pictures):
+    for module in (curves, node_classifier):
         monkeypatch.setattr(module, "save_figure", lambda figure, path: drawn.setdefault(path.name, figure.axes[0]))
-    monkeypatch.setattr(pictures, "read_metrics", lambda folder: {"val_accuracy": {5: 0.25, 10: 0.75}})
-    pictures.draw_accuracy(tmp_path)
+    monkeypatch.setattr(node_classifier, "read_metrics", lambda folder: {"val_accuracy": {5: 0.25, 10: 0.75}})
+    task = make_task(graph)
+    task._predicted = (graph, graph.y)
+    assert [path.name for path in task.pictures(tmp_path).values()] == list(drawn)
     assert drawn["accuracy_curve.png"].lines[0].get_ydata().tolist() == [25.0, 75.0]
-    pictures.draw_classes(tmp_path, graph, graph.y)
     assert [bar.get_width() for bar in drawn["accuracy_by_class.png"].patches] == [
         100.0
     ] * 2  # test nodes have two classes
@@ -191,7 +191,7 @@ def test_pictures_are_in_percent(graph, tmp_path, monkeypatch):
     [
         ({"label_reuse": True}, "set mask_rate"),
         ({"label_iterations": 1}, "set label_reuse"),
-        ({"mask_rate": 1.0}, "mask_rate is a share"),
+        ({"mask_rate": 1.0}, "mask_rate is a fraction"),
         ({"dropout": 1.0}, "dropout is a probability"),
         ({"heads": 4}, "heads has no meaning in architecture gcn"),
         ({"architecture": "gat", "heads": 3}, "multiple of heads 3"),

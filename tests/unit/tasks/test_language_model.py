@@ -47,7 +47,7 @@ def test_special_tokens_outside_of_a_small_vocabulary_are_dropped():
         ("gpt2", {"n_embd": "8"}, "n_embd must be of type int, not '8'"),
         ("gpt2", {"hidden_size": 10, "num_attention_heads": 3}, "3 attention heads do not divide the width 10"),
         ("gpt2", {"n_head": 0}, "num_attention_heads must be at least 1, not 0"),
-        ("llama", {**LLAMA, "num_attention_heads": 3}, "LlamaConfig refuses these options: The hidden size"),
+        ("llama", {**LLAMA, "num_attention_heads": 3}, "LlamaConfig rejects these options: The hidden size"),
         ("llama", {**LLAMA, "num_attention_heads": 4, "num_key_value_heads": 3}, "3 key-value heads do not divide"),
     ],
 )

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lightning_adam_mini.tasks.llm.data import HFText, TextFiles, text_cache
+from lightning_adam_mini.tasks.llm.data import HFText, TextFiles, text_module
 from lightning_adam_mini.tasks.llm.data.tokenizer import END_OF_TEXT, load_tokenizer
 
 WORDS = ["alpha", "beta", "gamma", "delta", "épsilon", "ζeta", "one", "two", "three", "four", "five\n"]
@@ -172,7 +172,7 @@ def test_named_parts_of_a_data_set(tmp_path, cache_dir, tokenizer_json):
 def test_long_documents_are_encoded_in_pieces_with_the_same_tokens(tmp_path, tokenizer_json, monkeypatch):
     kind, settings = _with(write_text, tmp_path, tokenizer_json)
     whole = opened(kind, settings, tmp_path / "whole")
-    monkeypatch.setattr("lightning_adam_mini.tasks.llm.data.text_cache._BATCH_CHARACTERS", 60)
+    monkeypatch.setattr("lightning_adam_mini.tasks.llm.data.text_module._BATCH_CHARACTERS", 60)
     pieces = opened(kind, settings, tmp_path / "pieces")
     for name in ("train.bin", "val.bin"):
         assert (
@@ -216,8 +216,8 @@ def test_tokenizer_folder_and_padded_vocabulary(tmp_path, cache_dir, tokenizer_j
 
 def _prepare(path, cache_dir, barrier, results):
     trained = []
-    train_bpe = text_cache.train_bpe
-    text_cache.train_bpe = lambda *args, **kwargs: trained.append(1) or train_bpe(*args, **kwargs)
+    train_bpe = text_module.train_bpe
+    text_module.train_bpe = lambda *args, **kwargs: trained.append(1) or train_bpe(*args, **kwargs)
     barrier.wait()
     data = opened(TextFiles, {"path": path, "vocab_size": 300}, cache_dir)
     results.put(((data.num_train_tokens, data.unigram_loss()), len(trained)))
@@ -265,7 +265,7 @@ def test_damaged_cache_is_made_again(tmp_path, cache_dir, name, damage, caplog):
         (folder / name).write_text("[]")
     assert parts_of(opened(kind, settings, cache_dir)) == expected
     assert {file: file.read_bytes() for file in folder.glob("*.*") if file.is_file()} == contents
-    assert ("is damaged or cut short: it is made again" in caplog.text) == (name != "facts.json")
+    assert ("is damaged or cut off: it is made again" in caplog.text) == (name != "facts.json")
 
 
 def test_changed_text_is_noticed_although_its_size_is_not(tmp_path, cache_dir, tokenizer_json):
@@ -281,7 +281,7 @@ def test_ready_cache_is_only_read(tmp_path, cache_dir, monkeypatch):
     kind, settings = write_text(tmp_path)
     settings |= {"vocab_size": 300}
     opened(kind, settings, cache_dir)
-    monkeypatch.setattr("lightning_adam_mini.tasks.llm.data.text_cache.only_one", pytest.fail)
+    monkeypatch.setattr("lightning_adam_mini.tasks.llm.data.text_module.only_one", pytest.fail)
     opened(kind, settings, cache_dir)
 
 
@@ -313,7 +313,7 @@ def _file(name, content):
 @pytest.mark.parametrize(
     ("kind", "settings", "write", "error", "message"),
     [
-        (TextFiles, {"path": "no"}, None, FileNotFoundError, "no file or folder .*no, and no download is made"),
+        (TextFiles, {"path": "no"}, None, FileNotFoundError, "no file or folder .*no, and nothing is downloaded"),
         (TextFiles, {"path": "a.txt"}, _file("a.txt", b""), ValueError, r"a\.txt is empty"),
         (TextFiles, {"path": "."}, _file("a.rst", b"x"), FileNotFoundError, r"matches \*\.txt, \*\.md, \*\.py: set `p"),
         (TextFiles, {"path": "a.txt"}, _file("a.txt", b"ab\xff"), ValueError, r"a\.txt is not UTF-8 text \(byte 2\)"),
@@ -331,7 +331,7 @@ def _file(name, content):
             {"path": "a.jsonl"},
             _file("a.jsonl", b"3"),
             ValueError,
-            r"line 1 of .*a\.jsonl is no record but a",
+            r"line 1 of .*a\.jsonl is not a record but a",
         ),
         (
             TextFiles,
@@ -340,11 +340,11 @@ def _file(name, content):
             ValueError,
             "`text_field` to one of 'body'",
         ),
-        (TextFiles, {"path": "a.json"}, _file("a.json", b"{}"), ValueError, r"a\.json holds one dict: give a list"),
+        (TextFiles, {"path": "a.json"}, _file("a.json", b"{}"), ValueError, r"a\.json contains one dict: give a list"),
         (TextFiles, {"path": "a.json"}, _file("a.json", b"{}\n{}"), ValueError, r"a\.json is not JSON .*\.jsonl"),
-        (HFText, {"path": "wikitext"}, None, FileNotFoundError, "wikitext, and no download is made: give a folder"),
+        (HFText, {"path": "wikitext"}, None, FileNotFoundError, "wikitext, and nothing is downloaded: give a folder"),
         (HFText, {"path": "."}, _file("a.txt", b"x"), FileNotFoundError, "neither a data set written by"),
-        (HFText, {"path": "a.csv"}, _file("a.csv", b"x"), ValueError, r"a\.csv is not called \.parquet"),
+        (HFText, {"path": "a.csv"}, _file("a.csv", b"x"), ValueError, r"a\.csv does not end in \.parquet"),
         (HFText, {"path": "a.parquet"}, _file("a.parquet", b"xx"), ValueError, r"Cannot read .*a\.parquet .* damaged"),
     ],
 )
@@ -366,7 +366,7 @@ def test_column_that_does_not_exist(tmp_path, cache_dir, tokenizer_json, write):
 
 def test_column_that_is_not_text(tmp_path, cache_dir, tokenizer_json):
     pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"a\.parquet holds a NoneType, not only text"):
+    with pytest.raises(ValueError, match=r"a\.parquet contains a NoneType, not only text"):
         opened(HFText, {"path": str(tmp_path / "a.parquet"), "tokenizer": tokenizer_json}, cache_dir)
 
 
@@ -393,7 +393,11 @@ def test_documents_that_all_land_in_one_part(tmp_path, cache_dir, tokenizer_json
 @pytest.mark.parametrize(
     ("content", "error", "message"),
     [
-        (None, FileNotFoundError, "'gpt2' is not a local file or folder, and no download is made: give a local token"),
+        (
+            None,
+            FileNotFoundError,
+            "'gpt2' is not a local file or folder, and nothing is downloaded: give a local token",
+        ),
         ("folder", FileNotFoundError, r"has no tokenizer\.json: load the tokenizer once"),
         ("{", ValueError, r"Cannot read the tokenizer .*tokenizer\.json"),
     ],

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_adam_mini.tasks.llm.data import TokenFiles
-from lightning_adam_mini.tasks.llm.data.bin_format import read_part
+from lightning_adam_mini.tasks.llm.data.token_files import read_part
 
 VOCAB_SIZE = 500
 TOKENS = np.random.default_rng(0).integers(0, VOCAB_SIZE, 300)
@@ -155,16 +155,16 @@ def out_of_vocabulary(folder):
 @pytest.mark.parametrize(
     ("write", "settings", "message"),
     [
-        (odd, {}, r"bad\.bin has 31 bytes, no multiple of the 2 of a uint16 token: it is cut short"),
+        (odd, {}, r"bad\.bin has 31 bytes, not a multiple of the 2 of a uint16 token: it is cut off"),
         (empty, {}, r"bad\.bin is empty: write it again"),
-        (wide, {"dtype": "uint16"}, r"bad\.bin is zero: it holds uint32 tokens, set `dtype` to uint32 or auto"),
+        (wide, {"dtype": "uint16"}, r"bad\.bin is zero: it has uint32 tokens, set `dtype` to uint32 or auto"),
         (too_short, {}, r"The training part .*bad\.bin.* has 8 tokens.* context_length \+ 1 = 9: lower"),
-        (cut_short, {}, r"bad\.bin promises 301 tokens, and 300 follow: the file is cut short"),
-        (too_long, {}, r"bad\.bin promises 299 tokens, and 300 follow"),
-        (header_only, {}, r"bad\.bin promises 7 tokens, and 0 follow"),
-        (wrong_version, {}, r"bad\.bin is an llm\.c file of version 2, and version 1 is known"),
+        (cut_short, {}, r"bad\.bin says 301 tokens, but 300 follow: the file is cut off"),
+        (too_long, {}, r"bad\.bin says 299 tokens, but 300 follow"),
+        (header_only, {}, r"bad\.bin says 7 tokens, but 0 follow"),
+        (wrong_version, {}, r"bad\.bin is an llm\.c file of version 2, but magic number 20240520 has version 1"),
         (cut_short, {"dtype": "uint32"}, r"bad\.bin is an llm\.c file of uint16 tokens: set `dtype`"),
-        (out_of_vocabulary, {}, r"bad\.bin holds token 500, and the vocabulary ends at 499: give the `vocab_size`"),
+        (out_of_vocabulary, {}, r"bad\.bin contains token 500, but the vocabulary ends at 499: give the `vocab_size`"),
     ],
 )
 def test_bad_files_are_named_with_the_remedy(tmp_path, make_data, write, settings, message):

@@ -10,9 +10,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_adam_mini.tasks.data.sampling import ResumableLoader, TrainSampler, ValidationSampler
-from lightning_adam_mini.tasks.llm.data.statistics import unigram_loss
-from lightning_adam_mini.tasks.llm.data.token_stream import TokenPart, TokenStream
-from lightning_adam_mini.tasks.llm.data.windows import TrainWindows, ValidationWindows, collate_windows
+from lightning_adam_mini.tasks.llm.data.tokens import (
+    TokenPart,
+    TokenStream,
+    TrainWindows,
+    ValidationWindows,
+    collate_windows,
+    unigram_loss,
+)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from datasets.data_files import DataFilesDict, get_data_patterns
 
 from lightning_adam_mini.tasks.data.splits import choose_parts, named_parts, part_of_name
 from lightning_adam_mini.tasks.llm.data import HFText, TextFiles
-from lightning_adam_mini.tasks.llm.data.hf_reading import named_columns
+from lightning_adam_mini.tasks.llm.data.hf_text import named_columns
 
 WORDS = ["train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"]
 OTHERS = ["data", "more", "trained", "latest", "value", "device", "my", "0000", "en"]

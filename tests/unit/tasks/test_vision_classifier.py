@@ -14,8 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 
 from lightning_adam_mini.tasks.vision import ImageClassifier
-from lightning_adam_mini.tasks.vision.mixing import BatchMixing
-from lightning_adam_mini.tasks.vision.scores import LARGEST_CONFUSION, ClassificationSums
+from lightning_adam_mini.tasks.vision.classifier import LARGEST_CONFUSION, BatchMixing, ClassificationSums
 
 TINY = "timm/test_resnet"
 

@@ -51,16 +51,19 @@ def test_test_images_are_their_own_or_those_of_validation(folders):
 @pytest.mark.parametrize(
     ("harm", "told"),
     [
-        (lambda root: (root / "train").rename(root / "training"), r"no folder \S+/train; data\.root must hold train/"),
-        (lambda root: (root / "val").rename(root / "valid"), r"no folder \S+/val; data\.root must hold"),
+        (
+            lambda root: (root / "train").rename(root / "training"),
+            r"no folder \S+/train; data\.root must contain train/",
+        ),
+        (lambda root: (root / "val").rename(root / "valid"), r"no folder \S+/val; data\.root must contain"),
         (lambda root: (root / "val/bee").rename(root / "val/be"), r"val has no folder 'bee' \(1 such classes of"),
-        (lambda root: (root / "val/dog").mkdir(), r"val/dog is no class of \S+/train .* move its images"),
-        (lambda root: [file.unlink() for file in root.glob("val/*/*")], r"val holds no images"),
+        (lambda root: (root / "val/dog").mkdir(), r"val/dog is not a class of \S+/train .* move its images"),
+        (lambda root: [file.unlink() for file in root.glob("val/*/*")], r"val contains no images"),
         (
             lambda root: [file.unlink() for file in root.glob("train/[ab]*/*")],
-            r"train/ant holds no images \(2 such classes\); give each class images to learn from",
+            r"train/ant contains no images \(2 such classes\); give each class images to learn from",
         ),
-        (lambda root: [file.unlink() for file in root.glob("train/*/*")], r"train holds no images"),
+        (lambda root: [file.unlink() for file in root.glob("train/*/*")], r"train contains no images"),
     ],
 )
 def test_a_tree_that_is_not_complete_is_told(folders, harm, told):
@@ -71,7 +74,7 @@ def test_a_tree_that_is_not_complete_is_told(folders, harm, told):
 
 def test_a_validation_class_without_images_is_warned_of(folders):
     (folders / "val/ant/000.jpg").unlink()
-    with pytest.warns(UserWarning, match=r"val/ant holds no images \(1 such classes\): the accuracy says nothing"):
+    with pytest.warns(UserWarning, match=r"val/ant contains no images \(1 such classes\): the accuracy says nothing"):
         assert len(opened(ImageFolders(root=str(folders))).part("val")) == 4
 
 
@@ -96,13 +99,13 @@ def test_a_hidden_folder_above_the_images_hides_nothing(tmp_path):
 def test_a_missing_root_is_told(tmp_path):
     data = ImageFolders(root=str(tmp_path / "nowhere"))
     assert data.planned_num_classes is None
-    with pytest.raises(ValueError, match=r"no folder \S+/nowhere; data\.root must hold train/CLASS"):
+    with pytest.raises(ValueError, match=r"no folder \S+/nowhere; data\.root must contain train/CLASS"):
         opened(data)
 
 
 def test_a_folder_of_bare_images_is_told(tmp_path):
     (tmp_path / "train").mkdir()
-    with pytest.raises(ValueError, match="train holds no folders; put the images of each class into one"):
+    with pytest.raises(ValueError, match="train contains no folders; put the images of each class into one"):
         opened(ImageFolders(root=str(tmp_path)))
 
 
@@ -158,7 +161,7 @@ def test_images_to_predict(folders):
     assert len(opened(ImageFolders(root=str(folders), predict_path=str(folders / "val/cat"))).part("predict")) == 2
     one = opened(ImageFolders(root=str(folders), predict_path=str(folders / "val/cat/001.jpg"), **options))
     assert len(one.part("predict")) == 1
-    for path, told in ((folders / "none", "does not exist"), (folders / "empty", "holds no images")):
+    for path, told in ((folders / "none", "does not exist"), (folders / "empty", "contains no images")):
         (folders / "empty").mkdir(exist_ok=True)
         with pytest.raises(ValueError, match=f"data.predict_path: .*{told}"):
             ImageFolders(root=str(folders), predict_path=str(path), **options).setup("predict")
@@ -233,9 +236,9 @@ def test_the_baseline_of_large_images_is_the_largest_class(tmp_path, monkeypatch
 
     write_fashion(tmp_path)
     data = opened(FashionMnist(path=str(tmp_path)))
-    monkeypatch.setattr(in_memory, "_MOST_NUMBERS", 30 * 28 * 28)
+    monkeypatch.setattr(in_memory, "_MAX_BASELINE_PIXELS", 30 * 28 * 28)
     assert data.baseline()[0] == "logistic regression on the pixels"
-    monkeypatch.setattr(in_memory, "_MOST_NUMBERS", 30 * 28 * 28 - 1)
+    monkeypatch.setattr(in_memory, "_MAX_BASELINE_PIXELS", 30 * 28 * 28 - 1)
     assert data.baseline()[0] == "the largest class"
 
 
@@ -250,7 +253,7 @@ def test_cifar10_as_torchvision_keeps_it(tmp_path, monkeypatch):
 
 
 def test_torchvision_data_that_are_missing_or_damaged_are_told(tmp_path, monkeypatch):
-    told = r"data\.root = \S+ must hold cifar-10-batches-py/ whole, as `torchvision\.datasets\.CIFAR10\(.*download=True"
+    told = r"data\.root = \S+ must contain cifar-10-batches-py/ as `torchvision\.datasets\.CIFAR10\(.*download=True"
     with pytest.raises(ValueError, match=told):
         opened(TorchvisionData(root=str(tmp_path)))
     write_cifar10(tmp_path, monkeypatch)
@@ -258,7 +261,7 @@ def test_torchvision_data_that_are_missing_or_damaged_are_told(tmp_path, monkeyp
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError, match=told):
         opened(TorchvisionData(root=str(tmp_path)))
-    with pytest.raises(ValueError, match=r"MNIST/raw/ whole"):
+    with pytest.raises(ValueError, match=r"MNIST/raw/ as"):
         opened(TorchvisionData(name="MNIST", root=str(tmp_path)))
     with pytest.raises(ValueError, match="'CIFAR' is not one of CIFAR10, "):
         TorchvisionData(name="CIFAR")
@@ -292,7 +295,7 @@ def test_a_raw_file_of_mnist_that_is_damaged_is_told(tmp_path, harm):
         file.with_suffix("").write_bytes(gzip.decompress(file.read_bytes()))
     file = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
     file.write_bytes(harm(file.read_bytes()))
-    with pytest.raises(ValueError, match=r"cannot read MNIST \(.+\): data\.root = \S+ must hold MNIST/raw/ whole"):
+    with pytest.raises(ValueError, match=r"cannot read MNIST \(.+\): data\.root = \S+ must contain MNIST/raw/ as"):
         opened(TorchvisionData(name="MNIST", root=str(tmp_path)))
 
 

@@ -57,7 +57,7 @@ def test_a_small_input_keeps_its_size_up_to_the_first_stage():
     stem = nn.Sequential(model.conv1, model.maxpool)
     assert stem(torch.zeros(1, 1, 28, 28)).shape == (1, 64, 28, 28)
     assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 7)
-    with pytest.raises(ValueError, match=r"small_input is for ResNets, and vgg16 is none"):
+    with pytest.raises(ValueError, match=r"small_input is for ResNets, and vgg16 is not one"):
         on_meta("vgg16", small_input=True)
     with pytest.raises(ValueError, match=r"needs one first convolution; timm/resnet10t has a stem of several"):
         on_meta("timm/resnet10t", small_input=True)
@@ -101,12 +101,12 @@ def test_images_of_a_wrong_size_are_told():
 
 
 def test_auxiliary_outputs_are_told():
-    with pytest.raises(ValueError, match=r"googlenet gives several outputs in training; .*aux_logits"):
+    with pytest.raises(ValueError, match=r"googlenet returns several outputs in training; .*aux_logits"):
         inspect_model(on_meta("googlenet"), "googlenet", (3, 224, 224), 7)
     model = on_meta("googlenet", options={"aux_logits": False})
     assert inspect_model(model, "googlenet", (3, 224, 224), 7) > 0
 
 
 def test_another_number_of_outputs_is_told():
-    with pytest.raises(ValueError, match=r"gives \(7,\) for an image, not one score for each of 8"):
+    with pytest.raises(ValueError, match=r"returns \(7,\) for an image, not one score for each of 8"):
         inspect_model(on_meta("resnet18"), "resnet18", (3, 32, 32), 8)
