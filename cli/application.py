@@ -36,10 +36,10 @@ from ..tasks.callbacks import (
     StopOnDivergence,
 )
 from ..tasks.callbacks.checkpoint import HEADLINE
-from ..tasks.checkpoint_io import AtomicCheckpointIO
+from ..tasks.checkpoints.saving import AtomicCheckpointIO
 from ..tasks.data.module import SampledDataModule
-from ..tasks.metrics_file import MetricsFile
-from ..tasks.run_files import cannot_write
+from ..tasks.errors import cannot_write
+from ..tasks.metrics import MetricsFile
 from .messages import failed_import, is_about_a_class, load_domains, must_be, near_option, type_of
 from .recipes import check_keys
 from .run_folder import RUN_DIR, choose_run_dir, forget_run_dir, holds_run, lock_for_run, resolve_checkpoint

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..tasks.checkpoint_file import write_file
-from ..tasks.checkpoint_folder import (
+from ..tasks.atomic_files import put_in_place, remove, temporary_path
+from ..tasks.checkpoints.files import write_file
+from ..tasks.checkpoints.folders import (
     CHECKSUMS,
     METADATA_NAME,
     REST_NAME,
@@ -17,8 +18,7 @@ from ..tasks.checkpoint_folder import (
     save_tensors,
     split_parts,
 )
-from ..tasks.checkpoint_io import cannot_save
-from ..tasks.in_place import beside, put_in_place, remove
+from ..tasks.checkpoints.saving import cannot_save
 
 __all__ = ["is_folder", "parameter_names", "write_folder"]
 
@@ -56,7 +56,7 @@ def write_folder(checkpoint: Mapping[str, Any], path: Path) -> None:
         OSError: The disk is full, or the folder cannot be written; what was at `path` is untouched.
     """
     tensors, rest = split_parts(checkpoint)
-    new = beside(path)
+    new = temporary_path(path)
     try:
         new.mkdir(parents=True)
         checksums = save_tensors(tensors, new, alone=True)

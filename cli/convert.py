@@ -226,7 +226,7 @@ def _check_target(target: Path, layout: str, *, overwrite: bool) -> None:
 def _read(source: Path) -> dict[str, Any]:
     """A checkpoint with whole tensors; the optimizer of a folder names its parameters."""
     from ..tasks import base  # noqa: F401 - names the classes that checkpoints hold
-    from ..tasks.checkpoint_io import AtomicCheckpointIO
+    from ..tasks.checkpoints.saving import AtomicCheckpointIO
     from .checkpoint_folder import parameter_names
 
     checkpoint = AtomicCheckpointIO().load_checkpoint(source, weights_only=True)
@@ -238,7 +238,7 @@ def _read(source: Path) -> dict[str, Any]:
 
 
 def _write(checkpoint: dict[str, Any], names: Sequence[str] | None, target: Path, layout: str) -> None:
-    from ..tasks.checkpoint_io import AtomicCheckpointIO
+    from ..tasks.checkpoints.saving import AtomicCheckpointIO
     from .checkpoint_folder import write_folder
 
     if layout == "file":

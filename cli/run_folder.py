@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..tasks.in_place import recover
-from ..tasks.run_files import has_no_locks, write_text
+from ..tasks.atomic_files import recover, write_text
+from ..tasks.errors import has_no_locks
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock

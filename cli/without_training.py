@@ -49,7 +49,7 @@ def open_data(data: LightningDataModule, checkpoint: str | None, stage: str) -> 
 
 def load_weights(task: Task, checkpoint: str) -> dict[str, Any]:
     """Load a checkpoint's weights, those that evaluations take; its other contents are returned with them."""
-    from ..tasks.checkpoint_io import AtomicCheckpointIO
+    from ..tasks.checkpoints.saving import AtomicCheckpointIO
 
     saved = AtomicCheckpointIO().load_checkpoint(checkpoint, weights_only=True)
     task.on_load_checkpoint(saved)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from importlib import import_module
 from inspect import isabstract
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -25,23 +25,63 @@ from lightning_adam_mini.factory import OptimizerFactory
 from lightning_adam_mini.optim import AdamMini
 from lightning_adam_mini.schedule import Schedule
 
+from .data.module import KEY as DATA_RECORD
 from .data.module import SampledDataModule
-from .data.record import KEY as DATA_RECORD
+from .data.sampling import seed_of
 from .parallel.building import Recipe, build_for
-from .parallel.checks import check_strategy
-from .parallel.clipping import clip_grad_norm_
-from .parallel.sharding import keep_after_forward, running_statistics, share_running_statistics
-from .parallel.strategies import FSDP2, register_strategies
-from .parallel.units import repeated_blocks
-from .primary_metric import PrimaryMetric
-from .seeds import seed_of
+from .parallel.sharding import (
+    clip_grad_norm_,
+    keep_after_forward,
+    repeated_blocks,
+    running_statistics,
+    share_running_statistics,
+)
+from .parallel.strategies import FSDP2, check_strategy, register_strategies
 
-__all__ = ["Task"]
+__all__ = ["PrimaryMetric", "Task"]
+
 
 log = logging.getLogger(__name__)
 _say = rank_zero_only(log.info)
 
 register_strategies()  # for whoever trains a task, by the command or in Python
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrimaryMetric:
+    """What a comparison of runs, and the choice of the best checkpoint, look at.
+
+    Args:
+        metric: Name of the figure that a run ends with, as it is logged.
+        mode: Whether a small or a large one is good.
+        label: The figure in words, with its unit.
+        validated: Metric of each validation, drawn over the steps; the best checkpoint has its best. `metric` where it
+            is not given.
+        validated_label: The same in words.
+        selected_by: Metric whose last value chooses hyperparameters, where `metric` is a test figure, which must not.
+    """
+
+    metric: str = "val_loss"
+    mode: Literal["min", "max"] = "min"
+    label: str = "validation loss"
+    validated: str | None = None
+    validated_label: str | None = None
+    selected_by: str | None = None
+
+    @property
+    def curve(self) -> str:
+        """The metric of each validation."""
+        return self.validated or self.metric
+
+    @property
+    def curve_label(self) -> str:
+        """The metric of each validation, in words."""
+        return self.validated_label or self.label
+
+    @property
+    def selection(self) -> str:
+        """The metric that chooses hyperparameters, good in the same direction."""
+        return self.selected_by or self.metric
 
 
 class Task(LightningModule):

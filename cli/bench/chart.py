@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...tasks.run_files import save_figure
+from ...tasks.plots import save_figure
 from .contenders import BASELINE
 from .step_table import doubtful
 

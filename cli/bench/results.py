@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning_adam_mini.measure import describe_machine, package_versions
 
-from ...tasks.run_files import write_text
+from ...tasks.atomic_files import write_text
 
 __all__ = ["check_drawing", "write_results"]
 

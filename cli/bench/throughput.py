@@ -17,7 +17,7 @@ from lightning_adam_mini.factory import OptimizerFactory
 from lightning_adam_mini.measure.batch_size import RankMemory, largest_batch
 from lightning_adam_mini.measure.live_memory import activation_peak
 
-from ...tasks.parallel.units import repeated_blocks
+from ...tasks.parallel.sharding import repeated_blocks
 from ..model_building import quiet
 from .measured import measure_largest
 from .models import choose_device, give_memory, trained_bytes

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from lightning_adam_mini import factory
 from lightning_adam_mini.factory import OptimizerFactory
 
-from ...tasks.parallel.activation_checkpointing import checkpoint_activations
+from ...tasks.parallel.sharding import checkpoint_activations
 from ..model_building import Source, quiet
 from ..recipes import find_recipe, read_yaml
 from .models import outline

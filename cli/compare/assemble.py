@@ -30,7 +30,7 @@ def load_comparison(out: Path) -> Comparison:
     Raises:
         ValueError: There is no comparison, or a recipe of it has changed and there is no copy.
     """
-    from ...tasks.metrics_file import read_metrics
+    from ...tasks.metrics import read_metrics
 
     plan = read_plan(out)
     if plan is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...tasks.run_files import replacing
+from ...tasks.atomic_files import replacing
 from ..recipes import find_recipe, list_recipes, read_yaml
 
 __all__ = ["Recipe", "copy_of", "copy_recipe", "read_recipe"]

@@ -9,7 +9,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from ...tasks.run_files import replacing
+from ...tasks.atomic_files import replacing
 
 __all__ = ["FINISHED", "LOST", "last_error", "outcome", "read_json", "read_status", "write_json", "write_status"]
 

@@ -18,7 +18,7 @@ from lightning_adam_mini.hessian import HessianOperator
 from lightning_adam_mini.hessian.batches import place
 
 from ...tasks.base import Task
-from ...tasks.seeds import seed_of
+from ...tasks.data.sampling import seed_of
 from ..bench.models import choose_device
 from ..recipes import find_recipe
 from ..without_training import load_weights, open_data

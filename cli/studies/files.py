@@ -8,7 +8,8 @@ from pathlib import Path
 
 from lightning_adam_mini.measure import describe_machine, package_versions
 
-from ...tasks.run_files import save_figure, write_text
+from ...tasks.atomic_files import write_text
+from ...tasks.plots import save_figure
 from ..arguments import make_folder
 from .outcome import Outcome, as_csv
 from .registry import Study

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import sys
+from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from ..base import Task
-from ..curves import draw_curves
-from ..data.module import SampledDataModule
-from ..data.record import write_record
-from ..metrics_file import read_metrics
-from ..run_files import write_text
-from .result import run_result
+from lightning_adam_mini.measure import (
+    adamw_state_bytes,
+    describe_machine,
+    optimizer_state_bytes,
+    package_versions,
+)
 
-__all__ = ["RunReport"]
+from ..atomic_files import write_text
+from ..base import Task
+from ..data.module import SampledDataModule, write_record
+from ..metrics import read_metrics
+from ..plots import draw_curves
+
+__all__ = ["PredictionFile", "RunReport", "run_result"]
+
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +83,7 @@ class RunReport(Callback):
             "steps": f"{trainer.global_step}",
             "optimizer": type(pl_module.optimizer_factory).__name__,
             **pl_module.summary(),
-            **_costs(result["costs"]),
+            **_cost_lines(result["costs"]),
             **{name: str(path) for name, path in pictures.items()},
         }
         width = max(map(len, lines))
@@ -82,7 +92,7 @@ class RunReport(Callback):
         write_text(folder / "report.md", text)
 
 
-def _costs(costs: dict[str, Any]) -> dict[str, str]:
+def _cost_lines(costs: dict[str, Any]) -> dict[str, str]:
     own, adamw = costs["optimizer_state_bytes"], costs["adamw_state_bytes"]
     lines = {
         "parameters": f"{costs['parameters']:,}",
@@ -97,3 +107,105 @@ def _costs(costs: dict[str, Any]) -> dict[str, str]:
         if costs[name] is not None:
             lines[label] = f"{costs[name] * scale:,.1f} {unit}"
     return lines
+
+
+Metrics = dict[str, dict[int, float]]
+
+
+def run_result(trainer: Trainer, task: Task, metrics: Metrics) -> dict[str, Any]:
+    """The result of a run.
+
+    Args:
+        trainer: After its fit.
+        task: What was trained.
+        metrics: As `read_metrics` gives them, of all starts of the run.
+
+    Returns:
+        `steps`; `optimizer`, its name and options; `primary_metric`, the task's with its last `value` and that of the
+        metric that chooses hyperparameters, `selection`; `metrics`, the last value of each; `costs`, medians over the
+        rows of the log, bytes and seconds; `hardware`, `versions`, `command`.
+        Figures that were not measured, or are not numbers, are None.
+    """
+    primary_metric = task.primary_metric
+    last = {name: _number(list(values.values())[-1]) for name, values in metrics.items() if values}
+    return {
+        "steps": trainer.global_step,
+        "optimizer": {"name": type(task.optimizer_factory).__name__, **asdict(task.optimizer_factory)},
+        "primary_metric": {
+            "metric": primary_metric.metric,
+            "mode": primary_metric.mode,
+            "label": primary_metric.label,
+            "curve": primary_metric.curve,
+            "curve_label": primary_metric.curve_label,
+            "value": last.get(primary_metric.metric),
+            "selection": last.get(primary_metric.selection),
+        },
+        "metrics": last,
+        "costs": _costs(trainer, task, metrics),
+        "hardware": describe_machine(),
+        "versions": package_versions(),
+        "command": sys.argv,
+    }
+
+
+def _costs(trainer: Trainer, task: Task, metrics: Metrics) -> dict[str, Any]:
+    parameters = [p for p in task.parameters() if p.requires_grad]
+    finite = {name: [v for v in values.values() if math.isfinite(v)] for name, values in metrics.items()}
+    middle = {name: median(values) for name, values in finite.items() if values}
+    training_seconds = list(metrics.get("training_seconds", {}).values())
+    return {
+        "step_milliseconds": middle.get("step_milliseconds"),
+        "optimizer_milliseconds": middle.get("optimizer_milliseconds"),
+        "units_per_second": middle.get(f"{task.unit}_per_second"),
+        "unit": task.unit,
+        "peak_memory_bytes": max(metrics.get("peak_memory_bytes", {}).values(), default=None),
+        "optimizer_state_bytes": sum(optimizer_state_bytes(optimizer) for optimizer in trainer.optimizers),
+        "predicted_state_bytes": task.optimizer_factory.predict_state_bytes(task),
+        "adamw_state_bytes": adamw_state_bytes(parameters),
+        "parameters": sum(p.numel() for p in parameters),
+        "parameter_bytes": sum(p.numel() * p.element_size() for p in parameters),
+        "training_seconds": training_seconds[-1] if training_seconds else None,
+    }
+
+
+def _number(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+_SHOWN = 8
+
+
+class PredictionFile(Callback):
+    """Writes what `predict` returns to `predictions.jsonl` in the run folder, and the first few to the log.
+
+    A task returns a list of objects that JSON can hold from `predict_step`. The file is replaced when all are there;
+    each rank but the first writes one of its own, unless the model is sharded: then all ranks predict the same.
+    """
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, Any]] = []
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Keep the batch's predictions."""
+        if _repeats_rank_zero(trainer, pl_module):
+            return
+        for row in outputs or []:
+            self._rows.append(row)
+            if len(self._rows) <= _SHOWN:
+                log.info("%s", "\n".join(f"{key}: {value}" for key, value in row.items()))
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file."""
+        if _repeats_rank_zero(trainer, pl_module):
+            return
+        rank = f".rank{trainer.global_rank}" if trainer.global_rank else ""
+        path = Path(trainer.default_root_dir) / f"predictions{rank}.jsonl"
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows))
+        total, self._rows = len(self._rows), []
+        log.info("%s", f"{total} predictions: {path}")
+
+
+def _repeats_rank_zero(trainer: Trainer, pl_module: LightningModule) -> bool:
+    return trainer.global_rank > 0 and getattr(pl_module, "is_sharded", False)

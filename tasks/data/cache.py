@@ -6,14 +6,14 @@ import json
 import logging
 import os
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from filelock import FileLock
 
-from ..run_files import cannot_write, error_line, has_no_locks
+from ..atomic_files import read_json, write_json
+from ..errors import error_line, has_no_locks
 
 logger = logging.getLogger(__name__)
 
@@ -46,51 +46,16 @@ def only_one(folder: Path) -> Iterator[None]:
                 f"Cannot write prepared data to {folder} ({error_line(error)}): set `cache_dir` or"
                 " $LIGHTNING_ADAM_MINI_CACHE to a folder that you may write."
             ) from error
-        # As on some network file systems. Work is then done twice; renaming keeps the result whole.
+        # As on some network file systems. Work is then done twice; each result replaces the other whole.
         logger.warning("%s is on a file system without locks: processes may prepare the same data twice.", folder)
     try:
         if lock.is_locked:
-            # Nobody else writes here now: what looks half written is left over from a process that was killed.
-            for leftover in folder.glob("*.partial"):
+            # No other process writes here now, so these are left over from a process that was killed.
+            for leftover in folder.glob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
         yield
     finally:
         lock.release()
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Write a file so that others see all of it or none.
-
-    Raises:
-        OSError: The disk is full, say; the message names the file.
-    """
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.strerror and error.filename is None:
-            raise cannot_write(path, error, "free space there, or choose another cache folder") from error
-        raise
-
-
-def read_json(path: Path) -> Any:
-    """The value in a JSON file, or None where the file is missing or damaged."""
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write a JSON file atomically."""
-    with atomic_file(path) as file:
-        file.write(json.dumps(value, indent=1, sort_keys=True).encode())
 
 
 def digest(value: object) -> str:
@@ -117,7 +82,6 @@ def remember(cache_dir: Path, name: str, files: Sequence[Path], compute: Callabl
     if time.time() - max((stat.st_mtime for stat in stats), default=0.0) > _SETTLED_AFTER:
         # It only saves time: a cache that cannot be written is no reason to stop.
         with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, {"value": value})
     return value
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from lightning_adam_mini.factory import OptimizerFactory
 from lightning_adam_mini.schedule import Schedule
 
+from ..base import PrimaryMetric
 from ..callbacks import WeightEMA
+from ..errors import require
 from ..metrics import MeanLoss
-from ..packages import require
-from ..primary_metric import PrimaryMetric
 from .comparison import check_images
 from .generation import GeneratingTask
 from .noise import BetaSchedule, Prediction, build_schedule, evaluation_draws, loss_weights, target

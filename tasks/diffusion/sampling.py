@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..run_files import replacing
+from ..atomic_files import replacing
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler

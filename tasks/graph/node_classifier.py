@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from lightning_adam_mini.factory import OptimizerFactory
 from lightning_adam_mini.schedule import Schedule
 
-from ..base import Task
-from ..primary_metric import PrimaryMetric
+from ..base import PrimaryMetric, Task
 from .baselines import majority_accuracy, propagation_accuracy
 from .graph import Graph
 from .label_reuse import all_training_nodes, draw_training_nodes, predict_with_labels

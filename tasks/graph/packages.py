@@ -6,7 +6,7 @@ import warnings
 from importlib import import_module
 from importlib.util import find_spec
 
-from ..packages import require
+from ..errors import require
 
 __all__ = ["require_neighbor_sampling", "require_torch_geometric"]
 

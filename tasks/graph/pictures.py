@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..curves import draw_curves
-from ..metrics_file import read_metrics
-from ..run_files import save_figure
+from ..metrics import read_metrics
+from ..plots import draw_curves, save_figure
 from .graph import Graph
 
 __all__ = ["class_accuracies", "draw_accuracy", "draw_classes"]

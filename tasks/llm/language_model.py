@@ -21,12 +21,11 @@ from lightning_adam_mini.factory import OptimizerFactory
 from lightning_adam_mini.measure import transformer_flops_per_token
 from lightning_adam_mini.schedule import Schedule
 
-from ..base import Task
-from ..data.record import TOKENIZER
+from ..base import PrimaryMetric, Task
+from ..data.module import TOKENIZER
 from ..gradient_release import check_release, release_gradients
 from ..metrics import MeanLoss
-from ..parallel.activation_checkpointing import checkpoint_activations
-from ..primary_metric import PrimaryMetric
+from ..parallel.sharding import checkpoint_activations
 from .data.module import TokenDataModule
 from .data.tokenizer import tokenizer_texts
 from .model import Attention, active_parameters, build_config, build_model, initialise, read_config

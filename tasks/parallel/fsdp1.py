@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp._common_utils import clean_tensor_name
 from torch.optim import Optimizer
 
-from ..checkpoint_io import read_checkpoint
-from ..optimizer_names import name_parameters
-from ..run_files import error_line
-from .units import repeated_blocks
+from ..checkpoints.folders import name_parameters
+from ..checkpoints.saving import read_checkpoint
+from ..errors import error_line
+from .sharding import repeated_blocks
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import FSDPStrategy

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .units import repeated_blocks
+from lightning_adam_mini.optim.sharding import is_dtensor, laid_out_as, local
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = [
+    "checkpoint_activations",
+    "clip_grad_norm_",
     "keep_after_forward",
+    "repeated_blocks",
     "running_statistics",
     "shard_model",
     "share_running_statistics",
@@ -93,3 +98,142 @@ def _units(model: nn.Module) -> Iterator[Any]:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             yield module
+
+
+def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The blocks that a network is a stack of, by name, none within another.
+
+    A transformers model names their classes (`_no_split_modules`). Elsewhere they are the members of a ModuleList,
+    Sequential or ModuleDict that share their class with another member and hold a matrix in a child of theirs: layers
+    of a Transformer, residual blocks of a ResNet, stages of a U-Net, convolutions of a graph network. Parameters that a
+    block shares with the outside belong to the whole model, so such a block is left out.
+    """
+    named = set(getattr(model, "_no_split_modules", None) or ())
+    found = dict(_by_class(model, "", named)) if named else {}
+    found = found or dict(_members(model, ""))
+    owners = Counter(id(parameter) for parameter in _all_parameters(model))
+    return {name: block for name, block in found.items() if not _shares_outside(block, owners)}
+
+
+def _by_class(module: nn.Module, prefix: str, names: set[str]) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        if type(child).__name__ in names:
+            yield path, child
+        else:
+            yield from _by_class(child, f"{path}.", names)
+
+
+def _members(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    is_container = isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict)
+    classes = Counter(type(child) for child in module.children())
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        is_plain_container = isinstance(child, nn.ModuleList | nn.ModuleDict) or type(child) is nn.Sequential
+        if is_container and classes[type(child)] > 1 and not is_plain_container and _is_block(child):
+            yield path, child
+        else:
+            yield from _members(child, f"{path}.")
+
+
+def _is_block(module: nn.Module) -> bool:
+    own = {id(parameter) for parameter in module.parameters(recurse=False)}
+    return any(parameter.dim() > 1 and id(parameter) not in own for parameter in module.parameters())
+
+
+def _all_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Parameters of all modules, a shared one as often as it is held."""
+    for child in module.modules():
+        yield from child.parameters(recurse=False)
+
+
+def _shares_outside(block: nn.Module, owners: Counter[int]) -> bool:
+    within = Counter(id(parameter) for parameter in _all_parameters(block))
+    return any(owners[parameter] > number for parameter, number in within.items())
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Keep the inputs of each repeated block for the backward pass, and nothing within, by the network's own means.
+
+    Networks of transformers and diffusers have their own way. In others each repeated block is wrapped; names in state
+    dicts stay as they are.
+
+    Raises:
+        ValueError: The network has no repeated blocks.
+    """
+    network: Any = model
+    if hasattr(model, "activation_checkpointing_enable"):  # transformers from 5.23
+        network.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    elif hasattr(model, "gradient_checkpointing_enable"):
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    elif hasattr(model, "enable_gradient_checkpointing"):
+        network.enable_gradient_checkpointing()
+    else:
+        _wrap_blocks(model)
+
+
+def _wrap_blocks(model: nn.Module) -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    blocks = repeated_blocks(model)
+    if not blocks:
+        raise ValueError(
+            f"trainer.strategy.activation_checkpointing: {type(model).__name__} has no repeated blocks to compute "
+            "again; set it to false"
+        )
+    for name, block in blocks.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, checkpoint_wrapper(block))
+
+
+@torch.no_grad()
+def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale gradients down to a total norm, as `torch.nn.utils.clip_grad_norm_` does for whole ones.
+
+    Each rank adds up the squares of its parts; the sums go over the groups of ranks that hold different parts. Parts
+    that several ranks hold alike count once.
+
+    Args:
+        parameters: The same on all ranks, in the same order.
+        max_norm: Largest 2-norm of all gradients together.
+
+    Returns:
+        The norm before, a scalar on the device of the first gradient's mesh.
+    """
+    parts: dict[tuple[ProcessGroup, ...], list[Tensor]] = {}
+    device = torch.device("cpu")
+    for parameter in parameters:
+        gradients = parts.setdefault(_groups(parameter), [])
+        if parameter.grad is not None:
+            parameter.grad = laid_out_as(parameter, parameter.grad)
+            gradients.append(local(parameter.grad))
+            device = gradients[-1].device
+        if is_dtensor(parameter):  # offloaded gradients lie on the CPU, and their groups may know GPUs alone
+            device = torch.device(parameter.device_mesh.device_type)
+    total: Tensor | None = None
+    for groups, gradients in parts.items():
+        square = (
+            torch.nn.utils.get_total_norm(gradients).to(device).square()
+            if gradients
+            else torch.zeros((), device=device)
+        )
+        square = square.to(torch.promote_types(square.dtype, torch.float32))
+        for group in groups:
+            dist.all_reduce(square, group=group)
+        total = square if total is None else total + square
+    norm = torch.zeros((), device=device) if total is None else total.sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for gradients in parts.values():
+        for gradient in gradients:
+            gradient.mul_(scale.to(gradient.device, gradient.dtype))
+    return norm
+
+
+def _groups(parameter: Tensor) -> tuple[ProcessGroup, ...]:
+    """The groups of ranks that hold different parts of a parameter."""
+    if not is_dtensor(parameter):
+        return ()
+    mesh = parameter.device_mesh
+    return tuple(
+        mesh.get_group(dim) for dim, p in enumerate(parameter.placements) if not p.is_replicate() and mesh.size(dim) > 1
+    )

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 from lightning_adam_mini.optim.sharding import is_dtensor
 
-from ..sharded_checkpoints import AtomicFolderCheckpoint
-from .initialisation import Initialisation
+from ..checkpoints.sharded import AtomicFolderCheckpoint
 from .sharding import sync_gradients
-from .sizes import MeshSizes, fit_sizes
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["FSDP2", "HSDP", "register_strategies"]
+__all__ = ["FSDP2", "HSDP", "MeshSizes", "check_strategy", "fit_sizes", "register_strategies"]
+
+Initialisation = Literal["auto", "whole", "sharded"]
 
 
 class FSDP2(AtomicFolderCheckpoint):
@@ -206,3 +207,89 @@ def register_strategies() -> None:
             StrategyRegistry.register(
                 strategy.strategy_name, strategy, description=(strategy.__doc__ or "").split("\n")[0]
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshSizes:
+    """Sizes of a mesh of ranks, outermost first: `replicate * shard * tensor` is the world.
+
+    Args:
+        replicate: Groups of ranks that hold the same parameters.
+        shard: Ranks that a parameter is divided over, and that read different data.
+        tensor: Ranks that read the same data, and compute parts of each matrix product.
+    """
+
+    replicate: int = 1
+    shard: int = 1
+    tensor: int = 1
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks that read different data."""
+        return self.replicate * self.shard
+
+
+def fit_sizes(world: int, *, replicate: int, tensor: int) -> MeshSizes:
+    """Divide the world; what neither replicates nor computes together shards.
+
+    Args:
+        world: Number of ranks.
+        replicate: Groups that hold the same parameters.
+        tensor: Ranks that compute together.
+
+    Raises:
+        ValueError: A size does not divide the ranks; with those that do.
+    """
+    if tensor < 1 or world % tensor:
+        raise ValueError(_misfit("tensor_parallel_size", tensor, world, "ranks"))
+    if replicate < 1 or (world // tensor) % replicate:
+        ranks = "ranks" if tensor == 1 else f"ranks (of {world}, {tensor} at a time compute together)"
+        raise ValueError(_misfit("replicate_size", replicate, world // tensor, ranks))
+    return MeshSizes(replicate=replicate, shard=world // tensor // replicate, tensor=tensor)
+
+
+def _misfit(option: str, size: int, number: int, what: str) -> str:
+    *others, last = [str(divisor) for divisor in range(1, number + 1) if number % divisor == 0]
+    fitting = f"{', '.join(others)} or {last}" if others else last
+    return (
+        f"trainer.strategy.{option} {size} does not divide {number} {what}: set it to {fitting}, or change the devices"
+    )
+
+
+def check_strategy(trainer: Trainer) -> None:
+    """Refuse strategies and options that would fail, or do something else, at the first batch.
+
+    Raises:
+        ValueError: With what to do instead.
+    """
+    strategy = trainer.strategy
+    if any(cls.__name__ == "DeepSpeedStrategy" for cls in type(strategy).__mro__):
+        raise ValueError(
+            "trainer.strategy: DeepSpeed flattens all parameters into one, and optimizers need each with its "
+            "shape; use --trainer.strategy fsdp2, which shards as much"
+        )
+    if not isinstance(strategy, FSDP2):
+        _check_foreign(strategy)
+        return
+    if trainer.precision in ("16-mixed", "transformer-engine", "transformer-engine-float16"):
+        raise ValueError(
+            f"trainer.precision {trainer.precision} does not run with trainer.strategy {strategy.strategy_name}, whose "
+            "gradients are sharded: use bf16-mixed"
+        )
+    if strategy.cpu_offload and strategy.root_device.type == "cpu":
+        raise ValueError(
+            "trainer.strategy.cpu_offload moves parameters from GPUs to the host, and there is no GPU: leave it out"
+        )
+    if strategy.cpu_offload and strategy.tensor_parallel_size > 1:
+        raise ValueError(
+            "trainer.strategy.cpu_offload does not go with tensor_parallel_size above 1: set one of them back"
+        )
+
+
+def _check_foreign(strategy: Strategy) -> None:
+    """Lightning's strategy with the same job leaves most of the work to the task."""
+    if type(strategy).__name__ == "ModelParallelStrategy":
+        raise ValueError(
+            "trainer.strategy: use lightning_adam_mini.tasks.parallel.FSDP2 in place of Lightning's "
+            "ModelParallelStrategy, with the same tensor_parallel_size"
+        )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .units import repeated_blocks
+from .sharding import repeated_blocks
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

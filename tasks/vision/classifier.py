@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from lightning_adam_mini.factory import OptimizerFactory
 from lightning_adam_mini.schedule import Schedule
 
-from ..base import Task
+from ..base import PrimaryMetric, Task
 from ..callbacks.ema import WeightEMA
-from ..metrics_file import read_metrics
-from ..primary_metric import PrimaryMetric
+from ..metrics import read_metrics
 from .mixing import BatchMixing, check_mixing
 from .models import build_model, check_name, inspect_model
 from .pictures import draw_accuracy, draw_confusion

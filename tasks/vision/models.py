@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..packages import require
+from ..errors import require
 
 __all__ = ["build_model", "check_name", "inspect_model"]
 

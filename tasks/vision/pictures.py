@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..curves import draw_curves
-from ..run_files import save_figure
+from ..plots import draw_curves, save_figure
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,8 +16,8 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_adam_mini.cli.main import main
-from lightning_adam_mini.tasks.checkpoint_io import AtomicCheckpointIO
-from lightning_adam_mini.tasks.metrics_file import read_metrics
+from lightning_adam_mini.tasks.checkpoints.saving import AtomicCheckpointIO
+from lightning_adam_mini.tasks.metrics import read_metrics
 from tiny_runs import assert_same_state, checkpoint, error_line, interrupt_in_training, run, start
 
 TO_20 = ["--trainer.max_steps", 20]

@@ -12,7 +12,7 @@ import torch
 import tiny_runs
 from lightning_adam_mini.cli.main import main
 from lightning_adam_mini.convert import from_adamw
-from lightning_adam_mini.tasks.metrics_file import read_metrics
+from lightning_adam_mini.tasks.metrics import read_metrics
 from ranks import run_ranks
 from tiny_runs import assert_same_state, checkpoint, error_line, run
 
@@ -302,7 +302,7 @@ def test_a_folder_of_fsdp1(work_dir, trained):
 
     from lightning_adam_mini.cli.checkpoint_folder import parameter_names
     from lightning_adam_mini.cli.checkpoint_optimizer import named
-    from lightning_adam_mini.tasks.checkpoint_folder import read_folder
+    from lightning_adam_mini.tasks.checkpoints.folders import read_folder
 
     found = read_folder(Path("mini.dist"))
     wide = state_of(load("wide.ckpt"))["state"]

@@ -17,12 +17,12 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_adam_mini.factory import AdamMini
 from lightning_adam_mini.schedule import Schedule
+from lightning_adam_mini.tasks.atomic_files import remove
 from lightning_adam_mini.tasks.base import Task
 from lightning_adam_mini.tasks.callbacks import WeightEMA
-from lightning_adam_mini.tasks.in_place import remove
 from lightning_adam_mini.tasks.parallel import FSDP2, HSDP
-from lightning_adam_mini.tasks.parallel.activation_checkpointing import checkpoint_activations
-from lightning_adam_mini.tasks.parallel.checks import check_strategy
+from lightning_adam_mini.tasks.parallel.sharding import checkpoint_activations
+from lightning_adam_mini.tasks.parallel.strategies import check_strategy
 from ranks import run_ranks
 from sharded_fits import bare_trainer
 from sharded_models import BATCH, Convolutions

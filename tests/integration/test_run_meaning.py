@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from lightning_adam_mini.cli.main import main
-from lightning_adam_mini.tasks.metrics_file import read_metrics
+from lightning_adam_mini.tasks.metrics import read_metrics
 from tiny_graphs import RECIPE as GRAPH_RECIPE
 from tiny_graphs import make_arrays, write_ogb
 from tiny_images import RECIPE as IMAGE_RECIPE

@@ -13,7 +13,7 @@ import torch
 
 from lightning_adam_mini.factory import AdamMini, AdamW
 from lightning_adam_mini.tasks.callbacks import RunCheckpoint
-from lightning_adam_mini.tasks.checkpoint_io import AtomicCheckpointIO
+from lightning_adam_mini.tasks.checkpoints.saving import AtomicCheckpointIO
 from ranks import run_ranks
 from sharded_fits import Hybrid, Sharded, assert_near, fit, fit_ranks
 from tiny_runs import start

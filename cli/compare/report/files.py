@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from io import StringIO
 from pathlib import Path
 
-from ....tasks.run_files import replacing
+from ....tasks.atomic_files import replacing
 
 __all__ = ["write_csv", "write_text"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from ...data.record import hash_paths
+from ...data.module import hash_paths
 from .celeba_layout import PARTITION, find_folder, list_images, read_partition
 from .image_files import ScaledImages, split_by_name
 from .module import ImageData, Parts

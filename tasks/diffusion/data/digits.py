@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ...packages import require
+from ...errors import require
 from .module import ImageData, Parts
 
 __all__ = ["DigitImages"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...data.cache import digest, hash_files
-from ...data.standard_library import library_files
+from ...data.sources import library_files
 from ..graph import Graph
 from .graph_cache import cached_graph
 from .module import GraphDataModule

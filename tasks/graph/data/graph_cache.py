@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-from ...checkpoint_file import read_file, write_to
-from ...data.cache import atomic_file, digest, only_one
+from ...atomic_files import atomic_file
+from ...checkpoints.files import read_file, write_to
+from ...data.cache import digest, only_one
 from ..graph import Graph
 
 __all__ = ["cached_graph"]

@@ -10,8 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ...data.cache import default_cache_dir
-from ...data.module import SampledDataModule
-from ...data.record import hash_tensors
+from ...data.module import SampledDataModule, hash_tensors
 from ..graph import Graph
 from ..packages import require_neighbor_sampling, require_torch_geometric
 from .sampling import NeighborBatches, RandomParts, WholeGraph

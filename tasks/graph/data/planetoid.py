@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...checkpoint_file import ExactUnpickler
-from ...packages import require
+from ...checkpoints.files import ExactUnpickler
+from ...errors import require
 from ..graph import Graph
 from .graph_cache import cached_graph
 from .module import GraphDataModule

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ...seeds import seed_of
+from ...data.sampling import seed_of
 from ..graph import Graph
 
 __all__ = ["NeighborBatches", "RandomParts", "WholeGraph"]

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ...data.splits import named_parts
-from ...run_files import error_line
+from ...errors import error_line
 from .text_reading import checked_text
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
+from ...data.sources import library_files
 from ...data.splits import Split
-from ...data.standard_library import library_files
 from .text_module import TextDataModule
 
 # The rest of `encodings` is a hundred generated tables.

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from ...data.cache import atomic_file, only_one, read_json, write_json
+from ...atomic_files import atomic_file, read_json, write_json
+from ...data.cache import only_one
 from ...data.splits import Split
 from .token_stream import STORAGE, TokenPart, TokenStream, TokenType
 from .tokenizer import load_tokenizer, train_bpe

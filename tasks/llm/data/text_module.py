@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 
 from ...data.cache import digest, hash_files
-from ...data.record import TOKENIZER
+from ...data.module import TOKENIZER
 from ...data.splits import Split
 from .module import TokenDataModule, TokenSource
 from .text_cache import TRAINED_TOKENIZER, prepare_text

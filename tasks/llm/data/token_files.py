@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...data.cache import remember
-from ...data.record import TOKENIZER
+from ...data.module import TOKENIZER
 from .bin_format import largest_token, read_part
 from .module import TokenDataModule, TokenSource
 from .token_stream import TokenPart, TokenStream

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from ...data.images import IMAGE_SUFFIXES
+from ...data.sources import IMAGE_SUFFIXES
 from .image_sets import DecodedFiles, ImageSet
 from .module import ImageDataModule, settled
 from .transforms import IMAGENET_MEAN, IMAGENET_STD, Transforms

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...data.images import read_image
-from ...data.record import hash_paths, hash_tensors
+from ...data.module import hash_paths, hash_tensors
+from ...data.sources import read_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...packages import require
+from ...errors import require
 from .image_sets import ImageSet, ImageTensors
 from .in_memory import InMemoryImages
 from .module import settled

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ...data.images import find_images
 from ...data.module import SampledDataModule
-from ...data.padding import PaddedItems, collate_padded
-from ...data.shuffling import ShuffledSamples
+from ...data.sampling import PaddedItems, ShuffledSamples, collate_padded
+from ...data.sources import find_images
 from .image_sets import DecodedFiles, ImageSet, TransformedImages, hash_images
 from .transforms import Transforms
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_adam_mini import AdamMini
 from lightning_adam_mini.blocks import Blocks, Segment
 from lightning_adam_mini.hessian.gradient_spread import mean_square_gradients, spread_from, spread_sums
-from lightning_adam_mini.tasks.callbacks.gradient_spread import GradientSpread
+from lightning_adam_mini.tasks.callbacks.monitoring import GradientSpread
 
 CUTS = {
     "rows": Blocks.rows((6, 4)),

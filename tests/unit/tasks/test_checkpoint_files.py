@@ -14,11 +14,9 @@ import torch
 
 from lightning_adam_mini.factory import AdamMini
 from lightning_adam_mini.schedule import Schedule
-from lightning_adam_mini.tasks.checkpoint_file import ExactUnpickler
-from lightning_adam_mini.tasks.checkpoint_io import AtomicCheckpointIO, read_checkpoint
-from lightning_adam_mini.tasks.data.cache import atomic_file
-from lightning_adam_mini.tasks.in_place import beside
-from lightning_adam_mini.tasks.run_files import write_text
+from lightning_adam_mini.tasks.atomic_files import atomic_file, temporary_path, write_text
+from lightning_adam_mini.tasks.checkpoints.files import ExactUnpickler
+from lightning_adam_mini.tasks.checkpoints.saving import AtomicCheckpointIO, read_checkpoint
 
 FLIPS = CUTS = 300
 
@@ -121,7 +119,7 @@ def test_other_programs_read_it_as_any_other(saved):
 
 def test_the_checksum_is_of_the_bytes_that_were_written(saved, monkeypatch):
     """Computed on the way to the disk: what the disk changes is found."""
-    import lightning_adam_mini.tasks.checkpoint_file as module
+    import lightning_adam_mini.tasks.checkpoints.files as module
 
     monkeypatch.setattr(module.os, "fsync", lambda fd: os.pwrite(fd, b"?", 700))
     AtomicCheckpointIO().save_checkpoint(content(), saved)
@@ -208,7 +206,7 @@ def test_a_full_disk_is_told_as_such(saved):
     """torch's writer would tell where it stands in the file."""
     before = saved.read_bytes()
     for size in (10, 1_000_000):
-        beside(saved).symlink_to("/dev/full")
+        temporary_path(saved).symlink_to("/dev/full")
         big = {**content(), "state_dict": {"weight": torch.zeros(size)}}
         with pytest.raises(OSError, match=f"cannot save the checkpoint {saved}: No space left on device; free space"):
             AtomicCheckpointIO().save_checkpoint(big, saved)
@@ -239,7 +237,7 @@ def test_a_full_disk_is_told_with_the_file_that_was_to_be_written(tmp_path, name
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_text("before")
-    path.with_name(f".{path.name}.{os.getpid()}.tmp").symlink_to("/dev/full")
+    temporary_path(path).symlink_to("/dev/full")
     with pytest.raises(OSError, match=f"cannot write {path}: No space left on device; free space there"):
         write_text(path, "after")
     assert path.read_text() == "before"

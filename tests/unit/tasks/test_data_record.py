@@ -8,8 +8,8 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from lightning_adam_mini.tasks.data import record as records
-from lightning_adam_mini.tasks.data.record import hash_paths, hash_tensors, names_differ, read_record, write_record
+from lightning_adam_mini.tasks.data import module as records
+from lightning_adam_mini.tasks.data.module import hash_paths, hash_tensors, names_differ, read_record, write_record
 from lightning_adam_mini.tasks.diffusion.data import DigitImages, ImageFiles
 from lightning_adam_mini.tasks.graph.data import CallGraph, OgbArxiv, Planetoid, call_graph
 from lightning_adam_mini.tasks.graph.graph import Graph

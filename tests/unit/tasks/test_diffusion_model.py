@@ -11,7 +11,7 @@ pytest.importorskip("diffusers")
 
 from lightning_adam_mini import factory
 from lightning_adam_mini.schedule import Schedule
-from lightning_adam_mini.tasks.data.padding import collate_padded
+from lightning_adam_mini.tasks.data.sampling import collate_padded
 from lightning_adam_mini.tasks.diffusion import DiffusionModel
 from lightning_adam_mini.tasks.diffusion.data import DigitImages
 from lightning_adam_mini.tasks.diffusion.frechet import PrincipalComponents, frechet_distance

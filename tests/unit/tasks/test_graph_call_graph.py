@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("torch_geometric")
 
-from lightning_adam_mini.tasks.data.standard_library import _is_wanted
+from lightning_adam_mini.tasks.data.sources import _is_wanted
 from lightning_adam_mini.tasks.graph.data import CallGraph
 from lightning_adam_mini.tasks.graph.data.call_graph import mention_edges
 from lightning_adam_mini.tasks.graph.data.python_sources import find_definitions

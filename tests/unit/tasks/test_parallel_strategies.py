@@ -9,12 +9,10 @@ from torch import nn
 
 from lightning_adam_mini.tasks import base  # noqa: F401 - registers the strategies
 from lightning_adam_mini.tasks.parallel import FSDP2, HSDP
-from lightning_adam_mini.tasks.parallel.activation_checkpointing import checkpoint_activations
 from lightning_adam_mini.tasks.parallel.building import Recipe, build_for
-from lightning_adam_mini.tasks.parallel.checks import check_strategy
 from lightning_adam_mini.tasks.parallel.fsdp1 import prepare_fsdp1
-from lightning_adam_mini.tasks.parallel.sizes import MeshSizes, fit_sizes
-from lightning_adam_mini.tasks.parallel.units import repeated_blocks
+from lightning_adam_mini.tasks.parallel.sharding import checkpoint_activations, repeated_blocks
+from lightning_adam_mini.tasks.parallel.strategies import MeshSizes, check_strategy, fit_sizes
 from ranks import run_ranks
 
 

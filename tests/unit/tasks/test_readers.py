@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, PngImagePlugin
 
-from lightning_adam_mini.tasks.data.images import read_image
+from lightning_adam_mini.tasks.data.sources import read_image
 from lightning_adam_mini.tasks.diffusion.data.celeba_layout import read_partition
 from lightning_adam_mini.tasks.diffusion.data.image_files import ImageFiles
 from lightning_adam_mini.tasks.graph.data.csv_files import read_table

@@ -22,7 +22,7 @@ import torch
 from lightning_adam_mini import factory
 from lightning_adam_mini.schedule import Schedule
 
-from .run_files import error_line
+from ..errors import error_line
 
 __all__ = [
     "ChecksummedStream",
@@ -35,6 +35,7 @@ __all__ = [
     "write_file",
     "write_to",
 ]
+
 
 # Checkpoints hold these in their hyperparameters; torch loads no class that is not named.
 torch.serialization.add_safe_globals([getattr(factory, name) for name in factory.__all__] + [Schedule])

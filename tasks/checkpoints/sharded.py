@@ -13,24 +13,27 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .checkpoint_file import read_file, write_file
-from .checkpoint_folder import (
+from ..atomic_files import put_in_place, remove, temporary_path
+from ..errors import on_all_ranks
+from .files import read_file, write_file
+from .folders import (
     CHECKSUMS,
     REST_NAME,
     TENSOR_PARTS,
     check_parts,
+    drop_unsaved,
     load_tensors,
+    name_parameters,
+    number_parameters,
     optimizer_part,
     read_outline,
     save_tensors,
     split_parts,
 )
-from .checkpoint_io import cannot_save, check_checkpoint
-from .in_place import beside, put_in_place, remove
-from .optimizer_names import drop_unsaved, name_parameters, number_parameters
-from .run_files import on_all_ranks
+from .saving import cannot_save, check_checkpoint
 
 __all__ = ["AtomicFolderCheckpoint"]
+
 
 T = TypeVar("T")
 
@@ -91,7 +94,7 @@ class AtomicFolderCheckpoint(ModelParallelStrategy):
 
     def _save_folder(self, checkpoint: dict[str, Any], target: Path) -> None:
         tensors, rest = split_parts(checkpoint)
-        folder = Path(self.broadcast(str(beside(target))))
+        folder = Path(self.broadcast(str(temporary_path(target))))
 
         def finish() -> None:
             write_file({**rest, CHECKSUMS: checksums}, folder / REST_NAME)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+import sysconfig
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..run_files import error_line
+from ..errors import error_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["IMAGE_SUFFIXES", "find_images", "read_image"]
+__all__ = ["IMAGE_SUFFIXES", "find_images", "library_files", "read_image"]
+
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 """Endings of the files that count as images, in lower case."""
@@ -70,3 +73,31 @@ def _over_white(image: Image) -> Image:
 
     coloured = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", coloured.size, "white"), coloured)
+
+
+# Tests and tools that not every installation carries, and other people's packages.
+_LEFT_OUT = frozenset(
+    {"__pycache__", "_pyrepl", "config", "dist-packages", "ensurepip", "idle_test"}
+    | {"idlelib", "lib2to3", "site-packages", "test", "tests", "turtledemo"}
+)
+
+
+def library_files() -> tuple[Path, list[Path]]:
+    """Folder of the standard library, and its sources in the order of their paths.
+
+    Raises:
+        FileNotFoundError: They are not installed.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [path for path in sorted(root.rglob("*.py")) if _is_wanted(path.relative_to(root))]
+    if not files:
+        raise FileNotFoundError(f"there are no sources of the standard library in {root}: give data of your own")
+    return root, files
+
+
+def _is_wanted(path: Path) -> bool:
+    """Whether a file, given relative to the library's folder, comes with every installation."""
+    if any(part in _LEFT_OUT or part.startswith("config-") for part in path.parts):
+        return False
+    # Also leaves out `_sysconfigdata*`, which the build generates.
+    return path.parts[0].removesuffix(".py") in sys.stdlib_module_names

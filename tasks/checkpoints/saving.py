@@ -7,10 +7,10 @@ from typing import Any
 
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
-from .checkpoint_file import read_file, write_file
-from .checkpoint_folder import read_folder
-from .in_place import beside, put_in_place, remove
-from .run_files import error_line
+from ..atomic_files import put_in_place, remove, temporary_path
+from ..errors import error_line
+from .files import read_file, write_file
+from .folders import read_folder
 
 __all__ = ["AtomicCheckpointIO", "cannot_save", "check_checkpoint", "read_checkpoint"]
 
@@ -31,7 +31,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if storage_options is not None:
             raise TypeError("AtomicCheckpointIO takes no storage_options")
         target = Path(path)
-        new = beside(target)
+        new = temporary_path(target)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             write_file(checkpoint, new)
