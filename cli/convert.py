@@ -180,11 +180,11 @@ def _wishes(parser: Parser, to: Sequence[str], layout: str) -> tuple[str | None,
 
 def _find_checkpoint(options: Namespace) -> tuple[Path, Path | None]:
     """The file or folder of the checkpoint, and the run folder where that was given."""
-    from .checkpoint_folder import is_folder
+    from ..tasks.checkpoints.folders import is_checkpoint_folder
     from .run_folder import resolve_checkpoint
 
     source: Path = options.source.expanduser()
-    if source.is_file() or is_folder(source):
+    if source.is_file() or is_checkpoint_folder(source):
         return source, None
     if (source / "config.yaml").is_file() or (source / "checkpoints").is_dir():
         found = resolve_checkpoint(options.ckpt_path, source, may_start=False)
@@ -211,13 +211,13 @@ def _find_config(recipe: str | None, source: Path, run_dir: Path | None) -> Path
 
 
 def _check_target(target: Path, layout: str, *, overwrite: bool) -> None:
-    from .checkpoint_folder import is_folder
+    from ..tasks.checkpoints.folders import is_checkpoint_folder
 
     if not target.exists():
         return
     if not overwrite:
         raise ValueError(f"{target} exists; choose another --out, or give --overwrite")
-    if not (is_folder(target) if layout == "folder" else target.is_file()):
+    if not (is_checkpoint_folder(target) if layout == "folder" else target.is_file()):
         raise ValueError(
             f"--overwrite replaces a checkpoint {layout} alone, and {target} is none; choose another --out"
         )
@@ -226,20 +226,20 @@ def _check_target(target: Path, layout: str, *, overwrite: bool) -> None:
 def _read(source: Path) -> dict[str, Any]:
     """A checkpoint with whole tensors; the optimizer of a folder names its parameters."""
     from ..tasks import base  # noqa: F401 - names the classes that checkpoints hold
+    from ..tasks.checkpoints.folders import read_parameter_names
     from ..tasks.checkpoints.saving import AtomicCheckpointIO
-    from .checkpoint_folder import parameter_names
 
     checkpoint = AtomicCheckpointIO().load_checkpoint(source, weights_only=True)
     if source.is_dir() and checkpoint.get("optimizer_states"):
         groups = checkpoint["optimizer_states"][0]["param_groups"]
-        for group, names in zip(groups, parameter_names(source), strict=True):
+        for group, names in zip(groups, read_parameter_names(source), strict=True):
             group["param_names"] = names
     return checkpoint
 
 
 def _write(checkpoint: dict[str, Any], names: Sequence[str] | None, target: Path, layout: str) -> None:
+    from ..tasks.checkpoints.folders import write_folder
     from ..tasks.checkpoints.saving import AtomicCheckpointIO
-    from .checkpoint_folder import write_folder
 
     if layout == "file":
         AtomicCheckpointIO().save_checkpoint(checkpoint, target)

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, ModelSummary, ProgressBar
 
-from ..atomic_files import put_in_place, remove, sweep, temporary_path
+from ..atomic_files import replacing, sweep
 from ..base import Task
 from .monitoring import FIGURES
 
@@ -83,10 +83,8 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 def _link(target: Path, link: Path) -> None:
-    new = temporary_path(link)
-    remove(new)
-    new.symlink_to(os.path.relpath(target, link.parent))
-    put_in_place(new, link)
+    with replacing(link) as new:
+        new.symlink_to(os.path.relpath(target, link.parent))
 
 
 _SILENT = (Checkpoint, EarlyStopping, ModelSummary, ProgressBar)

@@ -1,16 +1,17 @@
-"""Folders of `torch.distributed.checkpoint`: their outline, whether they are whole, and reading them in one process.
+"""Checkpoint folders of `torch.distributed.checkpoint`: written with checksums, verified, and read by one process.
 
-Layout: `.metadata` names each tensor with its shape and the files of its parts, `__RANK_N.distcp` hold the parts, and
-`meta.pt` is the rest of the checkpoint. Weights lie under `state_dict`, optimizers under `optimizer_0`, ... by names of
-parameters. `meta.pt`, which has its own checksum, keeps sizes and checksums of the other files; folders of other
-programs have none, and there the archives within the parts are checked.
+A folder has three kinds of files. `.metadata` names each tensor with its shape and the files that hold its parts;
+`__RANK_N.distcp` hold the parts; `meta.pt` holds everything else of the checkpoint. Weights are saved under
+`state_dict`, optimizers under `optimizer_0`, ... by parameter names. `meta.pt` has its own checksum, and keeps the sizes
+and checksums of the other files. Folders of other programs have none: there the archives within the parts are checked.
 """
 
 from __future__ import annotations
 
+import errno
 import io
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,46 +19,60 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict, load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from ..atomic_files import replacing
 from ..errors import error_line
-from .files import ChecksummedStream, ExactUnpickler, checksum_of, has_checksum, read_file, reason, verify_zip
+from .files import (
+    ChecksummedStream,
+    ExactUnpickler,
+    checksum_of,
+    has_checksum,
+    read_file,
+    reason,
+    verify_zip,
+    write_file,
+)
 
 __all__ = [
-    "CHECKSUMS",
-    "METADATA_NAME",
-    "REST_NAME",
+    "REMEDY",
     "TENSOR_PARTS",
-    "Outline",
+    "FolderContents",
     "check_parts",
     "drop_unsaved",
+    "is_checkpoint_folder",
     "load_tensors",
     "name_parameters",
     "number_parameters",
     "optimizer_part",
+    "read_contents",
     "read_folder",
-    "read_outline",
+    "read_parameter_names",
     "save_tensors",
     "split_parts",
+    "write_folder",
+    "write_rest",
 ]
 
+_METADATA_NAME = ".metadata"
+_REST_NAME = "meta.pt"
 
-METADATA_NAME = ".metadata"
-REST_NAME = "meta.pt"
-
-CHECKSUMS = "checksums"
+_CHECKSUMS = "checksums"
 """Entry of `meta.pt`: size in bytes and CRC-32 of each of the other files."""
 
 TENSOR_PARTS = ("state_dict", "current_model_state")
-"""Parts of a checkpoint that hold tensors by name, beside the optimizers."""
+"""Parts of a checkpoint that hold tensors by name, besides the optimizers."""
 
-_ALIASES = {"model": "state_dict"}  # the name under FSDP1
+REMEDY = "free space or set another --run_dir. Earlier checkpoints are untouched"
+"""What to do where a checkpoint cannot be written."""
 
-_OUTLINE_CLASSES = {
+_ALIASES = {"model": "state_dict"}  # its name under FSDP1
+
+_METADATA_CLASSES = {
     *(("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
@@ -76,42 +91,46 @@ _OUTLINE_CLASSES = {
     ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
 }
 
+_OTHER_OPTIMIZER = (
+    "Continue with the optimizer, model and partition that saved it, or start a new run from its weights alone"
+)
 
-class Outline:
-    """What a folder holds: the path of each entry in the checkpoint, and shapes of tensors.
+
+class FolderContents:
+    """What a folder holds, without the values of its tensors.
 
     Args:
         metadata: As torch reads it.
-        rest: What the checkpoint holds beside tensors.
+        rest: The content of `meta.pt`.
         checks: By the name of each file with tensors, what `check_parts` compares.
     """
 
     def __init__(self, metadata: Metadata, rest: dict[str, Any], checks: Mapping[str, Any]) -> None:
-        self.entries = metadata.state_dict_metadata
         self.rest, self.checks = rest, checks
-        self.paths: dict[str, tuple[Any, ...]] = {}
-        for key in self.entries:
-            part, *rest_of_path = metadata.planner_data[key]
-            self.paths[key] = (_ALIASES.get(part, part), *rest_of_path)
-        self.parts = {path[0] for path in self.paths.values()}
+        self._shapes: dict[str, dict[str, Tensor]] = {}
+        for key, entry in metadata.state_dict_metadata.items():
+            part, *path = metadata.planner_data[key]
+            shapes = self._shapes.setdefault(_ALIASES.get(part, part), {})
+            if isinstance(entry, TensorStorageMetadata):
+                shapes[".".join(map(str, path))] = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
 
-    def empty(self, key: str, device: str) -> Tensor | None:
-        """A tensor without values; None for what is no tensor."""
-        entry = self.entries[key]
-        if not isinstance(entry, TensorStorageMetadata):
-            return None
-        return torch.empty(entry.size, dtype=entry.properties.dtype, device=device)
+    @property
+    def parts(self) -> Collection[str]:
+        """Names of the parts of the checkpoint that hold tensors."""
+        return self._shapes.keys()
 
     def shapes(self, part: str) -> dict[str, Tensor]:
         """Tensors of a part on the meta device; those of an optimizer as `state.PARAMETER.KEY`."""
-        found = {
-            ".".join(map(str, path[1:])): self.empty(key, "meta") for key, path in self.paths.items() if path[0] == part
-        }
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        return self._shapes[part]
 
 
-def read_outline(folder: Path, *, weights_only: bool | None = None) -> Outline:
-    """The outline of a folder that is whole: `meta.pt` and `.metadata` are as they were saved, and no file is short.
+def is_checkpoint_folder(path: Path) -> bool:
+    """Whether a path is a checkpoint folder, whole or not."""
+    return (path / _METADATA_NAME).is_file()
+
+
+def read_contents(folder: Path, *, weights_only: bool | None = None) -> FolderContents:
+    """Read what a folder holds, and check that `meta.pt` and `.metadata` are as saved and no other file is short.
 
     Args:
         folder: The folder.
@@ -120,41 +139,39 @@ def read_outline(folder: Path, *, weights_only: bool | None = None) -> Outline:
     Raises:
         ValueError: A file is missing, cut off, damaged or of another kind; the message names it.
     """
-    for name in (METADATA_NAME, REST_NAME):
+    for name in (_METADATA_NAME, _REST_NAME):
         if not (folder / name).is_file():
             raise _broken(folder, f"it has no {name}")
     try:
-        rest = read_file(folder / REST_NAME, weights_only=weights_only)
+        rest = read_file(folder / _REST_NAME, weights_only=weights_only)
     except ValueError as error:
-        raise _broken(folder, f"{REST_NAME}: {reason(error.__cause__ or error)}", REST_NAME) from error
-    checksums = rest.pop(CHECKSUMS, None) if isinstance(rest, dict) else None
-    with (folder / REST_NAME).open("rb") as file:
+        raise _broken(folder, f"{_REST_NAME}: {reason(error.__cause__ or error)}", _REST_NAME) from error
+    checksums = rest.pop(_CHECKSUMS, None) if isinstance(rest, dict) else None
+    with (folder / _REST_NAME).open("rb") as file:
         if not has_checksum(file):
-            checksums = None  # another program has copied them from the folder that it went on from
+            checksums = None  # another program has copied them from the folder that it continued from
     if checksums is not None:
-        _check_file(folder, METADATA_NAME, checksums.get(METADATA_NAME, (0, "")))
+        _check_file(folder, _METADATA_NAME, checksums.get(_METADATA_NAME, (0, "")))
     try:
         metadata = _read_metadata(folder)
         slices: dict[str, list[tuple[int, int]]] = {}
         for part in metadata.storage_data.values():
             slices.setdefault(part.relative_path, []).append((part.offset, part.length))
-        outline = Outline(metadata, rest, slices if checksums is None else checksums)
-        for part in outline.parts:
-            outline.shapes(part)
+        contents = FolderContents(metadata, rest, slices if checksums is None else checksums)
         sizes = {name: max(offset + length for offset, length in found) for name, found in slices.items()}
-        if foreign := [name for name in sizes if Path(name).name != name]:
-            raise ValueError(f"it names {foreign[0]!r}, which is no file of the folder")
+        if outside := [name for name in sizes if Path(name).name != name]:
+            raise ValueError(f"it names {outside[0]!r}, which is no file of the folder")
     except Exception as error:  # unpickling other bytes may raise anything
-        raise _broken(folder, f"{METADATA_NAME} is none of a checkpoint: {reason(error)}", METADATA_NAME) from error
+        raise _broken(folder, f"{_METADATA_NAME} is none of a checkpoint: {reason(error)}", _METADATA_NAME) from error
     for name, size in sorted(sizes.items()):
         if not (folder / name).is_file():
             raise _broken(folder, f"{name} is missing")
         _check_size(folder, name, size)
-    if "state_dict" not in outline.parts:
+    if "state_dict" not in contents.parts:
         raise ValueError(f"{folder} is no checkpoint of a training: it has no weights under 'state_dict'")
     if not isinstance(rest, dict) or "pytorch-lightning_version" not in rest:
-        raise ValueError(f"{folder} is no checkpoint of a training: {REST_NAME} names no version of Lightning")
-    return outline
+        raise ValueError(f"{folder} is no checkpoint of a training: {_REST_NAME} names no version of Lightning")
+    return contents
 
 
 def check_parts(folder: Path, checks: Mapping[str, Any], *, rank: int = 0, world_size: int = 1) -> None:
@@ -162,20 +179,20 @@ def check_parts(folder: Path, checks: Mapping[str, Any], *, rank: int = 0, world
 
     Args:
         folder: The folder.
-        checks: Of its outline.
+        checks: Those of its `FolderContents`.
         rank: Number of this rank.
         world_size: How many ranks there are.
 
     Raises:
         ValueError: A file is not as it was saved; the message names it.
     """
-    for name in sorted(checks.keys() - {METADATA_NAME})[rank::world_size]:
+    for name in sorted(checks.keys() - {_METADATA_NAME})[rank::world_size]:
         _check_file(folder, name, checks[name])
 
 
 def _check_file(folder: Path, name: str, expected: Any) -> None:
-    """Compare a file with its size and checksum, or the archives in it, by their slices, with their own."""
-    told = f"{name} is none of a checkpoint: " if name == METADATA_NAME else f"{name}: "
+    """Compare a file with its size and checksum; or the archives in it, given by slices, with their own."""
+    prefix = f"{name} is none of a checkpoint: " if name == _METADATA_NAME else f"{name}: "
     if not (folder / name).is_file():
         raise _broken(folder, f"{name} is missing")
     with (folder / name).open("rb") as file:
@@ -186,13 +203,13 @@ def _check_file(folder: Path, name: str, expected: Any) -> None:
                 try:
                     verify_zip(archive)
                 except Exception as error:
-                    raise _broken(folder, told + error_line(error), name) from error
+                    raise _broken(folder, prefix + error_line(error), name) from error
             return
         size, checksum = expected
-        if name != METADATA_NAME:
+        if name != _METADATA_NAME:
             _check_size(folder, name, size)
         if checksum_of(file, size) != checksum or file.read(1):
-            raise _broken(folder, f"{told}its checksum is not the one that it was saved with", name)
+            raise _broken(folder, f"{prefix}its checksum is not the one that it was saved with", name)
 
 
 def _check_size(folder: Path, name: str, size: int) -> None:
@@ -200,10 +217,39 @@ def _check_size(folder: Path, name: str, size: int) -> None:
         raise _broken(folder, f"{name} has {found} bytes of {size}", name)
 
 
-def _read_metadata(folder: Path) -> Metadata:
-    with (folder / METADATA_NAME).open("rb") as file:
-        metadata: Metadata = ExactUnpickler(file, _OUTLINE_CLASSES).load()
-    return metadata
+def _broken(folder: Path, what: str, name: str | None = None) -> ValueError:
+    return ValueError(
+        f"cannot read the checkpoint {folder}: {what}; {folder / name if name else 'the folder'} is damaged, was cut "
+        "off or is of no checkpoint. Use another checkpoint of the run"
+    )
+
+
+def write_folder(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint as a folder from one process, without a process group.
+
+    Args:
+        checkpoint: As a file holds it, with optimizer states keyed by parameter names.
+        path: The folder, which replaces what is there.
+
+    Raises:
+        OSError: For example, the disk is full. What was at `path` is untouched.
+    """
+    tensors, rest = split_parts(checkpoint)
+    with replacing(path, what="the checkpoint", remedy=REMEDY) as new:
+        new.mkdir()
+        write_rest(rest, new, save_tensors(tensors, new, alone=True))
+
+
+def split_parts(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Divide a checkpoint into what torch writes to a folder, by its names there, and the rest."""
+    tensors = {part: checkpoint[part] for part in TENSOR_PARTS if part in checkpoint}
+    tensors |= {optimizer_part(index): state for index, state in enumerate(checkpoint.get("optimizer_states", []))}
+    return tensors, {key: value for key, value in checkpoint.items() if key not in (*TENSOR_PARTS, "optimizer_states")}
+
+
+def optimizer_part(index: int) -> str:
+    """Name of the state of an optimizer in a folder."""
+    return f"optimizer_{index}"
 
 
 def save_tensors(tensors: dict[str, Any], folder: Path, *, alone: bool = False) -> dict[str, tuple[int, str]]:
@@ -218,38 +264,26 @@ def save_tensors(tensors: dict[str, Any], folder: Path, *, alone: bool = False) 
         Size and checksum of each file that this rank has written.
 
     Raises:
-        OSError: The disk is full, say; on all ranks, wherever it arose.
+        OSError: For example, the disk is full; on all ranks, whichever has failed.
     """
     writer = FileSystemWriter(folder)
     writer.fs = files = _ChecksummedFiles()
     try:
-        with _quiet():
+        with _without_group_warning():
             save(tensors, storage_writer=writer, no_dist=alone)
-    except CheckpointException as error:  # the same on all ranks, wherever it arose
+    except CheckpointException as error:  # the same on all ranks
         cause, _ = next(iter(error.failures.values()))
-        raise OSError(error_line(cause)) from error
+        raise OSError(errno.EIO, error_line(cause)) from error
     return files.written
 
 
-def load_tensors(values: dict[str, Any], folder: Path, *, alone: bool = False) -> None:
-    """Read what `values` names from a folder, each rank its shards; nothing in the folder runs code.
-
-    Args:
-        values: State dicts, or entries by their keys; changed in place.
-        folder: A folder that is whole.
-        alone: Read without a process group.
+def write_rest(rest: Mapping[str, Any], folder: Path, checksums: Mapping[str, tuple[int, str]]) -> None:
+    """Write `meta.pt`, the last file of a folder.
 
     Raises:
-        ValueError: The content cannot be read; on all ranks, wherever it arose.
+        OSError: For example, the disk is full.
     """
-    try:
-        with _quiet():
-            load(values, storage_reader=_Reader(folder), planner=_Planner(), no_dist=alone)
-    except (Exception, CheckpointException) as error:  # of many kinds, though all files are there
-        cause: BaseException = error
-        if isinstance(error, CheckpointException):
-            cause, _ = next(iter(error.failures.values()))
-        raise _broken(folder, reason(cause)) from error
+    write_file({**rest, _CHECKSUMS: dict(checksums)}, folder / _REST_NAME)
 
 
 class _ChecksummedFiles(FileSystem):
@@ -273,93 +307,117 @@ class _ChecksummedFiles(FileSystem):
         self.written[Path(new_path).name] = self.written.pop(Path(path).name)
 
 
-class _Reader(FileSystemReader):
-    """Unpickles the classes of an outline, where torch's own does any."""
+def load_tensors(values: dict[str, Any], folder: Path) -> None:
+    """Read the tensors that `values` names, each rank its shards; nothing in the folder runs code.
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return _read_metadata(Path(self.path))
+    Args:
+        values: State dicts by the names of their parts, changed in place.
+        folder: A folder that is whole.
+
+    Raises:
+        ValueError: The content cannot be read; on all ranks, whichever has failed.
+    """
+    with _readable(folder):
+        load(values, storage_reader=_SafeReader(folder), planner=_SafePlanner())
 
 
-class _Planner(DefaultLoadPlanner):
-    """Loads what is no tensor without running code, where torch's own loads anything."""
+def read_folder(folder: Path, *, weights_only: bool | None = None) -> dict[str, Any]:
+    """Read a checkpoint with whole tensors, as one process without sharding saves it; no process group is needed.
 
-    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-        plain = io.BytesIO()
-        torch.save(torch.load(value, weights_only=True), plain)
-        plain.seek(0)
-        super().load_bytes(read_item, plain)
+    Args:
+        folder: The folder.
+        weights_only: As for `read_file`, of `meta.pt`.
+
+    Raises:
+        ValueError: The folder is not whole, or its content cannot be read.
+    """
+    contents = read_contents(folder, weights_only=weights_only)
+    check_parts(folder, contents.checks)
+    tree = {_ALIASES.get(part, part): value for part, value in _read_whole(folder).items()}
+    states: list[Any] = []
+    while state := tree.pop(optimizer_part(len(states)), None):
+        states.append(number_parameters(state))
+    # A checkpoint of weights alone has no list of optimizers, not an empty one.
+    return {**contents.rest, **tree, **({"optimizer_states": states} if states else {})}
+
+
+def read_parameter_names(folder: Path) -> list[list[str]]:
+    """Names of the parameters of each group of the first optimizer in a folder.
+
+    Raises:
+        ValueError: The folder is not whole.
+    """
+    read_contents(folder)
+    groups = _read_whole(folder, f"{optimizer_part(0)}.param_groups")[optimizer_part(0)]["param_groups"]
+    return [group["params"] for group in groups]
+
+
+def _read_whole(folder: Path, *keys: str) -> dict[str, Any]:
+    """State dicts with whole tensors by their parts; of some keys alone where they are given.
+
+    It reads as torch's `dcp_to_torch_save` does, but without running code.
+    """
+    state: dict[str, Any] = {}
+    with _readable(folder):
+        planner = _SafeWholePlanner(keys=set(keys) or None)
+        _load_state_dict(state, storage_reader=_SafeReader(folder), planner=planner, no_dist=True)
+    return state
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's warning that there is no process group: one process is what is meant."""
+def _readable(folder: Path) -> Iterator[None]:
+    """Turn what torch raises, on all ranks, into one error that names the folder."""
+    try:
+        with _without_group_warning():
+            yield
+    except (Exception, CheckpointException) as error:  # CheckpointException is no Exception
+        cause: BaseException = error
+        if isinstance(error, CheckpointException):
+            cause, _ = next(iter(error.failures.values()))
+        raise _broken(folder, reason(cause)) from error
+
+
+@contextmanager
+def _without_group_warning() -> Iterator[None]:
+    """Without torch's warning that there is no process group: one process is intended."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
 
 
-def split_parts(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What of a checkpoint torch writes to a folder, by its names there, and the rest."""
-    tensors = {part: checkpoint[part] for part in TENSOR_PARTS if part in checkpoint}
-    tensors |= {optimizer_part(index): state for index, state in enumerate(checkpoint.get("optimizer_states", []))}
-    return tensors, {key: value for key, value in checkpoint.items() if key not in (*TENSOR_PARTS, "optimizer_states")}
+def _read_metadata(folder: Path) -> Metadata:
+    with (folder / _METADATA_NAME).open("rb") as file:
+        metadata: Metadata = ExactUnpickler(file, _METADATA_CLASSES).load()
+    return metadata
 
 
-def optimizer_part(index: int) -> str:
-    """Name of the state of an optimizer in a folder."""
-    return f"optimizer_{index}"
+class _SafeReader(FileSystemReader):
+    """Unpickles the classes of metadata, where torch's own reader unpickles any."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return _read_metadata(Path(self.path))
 
 
-def read_folder(folder: Path, *, weights_only: bool | None = None) -> dict[str, Any]:
-    """A checkpoint with whole tensors, as one process without sharding saves it; no process group is needed.
+class _SafePlanner(DefaultLoadPlanner):
+    """Loads what is no tensor without running code, where torch's own planner unpickles any class."""
 
-    Args:
-        folder: The folder.
-        weights_only: As for `read_file`, of the part that holds no tensors.
-
-    Raises:
-        ValueError: The folder is not whole, or its content cannot be read.
-    """
-    outline = read_outline(folder, weights_only=weights_only)
-    check_parts(folder, outline.checks)
-    values: dict[str, Any] = {key: outline.empty(key, "cpu") for key in outline.entries}
-    load_tensors(values, folder, alone=True)
-    tree: dict[Any, Any] = {}
-    for key, value in values.items():
-        *above, last = outline.paths[key]
-        branch = tree
-        for step in above:
-            branch = branch.setdefault(step, {})
-        branch[last] = value
-    states: list[Any] = []
-    while state := tree.pop(optimizer_part(len(states)), None):
-        states.append(number_parameters(_with_lists(state)))
-    # A checkpoint of weights alone has no list of optimizers, not an empty one.
-    return {**outline.rest, **tree, **({"optimizer_states": states} if states else {})}
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        harmless = io.BytesIO()
+        torch.save(torch.load(value, weights_only=True), harmless)
+        harmless.seek(0)
+        super().load_bytes(read_item, harmless)
 
 
-def _with_lists(tree: Any) -> Any:
-    """Entries that are numbered are those of a list."""
-    if not isinstance(tree, dict):
-        return tree
-    entries = {key: _with_lists(value) for key, value in tree.items()}
-    if entries and all(isinstance(key, int) for key in entries):
-        return [entries[index] for index in sorted(entries)]
-    return entries
-
-
-def _broken(folder: Path, what: str, name: str | None = None) -> ValueError:
-    return ValueError(
-        f"cannot read the checkpoint {folder}: {what}; {folder / name if name else 'the folder'} is damaged, was cut "
-        "off or is of no checkpoint. Use another checkpoint of the run"
-    )
-
-
-_REMEDY = "Continue with the optimizer, model and partition that saved it, or start a new run from its weights alone"
+class _SafeWholePlanner(_SafePlanner, _EmptyStateDictLoadPlanner):
+    """The same, for all that a folder holds."""
 
 
 def number_parameters(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state by names as the optimizer itself saves it: parameters numbered through the groups."""
+    """Number the parameters of an optimizer state through its groups, as the optimizer itself saves it.
+
+    Args:
+        state: With parameters by name, as `torch.distributed.checkpoint` has them.
+    """
     numbers: dict[str, int] = {}
     for group in state["param_groups"]:
         for name in group["params"]:
@@ -370,7 +428,7 @@ def number_parameters(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def name_parameters(state: Mapping[str, Any], own_groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A numbered state by names, matched by their positions in the groups, as torch's `load_state_dict` does.
+    """Name the parameters of a numbered state by their positions in the groups, as torch's `load_state_dict` does.
 
     Args:
         state: What an optimizer saved, with whatever numbers.
@@ -384,7 +442,7 @@ def name_parameters(state: Mapping[str, Any], own_groups: Sequence[Mapping[str, 
     if sizes != own_sizes:
         raise ValueError(
             f"the optimizer state has groups of {sizes} parameters, this optimizer has {own_sizes}: it belongs to "
-            f"another model, or to other parameter groups. {_REMEDY}"
+            f"another model, or to other parameter groups. {_OTHER_OPTIMIZER}"
         )
     names: dict[Any, str] = {}
     for group, own in zip(groups, own_groups, strict=True):
@@ -396,7 +454,7 @@ def name_parameters(state: Mapping[str, Any], own_groups: Sequence[Mapping[str, 
 
 
 def drop_unsaved(state: dict[str, Any], saved: Mapping[str, Tensor]) -> None:
-    """Check that a state by names fits what was saved, and leave out parameters that had no step, hence no state yet.
+    """Check that a state by names fits what was saved, and drop parameters that had no step and so no state yet.
 
     Args:
         state: This optimizer's, changed in place.
@@ -407,9 +465,10 @@ def drop_unsaved(state: dict[str, Any], saved: Mapping[str, Tensor]) -> None:
     """
     own = {f"state.{name}.": values for name, values in state["state"].items()}
     known = {prefix + key for prefix, values in own.items() for key in values}
-    if foreign := [name for name in saved if name.startswith("state.") and name not in known]:
+    if unexpected := [name for name in saved if name.startswith("state.") and name not in known]:
         raise ValueError(
-            f"the saved optimizer state has {foreign[0].removeprefix('state.')}, this one has not. {_REMEDY}"
+            f"the saved optimizer state has {unexpected[0].removeprefix('state.')}, this one has not. "
+            f"{_OTHER_OPTIMIZER}"
         )
     for name in list(state["state"]):
         values = own[f"state.{name}."]
@@ -419,9 +478,10 @@ def drop_unsaved(state: dict[str, Any], saved: Mapping[str, Tensor]) -> None:
             continue
         for key, value in values.items():
             if key not in found:
-                raise ValueError(f"the saved optimizer state has no {name}.{key}. {_REMEDY}")
+                raise ValueError(f"the saved optimizer state has no {name}.{key}. {_OTHER_OPTIMIZER}")
             shape = tuple(saved[f"state.{name}.{key}"].shape)
             if isinstance(value, Tensor) and shape != tuple(value.shape):
                 raise ValueError(
-                    f"the saved {key} of {name!r} has shape {shape}, but here it has {tuple(value.shape)}. {_REMEDY}"
+                    f"the saved {key} of {name!r} has shape {shape}, but here it has {tuple(value.shape)}. "
+                    f"{_OTHER_OPTIMIZER}"
                 )

@@ -18,9 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..atomic_files import write_text
-from ..checkpoints.files import read_file
-from ..checkpoints.folders import read_outline
-from ..checkpoints.saving import check_checkpoint
+from ..checkpoints.saving import read_without_tensors
 from ..errors import on_all_ranks
 from .sampling import ResumableLoader, TrainSampler, ValidationSampler
 
@@ -239,10 +237,7 @@ def read_record(checkpoint: str | Path, *, weights_only: bool | None = True) -> 
     Raises:
         ValueError: It is no checkpoint, or was cut off.
     """
-    path = Path(checkpoint)
-    if path.is_dir():
-        return read_outline(path, weights_only=weights_only).rest.get(KEY)
-    return check_checkpoint(read_file(path, weights_only=weights_only, mmap=True), path).get(KEY)
+    return read_without_tensors(Path(checkpoint), weights_only=weights_only).get(KEY)
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:

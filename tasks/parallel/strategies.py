@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 from lightning_adam_mini.optim.sharding import is_dtensor
 
-from ..checkpoints.sharded import AtomicFolderCheckpoint
+from ..checkpoints.saving import AtomicFolderCheckpoint
 from .sharding import sync_gradients
 
 if TYPE_CHECKING:

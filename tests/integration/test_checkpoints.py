@@ -129,7 +129,7 @@ def test_a_full_disk_while_saving(work_dir, capsys):
     with full_disk(100_000):
         assert run("fit", *options) == 1
     line = error_line(capsys)
-    assert "cannot save the checkpoint" in line
+    assert "cannot write the checkpoint" in line
     assert "File too large; free space or set another --run_dir. Earlier checkpoints are untouched" in line
     assert not leftovers(work_dir / "run")
     assert_same_state(checkpoint("run"), before)

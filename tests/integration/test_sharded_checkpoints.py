@@ -186,7 +186,7 @@ def test_a_full_disk_on_one_rank_is_told_by_all_and_spoils_nothing(saved, rank):
     told = run_ranks(2, resume_and_save, saved.parent, fail_to_write(rank, full_disk))
     for line in told:
         assert line is not None
-        assert f"cannot save the checkpoint {saved}" in line
+        assert f"cannot write the checkpoint {saved}" in line
         assert "No space left on device" in line
     assert [path.name for path in saved.parent.iterdir()] == ["10.ckpt"]
     assert read(saved)["global_step"] == 10

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from lightning_adam_mini.cli.checkpoint_folder import write_folder
 from lightning_adam_mini.cli.run_folder import last_checkpoint, resolve_checkpoint
 from lightning_adam_mini.tasks import atomic_files
 from lightning_adam_mini.tasks.atomic_files import put_in_place, recover, remove, sweep, temporary_path
@@ -18,8 +17,9 @@ from lightning_adam_mini.tasks.checkpoints.folders import (
     drop_unsaved,
     name_parameters,
     number_parameters,
+    read_contents,
     read_folder,
-    read_outline,
+    write_folder,
 )
 from lightning_adam_mini.tasks.checkpoints.saving import AtomicCheckpointIO
 
@@ -136,7 +136,7 @@ def test_last_and_best_are_folders_or_links(folder):
 def test_a_kill_between_two_renames_is_mended_where_the_checkpoint_is_looked_for(folder):
     folder.rename(folder.with_name(".last.ckpt.new"))
     assert last_checkpoint(folder.parent.parent) == folder
-    assert read_outline(folder).parts == set(STATE)
+    assert set(read_contents(folder).parts) == set(STATE)
 
 
 def test_another_folder_is_no_checkpoint(folder):
@@ -317,7 +317,7 @@ def test_a_full_disk_is_told_as_such(ours, monkeypatch, file):
 
     before = AtomicCheckpointIO().load_checkpoint(ours)
     monkeypatch.setattr(Path, "open", open_full)
-    with pytest.raises(OSError, match=f"cannot save the checkpoint {ours}: No space left on device; free space"):
+    with pytest.raises(OSError, match=f"cannot write the checkpoint {ours}: No space left on device; free space"):
         write_folder({**before, "optimizer_states": [], "state_dict": {"weight": torch.zeros(100_000)}}, ours)
     monkeypatch.undo()
     assert [path.name for path in ours.parent.iterdir()] == ["last.ckpt"]
