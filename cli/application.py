@@ -35,7 +35,7 @@ from ..tasks.callbacks import (
     RunReport,
     StopOnDivergence,
 )
-from ..tasks.callbacks.checkpoint import HEADLINE
+from ..tasks.callbacks.checkpoint import PRIMARY_METRIC
 from ..tasks.checkpoints.saving import AtomicCheckpointIO
 from ..tasks.data.module import SampledDataModule
 from ..tasks.errors import cannot_write
@@ -163,7 +163,7 @@ class Application(LightningCLI):
         parser.set_defaults(
             {
                 "checkpoint.save_last": True,
-                "checkpoint.monitor": HEADLINE,
+                "checkpoint.monitor": PRIMARY_METRIC,
                 "checkpoint.filename": "best-{step}",
                 "checkpoint.save_top_k": 1,
                 # Else a second `last.ckpt` in a folder that was moved would be `last-v1.ckpt`, which nobody resumes.

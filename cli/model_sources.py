@@ -35,7 +35,7 @@ def of_recipe(name: str) -> Source:
         options = ["--config", str(recipe), *trainer_options(), "--seed_everything=false"]
         application = Application(options, run=False)
         task: Any = application.model
-        told = task.outline(application.datamodule)
+        told = task.configure_meta_model(application.datamodule)
     factory = task.optimizer_factory
     if not isinstance(factory, AdamMini):
         other = type(factory).__name__
@@ -59,7 +59,7 @@ def _runnable_task(task: Any, data: Any) -> tuple[nn.Module, list[str]]:
         task.model, told = shortened(task.model)
         return task, told
     check_size(task)
-    task.outline(data, device="cpu")
+    task.configure_meta_model(data, device="cpu")
     return task, []
 
 

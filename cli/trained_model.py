@@ -47,7 +47,7 @@ def outline_task(config: Path, weights: Mapping[str, Tensor], optimizer: str | N
         cleaned.write_text(yaml.safe_dump(content), "utf-8")
         application = Application(["--config", str(cleaned), *replaced, *options], run=False)
         task: Task = application.model
-        told = task.outline(application.datamodule)
+        told = task.configure_meta_model(application.datamodule)
     _take_shapes(task, weights, config, may_differ=bool(told))
     return task
 

@@ -1,4 +1,4 @@
-"""A logger that appends: one JSON object a line, never rewritten, so that resuming and validating lose nothing."""
+"""Metrics: exact sums over batches and ranks, and the file of a run that they are logged to."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FILE_NAME = "metrics.jsonl"
 
 
 class MetricsFile(Logger):
-    """Appends metrics to `metrics.jsonl` in the run folder.
+    """A logger that appends to `metrics.jsonl` in the run folder and never rewrites a line.
 
     Args:
         save_dir: The run folder.
@@ -43,7 +43,7 @@ class MetricsFile(Logger):
 
     @property
     def version(self) -> str:
-        """There is one file a run."""
+        """Empty: there is one file a run."""
         return ""
 
     @property
@@ -53,11 +53,11 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Hyperparameters stand in the run's config.yaml."""
+        """Do nothing: hyperparameters are in the run's config.yaml."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Append one line: the metrics, `step` (optimizer steps so far) and `time` (seconds since 1970).
+        """Append one line with the metrics, `step` (optimizer steps so far) and `time` (seconds since 1970).
 
         Args:
             metrics: The values.
@@ -76,7 +76,7 @@ class MetricsFile(Logger):
             raise cannot_write(f"the metrics {path}", error, "free space or set another --run_dir") from error
 
     def _line_end(self, path: Path) -> str:
-        """What ends a line that a kill or a full disk cut off before this process; nothing after the first row."""
+        """The line end that a kill or a full disk has cut off, before the first row of this process."""
         if self._started:
             return ""
         self._started = True
@@ -88,9 +88,9 @@ class MetricsFile(Logger):
 
 
 def read_metrics(run_dir: str | Path) -> dict[str, dict[int, float]]:
-    """Metrics of a run: name to step to value.
+    """Metrics of a run: values by step, by name.
 
-    Steps that a resumed run took again count once, with the later value. A last line that a kill cut off is skipped.
+    Of a step that a resumed run took again, the later value counts. A line that a kill has cut off is skipped.
     """
     series: dict[str, dict[int, float]] = {}
     path = Path(run_dir) / FILE_NAME
@@ -107,7 +107,7 @@ def read_metrics(run_dir: str | Path) -> dict[str, dict[int, float]]:
 
 
 class ExactMetric(Metric):
-    """A metric whose states keep their dtype where a trainer converts the whole task (`bf16-true`, `16-true`).
+    """A metric whose states keep their dtype when a trainer converts the whole task (`bf16-true`, `16-true`).
 
     A sum in bfloat16 stops growing after a few hundred equal batches, and one in float16 overflows.
     """
@@ -119,9 +119,9 @@ class ExactMetric(Metric):
 
 
 class MeanLoss(ExactMetric):
-    """Sum of losses over their number, over all batches of all ranks; not a number where there were none.
+    """Mean loss over all batches of all ranks; NaN if there were none.
 
-    A loss that is not a number shows, which torchmetrics' own mean would leave out.
+    NaN losses make it NaN, where torchmetrics' own mean leaves them out.
     """
 
     total: Tensor

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: the best, and always the newest."""
+"""Checkpoints of a run, the best and the newest, and an early error where a monitored metric is never logged."""
 
 from __future__ import annotations
 
@@ -13,27 +13,29 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoi
 
 from ..atomic_files import replacing, sweep
 from ..base import Task
-from .monitoring import FIGURES
+from .monitoring import PERFORMANCE_METRICS
 
-__all__ = ["HEADLINE", "MonitorCheck", "RunCheckpoint"]
+__all__ = ["PRIMARY_METRIC", "MonitorCheck", "RunCheckpoint"]
 
+PRIMARY_METRIC = "primary_metric"
+"""Value of `monitor` for the primary metric of whichever task is trained."""
 
-HEADLINE = "primary_metric"
-"""Monitors the metric of the task's primary_metric, whatever it is."""
+_LOG_NOTHING = (Checkpoint, EarlyStopping, ModelSummary, ProgressBar)
+"""Lightning's callbacks that log no metrics."""
 
 
 class RunCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint in the run folder, with a `last.ckpt` that is never older than the last validation.
 
-    With `monitor: primary_metric` the best checkpoint is the best by the task's own primary_metric.
+    With `monitor: primary_metric` the best checkpoint has the best value of the task's primary metric.
 
-    Lightning itself writes `last.ckpt` only where the monitored metric has improved: a run that no longer improves
-    would lose everything since then.
+    Lightning's own writes `last.ckpt` only when the monitored metric has improved: a run that no longer improves would
+    lose all steps since then.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Choose what is best and the folder, and remove what a killed process left half written there."""
-        if self.monitor == HEADLINE and isinstance(pl_module, Task):
+        """Set metric and folder, and remove the incomplete files of killed processes."""
+        if self.monitor == PRIMARY_METRIC and isinstance(pl_module, Task):
             self.monitor, self.mode = pl_module.primary_metric.curve, pl_module.primary_metric.mode
             self.kth_value = torch.tensor(torch.inf if self.mode == "min" else -torch.inf)
         if self.dirpath is None:
@@ -41,7 +43,7 @@ class RunCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and trainer.is_global_zero:
             sweep(Path(self.dirpath))
-            sweep(Path(trainer.default_root_dir))  # where SLURM has a job saved that it queues again
+            sweep(Path(trainer.default_root_dir))  # Lightning saves requeued SLURM jobs there
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the best and the newest."""
@@ -50,20 +52,20 @@ class RunCheckpoint(ModelCheckpoint):
             self._save_newest(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the best and the newest, where validation ends with the epoch."""
+        """Save the best and the newest, if checkpoints are saved at the end of epochs."""
         super().on_train_epoch_end(trainer, pl_module)
         if self._should_save_on_train_epoch_end(trainer):
             self._save_newest(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the state after the last step, where no validation has done so; Lightning would in a fast_dev_run."""
+        """Save the state after the last step, if no validation has."""
         self._save_newest(trainer)
 
     def _save_newest(self, trainer: Trainer) -> None:
         if self._should_skip_saving_checkpoint(trainer):
             return
         candidates = self._monitor_candidates(trainer)
-        if self.save_last == "link":  # what is saved is older, so there is nothing to lead to
+        if self.save_last == "link":  # the best checkpoint is older, so there is no file to link to
             self.last_model_path = self.format_checkpoint_name(candidates, self.CHECKPOINT_NAME_LAST)
             self._save_checkpoint(trainer, self.last_model_path)
         else:
@@ -78,7 +80,7 @@ class RunCheckpoint(ModelCheckpoint):
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         last, newest = Path(self.last_model_path), self._last_checkpoint_saved
         if trainer.is_global_zero and last.is_symlink() and last.resolve() == Path(filepath).resolve():
-            _link(Path(newest), last)  # Lightning does it after the removal: a kill in between would lose the last
+            _link(Path(newest), last)  # Lightning links after the removal: a kill in between would lose `last`
         super()._remove_checkpoint(trainer, filepath)
 
 
@@ -87,44 +89,40 @@ def _link(target: Path, link: Path) -> None:
         new.symlink_to(os.path.relpath(target, link.parent))
 
 
-_SILENT = (Checkpoint, EarlyStopping, ModelSummary, ProgressBar)
-"""Callbacks from elsewhere that log nothing."""
-
-
 class MonitorCheck(Callback):
-    """Tells that a figure which EarlyStopping or ModelCheckpoint monitor is not logged, and which are.
+    """Reports that a metric which EarlyStopping or ModelCheckpoint monitor is not logged, and which metrics are.
 
-    Before training where the task says what it logs and no other callback may log more, else when the figure is first
-    looked for. It stands before those callbacks.
+    It does so before training if the task declares its metrics and no other callback may log more, and else when the
+    metric is first read. It has to come before those callbacks.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Compare with what the task says that it logs.
+        """Compare with the metrics that the task declares.
 
         Raises:
-            ValueError: A monitored figure is not among it.
+            ValueError: A monitored metric is not among them.
         """
         own = vars(type(pl_module)).get("logged_metrics")
         if stage != "fit" or own is None or not isinstance(pl_module, Task):
             return
         package = __name__.partition(".")[0]
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        if all(isinstance(each, _SILENT) or type(each).__module__.startswith(f"{package}.") for each in callbacks):
-            known = {*own, *FIGURES, f"{pl_module.unit}_per_second"}
+        if all(isinstance(each, _LOG_NOTHING) or type(each).__module__.startswith(f"{package}.") for each in callbacks):
+            known = {*own, *PERFORMANCE_METRICS, f"{pl_module.unit}_per_second"}
             for callback in _monitoring(trainer):
                 _check(callback, pl_module, known, own)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look before those that look after a validation.
+        """Check before callbacks read metrics after a validation.
 
         Raises:
-            ValueError: A monitored figure was not logged.
+            ValueError: A monitored metric was not logged.
         """
         if not trainer.sanity_checking:
             self._check_logged(trainer, pl_module, at_epoch_end=False)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look before those that look after an epoch of training; see `on_validation_end`."""
+        """Check before callbacks read metrics after an epoch of training; see `on_validation_end`."""
         self._check_logged(trainer, pl_module, at_epoch_end=True)
 
     def _check_logged(self, trainer: Trainer, pl_module: LightningModule, *, at_epoch_end: bool) -> None:
@@ -132,18 +130,18 @@ class MonitorCheck(Callback):
             return
         for callback in _monitoring(trainer):
             if isinstance(callback, EarlyStopping):
-                looks = callback._check_on_train_epoch_end is at_epoch_end
+                reads = callback._check_on_train_epoch_end is at_epoch_end
             else:
-                # Where no validation has run, a figure of one may still come.
+                # Before the first validation, its metrics are still to come.
                 validated = trainer.fit_loop.epoch_loop.val_loop._has_run
-                looks = validated and callback._should_save_on_train_epoch_end(trainer) is at_epoch_end
-            if looks:
+                reads = validated and callback._should_save_on_train_epoch_end(trainer) is at_epoch_end
+            if reads:
                 logged = trainer.callback_metrics
                 _check(callback, pl_module, logged, sorted(logged))
 
 
 def _monitoring(trainer: Trainer) -> list[Any]:
-    """Callbacks that cannot do without a figure."""
+    """Callbacks that fail, or save nothing, without their metric."""
     if getattr(trainer, "fast_dev_run", False):
         return []
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -155,10 +153,10 @@ def _monitoring(trainer: Trainer) -> list[Any]:
     ]
 
 
-def _check(callback: Any, module: LightningModule, known: Collection[str], told: Collection[str]) -> None:
-    if callback.monitor not in known and callback.monitor != HEADLINE:  # which the checkpoint replaces in its setup
+def _check(callback: Any, module: LightningModule, known: Collection[str], shown: Collection[str]) -> None:
+    if callback.monitor not in known and callback.monitor != PRIMARY_METRIC:  # RunCheckpoint replaces it in its setup
         whose = "checkpoint" if isinstance(callback, ModelCheckpoint) else type(callback).__name__
         raise ValueError(
             f"{whose} monitors {callback.monitor!r}, which {type(module).__name__} does not log; it logs "
-            f"{', '.join(told) or 'nothing'}"
+            f"{', '.join(shown) or 'nothing'}"
         )

@@ -1,4 +1,4 @@
-"""Throughput, FLOPs utilisation, memory and the optimizer's own time, as metrics."""
+"""Logged metrics of training itself: its costs, and the spread of gradients within the optimizer's blocks."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ from lightning_adam_mini.partition import ParameterPartition, partition_module
 
 from ..base import Task
 
-__all__ = ["FIGURES", "GradientSpread", "PerformanceMonitor"]
+__all__ = ["PERFORMANCE_METRICS", "GradientSpread", "PerformanceMonitor"]
 
-
-FIGURES = (
+PERFORMANCE_METRICS = (
     "step_milliseconds",
     "optimizer_milliseconds",
     "optimizer_state_bytes",
@@ -33,7 +32,7 @@ FIGURES = (
     "training_seconds",
     "mfu",
 )
-"""What it logs beside the throughput, whose name has the task's unit."""
+"""What `PerformanceMonitor` logs, besides the throughput, whose name contains the task's unit."""
 
 
 class PerformanceMonitor(Callback):
@@ -70,7 +69,7 @@ class PerformanceMonitor(Callback):
         self._trained = state_dict.get("training_seconds", 0.0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the device's peak and start to time the optimizer."""
+        """Look up the peak of the device and start to time the optimizer."""
         if self.peak_flops is None:
             self.peak_flops = peak_flops(pl_module.device)
         for optimizer in trainer.optimizers:
@@ -82,7 +81,7 @@ class PerformanceMonitor(Callback):
         self._open_window()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validation within training does not count as training time, which is noted beside its figures."""
+        """Stop counting training time, and log it in a row of its own."""
         self._left = time.perf_counter()
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             for logger in trainer.loggers:
@@ -96,7 +95,7 @@ class PerformanceMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the batch, and log where the trainer logs."""
+        """Count the batch, and log at the trainer's interval."""
         if not isinstance(pl_module, Task):
             return
         units = pl_module.batch_units(batch)
@@ -183,55 +182,58 @@ class GradientSpread(Callback):
 
     Metrics, at the trainer's logging interval: `gradient_spread/ROLE`, the variance within blocks, and
     `gradient_spread_explained/ROLE`, the part of the whole variance that lies between blocks instead. The gradients are
-    those of one optimizer step, so that pure noise has the variance pi^2 / 2 = 4.9. The blocks are those of AdamMini,
-    or, with another optimizer, those that AdamMini would have. Parameters that keep every element are left out, and so
-    are factored second moments, which have no blocks.
+    those of one optimizer step, so pure noise has the variance pi^2 / 2 = 4.9. The blocks are those of AdamMini or,
+    with another optimizer, those that AdamMini would use. Parameters with one value an element are left out, and so are
+    factored second moments, which have no blocks.
 
-    With `--trainer.callbacks+=lightning_adam_mini.tasks.callbacks.GradientSpread`. It costs some passes over the
-    gradients in a step that is logged, waits for the device once, and keeps nothing.
+    Add it with `--trainer.callbacks+=lightning_adam_mini.tasks.callbacks.GradientSpread`. In a step that is logged it
+    costs some passes over the gradients, and the host waits for the device once.
 
     Raises:
         ValueError: Gradients are freed before the optimizer's step (`model.gradient_release`).
     """
 
     def __init__(self) -> None:
-        self._cuts: dict[str, ParameterPartition] = {}
+        self._partitions: dict[str, ParameterPartition] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the blocks."""
         if getattr(pl_module, "gradient_release", False):
             raise ValueError("GradientSpread needs the gradients of a whole step: leave model.gradient_release out")
-        self._cuts = {}
+        self._partitions = {}
         if getattr(pl_module, "is_sharded", False) or any(hasattr(p, "device_mesh") for p in pl_module.parameters()):
             rank_zero_warn("GradientSpread logs nothing: ranks hold parts of the gradients, and blocks cross them")
             return
         optimizer = next(iter(trainer.optimizers), None)
-        cuts = _named_as_in(pl_module, optimizer) if isinstance(optimizer, AdamMini) else partition_module(pl_module)
-        if not cuts:
+        if isinstance(optimizer, AdamMini):
+            partitions = _named_as_in(pl_module, optimizer)
+        else:
+            partitions = partition_module(pl_module)
+        if not partitions:
             rank_zero_warn(
                 "GradientSpread logs nothing: the parameters of the optimizer have other names than any module; pass "
                 "AdamMini a module"
             )
             return
-        self._cuts = {name: cut for name, cut in cuts.items() if _has_blocks(cut)}
-        if not self._cuts:
-            rank_zero_warn("GradientSpread logs nothing: no parameter is cut into blocks of several elements")
+        self._partitions = {name: partition for name, partition in partitions.items() if _has_blocks(partition)}
+        if not self._partitions:
+            rank_zero_warn("GradientSpread logs nothing: no parameter has blocks of several elements")
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Sum over blocks where the trainer logs; clipping, which comes later, scales all gradients alike."""
+        """Sum over blocks in steps that are logged, before clipping, which scales all gradients by one factor."""
         interval = cast("Any", trainer).log_every_n_steps  # set by the trainer, but not declared
-        if not self._cuts or not trainer.is_global_zero or not interval or (trainer.global_step + 1) % interval:
+        if not self._partitions or not trainer.is_global_zero or not interval or (trainer.global_step + 1) % interval:
             return
         gradients = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
         by_role: dict[str, Tensor] = {}
-        for name, cut in self._cuts.items():
+        for name, partition in self._partitions.items():
             if name in gradients:
-                sums = spread_sums(cut.blocks, gradients[name].float().square())
-                role = cut.role.name
+                sums = spread_sums(partition.blocks, gradients[name].float().square())
+                role = partition.role.name
                 by_role[role] = by_role[role] + sums if role in by_role else sums
         if not by_role:
             return
-        rows = torch.stack(list(by_role.values())).cpu()  # the one wait for the device
+        rows = torch.stack(list(by_role.values())).cpu()  # the host waits for the device here alone
         metrics: dict[str, float] = {}
         for role, row in zip(by_role, rows, strict=True):
             spread = spread_from(row)
@@ -242,16 +244,17 @@ class GradientSpread(Callback):
 
 
 def _named_as_in(module: LightningModule, optimizer: AdamMini) -> dict[str, ParameterPartition]:
-    """The optimizer's cuts by the names that parameters have in `module`; it may have been given a part of it."""
-    cuts = optimizer.partition
+    """The optimizer's partition by the names of parameters in `module`, also if it was built from a submodule."""
+    partitions = optimizer.partition
     trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     for prefix, part in module.named_modules():
         named = {name: p for name, p in part.named_parameters() if p in trained}
-        if len(named) == len(trained) and named.keys() <= cuts.keys():
-            return {f"{prefix}.{name}" if prefix else name: cuts[name] for name in named}
+        if len(named) == len(trained) and named.keys() <= partitions.keys():
+            return {f"{prefix}.{name}" if prefix else name: partitions[name] for name in named}
     return {}
 
 
-def _has_blocks(cut: ParameterPartition) -> bool:
+def _has_blocks(partition: ParameterPartition) -> bool:
     """Whether second moments are shared within blocks of several elements."""
-    return cut.blocks.kind is Kind.MEAN and cut.blocks.num_values < math.prod(cut.blocks.shape)
+    blocks = partition.blocks
+    return blocks.kind is Kind.MEAN and blocks.num_values < math.prod(blocks.shape)

@@ -1,4 +1,4 @@
-"""The report of a run: what came out, what it cost, and a picture of the loss."""
+"""Files that a run writes at its end: the report, its result as JSON, plots, and predictions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning_adam_mini.measure import (
     package_versions,
 )
 
-from ..atomic_files import write_text
+from ..atomic_files import write_json, write_text
 from ..base import Task
 from ..data.module import SampledDataModule, write_record
 from ..metrics import read_metrics
@@ -29,9 +29,11 @@ from ..plots import draw_curves
 
 __all__ = ["PredictionFile", "RunReport", "run_result"]
 
-
 log = logging.getLogger(__name__)
 
+Metrics = dict[str, dict[int, float]]
+
+_SHOWN_PREDICTIONS = 8
 _CURVES = (
     ("train_loss", "train loss", {"linewidth": 0.9, "alpha": 0.6}),
     ("val_loss", "val loss", {"marker": "o", "markersize": 4}),
@@ -45,24 +47,21 @@ class RunReport(Callback):
         self._trained = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note that there is something to report, and write down what the data give outputs for a meaning."""
+        """Write the record of the data to the run folder."""
         self._trained = True
         data = getattr(trainer, "datamodule", None)
-        if (
-            trainer.is_global_zero
-            and not getattr(trainer, "fast_dev_run", False)
-            and isinstance(data, SampledDataModule)
-        ):
+        writes = trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False)
+        if writes and isinstance(data, SampledDataModule):
             write_record(Path(trainer.default_root_dir), data.record())
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        """Have the last step validated, whatever the interval: Lightning validates where training is asked to stop."""
+        """Have the last step validated, whatever the interval: Lightning validates when `should_stop` is set."""
         if 0 < trainer.max_steps <= trainer.global_step:
             trainer.should_stop = True
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the files, from the metrics of the whole run."""
+        """Write the files from the metrics of the whole run."""
         if getattr(trainer, "fast_dev_run", False) or not isinstance(pl_module, Task):
             return
         folder = Path(trainer.default_root_dir)
@@ -72,10 +71,10 @@ class RunReport(Callback):
                 "or trainer.max_epochs"
             )
             if (folder / "result.json").exists():
-                return  # else the run was killed between its last checkpoint and its report
+                return  # otherwise it was killed between its last checkpoint and its report
         metrics = read_metrics(folder)
         result = run_result(trainer, pl_module, metrics)
-        write_text(folder / "result.json", json.dumps(result, indent=1) + "\n")
+        write_json(folder / "result.json", result)
         pictures = {"loss curve": folder / "loss_curve.png"}
         draw_curves(pictures["loss curve"], metrics, _CURVES, ylabel="loss")
         pictures |= pl_module.pictures(folder)
@@ -101,7 +100,7 @@ def _cost_lines(costs: dict[str, Any]) -> dict[str, str]:
     for name, label, scale, unit in (
         ("units_per_second", "throughput", 1.0, f"{costs['unit']}/s"),
         ("step_milliseconds", "step time", 1.0, "ms"),
-        ("optimizer_milliseconds", "of it the optimizer's update", 1.0, "ms"),
+        ("optimizer_milliseconds", "of which the optimizer's update", 1.0, "ms"),
         ("peak_memory_bytes", "peak memory", 1e-6, "MB"),
     ):
         if costs[name] is not None:
@@ -109,22 +108,19 @@ def _cost_lines(costs: dict[str, Any]) -> dict[str, str]:
     return lines
 
 
-Metrics = dict[str, dict[int, float]]
-
-
 def run_result(trainer: Trainer, task: Task, metrics: Metrics) -> dict[str, Any]:
-    """The result of a run.
+    """The result of a run as an object that JSON holds, for comparisons of runs.
 
     Args:
         trainer: After its fit.
-        task: What was trained.
-        metrics: As `read_metrics` gives them, of all starts of the run.
+        task: The task that was trained.
+        metrics: Those of `read_metrics`, of all starts of the run.
 
     Returns:
         `steps`; `optimizer`, its name and options; `primary_metric`, the task's with its last `value` and that of the
         metric that chooses hyperparameters, `selection`; `metrics`, the last value of each; `costs`, medians over the
-        rows of the log, bytes and seconds; `hardware`, `versions`, `command`.
-        Figures that were not measured, or are not numbers, are None.
+        rows of the log, bytes and seconds; `hardware`, `versions`, `command`. Values that were not measured, or are not
+        finite, are None.
     """
     primary_metric = task.primary_metric
     last = {name: _number(list(values.values())[-1]) for name, values in metrics.items() if values}
@@ -172,14 +168,12 @@ def _number(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-_SHOWN = 8
-
-
 class PredictionFile(Callback):
-    """Writes what `predict` returns to `predictions.jsonl` in the run folder, and the first few to the log.
+    """Writes the predictions to `predictions.jsonl` in the run folder, one JSON object a line, and logs the first few.
 
-    A task returns a list of objects that JSON can hold from `predict_step`. The file is replaced when all are there;
-    each rank but the first writes one of its own, unless the model is sharded: then all ranks predict the same.
+    `predict_step` of a task returns a list of objects that JSON can hold. The file is written when all predictions are
+    made. Each rank but the first writes a file of its own, unless the model is sharded, where all ranks predict the
+    same.
     """
 
     def __init__(self) -> None:
@@ -193,7 +187,7 @@ class PredictionFile(Callback):
             return
         for row in outputs or []:
             self._rows.append(row)
-            if len(self._rows) <= _SHOWN:
+            if len(self._rows) <= _SHOWN_PREDICTIONS:
                 log.info("%s", "\n".join(f"{key}: {value}" for key, value in row.items()))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

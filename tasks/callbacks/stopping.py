@@ -1,4 +1,4 @@
-"""Signals that end a run, between two steps and not within one."""
+"""Ends of a run before its last step: on a signal, between two steps; and when training has diverged."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from lightning_adam_mini.optim.sharding import local
 
 __all__ = ["DivergenceError", "GracefulInterrupt", "StopOnDivergence", "requeue"]
 
-
 log = logging.getLogger(__name__)
+_warn = rank_zero_only(log.warning)
 
 
 class GracefulInterrupt(Callback):
-    """On a signal to end: finishes the optimizer step, saves `last.ckpt` and says how to go on; again stops at once.
+    """On a signal, finishes the step, saves `last.ckpt` and prints how to continue; a second one stops at once.
 
     A checkpoint that is saved within a step would hold weights of which only some are updated. The process ends with
-    128 plus the signal's number, as shells expect. All ranks stop after the same step, whichever got the signal;
-    several stop where the trainer logs.
+    128 plus the number of the signal, as shells expect. All ranks stop after the same step, whichever got the signal;
+    with several ranks, after a step at which the trainer logs.
 
-    Ctrl-C and SIGTERM end a run. In a job of SLURM, which ends jobs that are over with SIGTERM, it is Ctrl-C, and the
-    signal that Lightning has jobs queued again on (SIGUSR1): then the job is queued again after the checkpoint.
+    The signals are Ctrl-C and SIGTERM. In a SLURM job they are Ctrl-C, because SLURM itself ends jobs by SIGTERM, and
+    Lightning's signal for requeueing (SIGUSR1): then the job is requeued after the checkpoint.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class GracefulInterrupt(Callback):
         self._requeue_signal = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over the signals, which Lightning gives back after training; only the main thread can."""
+        """Install the handlers, in the main thread alone; Lightning restores the old ones after training."""
         self._signum, self._last_step = 0, trainer.global_step
         self._requeue_signal = 0
         if threading.current_thread() is not threading.main_thread():
@@ -51,9 +51,8 @@ class GracefulInterrupt(Callback):
         if not SLURMEnvironment.detect():
             signal.signal(signal.SIGTERM, self._interrupt)
             return
-        environment = cast(
-            "Any", trainer
-        )._accelerator_connector.cluster_environment  # public with some strategies only
+        connector = cast("Any", trainer)._accelerator_connector  # public with some strategies only
+        environment = connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
             self._requeue_signal = environment.requeue_signal
             signal.signal(self._requeue_signal, self._interrupt)
@@ -63,29 +62,28 @@ class GracefulInterrupt(Callback):
             raise KeyboardInterrupt
         self._signum = signum
         name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
-        log.warning("%s: finishing this step and saving a checkpoint; once more stops at once.", name)
+        log.warning("%s: finishing this step and saving a checkpoint; send it again to stop at once.", name)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Save and stop where a step has just been completed."""
+        """Save and stop after a complete step."""
         stepped = trainer.global_step != self._last_step
         self._last_step = trainer.global_step
         if not stepped:
             return
-        # Several ranks agree at the logging interval alone: to ask makes the host wait for the device.
+        # Several ranks agree at the logging interval only: the reduction makes the host wait for the device.
         interval = cast("Any", trainer).log_every_n_steps if trainer.world_size > 1 else 1
         if trainer.global_step % max(interval, 1):
             return
         if not trainer.strategy.reduce_boolean_decision(bool(self._signum), all=False):
             return
-        run_dir = Path(trainer.default_root_dir)
-        folder = Path(getattr(trainer.checkpoint_callback, "dirpath", None) or run_dir / "checkpoints")
-        trainer.save_checkpoint(folder / "last.ckpt", weights_only=False)
-        _say("Stopped after step %d. Continue with --run_dir %s --ckpt_path last", trainer.global_step, run_dir)
-        asked = bool(self._requeue_signal) and self._signum == self._requeue_signal
-        if trainer.strategy.reduce_boolean_decision(asked, all=False):
+        run_dir = trainer.default_root_dir
+        trainer.save_checkpoint(_last_checkpoint(trainer), weights_only=False)
+        _warn("Stopped after step %d. Continue with --run_dir %s --ckpt_path last", trainer.global_step, run_dir)
+        requeues = bool(self._requeue_signal) and self._signum == self._requeue_signal
+        if trainer.strategy.reduce_boolean_decision(requeues, all=False):
             if trainer.is_global_zero:
                 requeue()
-            trainer.strategy.barrier()  # SLURM may end a job as soon as one of its ranks has ended
+            trainer.strategy.barrier()  # SLURM may end a job as soon as one of its ranks ends
         raise SystemExit(128 + (self._signum or signal.SIGTERM))
 
 
@@ -95,27 +93,29 @@ def requeue() -> None:
     job = f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
-        trouble = done.stderr.strip() if done.returncode else None
+        failure = done.stderr.strip() if done.returncode else None
     except OSError as error:
-        trouble = str(error)
-    if trouble is not None:
-        log.error("the job could not be queued again (%s): run `scontrol requeue %s`, or submit it again", trouble, job)
+        failure = str(error)
+    if failure is not None:
+        log.error("the job could not be queued again (%s): run `scontrol requeue %s`, or submit it again", failure, job)
 
 
-_say = rank_zero_only(log.warning)
+def _last_checkpoint(trainer: Trainer) -> Path:
+    folder = getattr(trainer.checkpoint_callback, "dirpath", None) or Path(trainer.default_root_dir, "checkpoints")
+    return Path(folder) / "last.ckpt"
 
 
 class DivergenceError(ValueError):
     """Training has diverged: a loss or a weight is not finite."""
 
     exit_code = 3
-    """Of the process, so that whoever started many runs can tell these from wrong options."""
+    """Exit code of the process, so that a comparison of many runs can tell divergence from wrong options."""
 
 
 class StopOnDivergence(Callback):
-    """Stops where the training loss, the validation loss or a weight is not finite, and saves nothing from then on.
+    """Stops when the training loss, the validation loss or a weight is not finite, and saves nothing from then on.
 
-    The first bad step is noted on the device, and read where the trainer logs, validates or saves: asking after every
+    The first bad step is kept on the device, and read when the trainer logs, validates or saves: reading it after every
     step would make the host wait for the device.
 
     Raises:
@@ -132,7 +132,7 @@ class StopOnDivergence(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note the loss, and stop at the logging interval."""
+        """Keep the step of the first bad loss, and stop at the logging interval."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor) and self._first_bad is not None:
             bad = (self._first_bad < 0) & ~loss.detach().isfinite().all()
@@ -142,11 +142,11 @@ class StopOnDivergence(Callback):
             self._check_training(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop before a validation that would end in a checkpoint."""
+        """Stop before a validation, which would save a checkpoint."""
         self._check_training(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop where gradients were not finite though the losses were: the validation shows it."""
+        """Stop if the validation loss is not finite: gradients may be bad where the training losses are not."""
         loss = trainer.callback_metrics.get("val_loss")
         if self._first_bad is not None and loss is not None and not torch.isfinite(loss).all():
             _stop(trainer, f"the validation loss is {float(loss)} after step {trainer.global_step}")
@@ -161,7 +161,7 @@ class StopOnDivergence(Callback):
             _stop(trainer, f"{bad or 'a parameter on another rank'} is not finite after step {trainer.global_step}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop where the last steps were bad."""
+        """Stop if the last steps were bad."""
         self._check_training(trainer, pl_module)
 
     def _check_training(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -175,10 +175,7 @@ class StopOnDivergence(Callback):
 
 def _stop(trainer: Trainer, what: str) -> NoReturn:
     lr = max(group["lr"] for group in trainer.optimizers[0].param_groups)
-    folder = Path(
-        getattr(trainer.checkpoint_callback, "dirpath", None) or Path(trainer.default_root_dir) / "checkpoints"
-    )
-    last = folder / "last.ckpt"
+    last = _last_checkpoint(trainer)
     kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was saved before"
     raise DivergenceError(
         f"training has diverged: {what}; lower --optimizer.lr (now {float(lr):.3g}), lengthen --schedule.warmup "

@@ -2,8 +2,9 @@
 
 A folder has three kinds of files. `.metadata` names each tensor with its shape and the files that hold its parts;
 `__RANK_N.distcp` hold the parts; `meta.pt` holds everything else of the checkpoint. Weights are saved under
-`state_dict`, optimizers under `optimizer_0`, ... by parameter names. `meta.pt` has its own checksum, and keeps the sizes
-and checksums of the other files. Folders of other programs have none: there the archives within the parts are checked.
+`state_dict`, optimizers under `optimizer_0`, ... by parameter names. `meta.pt` has a checksum of its own, and keeps
+sizes and checksums of the other files. In folders of other programs, which have none, the archives within the parts are
+checked.
 """
 
 from __future__ import annotations

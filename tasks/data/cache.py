@@ -1,4 +1,4 @@
-"""The folder of prepared data: where it is, and how several processes write it without harm."""
+"""The cache folder of prepared data: its place, locks between processes, and keys by content."""
 
 import contextlib
 import hashlib
@@ -17,7 +17,7 @@ from ..errors import error_line, has_no_locks
 
 logger = logging.getLogger(__name__)
 
-# A file that changed this recently may change again within its time stamp's resolution (seconds).
+# A file that changed this recently, in seconds, may change again within the resolution of its time stamp.
 _SETTLED_AFTER = 2.0
 
 
@@ -31,10 +31,10 @@ def default_cache_dir() -> Path:
 
 @contextlib.contextmanager
 def only_one(folder: Path) -> Iterator[None]:
-    """Let one process at a time work in a folder of the cache, which is made.
+    """Let one process at a time work in a folder of the cache, and make the folder.
 
     Raises:
-        PermissionError: If the folder cannot be written.
+        PermissionError: The folder cannot be written.
     """
     lock = FileLock(folder / ".lock")
     try:
@@ -64,13 +64,13 @@ def digest(value: object) -> str:
 
 
 def remember(cache_dir: Path, name: str, files: Sequence[Path], compute: Callable[[], Any]) -> Any:
-    """A value that depends on the bytes of files alone, computed once for their paths, sizes and times.
+    """Compute a value that depends on the bytes of files, once for their paths, sizes and times.
 
     Args:
         cache_dir: The cache.
-        name: What is computed.
+        name: Name of the value.
         files: The files.
-        compute: Gives a JSON value.
+        compute: Computes a JSON value.
     """
     stats = [file.stat() for file in files]
     marks = [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in zip(files, stats, strict=True)]
@@ -80,14 +80,14 @@ def remember(cache_dir: Path, name: str, files: Sequence[Path], compute: Callabl
         return known["value"]
     value = compute()
     if time.time() - max((stat.st_mtime for stat in stats), default=0.0) > _SETTLED_AFTER:
-        # It only saves time: a cache that cannot be written is no reason to stop.
+        # The cache only saves time: one that cannot be written is no reason to stop.
         with contextlib.suppress(OSError):
             write_json(path, {"value": value})
     return value
 
 
 def hash_files(files: Sequence[Path], *, root: Path) -> str:
-    """SHA-256 of the files' bytes and of their names below ``root``."""
+    """SHA-256 of the bytes of files, and of their paths below `root`."""
     total = hashlib.sha256()
     for file in files:
         with file.open("rb") as opened:

@@ -1,4 +1,4 @@
-"""Images from files, upright and opaque, with one clear error where a file is none."""
+"""Files that data modules of several domains read: images, and the sources of Python's standard library."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["IMAGE_SUFFIXES", "find_images", "library_files", "read_image"]
 
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-"""Endings of the files that count as images, in lower case."""
+"""Suffixes of image files, in lower case."""
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Image files in a folder and below, sorted; hidden ones, which archives and viewers leave behind, are none."""
+    """Image files in a folder and below, sorted, without hidden ones, which archives and viewers leave behind."""
     return sorted(
         path
         for path in folder.rglob("*")
@@ -35,11 +35,11 @@ def find_images(folder: Path) -> list[Path]:
 def read_image(path: str | Path, mode: str = "RGB") -> Image:
     """Decode a whole image file, upright.
 
-    - The orientation that a camera notes in EXIF is applied, and dropped where it cannot be read.
-    - What is transparent, by an alpha channel, a palette or a colour, is laid over white.
-    - Of several frames or pages the first counts.
-    - CMYK and other colour spaces are converted by Pillow's formulas, without colour profiles. Of 16 bits a colour
-      channel the upper 8 count; grey images of more than 8 bits are refused, since their range is not known.
+    - The EXIF orientation is applied; if it cannot be read, it is ignored.
+    - Transparency, by an alpha channel, a palette or a colour, is blended over white.
+    - Of several frames or pages the first is read.
+    - CMYK and other colour spaces are converted by Pillow's formulas, without colour profiles. Colour channels of 16
+      bits keep their upper 8; grey images of more than 8 bits are an error, since their range is not known.
 
     Args:
         path: The file.
@@ -51,21 +51,21 @@ def read_image(path: str | Path, mode: str = "RGB") -> Image:
     from PIL import Image, ImageOps
 
     try:
-        # Warnings are of notes beside good pixels, and of large images that are read all the same.
+        # Warnings are about metadata, and about large images, which are read anyway.
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"it has more than 8 bits a channel (Pillow's mode {image.mode}); convert it to 8")
-            image.load()  # decodes all of it, so that a file that was cut off shows here
-            with contextlib.suppress(Exception):  # of notes that are damaged
+            image.load()  # decodes all pixels, so that a truncated file is an error here
+            with contextlib.suppress(Exception):  # damaged metadata
                 ImageOps.exif_transpose(image, in_place=True)
             return (_over_white(image) if image.has_transparency_data else image).convert(mode)
     except FileNotFoundError as error:
         raise ValueError(f"there is no image {path}: it was removed while the data were in use") from error
-    except Exception as error:  # decoders raise of all kinds: struct.error, zlib.error, DecompressionBombError
-        told = error_line(error)
-        if not isinstance(error, OSError | ValueError | SyntaxError):  # of whose words only some are a sentence
-            told = f"{type(error).__name__}: {told}".removesuffix(": ")
-        raise ValueError(f"cannot read the image {path}: {told}; replace the file, or remove it") from error
+    except Exception as error:  # decoders raise struct.error, zlib.error, DecompressionBombError and more
+        message = error_line(error)
+        if not isinstance(error, OSError | ValueError | SyntaxError):  # others' messages alone may say nothing
+            message = f"{type(error).__name__}: {message}".removesuffix(": ")
+        raise ValueError(f"cannot read the image {path}: {message}; replace the file, or remove it") from error
 
 
 def _over_white(image: Image) -> Image:

@@ -144,8 +144,8 @@ class DiffusionModel(GeneratingTask):
         if self.model is None:
             self.build(lambda: self._build(self.data_module()), compile=self.compile_model)
 
-    def outline(self, data: LightningDataModule, device: str = "meta") -> list[str]:
-        """See `Task.outline`."""
+    def configure_meta_model(self, data: LightningDataModule, device: str = "meta") -> list[str]:
+        """See `Task.configure_meta_model`."""
         with torch.device(device):
             self.model = self._build(data)
         return []

@@ -153,8 +153,8 @@ class NodeClassifier(Task):
                 raise ValueError("the network takes its input and output size from the data: give a data module")
             self.build(lambda: self._build(data.num_features, data.num_classes))
 
-    def outline(self, data: LightningDataModule, device: str = "meta") -> list[str]:
-        """See `Task.outline`: the sizes are those that the settings of the data tell."""
+    def configure_meta_model(self, data: LightningDataModule, device: str = "meta") -> list[str]:
+        """See `Task.configure_meta_model`: the sizes are those that the settings of the data tell."""
         graphs = cast("Any", data)
         with torch.device(device):
             self.model = self._build(graphs.planned_features, graphs.planned_classes)

@@ -128,7 +128,7 @@ class LanguageModel(Task):
         _check_data(outline, vocab_size, getattr(data, "context_length", None))
         self.build(
             lambda: self._checkpointed(build_model(config, self.init_from, self.attention)),
-            outline=lambda: self._checkpointed(build_model(outline, None, self.attention)),
+            on_meta=lambda: self._checkpointed(build_model(outline, None, self.attention)),
             initialise=initialise,
             is_trained=self.init_from is not None,
             compile=self.compile_model,
@@ -169,8 +169,8 @@ class LanguageModel(Task):
             checkpoint_activations(model)
         return model
 
-    def outline(self, data: LightningDataModule, device: str = "meta") -> list[str]:
-        """See `Task.outline`: the vocabulary is the one that the settings of the data tell.
+    def configure_meta_model(self, data: LightningDataModule, device: str = "meta") -> list[str]:
+        """See `Task.configure_meta_model`: the vocabulary is the one that the settings of the data tell.
 
         Raises:
             ValueError: As `configure_model`.

@@ -1,11 +1,11 @@
-"""From a task's function that builds its network to the network as a trainer's strategy wants it."""
+"""Building a network under a strategy: whole or sharded, with the same first weights on all ranks."""
 
 from __future__ import annotations
 
 import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,59 +24,48 @@ from .tensor_parallel import apply_tensor_parallel, check_tensor_parallel
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = [
-    "LARGE",
-    "Recipe",
-    "build_for",
-    "load_from_first_rank",
-    "materialise",
-    "share_random_state",
-]
-
+__all__ = ["build_for", "load_from_first_rank", "materialise", "share_random_state"]
 
 Build = Callable[[], nn.Module]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How a network is made.
-
-    Args:
-        whole: Builds it with its weights, on the CPU.
-        outline: Builds it on the meta device, where it can be large; None where it cannot.
-        initialise: Draws all weights and sets all buffers in place, from an outline that was given memory.
-        is_trained: Whether `whole` reads its weights from a file.
-    """
-
-    whole: Build
-    outline: Build | None = None
-    initialise: Callable[[nn.Module], None] | None = None
-    is_trained: bool = False
+LARGE = 1_000_000_000
+"""Parameters from which `initialisation auto` draws weights in shards: 4 GB on each rank otherwise, for a moment."""
 
 
-def build_for(strategy: Strategy | None, recipe: Recipe) -> nn.Module:
-    """Build a network, and divide it where the strategy shards.
+def build_for(
+    strategy: Strategy | None,
+    whole: Build,
+    *,
+    on_meta: Build | None = None,
+    initialise: Callable[[nn.Module], None] | None = None,
+    is_trained: bool = False,
+) -> nn.Module:
+    """Build a network, and shard it if the strategy does.
 
-    Under FSDP2 all ranks have the first one's random state: equal weights, those of one process with its seed.
+    Under FSDP2 all ranks use the random state of the first one. So their weights are equal, and those of one process
+    with its seed.
 
     Args:
         strategy: The trainer's; None without a trainer.
-        recipe: How the network is made.
+        whole: Builds the network with its weights, on the CPU.
+        on_meta: Builds it on the meta device; None for a network that is never large.
+        initialise: Draws all weights and sets all buffers in place, once a network of the meta device has memory.
+        is_trained: Whether `whole` reads its weights from a file.
 
     Raises:
-        ValueError: The strategy cannot divide this network.
+        ValueError: The strategy cannot shard this network.
     """
     if isinstance(strategy, FSDPStrategy):
         share_random_state()
-        model = recipe.whole()
+        model = whole()
         prepare_fsdp1(strategy, model)
         return model
     if not isinstance(strategy, FSDP2):
-        return recipe.whole()
+        return whole()
     share_random_state()
-    _hide_warnings_without_cause()
-    model, is_outline = _undivided(strategy, recipe)
-    if strategy._layer_sync is not None:  # trainer.sync_batchnorm; Lightning itself ignores it under this strategy
+    _hide_needless_warnings()
+    model, is_meta = _unsharded(strategy, whole, on_meta)
+    if strategy._layer_sync is not None:  # trainer.sync_batchnorm, which Lightning ignores under this strategy
         model = strategy._layer_sync.apply(model)
     if strategy.tensor_mesh is not None:
         check_tensor_parallel(model, strategy.tensor_mesh.size())
@@ -92,47 +81,42 @@ def build_for(strategy: Strategy | None, recipe: Recipe) -> nn.Module:
             reduce_dtype=strategy.reduce_dtype,
             cpu_offload=strategy.cpu_offload,
         )
-    if is_outline:
-        assert recipe.initialise is not None
+    if is_meta:
+        assert initialise is not None
         device = torch.device("cpu") if strategy.cpu_offload else strategy.root_device
-        initialise = recipe.initialise
-        materialise(model, device, lambda: initialise(model))
-        if recipe.is_trained:
-            load_from_first_rank(model, recipe.whole)
+        materialise(model, device, partial(initialise, model))
+        if is_trained:
+            load_from_first_rank(model, whole)
     return model
 
 
-def _undivided(strategy: FSDP2, recipe: Recipe) -> tuple[nn.Module, bool]:
-    """The network before it is divided, and whether it is an outline without weights."""
-    if recipe.outline is None or strategy.initialisation == "whole":
+def _unsharded(strategy: FSDP2, whole: Build, on_meta: Build | None) -> tuple[nn.Module, bool]:
+    """The network before it is sharded, and whether it is on the meta device, without weights."""
+    if on_meta is None or strategy.initialisation == "whole":
         if strategy.initialisation == "sharded":
             raise ValueError(
                 "trainer.strategy.initialisation sharded is for language models: leave it out, and the model is built "
                 "on each rank before it is sharded"
             )
-        return recipe.whole(), False
+        return whole(), False
     with torch.device("meta"):
-        outline = recipe.outline()
-    large = sum(parameter.numel() for parameter in outline.parameters()) >= LARGE
+        model = on_meta()
+    large = sum(parameter.numel() for parameter in model.parameters()) >= LARGE
     if large or strategy.initialisation == "sharded":
-        return outline, True
-    return recipe.whole(), False
+        return model, True
+    return whole(), False
 
 
-def _hide_warnings_without_cause() -> None:
-    """Hide what torch says about networks that tasks use rightly."""
+def _hide_needless_warnings() -> None:
+    """Hide what torch warns about although the tasks use it correctly."""
     # Outputs are views, and no task changes them in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    # Whole parameters are gathered in two steps under FSDP2 with tensor parallelism, for checkpoints alone.
+    # FSDP2 with tensor parallelism gathers whole parameters in two steps, which only checkpoints need.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 
-LARGE = 1_000_000_000
-"""Parameters from which `auto` initialises in shards: 4 GB on each rank otherwise, for a moment."""
-
-
 def share_random_state() -> None:
-    """Give all ranks the first one's random state, so that they draw the same weights."""
+    """Give all ranks the random state of the first one, so that they draw the same weights."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return
     state = [torch.get_rng_state()]
@@ -141,11 +125,11 @@ def share_random_state() -> None:
 
 
 def materialise(model: nn.Module, device: torch.device, initialise: Callable[[], None]) -> None:
-    """Give a sharded model of the meta device memory and its first weights, one whole parameter at a time.
+    """Give a sharded model on the meta device memory and its first weights, one whole parameter at a time.
 
-    The weights depend on the seed and on the kind of device alone, not on the number of ranks or the layout: each rank
-    draws all of a parameter and keeps its part. They are not those of a model that was built whole, where torch draws
-    weights for each layer that are then replaced.
+    Each rank draws all of a parameter and keeps its part. So the weights depend on the seed and the kind of device
+    alone, not on the number of ranks or the layout. They differ from those of a model that was built whole, where torch
+    first draws weights for each layer that are then replaced.
 
     Args:
         model: Sharded, its parameters DTensors on the meta device.
@@ -162,11 +146,11 @@ def materialise(model: nn.Module, device: torch.device, initialise: Callable[[],
 
 
 def load_from_first_rank(model: nn.Module, load: Callable[[], nn.Module]) -> None:
-    """Copy the weights of a whole model, which the first rank alone holds, on the CPU, to a sharded one.
+    """Copy weights into a sharded model from a whole one, which only the first rank loads, on the CPU.
 
     Args:
         model: Sharded.
-        load: Gives the whole model, with the same names; called on the first rank.
+        load: Loads the whole model, with the same names.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
@@ -176,7 +160,7 @@ def load_from_first_rank(model: nn.Module, load: Callable[[], nn.Module]) -> Non
 
 
 class _DrawWhole(TorchDispatchMode):
-    """Random numbers for a part of a tensor are those that the whole tensor would get."""
+    """Gives the local part of a tensor the random numbers that the whole tensor would get."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -197,7 +181,7 @@ class _DrawWhole(TorchDispatchMode):
 
 @torch.no_grad()
 def _zero_padding(model: nn.Module) -> None:
-    """Clear the row of the padding token, which an initialisation that indexes a sharded table clears in a copy."""
+    """Zero the row of the padding token: an initialisation that indexes a sharded table zeroes a copy of it."""
     from torch.distributed.tensor import distribute_tensor
 
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""FSDP2 on any network: each repeated block is a unit, and what is left is one."""
+"""Sharding any network with FSDP2: the wrap policy, activation checkpointing, clipping and batch norms across ranks."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ def shard_model(
 ) -> None:
     """Shard the parameters of a network over a mesh, in place, along their first dimension.
 
+    Each repeated block is wrapped, and the root holds all other parameters.
+
     Args:
         model: The network, whole or on the meta device. Ranks must hold the same weights, which are not compared.
         mesh: One dimension to shard over; or two, to replicate over the first and shard over the second.
@@ -57,31 +59,31 @@ def shard_model(
     }
     for block in repeated_blocks(model).values():
         fully_shard(block, **options)
-    # The root too frees its parameters: between steps all are shards, also after a validation.
+    # The root reshards too, so that between steps all parameters are shards, also after a validation.
     fully_shard(model, **options)
 
 
 def sync_gradients(model: nn.Module, enabled: bool) -> None:
-    """Reduce gradients in backward passes, or let each rank add up its own, whole ones."""
-    for unit in _units(model):
-        unit.set_requires_gradient_sync(enabled, recurse=False)
+    """Reduce gradients in backward passes, or let each rank accumulate its own whole gradients."""
+    for module in _fsdp_modules(model):
+        module.set_requires_gradient_sync(enabled, recurse=False)
 
 
 def keep_after_forward(model: nn.Module, keep: bool) -> None:
-    """Keep gathered parameters after a forward pass, until the backward pass; there must be one."""
-    for unit in _units(model):
-        unit.set_reshard_after_forward(not keep, recurse=False)
+    """Keep gathered parameters from a forward pass until its backward pass, which has to follow."""
+    for module in _fsdp_modules(model):
+        module.set_reshard_after_forward(not keep, recurse=False)
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:
-    """The running means and variances of batch norms, and their counters."""
+    """Running means, variances and counters of batch norms."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
     return [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
 
 
 @torch.no_grad()
 def share_running_statistics(statistics: list[Tensor]) -> None:
-    """Give all ranks the first one's statistics of batch norms, as DDP does before each forward pass."""
+    """Broadcast the statistics of batch norms from the first rank, as DDP does before each forward pass."""
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for buffer in statistics:
         by_dtype.setdefault(buffer.dtype, []).append(buffer)
@@ -92,7 +94,7 @@ def share_running_statistics(statistics: list[Tensor]) -> None:
             buffer.copy_(part.view_as(buffer))
 
 
-def _units(model: nn.Module) -> Iterator[Any]:
+def _fsdp_modules(model: nn.Module) -> Iterator[Any]:
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
@@ -101,12 +103,12 @@ def _units(model: nn.Module) -> Iterator[Any]:
 
 
 def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The blocks that a network is a stack of, by name, none within another.
+    """The wrap policy: the blocks that a network is a stack of, by name, none within another.
 
-    A transformers model names their classes (`_no_split_modules`). Elsewhere they are the members of a ModuleList,
-    Sequential or ModuleDict that share their class with another member and hold a matrix in a child of theirs: layers
-    of a Transformer, residual blocks of a ResNet, stages of a U-Net, convolutions of a graph network. Parameters that a
-    block shares with the outside belong to the whole model, so such a block is left out.
+    A model of transformers names their classes (`_no_split_modules`). In other networks they are the members of a
+    ModuleList, Sequential or ModuleDict that share their class with another member and have a child with a matrix:
+    layers of a Transformer, residual blocks of a ResNet, stages of a U-Net, convolutions of a graph network. A block
+    that shares a parameter with modules outside of it is left out, because FSDP can put a parameter in one place only.
     """
     named = set(getattr(model, "_no_split_modules", None) or ())
     found = dict(_by_class(model, "", named)) if named else {}
@@ -142,7 +144,7 @@ def _is_block(module: nn.Module) -> bool:
 
 
 def _all_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """Parameters of all modules, a shared one as often as it is held."""
+    """Parameters of all modules; a shared one once for each module that has it."""
     for child in module.modules():
         yield from child.parameters(recurse=False)
 
@@ -153,10 +155,10 @@ def _shares_outside(block: nn.Module, owners: Counter[int]) -> bool:
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Keep the inputs of each repeated block for the backward pass, and nothing within, by the network's own means.
+    """Keep only the inputs of each repeated block for the backward pass, which recomputes the activations within.
 
-    Networks of transformers and diffusers have their own way. In others each repeated block is wrapped; names in state
-    dicts stay as they are.
+    Networks of transformers and diffusers have a method for it. In others each repeated block is wrapped; names in
+    state dicts stay the same.
 
     Raises:
         ValueError: The network has no repeated blocks.
@@ -178,8 +180,8 @@ def _wrap_blocks(model: nn.Module) -> None:
     blocks = repeated_blocks(model)
     if not blocks:
         raise ValueError(
-            f"trainer.strategy.activation_checkpointing: {type(model).__name__} has no repeated blocks to compute "
-            "again; set it to false"
+            f"trainer.strategy.activation_checkpointing: {type(model).__name__} has no repeated blocks to "
+            "recompute; set it to false"
         )
     for name, block in blocks.items():
         parent, _, child = name.rpartition(".")
@@ -188,17 +190,18 @@ def _wrap_blocks(model: nn.Module) -> None:
 
 @torch.no_grad()
 def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale gradients down to a total norm, as `torch.nn.utils.clip_grad_norm_` does for whole ones.
+    """Scale gradients down to a total norm, as `torch.nn.utils.clip_grad_norm_` does, on any mix of layouts.
 
-    Each rank adds up the squares of its parts; the sums go over the groups of ranks that hold different parts. Parts
-    that several ranks hold alike count once.
+    torch's own cannot add the norms of DTensors on different meshes, or of DTensors and plain tensors, which tensor
+    parallelism needs. Here each rank sums the squares of its parts, and the sums are reduced over the ranks that hold
+    different parts. Replicated parts count once.
 
     Args:
         parameters: The same on all ranks, in the same order.
         max_norm: Largest 2-norm of all gradients together.
 
     Returns:
-        The norm before, a scalar on the device of the first gradient's mesh.
+        The norm before clipping, a scalar on the device of the first gradient's mesh.
     """
     parts: dict[tuple[ProcessGroup, ...], list[Tensor]] = {}
     device = torch.device("cpu")
@@ -208,7 +211,7 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
             parameter.grad = laid_out_as(parameter, parameter.grad)
             gradients.append(local(parameter.grad))
             device = gradients[-1].device
-        if is_dtensor(parameter):  # offloaded gradients lie on the CPU, and their groups may know GPUs alone
+        if is_dtensor(parameter):  # offloaded gradients are on the CPU, where their groups may have no backend
             device = torch.device(parameter.device_mesh.device_type)
     total: Tensor | None = None
     for groups, gradients in parts.items():
@@ -230,7 +233,7 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 
 
 def _groups(parameter: Tensor) -> tuple[ProcessGroup, ...]:
-    """The groups of ranks that hold different parts of a parameter."""
+    """The groups over which a parameter is sharded."""
     if not is_dtensor(parameter):
         return ()
     mesh = parameter.device_mesh

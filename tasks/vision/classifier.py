@@ -127,8 +127,8 @@ class ImageClassifier(Task):
             compile=self.compile_model,
         )
 
-    def outline(self, data: LightningDataModule, device: str = "meta") -> list[str]:
-        """See `Task.outline`: the classes are those that the settings of the data tell.
+    def configure_meta_model(self, data: LightningDataModule, device: str = "meta") -> list[str]:
+        """See `Task.configure_meta_model`: the classes are those that the settings of the data tell.
 
         Raises:
             ValueError: As `configure_model`.

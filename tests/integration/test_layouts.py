@@ -85,7 +85,7 @@ class Training(Task):
             return
         make = partial(llama, num_hidden_layers=2, hidden_size=16) if self.network == "llama" else Convolutions
         initialise = lambda model: model.initialize_weights()  # noqa: E731
-        options = {"outline": make, "initialise": initialise} if self.network == "llama" else {}
+        options = {"on_meta": make, "initialise": initialise} if self.network == "llama" else {}
         torch.manual_seed(0)
         self.build(partial(self.whole, make), **options)
 
@@ -269,7 +269,7 @@ def test_the_first_fsdp_goes_on_from_its_folder_and_from_no_other_layout(tmp_pat
     assert distance(train("fsdp1", load=saved)[0], alone()[0]) < WITHIN
     remove(saved)
     train("ddp", folder=tmp_path, steps=STEPS // 2)
-    with pytest.raises(AssertionError, match=r"has shape \(11, 1\), and the first FSDP keeps one an element"):
+    with pytest.raises(AssertionError, match=r"has shape \(11, 1\), and FSDP1 keeps one value an element"):
         train("fsdp1", load=saved)
     with pytest.raises(AssertionError, match="belongs to another model"):
         train("fsdp1", (("network", "convolutions"),), load=saved)

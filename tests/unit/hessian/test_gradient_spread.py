@@ -199,7 +199,7 @@ def test_another_optimizer_gets_the_blocks_that_adam_mini_would_have():
 
 
 def test_where_no_block_has_several_elements_it_says_so():
-    with pytest.warns(UserWarning, match="logs nothing: no parameter is cut"):
+    with pytest.warns(UserWarning, match="logs nothing: no parameter has blocks of several"):
         assert fit(Net(lambda module: AdamMini(module, lr=0.1, partition="element"))) == {}
 
 

@@ -102,12 +102,12 @@ def test_refused_options(options, told):
 )
 def test_networks_that_do_not_fit_the_data(config, shape, told):
     with pytest.raises(ValueError, match=told):
-        DiffusionModel(config=config).outline(SimpleNamespace(image_shape=shape))
+        DiffusionModel(config=config).configure_meta_model(SimpleNamespace(image_shape=shape))
 
 
 def test_size_and_channels_are_those_of_the_data():
     task = DiffusionModel(config=without("in_channels"))
-    assert task.outline(DigitImages()) == []
+    assert task.configure_meta_model(DigitImages()) == []
     assert (task.model.config.in_channels, task.model.config.out_channels, task.model.config.sample_size) == (1, 1, 8)
     assert all(parameter.is_meta for parameter in task.parameters())
 
