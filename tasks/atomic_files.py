@@ -92,12 +92,13 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """The value in a JSON file; None where the file is missing or damaged."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if the file is missing, damaged or holds something else."""
     try:
-        return json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
-        return None
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def put_in_place(new: Path, target: Path) -> None:

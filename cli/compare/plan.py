@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ...tasks.atomic_files import write_json
 from .optimizers import label_of
-from .status import write_json
 
 __all__ = ["Plan", "merge", "read_plan", "write_plan"]
 

@@ -8,9 +8,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ...tasks.atomic_files import read_json
 from .grid import Grid, Run
 from .run_result import Costs, Point, PrimaryMetric, RunResult, Status
-from .status import read_json, read_status
+from .status import read_status
 
 __all__ = ["primary_metric_value", "read_run", "selection_value", "task_primary_metric"]
 

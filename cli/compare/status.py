@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import signal
 from pathlib import Path
 from typing import Any
 
-from ...tasks.atomic_files import replacing
+from ...tasks.atomic_files import read_json, write_json
 
-__all__ = ["FINISHED", "LOST", "last_error", "outcome", "read_json", "read_status", "write_json", "write_status"]
+__all__ = ["FINISHED", "LOST", "last_error", "outcome", "read_status", "write_status"]
 
 FINISHED = ("done", "diverged")
 """Runs that are not started again."""
@@ -28,27 +26,9 @@ def read_status(folder: Path) -> dict[str, Any]:
     return read_json(folder / "status.json") or {"status": "pending"}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a file; empty where there is none that can be read."""
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def write_status(folder: Path, status: dict[str, Any]) -> None:
     """Note in a run folder how its run stands."""
     write_json(folder / "status.json", status)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file that is never half there, also where the machine loses its power."""
-    with replacing(path) as beside, beside.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def outcome(exit_code: int, folder: Path, *, log_start: int, stopped: str | None) -> tuple[str, str]:

@@ -76,7 +76,7 @@ def remember(cache_dir: Path, name: str, files: Sequence[Path], compute: Callabl
     marks = [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in zip(files, stats, strict=True)]
     path = cache_dir / "facts" / f"{name}-{digest(marks)}.json"
     known = read_json(path)
-    if isinstance(known, dict) and "value" in known:
+    if "value" in known:
         return known["value"]
     value = compute()
     if time.time() - max((stat.st_mtime for stat in stats), default=0.0) > _SETTLED_AFTER:

@@ -7,15 +7,14 @@ from collections.abc import Iterable, Sequence
 from io import StringIO
 from pathlib import Path
 
-from ....tasks.atomic_files import replacing
+from ....tasks import atomic_files
 
 __all__ = ["write_csv", "write_text"]
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write a text as it is, with `?` for what UTF-8 cannot hold; a reader finds the old one or the new one."""
-    with replacing(path) as beside:
-        beside.write_text(text, "utf-8", errors="replace", newline="")
+    """See `atomic_files.write_text`; the path, for convenience."""
+    atomic_files.write_text(path, text)
     return path
 
 

@@ -89,7 +89,7 @@ def prepare_text(folder: Path, documents: Documents, *, tokenizer: str | None, b
 
 def _open(folder: Path) -> PreparedText | None:
     facts = read_json(folder / FACTS)
-    if not isinstance(facts, dict) or facts.get("format") != _FORMAT:
+    if facts.get("format") != _FORMAT:
         return None
     for name, known in facts["files"].items():
         if _file_facts(folder / name) != known:
