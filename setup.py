@@ -1,4 +1,4 @@
-"""Map the folders of the checkout to packages, and list the extras; everything else about the build is in `pyproject.toml`.
+"""Map the folders of the checkout to packages, and list the extras; all else about the build is in `pyproject.toml`.
 
 `tasks/`, `cli/` and `configs/` must not be installed under their bare names, which would overwrite other people's
 packages. The packages and the extras of domains are found by looking, because a nested package that a literal list
