@@ -107,7 +107,9 @@ def naming(root: Path, pattern: str) -> int:
 def naming_domain(root: Path) -> int:
     """Files of code, tests and tools that would be edited for another domain, found by the name of one."""
     own = re.compile(rf"(^|/){DOMAIN}(/|$)|test_[a-z_]*{DOMAIN}|tiny_{DOMAIN}")
-    named = re.compile(rf"\btasks[./]{DOMAIN}\b|[\"']{DOMAIN}[\"'/]|\btasks\.{DOMAIN}\b|\[.*\b{DOMAIN}\b.*\]|configs/{DOMAIN}")
+    named = re.compile(
+        rf"\btasks[./]{DOMAIN}\b|[\"']{DOMAIN}[\"'/]|\btasks\.{DOMAIN}\b|\[.*\b{DOMAIN}\b.*\]|configs/{DOMAIN}"
+    )
     tools = [root / name for name in ("pyproject.toml", "Makefile", "setup.py")]
     candidates = [*python_files(root, (*CODE, "tests", "benchmarks", "examples")), *tools]
     return sum(

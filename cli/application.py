@@ -35,11 +35,11 @@ from ..tasks.callbacks import (
     RunReport,
     StopOnDivergence,
 )
-from ..tasks.callbacks.checkpoint import HEADLINE
-from ..tasks.checkpoint_io import AtomicCheckpointIO
+from ..tasks.callbacks.checkpoint import PRIMARY_METRIC
+from ..tasks.checkpoints.saving import AtomicCheckpointIO
 from ..tasks.data.module import SampledDataModule
-from ..tasks.metrics_file import MetricsFile
-from ..tasks.run_files import cannot_write
+from ..tasks.errors import cannot_write
+from ..tasks.metrics import MetricsFile
 from .messages import (
     PATIENCE,
     failed_import,
@@ -169,7 +169,7 @@ class Application(LightningCLI):
         parser.set_defaults(
             {
                 "checkpoint.save_last": True,
-                "checkpoint.monitor": HEADLINE,
+                "checkpoint.monitor": PRIMARY_METRIC,
                 "checkpoint.filename": "best-{step}",
                 "checkpoint.save_top_k": 1,
                 # Otherwise, in a folder that was moved, the next one would be `last-v1.ckpt`, which is never resumed.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lightning_adam_mini.convert.conversion import Conversion
     from lightning_adam_mini.factory import OptimizerFactory
 
-__all__ = ["main", "write_folder"]
+__all__ = ["main"]
 
 KEPT = ("lr", "betas", "eps", "weight_decay")
 """Options that the checkpoint decides: `fit --ckpt_path` continues with its values too."""
@@ -189,8 +189,10 @@ def _wishes(parser: Parser, to: Sequence[str], layout: str) -> tuple[str | None,
 
 def _find_checkpoint(options: Namespace) -> tuple[Path, Path | None]:
     """The file or folder of the checkpoint, and the run folder where that was given."""
+    from ..tasks.checkpoints.folders import is_checkpoint_folder
+
     source: Path = options.source.expanduser()
-    if source.is_file() or _is_folder(source):
+    if source.is_file() or is_checkpoint_folder(source):
         return source, None
     if (source / "config.yaml").is_file() or (source / "checkpoints").is_dir():
         found = resolve_checkpoint(options.ckpt_path, source, may_start=False)
@@ -201,11 +203,6 @@ def _find_checkpoint(options: Namespace) -> tuple[Path, Path | None]:
         f"{source}: {told}; give a run folder (with config.yaml and checkpoints/), a checkpoint file, or a checkpoint "
         "folder (with .metadata)"
     )
-
-
-def _is_folder(path: Path) -> bool:
-    """Whether a path is a checkpoint folder, by the metadata of torch.distributed.checkpoint."""
-    return (path / ".metadata").is_file()
 
 
 def _find_config(recipe: str | None, source: Path, run_dir: Path | None) -> Path:
@@ -224,7 +221,9 @@ def _check_target(target: Path, layout: str, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ValueError(f"{target} exists; choose another --out, or give --overwrite")
-    if not (_is_folder(target) if layout == "folder" else target.is_file()):
+    from ..tasks.checkpoints.folders import is_checkpoint_folder
+
+    if not (is_checkpoint_folder(target) if layout == "folder" else target.is_file()):
         raise ValueError(
             f"--overwrite replaces a checkpoint {layout} alone, and {target} is none; choose another --out"
         )
@@ -325,37 +324,20 @@ def _num_bytes(state: Mapping[str, Any]) -> int:
 def _read(source: Path) -> dict[str, Any]:
     """A checkpoint with whole tensors; the optimizer state of a folder keeps the names of its parameters."""
     from ..tasks import base  # noqa: F401 - registers the classes that checkpoints hold
-    from ..tasks.checkpoint_io import AtomicCheckpointIO
+    from ..tasks.checkpoints.folders import read_parameter_names
+    from ..tasks.checkpoints.saving import AtomicCheckpointIO
 
     checkpoint = AtomicCheckpointIO().load_checkpoint(source, weights_only=True)
     if source.is_dir() and checkpoint.get("optimizer_states"):
         groups = checkpoint["optimizer_states"][0]["param_groups"]
-        for group, names in zip(groups, _parameter_names(source), strict=True):
+        for group, names in zip(groups, read_parameter_names(source), strict=True):
             group["param_names"] = names
     return checkpoint
 
 
-def _parameter_names(path: Path) -> list[list[str]]:
-    """Names of the parameters of each group of the first optimizer in a checkpoint folder.
-
-    Raises:
-        ValueError: The folder is incomplete.
-    """
-    from ..tasks.checkpoint_folder import load_tensors, optimizer_part, read_outline
-
-    outline = read_outline(path)
-    groups = {
-        place[2]: key
-        for key, place in outline.paths.items()
-        if place[:2] == (optimizer_part(0), "param_groups") and place[-1] == "params"
-    }
-    values: dict[str, Any] = dict.fromkeys(groups.values())
-    load_tensors(values, path, alone=True)
-    return [values[groups[number]] for number in sorted(groups)]
-
-
 def _write(checkpoint: dict[str, Any], names: Sequence[str] | None, target: Path, layout: str) -> None:
-    from ..tasks.checkpoint_io import AtomicCheckpointIO
+    from ..tasks.checkpoints.folders import write_folder
+    from ..tasks.checkpoints.saving import AtomicCheckpointIO
 
     if layout == "file":
         AtomicCheckpointIO().save_checkpoint(checkpoint, target)
@@ -363,31 +345,3 @@ def _write(checkpoint: dict[str, Any], names: Sequence[str] | None, target: Path
     assert names is not None
     (state,) = checkpoint["optimizer_states"]
     write_folder({**checkpoint, "optimizer_states": [_named(state, names)]}, target)
-
-
-def write_folder(checkpoint: Mapping[str, Any], path: Path) -> None:
-    """Write a checkpoint as a folder, without a process group; it is renamed into place when it is complete.
-
-    Args:
-        checkpoint: As a file holds it, with optimizer states keyed by parameter names.
-        path: The folder; an older one is replaced.
-
-    Raises:
-        OSError: The disk is full, or the folder cannot be written; an older one at `path` is untouched.
-    """
-    from ..tasks.checkpoint_file import write_file
-    from ..tasks.checkpoint_folder import CHECKSUMS, REST_NAME, save_tensors, split_parts
-    from ..tasks.checkpoint_io import cannot_save
-    from ..tasks.in_place import beside, put_in_place, remove
-
-    tensors, rest = split_parts(checkpoint)
-    new = beside(path)
-    try:
-        new.mkdir(parents=True)
-        checksums = save_tensors(tensors, new, alone=True)
-        write_file({**rest, CHECKSUMS: checksums}, new / REST_NAME)
-        put_in_place(new, path)
-    except OSError as error:
-        raise cannot_save(path, error) from error
-    finally:
-        remove(new)

@@ -182,7 +182,7 @@ def _of_recipe(name: str) -> Source:
         options = ["--config", str(recipe), *trainer_options(), "--seed_everything=false"]
         application = Application(options, run=False)
         task: Any = application.model
-        remarks = task.outline(application.datamodule)
+        remarks = task.configure_meta_model(application.datamodule)
     factory = task.optimizer_factory
     if not isinstance(factory, AdamMini):
         other = type(factory).__name__
@@ -206,7 +206,7 @@ def _runnable_task(task: Any, data: Any) -> tuple[nn.Module, list[str]]:
         task.model, remarks = shortened(task.model)
         return task, remarks
     check_size(task)
-    task.outline(data, device="cpu")
+    task.configure_meta_model(data, device="cpu")
     return task, []
 
 
@@ -406,7 +406,7 @@ def open_data(data: LightningDataModule, checkpoint: str | None, stage: str) -> 
 
 def load_weights(task: Task, checkpoint: str) -> dict[str, Any]:
     """Load the weights of a checkpoint that evaluations use, and return its whole content."""
-    from ..tasks.checkpoint_io import AtomicCheckpointIO
+    from ..tasks.checkpoints.saving import AtomicCheckpointIO
 
     saved = AtomicCheckpointIO().load_checkpoint(checkpoint, weights_only=True)
     task.on_load_checkpoint(saved)
@@ -440,7 +440,7 @@ def meta_task(config: Path, weights: Mapping[str, Tensor], optimizer: str | None
         cleaned.write_text(yaml.safe_dump(content), "utf-8")
         application = Application(["--config", str(cleaned), *replaced, *options], run=False)
         task: Task = application.model
-        remarks = task.outline(application.datamodule)
+        remarks = task.configure_meta_model(application.datamodule)
     _take_shapes(task, weights, config, may_differ=bool(remarks))
     return task
 

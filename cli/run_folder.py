@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 import socket
@@ -13,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..tasks.in_place import recover
-from ..tasks.run_files import has_no_locks, write_text
+from ..tasks.atomic_files import read_json, recover, write_json
+from ..tasks.errors import has_no_locks
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -93,16 +92,16 @@ def lock_run(folder: Path, *, wait: float = 0.0) -> BaseFileLock:
         warnings.warn(f"{folder} is on a file system without locks: a second run there is not noticed", stacklevel=2)
         return lock
     holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-    write_text(folder / _HOLDER_NAME, json.dumps(holder))
+    write_json(folder / _HOLDER_NAME, holder)
     return lock
 
 
 def _holder(folder: Path) -> dict[str, Any]:
     """What the process that has locked a folder wrote about itself; empty if that cannot be read."""
+    holder = read_json(folder / _HOLDER_NAME)
     try:
-        holder = json.loads((folder / _HOLDER_NAME).read_text("utf-8"))
         return {"pid": int(holder["pid"]), "host": holder["host"], "since": holder["since"]}
-    except (OSError, ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError):
         return {}
 
 

@@ -1,1 +1,1 @@
-"""Lightning tasks: language models, image classification, diffusion and graphs."""
+"""Lightning tasks: a folder a domain, and what all domains share. `base.py` states what a new domain needs."""

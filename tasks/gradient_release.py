@@ -1,7 +1,7 @@
 """Gradient release: each parameter is updated within the backward pass, and its gradient freed at once.
 
-So a model's gradients never stand in memory together (Lv et al. 2023, "Full Parameter Fine-tuning for Large Language
-Models with Limited Resources", Sec. 3.1). What needs all gradients before the first update cannot be had with it.
+So the gradients of a model are never in memory together (Lv et al. 2023, "Full Parameter Fine-tuning for Large Language
+Models with Limited Resources", Sec. 3.1). Options that need all gradients before the first update do not work with it.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ __all__ = ["check_release", "release_gradients"]
 
 
 def check_release(trainer: Trainer, optimizer_factory: OptimizerFactory) -> None:
-    """Raise where a run needs gradients that are released.
+    """Raise if a run needs gradients that would be released.
 
     Args:
-        trainer: Of the run.
-        optimizer_factory: Of its optimizer.
+        trainer: The trainer of the run.
+        optimizer_factory: The factory of its optimizer.
 
     Raises:
-        ValueError: With what does not go with it.
+        ValueError: The message names the option that is in conflict.
     """
     what = "model.gradient_release updates each parameter as soon as it has its gradient"
     options = cast("Any", trainer)
     if not isinstance(optimizer_factory, factory.AdamMini):
         raise ValueError(f"{what}, which {type(optimizer_factory).__name__} cannot: use --optimizer AdamMini")
     if options.world_size > 1:
-        raise ValueError(f"{what}, before ranks have averaged it: train on one device, or leave it out")
+        raise ValueError(f"{what}, before the ranks average it: train on one device, or leave it out")
     if options.gradient_clip_val:
         raise ValueError(f"{what}, before the norm of all is known: set trainer.gradient_clip_val to 0")
     if options.accumulate_grad_batches != 1:
@@ -44,7 +44,7 @@ def check_release(trainer: Trainer, optimizer_factory: OptimizerFactory) -> None
 
 
 def release_gradients(optimizer: AdamMini) -> list[RemovableHandle]:
-    """Have every backward pass update the optimizer's parameters, until the handles are removed."""
+    """Update the optimizer's parameters in every backward pass, until the handles are removed."""
 
     def update(parameter: Tensor) -> None:
         optimizer.step_parameter(parameter)

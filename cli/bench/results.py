@@ -12,7 +12,8 @@ from typing import Any
 from lightning_adam_mini.measure import describe_machine, package_versions
 from lightning_adam_mini.measure.explanation_table import format_bytes
 
-from ...tasks.run_files import save_figure, write_text
+from ...tasks.atomic_files import write_text
+from ...tasks.plots import save_figure
 from ..tables import text_table
 from .contenders import BASELINE
 

@@ -33,8 +33,7 @@ from lightning_adam_mini.measure.live_memory import activation_peak
 from lightning_adam_mini.measure.timing import choose_clock, time_call
 from lightning_adam_mini.measure.traffic import stored_state_bytes
 
-from ...tasks.parallel.activation_checkpointing import checkpoint_activations
-from ...tasks.parallel.units import repeated_blocks
+from ...tasks.parallel.sharding import checkpoint_activations, repeated_blocks
 from ..arguments import UsageError
 from ..messages import quiet
 from ..models import SOURCES, Source, check_partition

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from ...tasks.primary_metric import PrimaryMetric
+from ...tasks.base import PrimaryMetric
 from .grid import Grid, Run, copy_of, expand, format_lr, read_recipe
 from .notes import notes_of
 from .run_records import Costs, Metrics, RunRecord, read_primary_metric, read_record, selection_value
@@ -198,7 +198,7 @@ def load_comparison(out: Path) -> Comparison:
     Raises:
         ValueError: There is no comparison, or a recipe of it has changed and there is no copy.
     """
-    from ...tasks.metrics_file import read_metrics
+    from ...tasks.metrics import read_metrics
 
     plan = read_plan(out)
     if plan is None:

@@ -107,7 +107,7 @@ def _set_up(command: list[str], seen: set[str]) -> None:
                 with torch.device("meta"):
                     task.configure_model()
         if task.model is None:
-            task.outline(data)
+            task.configure_meta_model(data)
         task.optimizer_factory.refuse_frozen(task)
         task.optimizer_factory.predict_state_bytes(task)
 

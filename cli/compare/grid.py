@@ -12,7 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from ...tasks.run_files import replacing
+from ...tasks.atomic_files import replacing
 from ..recipes import find_recipe, list_recipes, read_yaml
 from .spec import (
     ComparisonPlan,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from ...tasks.primary_metric import PrimaryMetric
+from ...tasks.base import PrimaryMetric
 from .grid import Grid, Run
 from .status import RunStatus, read_json, read_status
 

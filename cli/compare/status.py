@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import signal
 from pathlib import Path
 from typing import Any, Literal
 
-from ...tasks.run_files import replacing
+from ...tasks.atomic_files import read_json, write_json
 
 __all__ = [
     "FINISHED",
     "LOST",
     "RunStatus",
     "last_error",
-    "read_json",
     "read_status",
     "status_after",
-    "write_json",
     "write_status",
 ]
 
@@ -41,27 +37,9 @@ def read_status(folder: Path) -> dict[str, Any]:
     return {"status": "pending"} | read_json(folder / "status.json")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; empty if there is none that can be read."""
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def write_status(folder: Path, status: dict[str, Any]) -> None:
     """Write `status.json` in a run folder."""
     write_json(folder / "status.json", status)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file that is never half written, not even after a power failure."""
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def status_after(exit_code: int, folder: Path, *, log_start: int, stopped: str | None) -> tuple[str, str]:

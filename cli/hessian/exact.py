@@ -12,8 +12,8 @@ from torch import Tensor
 from lightning_adam_mini.hessian.block_diagonality import candidate_cuts, exact_scores, tau
 from lightning_adam_mini.hessian.exact import dense_block
 
-from ...tasks.checkpoint_file import write_file
-from ...tasks.run_files import replacing
+from ...tasks.atomic_files import replacing
+from ...tasks.checkpoints.files import write_file
 from .memory import check_all, dense_bytes_of
 from .pictures import draw_hessians, drawn
 from .problem import load_problem

@@ -18,7 +18,7 @@ from lightning_adam_mini.hessian import HessianOperator
 from lightning_adam_mini.hessian.batches import place
 
 from ...tasks.base import Task
-from ...tasks.seeds import seed_of
+from ...tasks.data.sampling import seed_of
 from ..models import load_weights, open_data
 from ..recipes import find_recipe
 from ..runnable_models import choose_device

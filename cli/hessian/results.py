@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_adam_mini.measure import describe_machine, package_versions
 
-from ...tasks.run_files import replacing, write_text
+from ...tasks.atomic_files import replacing, write_text
 from .problem import Problem
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ...tasks.packages import require
+from ...tasks.errors import require
 from .image_task import CLASSES
 from .text_task import NUM_BYTES
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lightning_adam_mini.hessian import ParameterBlock
 
-from ...tasks.seeds import seed_of
+from ...tasks.data.sampling import seed_of
 from .checks import check_least
 
 __all__ = ["KINDS", "BitSizes", "Matrix", "build", "loss_of", "matrices", "windows"]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 from lightning_adam_mini.measure import describe_machine, package_versions
 
-from ...tasks.run_files import save_figure, write_text
+from ...tasks.atomic_files import read_json, write_json, write_text
+from ...tasks.plots import save_figure
 from ..arguments import make_folder
 from .outcome import Outcome, as_csv
 from .registry import Study
@@ -68,13 +68,11 @@ def write_outcome(folder: Path, study: Study, outcome: Outcome, *, command: str,
     paths[-1].unlink(missing_ok=True)
     write_text(paths[0], as_csv(outcome.rows))
     save_figure(figure, paths[1])
-    write_text(paths[2], json.dumps(result, indent=1) + "\n")
+    write_json(paths[2], result)
     return paths
 
 
 def _study_of(result: Path) -> str | None:
     """The study whose result a file is, None if it is no such file."""
-    try:
-        return str(json.loads(result.read_text("utf-8"))["study"])
-    except (FileNotFoundError, ValueError, LookupError, TypeError):
-        return None
+    study = read_json(result).get("study")
+    return None if study is None else str(study)

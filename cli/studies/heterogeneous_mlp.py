@@ -15,7 +15,7 @@ from torch import Generator
 
 from lightning_adam_mini.factory import SGD, Adam, AdamMini, OptimizerFactory
 
-from ...tasks.seeds import seed_of
+from ...tasks.data.sampling import seed_of
 from .checks import check_above, check_least
 from .drawing import lines_with_range
 from .image_task import CLASSES, ImageTask, ScaledPerceptron

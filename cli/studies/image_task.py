@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from ...tasks.seeds import seed_of
+from ...tasks.data.sampling import seed_of
 
 __all__ = ["CLASSES", "ImageTask", "ScaledPerceptron"]
 

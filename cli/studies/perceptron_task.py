@@ -11,7 +11,7 @@ from lightning_adam_mini.hessian import HessianOperator
 from lightning_adam_mini.hessian.block_diagonality import Score, exact_scores
 from lightning_adam_mini.hessian.exact import dense_hessian
 
-from ...tasks.seeds import seed_of
+from ...tasks.data.sampling import seed_of
 from .image_task import ImageTask
 
 __all__ = ["BUDGET", "HIDDEN", "OUTPUT", "PIXELS", "digits", "loss_of", "noise", "perceptron", "score_neurons"]

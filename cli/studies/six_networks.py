@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from lightning_adam_mini.hessian import ParameterBlock
 
-from ...tasks.seeds import seed_of
+from ...tasks.data.sampling import seed_of
 from .architectures import ARCHITECTURES, MASK, SIDE, NetworkSizes
 from .image_task import ImageTask
 from .text_task import TextSizes, TextTask

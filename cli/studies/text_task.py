@@ -15,8 +15,8 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from ...tasks.data.standard_library import library_files
-from ...tasks.seeds import seed_of
+from ...tasks.data.sampling import seed_of
+from ...tasks.data.sources import library_files
 
 __all__ = ["NUM_BYTES", "TextSizes", "TextTask"]
 

@@ -1,14 +1,10 @@
 """Callbacks of every run: checkpoints, figures, a report, predictions, averaged weights, and when to stop."""
 
-from .checkpoint import RunCheckpoint
-from .divergence import DivergenceError, StopOnDivergence
+from .checkpoint import MonitorCheck, RunCheckpoint
 from .ema import WeightEMA
-from .gradient_spread import GradientSpread
-from .interrupt import GracefulInterrupt
-from .monitors import MonitorCheck
-from .performance import PerformanceMonitor
-from .predictions import PredictionFile
-from .report import RunReport
+from .monitoring import GradientSpread, PerformanceMonitor
+from .report import PredictionFile, RunReport
+from .stopping import DivergenceError, GracefulInterrupt, StopOnDivergence
 
 __all__ = [
     "DivergenceError",

@@ -1,4 +1,4 @@
-"""The folder of prepared data: where it is, and how several processes write it without harm."""
+"""The cache folder of prepared data: its place, locks between processes, and keys by content."""
 
 import contextlib
 import hashlib
@@ -6,18 +6,18 @@ import json
 import logging
 import os
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from filelock import FileLock
 
-from ..run_files import cannot_write, error_line, has_no_locks
+from ..atomic_files import read_json, write_json
+from ..errors import error_line, has_no_locks
 
 logger = logging.getLogger(__name__)
 
-# A file that changed this recently may change again within its time stamp's resolution (seconds).
+# A file that changed this recently, in seconds, may change again within the resolution of its time stamp.
 _SETTLED_AFTER = 2.0
 
 
@@ -31,10 +31,10 @@ def default_cache_dir() -> Path:
 
 @contextlib.contextmanager
 def only_one(folder: Path) -> Iterator[None]:
-    """Let one process at a time work in a folder of the cache, which is made.
+    """Let one process at a time work in a folder of the cache, and make the folder.
 
     Raises:
-        PermissionError: If the folder cannot be written.
+        PermissionError: The folder cannot be written.
     """
     lock = FileLock(folder / ".lock")
     try:
@@ -46,51 +46,16 @@ def only_one(folder: Path) -> Iterator[None]:
                 f"Cannot write prepared data to {folder} ({error_line(error)}): set `cache_dir` or"
                 " $LIGHTNING_ADAM_MINI_CACHE to a folder that you may write."
             ) from error
-        # As on some network file systems. Work is then done twice; renaming keeps the result whole.
+        # As on some network file systems. Work is then done twice; each result replaces the other whole.
         logger.warning("%s is on a file system without locks: processes may prepare the same data twice.", folder)
     try:
         if lock.is_locked:
-            # Nobody else writes here now: what looks half written is left over from a process that was killed.
-            for leftover in folder.glob("*.partial"):
+            # No other process writes here now, so these are left over from a process that was killed.
+            for leftover in folder.glob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
         yield
     finally:
         lock.release()
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Write a file so that others see all of it or none.
-
-    Raises:
-        OSError: The disk is full, say; the message names the file.
-    """
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.strerror and error.filename is None:
-            raise cannot_write(path, error, "free space there, or choose another cache folder") from error
-        raise
-
-
-def read_json(path: Path) -> Any:
-    """The value in a JSON file, or None where the file is missing or damaged."""
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write a JSON file atomically."""
-    with atomic_file(path) as file:
-        file.write(json.dumps(value, indent=1, sort_keys=True).encode())
 
 
 def digest(value: object) -> str:
@@ -99,31 +64,30 @@ def digest(value: object) -> str:
 
 
 def remember(cache_dir: Path, name: str, files: Sequence[Path], compute: Callable[[], Any]) -> Any:
-    """A value that depends on the bytes of files alone, computed once for their paths, sizes and times.
+    """Compute a value that depends on the bytes of files, once for their paths, sizes and times.
 
     Args:
         cache_dir: The cache.
-        name: What is computed.
+        name: Name of the value.
         files: The files.
-        compute: Gives a JSON value.
+        compute: Computes a JSON value.
     """
     stats = [file.stat() for file in files]
     marks = [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in zip(files, stats, strict=True)]
     path = cache_dir / "facts" / f"{name}-{digest(marks)}.json"
     known = read_json(path)
-    if isinstance(known, dict) and "value" in known:
+    if "value" in known:
         return known["value"]
     value = compute()
     if time.time() - max((stat.st_mtime for stat in stats), default=0.0) > _SETTLED_AFTER:
-        # It only saves time: a cache that cannot be written is no reason to stop.
+        # The cache only saves time: one that cannot be written is no reason to stop.
         with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, {"value": value})
     return value
 
 
 def hash_files(files: Sequence[Path], *, root: Path) -> str:
-    """SHA-256 of the files' bytes and of their names below ``root``."""
+    """SHA-256 of the bytes of files, and of their paths below `root`."""
     total = hashlib.sha256()
     for file in files:
         with file.open("rb") as opened:

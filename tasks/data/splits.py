@@ -1,4 +1,4 @@
-"""Which samples are held out: what names of folders and files say, and else a share, by hash."""
+"""Which samples are held out: by the names of folders and files, or else a fraction of them, by hash."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lightning.pytorch.utilities import rank_zero_only
 
 __all__ = ["Split", "check_val_fraction", "choose_parts", "named_parts", "part_of_name", "split_names", "split_of"]
 
-_say = rank_zero_only(logging.getLogger(__name__).info)
+_log = rank_zero_only(logging.getLogger(__name__).info)
 
 Split = Literal["train", "val"]
 NamedPart = Literal["train", "validation", "test"]
 
-# The words of `datasets` (https://huggingface.co/docs/hub/datasets-file-names-and-splits), between these characters.
-# What is held out comes first, so that a name of two parts does not train; and capitals make no difference here.
+# The words of `datasets` (https://huggingface.co/docs/hub/datasets-file-names-and-splits), between these separators.
+# Held-out parts come first, so that a name of two parts does not train; and case does not matter here.
 _WORDS: dict[NamedPart, str] = {
     "validation": "validation|valid|val|dev",
     "test": "testing|test|evaluation|eval",
@@ -36,28 +36,28 @@ _BUCKETS = 2**32
 
 
 def part_of_name(name: str) -> NamedPart | None:
-    """The part that a name says, such as `train`, `validation_matched` or `my test`; None where it says none.
+    """The part in a name such as `train`, `validation_matched` or `my test`; None if there is none.
 
-    A name of several parts counts as held out.
+    A name with several parts is held out.
     """
     return next((part for part, pattern in _NAMES.items() if pattern.fullmatch(name)), None)
 
 
 def choose_parts(names: Sequence[str], where: Path, *, is_validation: bool = False) -> dict[NamedPart, list[str]]:
-    """Of the parts of a data set, those for training, validation and test; the test part validates where no other does.
+    """Choose the parts of a dataset for training, validation and test; without validation, the test part validates.
 
-    A part whose name is just the word goes before those that have it among others. Other parts are not read.
+    A part whose name is exactly the word is preferred to those that contain it. Other parts are not read.
 
     Args:
         names: Names of all parts.
-        where: The data set, for messages.
-        is_validation: Whether the data set is for validation alone.
+        where: The dataset, for messages.
+        is_validation: Whether the dataset is for validation alone.
 
     Returns:
         Names of parts by their use.
 
     Raises:
-        ValueError: No part is for what is asked.
+        ValueError: There is no part for training, or for validation.
     """
     chosen: dict[NamedPart, list[str]] = {"train": [], "validation": [], "test": []}
     for part, words in _WORDS.items():
@@ -67,30 +67,30 @@ def choose_parts(names: Sequence[str], where: Path, *, is_validation: bool = Fal
     if not chosen["validation" if is_validation else "train"]:
         wanted = "validation or test" if is_validation else "train"
         raise ValueError(f"{where} has the parts {', '.join(names)}, and none is called {wanted}: rename one.")
-    told = [
+    uses = [
         f"{', '.join(own)} for {use}" for use, own in chosen.items() if own and not (is_validation and use == "train")
     ]
-    _say("%s: %s", where, "; ".join(told))
+    _log("%s: %s", where, "; ".join(uses))
     return chosen
 
 
 def named_parts(files: Sequence[Path], root: Path, what: str, *, remedy: str) -> dict[str, list[Path]]:
-    """The part of each file by its name below a folder, as `datasets` reads it.
+    """Group files by the part in their path below a folder, as `datasets` does.
 
-    Files called `data/PART-00000-of-00002.*` decide, with any name of a part; else the names of folders; else those of
-    files. A `README.md` counts for nothing.
+    Files called `data/PART-00000-of-00002.*` decide, with any name as the part; else names of folders; else those of
+    files. A `README.md` is ignored.
 
     Args:
         files: The files.
-        root: The folder, whose own name says nothing.
+        root: The folder, whose own name is ignored.
         what: What the files are, for the message.
         remedy: What to do about files without a part, for the message.
 
     Returns:
-        Files by part, in the order of `files`; empty where no name says a part.
+        Files by part, in the order of `files`; empty if no path has a part.
 
     Raises:
-        ValueError: Some files have a part and others have none.
+        ValueError: Some files have a part and others do not.
     """
     below = {file: file.relative_to(root) for file in files if file.name not in _LEFT_OUT}
     for rule in (_part_of_shard, _part_of_folders, _part_of_file):
@@ -118,7 +118,7 @@ def _part_of_folders(path: PurePath) -> NamedPart | None:
 
 
 def _part_of_file(path: PurePath) -> NamedPart | None:
-    # Behind the word follows something, be it the dot of the ending.
+    # The word has to be followed by a separator, such as the dot of the suffix.
     return part_of_name(path.name) if part_of_name(f"{path.name}x") else None
 
 
@@ -127,9 +127,9 @@ def _position(key: str) -> int:
 
 
 def split_of(key: str, *, val_fraction: float) -> Split:
-    """The part of a document.
+    """The part of a document, by a hash of its text or name.
 
-    The same text lands in the same part wherever it stands, so a repeated document is never in both.
+    Equal documents are in the same part, so a repeated document is never in both.
 
     Args:
         key: The document's text or name.

@@ -21,12 +21,11 @@ from torch import Tensor, nn
 from lightning_adam_mini.factory import OptimizerFactory
 from lightning_adam_mini.schedule import Schedule
 
-from ..base import Task
+from ..atomic_files import replacing
+from ..base import PrimaryMetric, Task
 from ..callbacks import WeightEMA
+from ..errors import require
 from ..metrics import MeanLoss
-from ..packages import require
-from ..primary_metric import PrimaryMetric
-from ..run_files import replacing
 from .frechet import check_images, compare_with_real
 from .noise import (
     BetaSchedule,
@@ -167,8 +166,8 @@ class DiffusionModel(Task):
         if self.model is None:
             self.build(lambda: self._build(self.data_module()), compile=self.compile_model)
 
-    def outline(self, data: LightningDataModule, device: str = "meta") -> list[str]:
-        """See `Task.outline`."""
+    def configure_meta_model(self, data: LightningDataModule, device: str = "meta") -> list[str]:
+        """See `Task.configure_meta_model`."""
         with torch.device(device):
             self.model = self._build(data)
         return []

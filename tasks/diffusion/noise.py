@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..seeds import seed_of
+from ..data.sampling import seed_of
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler

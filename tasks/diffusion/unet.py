@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..run_files import error_line
+from ..errors import error_line
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..packages import require
+from ..errors import require
 
 __all__ = ["Graph", "require_neighbor_sampling", "require_torch_geometric"]
 

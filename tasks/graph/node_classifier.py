@@ -19,11 +19,9 @@ from torch import Tensor, nn
 from lightning_adam_mini.factory import OptimizerFactory
 from lightning_adam_mini.schedule import Schedule
 
-from ..base import Task
-from ..curves import draw_curves
-from ..metrics_file import read_metrics
-from ..primary_metric import PrimaryMetric
-from ..run_files import save_figure
+from ..base import PrimaryMetric, Task
+from ..metrics import read_metrics
+from ..plots import draw_curves, save_figure
 from .graph import Graph, require_torch_geometric
 
 __all__ = ["NodeClassifier", "node_losses", "predict_with_labels"]
@@ -163,8 +161,8 @@ class NodeClassifier(Task):
                 raise ValueError("the network takes its input and output size from the data: give a data module")
             self.build(lambda: self._build(data.num_features, data.num_classes))
 
-    def outline(self, data: LightningDataModule, device: str = "meta") -> list[str]:
-        """See `Task.outline`: the sizes follow from the settings of the data."""
+    def configure_meta_model(self, data: LightningDataModule, device: str = "meta") -> list[str]:
+        """See `Task.configure_meta_model`: the sizes follow from the settings of the data."""
         graphs = cast("Any", data)
         with torch.device(device):
             self.model = self._build(graphs.planned_features, graphs.planned_classes)

@@ -21,12 +21,11 @@ from lightning_adam_mini.factory import OptimizerFactory
 from lightning_adam_mini.measure import transformer_flops_per_token
 from lightning_adam_mini.schedule import Schedule
 
-from ..base import Task
-from ..data.record import TOKENIZER
+from ..base import PrimaryMetric, Task
+from ..data.module import TOKENIZER
 from ..gradient_release import check_release, release_gradients
 from ..metrics import MeanLoss
-from ..parallel.activation_checkpointing import checkpoint_activations
-from ..primary_metric import PrimaryMetric
+from ..parallel.sharding import checkpoint_activations
 from .data.module import TokenDataModule
 from .data.tokenizer import tokenizer_texts
 from .model import Attention, active_parameters, build_config, build_model, initialise, read_config
@@ -129,7 +128,7 @@ class LanguageModel(Task):
         _check_data(meta_config, vocab_size, getattr(data, "context_length", None))
         self.build(
             lambda: self._checkpointed(build_model(config, self.init_from, self.attention)),
-            outline=lambda: self._checkpointed(build_model(meta_config, None, self.attention)),
+            on_meta=lambda: self._checkpointed(build_model(meta_config, None, self.attention)),
             initialise=initialise,
             is_trained=self.init_from is not None,
             compile=self.compile_model,
@@ -170,8 +169,8 @@ class LanguageModel(Task):
             checkpoint_activations(model)
         return model
 
-    def outline(self, data: LightningDataModule, device: str = "meta") -> list[str]:
-        """See `Task.outline`: the vocabulary size follows from the settings of the data.
+    def configure_meta_model(self, data: LightningDataModule, device: str = "meta") -> list[str]:
+        """See `Task.configure_meta_model`: the vocabulary size follows from the settings of the data.
 
         Raises:
             ValueError: As `configure_model`.

@@ -1,4 +1,4 @@
-"""Training of one model by several processes: strategies of Lightning, and how a network is divided for them."""
+"""Training on several ranks: Lightning strategies, and how a network is sharded for them."""
 
 from .strategies import FSDP2, HSDP
 

@@ -1,9 +1,10 @@
-"""FSDP2 and HSDP for `--trainer.strategy`, alone or with tensor parallelism."""
+"""The strategies `fsdp2` and `hsdp`, alone or with tensor parallelism, and checks of all strategies before training."""
 
 from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,46 +14,94 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_adam_mini.optim.sharding import is_dtensor
 
-from ..sharded_checkpoints import AtomicFolderCheckpoint
-from .initialisation import Initialisation
+from ..checkpoints.saving import AtomicFolderCheckpoint
 from .sharding import sync_gradients
-from .sizes import MeshSizes, fit_sizes
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["FSDP2", "HSDP", "register_strategies"]
+__all__ = ["FSDP2", "HSDP", "MeshSizes", "check_strategy", "fit_sizes", "register_strategies"]
+
+Initialisation = Literal["auto", "whole", "sharded"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshSizes:
+    """Sizes of a device mesh, outermost first; `replicate * shard * tensor` is the world size.
+
+    Args:
+        replicate: Groups of ranks that hold the same parameters.
+        shard: Ranks over which parameters are sharded, and that read different data.
+        tensor: Ranks that read the same data and compute parts of each matrix product.
+    """
+
+    replicate: int = 1
+    shard: int = 1
+    tensor: int = 1
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks that read different data."""
+        return self.replicate * self.shard
+
+
+def fit_sizes(world: int, *, replicate: int, tensor: int) -> MeshSizes:
+    """Shard over the ranks that replication and tensor parallelism leave.
+
+    Args:
+        world: Number of ranks.
+        replicate: See `MeshSizes`.
+        tensor: See `MeshSizes`.
+
+    Raises:
+        ValueError: A size does not divide the number of ranks; the message names those that do.
+    """
+    if tensor < 1 or world % tensor:
+        raise ValueError(_misfit("tensor_parallel_size", tensor, world, "ranks"))
+    if replicate < 1 or (world // tensor) % replicate:
+        ranks = "ranks" if tensor == 1 else f"ranks (of {world}, {tensor} at a time compute together)"
+        raise ValueError(_misfit("replicate_size", replicate, world // tensor, ranks))
+    return MeshSizes(replicate=replicate, shard=world // tensor // replicate, tensor=tensor)
+
+
+def _misfit(option: str, size: int, number: int, what: str) -> str:
+    *others, last = [str(divisor) for divisor in range(1, number + 1) if number % divisor == 0]
+    fitting = f"{', '.join(others)} or {last}" if others else last
+    return (
+        f"trainer.strategy.{option} {size} does not divide {number} {what}: set it to {fitting}, or change the devices"
+    )
 
 
 class FSDP2(AtomicFolderCheckpoint):
-    """Shards parameters, gradients and optimizer state over all ranks; the task's `configure_model` divides its model.
+    """Shards parameters, gradients and optimizer state over all ranks, in `configure_model` of the task.
 
     Without options it is `--trainer.strategy fsdp2`; with options, `--trainer.strategy
     lightning_adam_mini.tasks.parallel.FSDP2 --trainer.strategy.tensor_parallel_size 2`.
 
     Args:
-        tensor_parallel_size: Neighbouring ranks that compute a model's heads and MLPs in parts, on the same data; the
-            others shard. Language models with Llama's layers only.
+        tensor_parallel_size: Neighbouring ranks that share the heads and MLP units of a model, on the same data. For
+            language models with Llama's layers.
         replicate_size: Groups of ranks that each hold all of the model, sharded within.
         save_distributed_checkpoint: Save a folder to which each rank writes its part. By default rank zero gathers all
-            and writes one file, which loads anywhere: on any number of ranks, under any strategy, or without one.
+            parts and writes one file. Both load on any number of ranks; the file also under any other strategy.
         reshard_after_forward: Free the gathered parameters of a block after its forward pass, and gather them again for
-            the backward pass. Without it a step is quicker and takes the memory of the whole model.
-        defer_gradient_sync: With gradient accumulation, reduce gradients once a step and not once a batch. Each rank
-            then holds whole gradients in between.
-        param_dtype: Gather and compute in this dtype, which halves the traffic; the parameters' by default. Norms
-            and the like run in it too, so `trainer.precision bf16-mixed` is the more careful choice.
+            the backward pass. Without it a step is faster and takes the memory of the whole model.
+        defer_gradient_sync: With gradient accumulation, reduce gradients once a step and not once a batch. In between
+            each rank holds whole gradients.
+        param_dtype: Gather and compute in this dtype, which halves the traffic; the parameters' by default. Norms and
+            other sensitive operations run in it too; `trainer.precision bf16-mixed` keeps those in float32.
         reduce_dtype: Reduce gradients in this dtype; `param_dtype` by default.
         cpu_offload: Keep parameters, gradients and optimizer state in the host's memory. For GPUs.
-        activation_checkpointing: Compute the activations of blocks again in the backward pass.
-        initialisation: `whole` builds the model on each rank's CPU, with the weights of one process with the same seed,
-            bit by bit. `sharded` never holds more than one parameter whole: its weights are the same for any number of
-            ranks, but others than those; for language models only. `auto` is `sharded` from a billion parameters.
-        timeout_minutes: Give up when a rank does not answer for so long.
-        process_group_backend: Of torch.distributed; chosen by the device by default.
+        activation_checkpointing: Recompute the activations of blocks in the backward pass.
+        initialisation: `whole` builds the model on the CPU of each rank, with exactly the weights of one process with
+            the same seed. `sharded`, for language models, never holds more than one parameter whole: its weights are
+            the same for any number of ranks, but differ from those of `whole`. `auto` is `sharded` from a billion
+            parameters.
+        timeout_minutes: Raise an error when a rank has not answered for so long.
+        process_group_backend: Backend of torch.distributed; by default chosen by the device.
 
     Raises:
-        ValueError: Sizes that do not divide the ranks.
+        ValueError: A size does not divide the number of ranks.
     """
 
     strategy_name = "fsdp2"
@@ -92,10 +141,10 @@ class FSDP2(AtomicFolderCheckpoint):
 
     @property
     def sizes(self) -> MeshSizes:
-        """How the ranks are divided.
+        """Sizes of the device mesh.
 
         Raises:
-            ValueError: A size does not divide them.
+            ValueError: A size does not divide the number of ranks.
         """
         world = self.num_nodes * self.num_processes
         replicate = self.num_nodes if self.replicate_size is None else self.replicate_size
@@ -103,22 +152,22 @@ class FSDP2(AtomicFolderCheckpoint):
 
     @property
     def data_mesh(self) -> DeviceMesh:
-        """The ranks to shard over; with those to replicate over as the first of two dimensions."""
+        """The mesh to shard over; with replication, its first of two dimensions replicates."""
         return (
             self.device_mesh["data_parallel"] if self.sizes.replicate == 1 else self.device_mesh["replicate", "shard"]
         )
 
     @property
     def tensor_mesh(self) -> DeviceMesh | None:
-        """The ranks that compute together; None where each computes alone."""
+        """The mesh of tensor parallelism; None without it."""
         return self.device_mesh["tensor_parallel"] if self.sizes.tensor > 1 else None
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Ranks that read different data, and this one's number among them.
+        """Number of ranks that read different data, and the position of this one.
 
-        All predict the same: predictions may take more steps for one prompt than for another, and every rank has to
-        take part in each.
+        In prediction all ranks read the same: one prompt may take more steps than another, and every rank has to take
+        part in each step.
         """
         trainer = getattr(self.lightning_module, "_trainer", None)
         if trainer is not None and trainer.state.fn == "predict":
@@ -126,7 +175,7 @@ class FSDP2(AtomicFolderCheckpoint):
         return {"num_replicas": self.sizes.data_ranks, "rank": self.global_rank // self.sizes.tensor}
 
     def setup_environment(self) -> None:
-        """Meet the other ranks."""
+        """Join the process group and make the device mesh."""
         self._setup_distributed()
         from torch.distributed.device_mesh import init_device_mesh
 
@@ -139,7 +188,7 @@ class FSDP2(AtomicFolderCheckpoint):
         self.lightning_module._device_mesh = self._device_mesh
 
     def setup(self, trainer: Trainer) -> None:
-        """Make the optimizer; evaluate without inference mode, whose tensors FSDP2 could not train with afterwards."""
+        """Make the optimizer, and turn off inference mode, whose tensors FSDP2 cannot train afterwards."""
         for loop in (
             trainer.fit_loop.epoch_loop.val_loop,
             trainer.validate_loop,
@@ -150,7 +199,7 @@ class FSDP2(AtomicFolderCheckpoint):
         super().setup(trainer)
 
     def model_to_device(self) -> None:
-        """Move what is not sharded; offloaded parameters stay where they are."""
+        """Move what is not sharded; offloaded parameters stay on the CPU."""
         assert self.model is not None
         if not self.cpu_offload:
             super().model_to_device()
@@ -159,7 +208,7 @@ class FSDP2(AtomicFolderCheckpoint):
 
     @contextmanager
     def block_backward_sync(self) -> Generator[None, None, None]:
-        """Let gradients add up on each rank, where asked for, until the last batch of a step."""
+        """With `defer_gradient_sync`, accumulate gradients on each rank until the last batch of a step."""
         if not self.defer_gradient_sync:
             yield
             return
@@ -171,24 +220,24 @@ class FSDP2(AtomicFolderCheckpoint):
             sync_gradients(self.model, True)
 
     def _configure_launcher(self) -> None:
-        """Refuse sizes that do not fit before any process is started."""
+        """Check the sizes before other processes are started."""
         _ = self.sizes
         super()._configure_launcher()
 
     def _get_process_group_backend(self) -> str:
-        # Offloaded gradients are added up and gathered on the CPU.
+        # Offloaded gradients are accumulated and gathered on the CPU.
         offloads = self.cpu_offload and self.root_device.type == "cuda" and not self._process_group_backend
         return "cpu:gloo,cuda:nccl" if offloads else super()._get_process_group_backend()
 
 
 class HSDP(FSDP2):
-    """Replicates a model over the nodes and shards it within each.
+    """Replicates a model over the nodes and shards it within each node.
 
-    Gradients of a model cross the network once a step, and parameters never do: faster than FSDP2 where the network
-    between nodes is slow, and a model must fit the GPUs of a node.
+    Gradients cross the network between nodes once a step, parameters never. So it is faster than FSDP2 on a slow
+    network, and the model has to fit the GPUs of one node.
 
     Args:
-        replicate_size: Groups of ranks that each hold all of the model; the number of nodes by default.
+        replicate_size: Groups of ranks that each hold all of the model; by default the number of nodes.
         **options: Those of `FSDP2`.
     """
 
@@ -200,9 +249,43 @@ class HSDP(FSDP2):
 
 
 def register_strategies() -> None:
-    """Make `--trainer.strategy fsdp2` and `hsdp` known to Lightning."""
+    """Register `--trainer.strategy fsdp2` and `hsdp` with Lightning."""
     for strategy in (FSDP2, HSDP):
         if strategy.strategy_name not in StrategyRegistry:
             StrategyRegistry.register(
                 strategy.strategy_name, strategy, description=(strategy.__doc__ or "").split("\n")[0]
             )
+
+
+def check_strategy(trainer: Trainer) -> None:
+    """Reject strategies and options that would fail at the first batch, or do something else than asked.
+
+    Raises:
+        ValueError: With what to use instead.
+    """
+    strategy = trainer.strategy
+    if any(cls.__name__ == "DeepSpeedStrategy" for cls in type(strategy).__mro__):
+        raise ValueError(
+            "trainer.strategy: DeepSpeed flattens all parameters into one, and optimizers need each with its "
+            "shape; use --trainer.strategy fsdp2, which shards as much"
+        )
+    if type(strategy).__name__ == "ModelParallelStrategy":  # it leaves most of the work to the task
+        raise ValueError(
+            "trainer.strategy: use lightning_adam_mini.tasks.parallel.FSDP2 in place of Lightning's "
+            "ModelParallelStrategy, with the same tensor_parallel_size"
+        )
+    if not isinstance(strategy, FSDP2):
+        return
+    if trainer.precision in ("16-mixed", "transformer-engine", "transformer-engine-float16"):
+        raise ValueError(
+            f"trainer.precision {trainer.precision} does not run with trainer.strategy {strategy.strategy_name}, whose "
+            "gradients are sharded: use bf16-mixed"
+        )
+    if strategy.cpu_offload and strategy.root_device.type == "cpu":
+        raise ValueError(
+            "trainer.strategy.cpu_offload moves parameters from GPUs to the host, and there is no GPU: leave it out"
+        )
+    if strategy.cpu_offload and strategy.tensor_parallel_size > 1:
+        raise ValueError(
+            "trainer.strategy.cpu_offload does not go with tensor_parallel_size above 1: set one of them back"
+        )

@@ -1,4 +1,4 @@
-"""Tensor parallelism of Transformers with Llama's layers: a plan by the names of their projections."""
+"""Tensor parallelism for Transformers with Llama's layers: a plan by the names of their projections."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .units import repeated_blocks
+from .sharding import repeated_blocks
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -19,14 +19,14 @@ _BY_ROWS = ("self_attn.o_proj", "mlp.down_proj")
 
 
 def check_tensor_parallel(model: nn.Module, size: int) -> None:
-    """Check that a network can be computed by `size` ranks together.
+    """Check that a network can be computed by `size` ranks.
 
     Args:
         model: On any device, also the meta device.
-        size: Ranks that compute together.
+        size: Ranks of tensor parallelism.
 
     Raises:
-        ValueError: There is no plan for the network, or the ranks do not divide its heads or widths.
+        ValueError: There is no plan for the network, or `size` does not divide its heads or widths.
     """
     blocks = repeated_blocks(model)
     if (
@@ -56,14 +56,14 @@ def check_tensor_parallel(model: nn.Module, size: int) -> None:
 
 
 def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Divide a checked network, in place: heads and the MLP's units by ranks, tables by tokens where that is even.
+    """Shard a checked network, in place: heads, MLP units and, where they divide evenly, the rows of token tables.
 
-    Projections into heads and units are cut by output, those back by input, so that a layer adds up its ranks' parts
-    twice in a forward pass. Norms lie whole on each rank.
+    Projections into heads and units are sharded by output, those back by input, so a layer has two all-reduces in a
+    forward pass (Shoeybi et al. 2019, "Megatron-LM", Sec. 3). Norms are replicated.
 
     Args:
-        model: The network; ranks must hold the same weights, or the meta device.
-        mesh: One dimension.
+        model: The network; on the meta device, or with the same weights on all ranks.
+        mesh: A mesh of one dimension.
     """
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -95,13 +95,13 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def _has_plan(block: nn.Module) -> bool:
-    """Whether a layer has Llama's projections, and beside them vectors alone, none of them within the attention."""
+    """Whether a layer has Llama's projections and otherwise only vectors, none of them within the attention."""
     projections = {name: block.get_submodule(name) for name in (*_BY_COLUMNS, *_BY_ROWS) if _has(block, name)}
     if len(projections) < len(_BY_COLUMNS) + len(_BY_ROWS):
         return False
     planned = {id(parameter) for module in projections.values() for parameter in module.parameters()}
     others = {name: parameter for name, parameter in block.named_parameters() if id(parameter) not in planned}
-    # A norm of each head's query or key is computed on the rank's own heads: its gradient would be a part.
+    # A norm of queries or keys sees the heads of its rank alone, so its gradient would be a partial sum.
     return all(isinstance(module, nn.Linear) for module in projections.values()) and all(
         parameter.dim() == 1 and not name.startswith("self_attn.") for name, parameter in others.items()
     )
@@ -114,7 +114,7 @@ def _has(module: nn.Module, path: str) -> bool:
 
 
 def _replicated_style() -> ParallelStyle:
-    """Parameters that lie whole on each rank, as DTensors: optimizers take lists of tensors on one mesh."""
+    """Replicates parameters as DTensors, because optimizers need lists of tensors on one mesh."""
     from torch.distributed.tensor import DTensor, Replicate, distribute_module, distribute_tensor
     from torch.distributed.tensor.parallel import ParallelStyle
 

@@ -17,13 +17,10 @@ from torch import Tensor, nn
 from lightning_adam_mini.factory import OptimizerFactory
 from lightning_adam_mini.schedule import Schedule
 
-from ..base import Task
+from ..base import PrimaryMetric, Task
 from ..callbacks.ema import WeightEMA
-from ..curves import draw_curves
-from ..metrics import ExactMetric
-from ..metrics_file import read_metrics
-from ..primary_metric import PrimaryMetric
-from ..run_files import save_figure
+from ..metrics import ExactMetric, read_metrics
+from ..plots import draw_curves, save_figure
 from .models import build_model, check_name, inspect_model
 
 __all__ = ["LARGEST_CONFUSION", "BatchMixing", "ClassificationSums", "ImageClassifier"]
@@ -132,8 +129,8 @@ class ImageClassifier(Task):
             compile=self.compile_model,
         )
 
-    def outline(self, data: LightningDataModule, device: str = "meta") -> list[str]:
-        """See `Task.outline`: the number of classes follows from the settings of the data.
+    def configure_meta_model(self, data: LightningDataModule, device: str = "meta") -> list[str]:
+        """See `Task.configure_meta_model`: the number of classes follows from the settings of the data.
 
         Raises:
             ValueError: As `configure_model`.

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..packages import require
-from ..run_files import error_line
+from ..errors import error_line, require
 
 __all__ = ["build_model", "check_name", "inspect_model"]
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from checkout import MAPPED_FOLDERS, PACKAGE
+from checkout import MAPPED_FOLDERS, PACKAGE, ROOT
 
 BARE_NAMES = {*MAPPED_FOLDERS, "tests"}
 
@@ -38,7 +38,7 @@ ROOMS = {
 # The library needs torch alone (Triton comes with it). The factory builds what others implement, if it is installed.
 THIRD_PARTY = {"torch", "triton"}
 THIRD_PARTY_OF_ROOM = {"factory": {"adam_mini", "pytorch_optimizer"}}
-DOMAINS = {"llm", "vision", "diffusion", "graph"}
+DOMAINS = {path.parent.name for path in (ROOT / "tasks").glob("*/requirements.txt")}
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from lightning_adam_mini.factory import AdamMini
 from lightning_adam_mini.schedule import Schedule
 from lightning_adam_mini.tasks.base import Task
 from lightning_adam_mini.tasks.callbacks import WeightEMA
-from lightning_adam_mini.tasks.checkpoint_io import AtomicCheckpointIO
-from lightning_adam_mini.tasks.sharded_checkpoints import AtomicFolderCheckpoint
+from lightning_adam_mini.tasks.checkpoints.saving import AtomicCheckpointIO, AtomicFolderCheckpoint
 from ranks import run_ranks
 
 BATCH = 12  # divides by one to four ranks

@@ -8,7 +8,7 @@ from pathlib import Path
 from lightning_adam_mini.cli.compare.analysis import Comparison, CostRatios, analyse_task, profiles_of
 from lightning_adam_mini.cli.compare.run_records import Costs, Point, RunRecord
 from lightning_adam_mini.cli.compare.stats import TimeToTarget, best_of, mean_std
-from lightning_adam_mini.tasks.primary_metric import PrimaryMetric
+from lightning_adam_mini.tasks.base import PrimaryMetric
 
 PRIMARY_METRICS = (
     PrimaryMetric(),

@@ -16,8 +16,8 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_adam_mini.cli.main import main
-from lightning_adam_mini.tasks.checkpoint_io import AtomicCheckpointIO
-from lightning_adam_mini.tasks.metrics_file import read_metrics
+from lightning_adam_mini.tasks.checkpoints.saving import AtomicCheckpointIO
+from lightning_adam_mini.tasks.metrics import read_metrics
 from tiny_runs import assert_same_state, checkpoint, error_line, interrupt_in_training, run, start
 
 TO_20 = ["--trainer.max_steps", 20]
@@ -129,7 +129,7 @@ def test_a_full_disk_while_saving(work_dir, capsys):
     with full_disk(100_000):
         assert run("fit", *options) == 1
     line = error_line(capsys)
-    assert "cannot save the checkpoint" in line
+    assert "cannot write the checkpoint" in line
     assert "File too large; free space or set another --run_dir. Earlier checkpoints are untouched" in line
     assert not leftovers(work_dir / "run")
     assert_same_state(checkpoint("run"), before)

@@ -12,7 +12,7 @@ import torch
 import tiny_runs
 from lightning_adam_mini.cli.main import main
 from lightning_adam_mini.convert import from_adamw
-from lightning_adam_mini.tasks.metrics_file import read_metrics
+from lightning_adam_mini.tasks.metrics import read_metrics
 from ranks import run_ranks
 from tiny_runs import assert_same_state, checkpoint, error_line, run
 
@@ -300,12 +300,12 @@ def test_a_folder_of_fsdp1(work_dir, trained):
     assert main(["convert", str(trained / "mini"), "--to", "folder", "--out", "mini.dist"]) == 0
     from torch.distributed.checkpoint import save
 
-    from lightning_adam_mini.cli.convert import _named, _parameter_names
-    from lightning_adam_mini.tasks.checkpoint_folder import read_folder
+    from lightning_adam_mini.cli.convert import _named
+    from lightning_adam_mini.tasks.checkpoints.folders import read_folder, read_parameter_names
 
     found = read_folder(Path("mini.dist"))
     wide = state_of(load("wide.ckpt"))["state"]
-    names = [name for group in _parameter_names(Path("mini.dist")) for name in group]
+    names = [name for group in read_parameter_names(Path("mini.dist")) for name in group]
     (numbered,) = found["optimizer_states"]
     state = _named({**numbered, "state": wide}, names)
     save({"model": found.pop("state_dict"), "optimizer_0": state}, checkpoint_id="fsdp1", no_dist=True)

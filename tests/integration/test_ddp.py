@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_adam_mini.tasks.metrics_file import read_metrics
+from lightning_adam_mini.tasks.metrics import read_metrics
 from tiny_runs import checkpoint, interrupt_in_training, run, start
 
 # Each process has random numbers of its own, so dropout would differ. In double precision, because the gradient of a

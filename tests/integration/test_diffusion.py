@@ -12,7 +12,7 @@ pytest.importorskip("sklearn")
 from PIL import Image
 
 from lightning_adam_mini.cli.main import main
-from lightning_adam_mini.tasks.metrics_file import read_metrics
+from lightning_adam_mini.tasks.metrics import read_metrics
 from tiny_runs import assert_same_state, checkpoint, error_line, run
 
 RECIPE = {

@@ -44,7 +44,7 @@ def header(recipe):
 def built(recipe):
     arguments, _ = resolve_configs(["--config", recipe, "--trainer.accelerator", "cpu"])
     app = Application(arguments, run=False)
-    assert app.model.outline(app.datamodule) == []
+    assert app.model.configure_meta_model(app.datamodule) == []
     return app.model, app.datamodule, app.config
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from checkout import ROOT
 from lightning_adam_mini.cli.run_folder import last_checkpoint
-from lightning_adam_mini.tasks.checkpoint_io import AtomicCheckpointIO
+from lightning_adam_mini.tasks.checkpoints.saving import AtomicCheckpointIO
 from tiny_runs import assert_same_state
 from two_nodes import members, start_in_session, wait_for_all
 

@@ -9,7 +9,7 @@ import torch
 from lightning_adam_mini import factory
 from lightning_adam_mini.measure import adamw_state_bytes
 from lightning_adam_mini.tasks.llm import LanguageModel
-from lightning_adam_mini.tasks.metrics_file import read_metrics
+from lightning_adam_mini.tasks.metrics import read_metrics
 from tiny_runs import assert_same_state, checkpoint, run
 
 OPTIMIZERS = sorted(set(factory.__all__) - {"OptimizerFactory"})

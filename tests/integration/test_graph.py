@@ -10,7 +10,7 @@ pytest.importorskip("torch_geometric")
 from lightning_adam_mini.cli.main import main
 from lightning_adam_mini.tasks.graph import NodeClassifier
 from lightning_adam_mini.tasks.graph.data import OgbArxiv
-from lightning_adam_mini.tasks.metrics_file import read_metrics
+from lightning_adam_mini.tasks.metrics import read_metrics
 from tiny_graphs import write_recipe
 from tiny_runs import assert_same_state, checkpoint, error_line, run
 

@@ -25,7 +25,7 @@ def start(tmp_path, monkeypatch):
     def build(recipe, *options):
         arguments, _ = resolve_configs(["--config", f"graph/{recipe}.yaml", "--trainer.accelerator", "cpu", *options])
         app = Application(arguments, run=False)
-        app.model.outline(app.datamodule)
+        app.model.configure_meta_model(app.datamodule)
         return app
 
     return build

@@ -135,7 +135,7 @@ def test_the_configuration_of_a_run_names_its_run(small):
 
 
 def test_averaged_weights_are_named(small, monkeypatch):
-    from lightning_adam_mini.tasks.checkpoint_io import AtomicCheckpointIO
+    from lightning_adam_mini.tasks.checkpoints.saving import AtomicCheckpointIO
 
     assert command(["fit", "--config", "tiny.yaml", "--trainer.max_steps", "5"]) == 0
     load = AtomicCheckpointIO.load_checkpoint

@@ -17,12 +17,12 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_adam_mini.factory import AdamMini
 from lightning_adam_mini.schedule import Schedule
+from lightning_adam_mini.tasks.atomic_files import remove
 from lightning_adam_mini.tasks.base import Task
 from lightning_adam_mini.tasks.callbacks import WeightEMA
-from lightning_adam_mini.tasks.in_place import remove
 from lightning_adam_mini.tasks.parallel import FSDP2, HSDP
-from lightning_adam_mini.tasks.parallel.activation_checkpointing import checkpoint_activations
-from lightning_adam_mini.tasks.parallel.checks import check_strategy
+from lightning_adam_mini.tasks.parallel.sharding import checkpoint_activations
+from lightning_adam_mini.tasks.parallel.strategies import check_strategy
 from ranks import run_ranks
 from sharded_fits import bare_trainer
 from sharded_models import BATCH, Convolutions
@@ -85,7 +85,7 @@ class Training(Task):
             return
         make = partial(llama, num_hidden_layers=2, hidden_size=16) if self.network == "llama" else Convolutions
         initialise = lambda model: model.initialize_weights()  # noqa: E731
-        options = {"outline": make, "initialise": initialise} if self.network == "llama" else {}
+        options = {"on_meta": make, "initialise": initialise} if self.network == "llama" else {}
         torch.manual_seed(0)
         self.build(partial(self.whole, make), **options)
 
@@ -269,7 +269,7 @@ def test_the_first_fsdp_goes_on_from_its_folder_and_from_no_other_layout(tmp_pat
     assert distance(train("fsdp1", load=saved)[0], alone()[0]) < WITHIN
     remove(saved)
     train("ddp", folder=tmp_path, steps=STEPS // 2)
-    with pytest.raises(AssertionError, match=r"has shape \(11, 1\), and the first FSDP keeps one an element"):
+    with pytest.raises(AssertionError, match=r"has shape \(11, 1\), and FSDP1 keeps one value an element"):
         train("fsdp1", load=saved)
     with pytest.raises(AssertionError, match="belongs to another model"):
         train("fsdp1", (("network", "convolutions"),), load=saved)

@@ -9,7 +9,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_adam_mini.schedule import Schedule
 from lightning_adam_mini.tasks.callbacks import RunCheckpoint
-from lightning_adam_mini.tasks.metrics_file import read_metrics
+from lightning_adam_mini.tasks.metrics import read_metrics
 from tiny_runs import assert_same_state, checkpoint, run
 
 EVERY_STEP = ["--checkpoint.every_n_train_steps", 1, "--checkpoint.save_top_k", -1, "--checkpoint.monitor", "null"]

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from lightning_adam_mini.cli.main import main
-from lightning_adam_mini.tasks.metrics_file import read_metrics
+from lightning_adam_mini.tasks.metrics import read_metrics
 from tiny_graphs import RECIPE as GRAPH_RECIPE
 from tiny_graphs import make_arrays, write_ogb
 from tiny_images import RECIPE as IMAGE_RECIPE
@@ -89,7 +89,7 @@ def test_a_run_goes_on_with_other_text_only_where_that_is_said(grown, capsys):
     assert torch.equal(
         checkpoint("run")["state_dict"]["model.lm_head.weight"], before["state_dict"]["model.lm_head.weight"]
     )
-    with pytest.warns(UserWarning, match="the run goes on with other data than it began with: text changed"):
+    with pytest.warns(UserWarning, match="the run continues with other data than it began with: text changed"):
         assert run("fit", *more, "--allow_changed_data", "true") == 0
     after = checkpoint("run")
     assert after["global_step"] == 8

@@ -13,7 +13,7 @@ import torch
 
 from lightning_adam_mini.factory import AdamMini, AdamW
 from lightning_adam_mini.tasks.callbacks import RunCheckpoint
-from lightning_adam_mini.tasks.checkpoint_io import AtomicCheckpointIO
+from lightning_adam_mini.tasks.checkpoints.saving import AtomicCheckpointIO
 from ranks import run_ranks
 from sharded_fits import Hybrid, Sharded, assert_near, fit, fit_ranks
 from tiny_runs import start
@@ -186,7 +186,7 @@ def test_a_full_disk_on_one_rank_is_told_by_all_and_spoils_nothing(saved, rank):
     told = run_ranks(2, resume_and_save, saved.parent, fail_to_write(rank, full_disk))
     for line in told:
         assert line is not None
-        assert f"cannot save the checkpoint {saved}" in line
+        assert f"cannot write the checkpoint {saved}" in line
         assert "No space left on device" in line
     assert [path.name for path in saved.parent.iterdir()] == ["10.ckpt"]
     assert read(saved)["global_step"] == 10

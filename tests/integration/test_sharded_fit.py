@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_adam_mini.tasks.metrics_file import read_metrics
+from lightning_adam_mini.tasks.metrics import read_metrics
 from tiny_runs import RECIPE, checkpoint, error_line, run, start
 
 # As in test_ddp: each rank has dropout of its own, and the gradient of a key's bias is rounding that Adam enlarges.

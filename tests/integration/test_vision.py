@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("torchvision")
 pytest.importorskip("timm")
 
-from lightning_adam_mini.tasks.metrics_file import read_metrics
+from lightning_adam_mini.tasks.metrics import read_metrics
 from lightning_adam_mini.tasks.vision import ImageClassifier
 from tiny_images import write_image_recipe, write_tree
 from tiny_runs import assert_same_state, checkpoint, error_line, run, start

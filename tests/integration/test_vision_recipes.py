@@ -34,7 +34,7 @@ def start(tmp_path, monkeypatch):
         one = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.precision", "32-true"]
         arguments, _ = resolve_configs(["--config", f"vision/{recipe}.yaml", *one])
         app = Application(arguments, run=False)
-        assert app.model.outline(app.datamodule) == []
+        assert app.model.configure_meta_model(app.datamodule) == []
         return app
 
     return build

@@ -10,7 +10,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ....tasks.run_files import replacing
+from ....tasks.atomic_files import replacing
 from .content import CommandGroup, Page, make_page
 from .style import Chart
 from .tables import RUN_COLUMNS, SUMMARY_COLUMNS, Cell, ReportTable, Row, run_rows, summary_rows

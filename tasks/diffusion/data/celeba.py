@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from ...data.record import hash_paths
+from ...data.module import hash_paths
 from .module import ImageData, Parts
 from .sources import ScaledImages, split_by_name
 

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ...data.module import SampledDataModule
-from ...data.padding import PaddedItems, collate_padded
-from ...data.record import hash_tensors
-from ...data.shuffling import ShuffledSamples, SizedDataset
+from ...data.module import SampledDataModule, hash_tensors
+from ...data.sampling import PaddedItems, ShuffledSamples, SizedDataset, collate_padded
 
 __all__ = ["ImageData", "Parts"]
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ...data.cache import default_cache_dir, remember
-from ...data.images import IMAGE_SUFFIXES, find_images, read_image
-from ...data.record import hash_paths
+from ...data.module import hash_paths
+from ...data.sources import IMAGE_SUFFIXES, find_images, read_image
 from ...data.splits import check_val_fraction, choose_parts, named_parts
-from ...packages import require
+from ...errors import require
 from .module import ImageData, Parts
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...data.cache import digest, hash_files
-from ...data.standard_library import library_files
+from ...data.sources import library_files
 from ..graph import Graph
 from .module import GraphDataModule, cached_graph
 

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ...checkpoint_file import ExactUnpickler
-from ...packages import require
+from ...checkpoints.files import ExactUnpickler
+from ...errors import require
 from ..graph import Graph
 from .module import GraphDataModule, cached_graph
 

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ...checkpoint_file import read_file, write_to
-from ...data.cache import atomic_file, default_cache_dir, digest, only_one
-from ...data.module import SampledDataModule
-from ...data.record import hash_tensors
-from ...seeds import seed_of
+from ...atomic_files import atomic_file
+from ...checkpoints.files import read_file, write_to
+from ...data.cache import default_cache_dir, digest, only_one
+from ...data.module import SampledDataModule, hash_tensors
+from ...data.sampling import seed_of
 from ..graph import Graph, require_neighbor_sampling, require_torch_geometric
 
 __all__ = ["GraphDataModule", "NeighborBatches", "RandomParts", "WholeGraph", "cached_graph"]

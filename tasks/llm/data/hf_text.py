@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ...data.splits import Split, named_parts, split_of
-from ...run_files import error_line
+from ...errors import error_line
 from .text_files import checked_text
 from .text_module import UNNAMED, LocalText
 

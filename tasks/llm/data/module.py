@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ...data.cache import default_cache_dir
-from ...data.module import SampledDataModule
-from ...data.record import TOKENIZER
+from ...data.module import TOKENIZER, SampledDataModule
 from .tokenizer import keep_tokenizer, load_tokenizer, tokenizer_texts, tokenizers_differ
 from .tokens import TokenStream, TrainWindows, ValidationWindows, collate_windows, hash_tokens, unigram_loss
 

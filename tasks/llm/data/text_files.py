@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ...data.sources import library_files
 from ...data.splits import Split, named_parts, split_names, split_of
-from ...data.standard_library import library_files
 from .text_module import UNNAMED, LocalText, TextDataModule
 from .tokenizer import END_OF_TEXT
 

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 
-from ...data.cache import atomic_file, digest, hash_files, only_one, read_json, remember, write_json
-from ...data.record import TOKENIZER
+from ...atomic_files import atomic_file
+from ...data.cache import digest, hash_files, only_one, read_json, remember, write_json
+from ...data.module import TOKENIZER
 from ...data.splits import Split, check_val_fraction, choose_parts
 from .module import TokenDataModule, TokenSource
 from .tokenizer import MIN_VOCAB_SIZE, keep_tokenizer, load_tokenizer, tokenizer_files, tokenizer_texts, train_bpe

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ...data.cache import remember
-from ...data.record import TOKENIZER
+from ...data.module import TOKENIZER
 from .module import TokenDataModule, TokenSource
 from .tokenizer import keep_tokenizer, load_tokenizer
 from .tokens import STORAGE, TokenPart, TokenStream, TokenType

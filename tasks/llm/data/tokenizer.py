@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...data.cache import atomic_file, digest, only_one
+from ...atomic_files import atomic_file
+from ...data.cache import digest, only_one
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from ...data.images import IMAGE_SUFFIXES
+from ...data.sources import IMAGE_SUFFIXES
 from .module import DecodedFiles, ImageDataModule, ImageSet, settled
 from .transforms import IMAGENET_MEAN, IMAGENET_STD, Transforms
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...packages import require
+from ...errors import require
 from .module import ImageDataModule, ImageSet, ImageTensors, settled
 from .transforms import Transforms
 

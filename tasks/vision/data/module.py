@@ -17,11 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ...data.images import find_images, read_image
-from ...data.module import SampledDataModule
-from ...data.padding import PaddedItems, collate_padded
-from ...data.record import hash_paths, hash_tensors
-from ...data.shuffling import ShuffledSamples
+from ...data.module import SampledDataModule, hash_paths, hash_tensors
+from ...data.sampling import PaddedItems, ShuffledSamples, collate_padded
+from ...data.sources import find_images, read_image
 from .transforms import Transforms
 
 if TYPE_CHECKING:

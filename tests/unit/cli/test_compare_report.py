@@ -16,7 +16,7 @@ from lightning_adam_mini.cli.compare.report.charts import curves_chart, focus, p
 from lightning_adam_mini.cli.compare.report.content import task_names
 from lightning_adam_mini.cli.compare.run_records import Costs
 from lightning_adam_mini.cli.compare.stats import MeanStd, Verdict
-from lightning_adam_mini.tasks.primary_metric import PrimaryMetric
+from lightning_adam_mini.tasks.base import PrimaryMetric
 from report_page import ReportPage
 from synthetic_comparison import PRIMARY_METRICS, synthetic_comparison, without_costs
 

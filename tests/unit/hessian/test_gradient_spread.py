@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_adam_mini import AdamMini
 from lightning_adam_mini.blocks import Blocks, Segment
 from lightning_adam_mini.hessian.gradient_spread import mean_square_gradients, spread_from, spread_sums
-from lightning_adam_mini.tasks.callbacks.gradient_spread import GradientSpread
+from lightning_adam_mini.tasks.callbacks.monitoring import GradientSpread
 
 CUTS = {
     "rows": Blocks.rows((6, 4)),
@@ -199,7 +199,7 @@ def test_another_optimizer_gets_the_blocks_that_adam_mini_would_have():
 
 
 def test_where_no_block_has_several_elements_it_says_so():
-    with pytest.warns(UserWarning, match="logs nothing: no parameter is cut"):
+    with pytest.warns(UserWarning, match="logs nothing: no parameter has blocks of several"):
         assert fit(Net(lambda module: AdamMini(module, lr=0.1, partition="element"))) == {}
 
 

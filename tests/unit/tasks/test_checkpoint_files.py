@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import random
+import time
 import zipfile
 from pathlib import Path
 
@@ -14,11 +15,10 @@ import torch
 
 from lightning_adam_mini.factory import AdamMini
 from lightning_adam_mini.schedule import Schedule
-from lightning_adam_mini.tasks.checkpoint_file import ExactUnpickler
-from lightning_adam_mini.tasks.checkpoint_io import AtomicCheckpointIO, read_checkpoint
-from lightning_adam_mini.tasks.data.cache import atomic_file
-from lightning_adam_mini.tasks.in_place import beside
-from lightning_adam_mini.tasks.run_files import write_text
+from lightning_adam_mini.tasks.atomic_files import atomic_file, temporary_path, write_text
+from lightning_adam_mini.tasks.checkpoints.files import ExactUnpickler, checksum_of
+from lightning_adam_mini.tasks.checkpoints.saving import AtomicCheckpointIO, read_checkpoint
+from lightning_adam_mini.tasks.data.module import read_record
 
 FLIPS = CUTS = 300
 
@@ -121,7 +121,7 @@ def test_other_programs_read_it_as_any_other(saved):
 
 def test_the_checksum_is_of_the_bytes_that_were_written(saved, monkeypatch):
     """Computed on the way to the disk: what the disk changes is found."""
-    import lightning_adam_mini.tasks.checkpoint_file as module
+    import lightning_adam_mini.tasks.checkpoints.files as module
 
     monkeypatch.setattr(module.os, "fsync", lambda fd: os.pwrite(fd, b"?", 700))
     AtomicCheckpointIO().save_checkpoint(content(), saved)
@@ -196,6 +196,24 @@ def test_a_checkpoint_that_would_run_code(tmp_path, monkeypatch, harm, where, fo
     assert not Path("harmed").exists()
 
 
+def test_a_checksum_is_compared_once_until_the_file_changes(saved, monkeypatch):
+    """A resumed run reads the record of its data first, and then the checkpoint."""
+    from lightning_adam_mini.tasks.checkpoints import files
+
+    compared = []
+    monkeypatch.setattr(files, "checksum_of", lambda *args: compared.append(args) or checksum_of(*args))
+    read_record(saved)
+    read(saved)
+    assert len(compared) == 2, "a file that was just saved may change within the resolution of its time stamp"
+    now = time.time()
+    monkeypatch.setattr(files.time, "time", lambda: now + 10)
+    read_record(saved)
+    read(saved)
+    assert len(compared) == 3
+    saved.write_bytes(flipped(saved.read_bytes(), 5000))
+    assert_refused(saved)
+
+
 def test_classes_are_named_exactly():
     classes = {("os", "getcwd"), ("pathlib", "PosixPath")}
     assert ExactUnpickler(io.BytesIO(pickle.dumps(Path("a"))), {*classes, ("pathlib._local", "PosixPath")}).load()
@@ -208,9 +226,9 @@ def test_a_full_disk_is_told_as_such(saved):
     """torch's writer would tell where it stands in the file."""
     before = saved.read_bytes()
     for size in (10, 1_000_000):
-        beside(saved).symlink_to("/dev/full")
+        temporary_path(saved).symlink_to("/dev/full")
         big = {**content(), "state_dict": {"weight": torch.zeros(size)}}
-        with pytest.raises(OSError, match=f"cannot save the checkpoint {saved}: No space left on device; free space"):
+        with pytest.raises(OSError, match=f"cannot write the checkpoint {saved}: No space left on device; free space"):
             AtomicCheckpointIO().save_checkpoint(big, saved)
         assert [path.name for path in saved.parent.iterdir()] == ["last.ckpt"]
         assert saved.read_bytes() == before
@@ -239,7 +257,7 @@ def test_a_full_disk_is_told_with_the_file_that_was_to_be_written(tmp_path, name
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_text("before")
-    path.with_name(f".{path.name}.{os.getpid()}.tmp").symlink_to("/dev/full")
+    temporary_path(path).symlink_to("/dev/full")
     with pytest.raises(OSError, match=f"cannot write {path}: No space left on device; free space there"):
         write_text(path, "after")
     assert path.read_text() == "before"

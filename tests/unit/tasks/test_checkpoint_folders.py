@@ -10,13 +10,18 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from lightning_adam_mini.cli.convert import write_folder
 from lightning_adam_mini.cli.run_folder import last_checkpoint, resolve_checkpoint
-from lightning_adam_mini.tasks import in_place
-from lightning_adam_mini.tasks.checkpoint_folder import read_folder, read_outline
-from lightning_adam_mini.tasks.checkpoint_io import AtomicCheckpointIO
-from lightning_adam_mini.tasks.in_place import beside, put_in_place, recover, remove, sweep
-from lightning_adam_mini.tasks.optimizer_names import drop_unsaved, name_parameters, number_parameters
+from lightning_adam_mini.tasks import atomic_files
+from lightning_adam_mini.tasks.atomic_files import put_in_place, recover, remove, sweep, temporary_path
+from lightning_adam_mini.tasks.checkpoints.folders import (
+    drop_unsaved,
+    name_parameters,
+    number_parameters,
+    read_contents,
+    read_folder,
+    write_folder,
+)
+from lightning_adam_mini.tasks.checkpoints.saving import AtomicCheckpointIO
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -58,15 +63,15 @@ def folder(tmp_path):
 def test_anything_takes_the_place_of_anything(tmp_path, kind, before):
     target = tmp_path / "last.ckpt"
     make(target, before, "old")
-    make(beside(target), kind)
-    put_in_place(beside(target), target)
+    make(temporary_path(target), kind)
+    put_in_place(temporary_path(target), target)
     assert content(target) == "new"
     assert target.is_symlink() == (kind == "link")
     if before == "link":
         assert content(tmp_path / "last.ckpt-of-link") == "old", "what a link leads to is another checkpoint"
     kept = {"last.ckpt"}
     kept |= {"last.ckpt-of-link"} if before == "link" else set()
-    kept |= {f"{beside(target).name}-of-link"} if kind == "link" else set()
+    kept |= {f"{temporary_path(target).name}-of-link"} if kind == "link" else set()
     assert {path.name for path in tmp_path.iterdir()} == kept
 
 
@@ -76,7 +81,7 @@ def test_anything_takes_the_place_of_anything(tmp_path, kind, before):
 def test_a_kill_at_any_rename_leaves_the_old_one_or_the_new_one(tmp_path, monkeypatch, kind, before, renames):
     target, left = tmp_path / "last.ckpt", [renames]
     make(target, before, "old")
-    make(beside(target), kind)
+    make(temporary_path(target), kind)
     real = {name: getattr(Path, name) for name in ("rename", "replace")}
 
     def rename(name):
@@ -92,7 +97,7 @@ def test_a_kill_at_any_rename_leaves_the_old_one_or_the_new_one(tmp_path, monkey
         for name in real:
             patch.setattr(Path, name, rename(name))
         try:
-            put_in_place(beside(target), target)
+            put_in_place(temporary_path(target), target)
         except KeyboardInterrupt:
             pass
         else:
@@ -106,7 +111,7 @@ def test_a_kill_at_any_rename_leaves_the_old_one_or_the_new_one(tmp_path, monkey
 
 def test_a_folder_that_is_removed_is_gone_at_once(tmp_path, monkeypatch):
     make(tmp_path / "best.ckpt", "folder")
-    monkeypatch.setattr(in_place.shutil, "rmtree", lambda *_, **__: None)  # killed before the first file
+    monkeypatch.setattr(atomic_files.shutil, "rmtree", lambda *_, **__: None)  # killed before the first file
     remove(tmp_path / "best.ckpt")
     assert not (tmp_path / "best.ckpt").exists()
     monkeypatch.undo()
@@ -115,7 +120,7 @@ def test_a_folder_that_is_removed_is_gone_at_once(tmp_path, monkeypatch):
 
 
 def test_lightning_finds_no_number_in_what_is_half_written():
-    assert "hpc_ckpt_" not in beside(Path("run/hpc_ckpt_3.ckpt")).name
+    assert "hpc_ckpt_" not in temporary_path(Path("run/hpc_ckpt_3.ckpt")).name
 
 
 def test_last_and_best_are_folders_or_links(folder):
@@ -131,7 +136,7 @@ def test_last_and_best_are_folders_or_links(folder):
 def test_a_kill_between_two_renames_is_mended_where_the_checkpoint_is_looked_for(folder):
     folder.rename(folder.with_name(".last.ckpt.new"))
     assert last_checkpoint(folder.parent.parent) == folder
-    assert read_outline(folder).parts == set(STATE)
+    assert set(read_contents(folder).parts) == set(STATE)
 
 
 def test_another_folder_is_no_checkpoint(folder):
@@ -312,7 +317,7 @@ def test_a_full_disk_is_told_as_such(ours, monkeypatch, file):
 
     before = AtomicCheckpointIO().load_checkpoint(ours)
     monkeypatch.setattr(Path, "open", open_full)
-    with pytest.raises(OSError, match=f"cannot save the checkpoint {ours}: No space left on device; free space"):
+    with pytest.raises(OSError, match=f"cannot write the checkpoint {ours}: No space left on device; free space"):
         write_folder({**before, "optimizer_states": [], "state_dict": {"weight": torch.zeros(100_000)}}, ours)
     monkeypatch.undo()
     assert [path.name for path in ours.parent.iterdir()] == ["last.ckpt"]
@@ -322,7 +327,7 @@ def test_a_full_disk_is_told_as_such(ours, monkeypatch, file):
 def test_who_looks_for_a_folder_that_is_being_replaced_does_not_disturb(tmp_path, monkeypatch):
     target = tmp_path / "last.ckpt"
     make(target, "folder", "old")
-    make(beside(target), "folder")
+    make(temporary_path(target), "folder")
     real = Path.rename
 
     def rename(path, to):
@@ -332,7 +337,7 @@ def test_who_looks_for_a_folder_that_is_being_replaced_does_not_disturb(tmp_path
         return moved
 
     monkeypatch.setattr(Path, "rename", rename)
-    put_in_place(beside(target), target)
+    put_in_place(temporary_path(target), target)
     assert content(target) == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
 

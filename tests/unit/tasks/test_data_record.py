@@ -8,8 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from lightning_adam_mini.tasks.data import record as records
-from lightning_adam_mini.tasks.data.record import hash_paths, hash_tensors, names_differ, read_record, write_record
+from lightning_adam_mini.tasks.data.module import hash_paths, hash_tensors, names_differ, read_record, write_record
 from lightning_adam_mini.tasks.diffusion.data import DigitImages, ImageFiles
 from lightning_adam_mini.tasks.graph.data import CallGraph, OgbArxiv, Planetoid, call_graph
 from lightning_adam_mini.tasks.graph.graph import Graph
@@ -99,12 +98,15 @@ def test_token_files_with_other_tokens(tokens):
     padded.check_record(named.record(), resumes=True)
     changed = token_files(tokens, vocab_size=270, train=str(tokens / "more.bin"))
     refuses(
-        bare, changed, r"changed since the run began \(training tokens changed\): restore them, or go on", resumes=True
+        bare,
+        changed,
+        r"changed since the run began \(training tokens changed\): restore them, or continue",
+        resumes=True,
     )
     with pytest.warns(UserWarning, match="not quite those of the run"):
         changed.check_record(bare.record(), resumes=False)
     changed.allow_changed = True
-    with pytest.warns(UserWarning, match="goes on with other data than it began with"):
+    with pytest.warns(UserWarning, match="continues with other data than it began with"):
         changed.check_record(bare.record(), resumes=True)
 
 
@@ -175,11 +177,11 @@ def test_a_trainer_in_python_refuses_what_it_was_not_told_of(tmp_path):
     (tmp_path / "corpus" / "b.txt").write_text("zqx zqxy zqxyj wvk wvkk pjj " * 2000, "utf-8")
     with pytest.raises(ValueError, match="tokens of the run have other ids"):
         trained(tmp_path / "a.ckpt")
-    with pytest.warns(UserWarning, match="goes on with other data"):
+    with pytest.warns(UserWarning, match="continues with other data"):
         assert trained(tmp_path / "a.ckpt", recall=True).meaning() == first.meaning()
     write_record(tmp_path / "run", first.record())
     assert load_tokenizer(str(tmp_path / "run" / "tokenizer")).get_vocab() == first.tokenizer.get_vocab()
-    assert json.loads((tmp_path / "run" / records._FILE).read_text("utf-8"))["meaning"]["tokenizer"] == "tokenizer/"
+    assert json.loads((tmp_path / "run" / "data.json").read_text("utf-8"))["meaning"]["tokenizer"] == "tokenizer/"
 
 
 def test_the_clothes_are_no_digits(tmp_path):

@@ -11,7 +11,7 @@ pytest.importorskip("sklearn")
 
 from PIL import Image
 
-from lightning_adam_mini.tasks.data.images import find_images
+from lightning_adam_mini.tasks.data.sources import find_images
 from lightning_adam_mini.tasks.diffusion.data import CelebA, DigitImages, ImageFiles, sources
 
 FACES = 12

@@ -11,7 +11,7 @@ pytest.importorskip("diffusers")
 
 from lightning_adam_mini import factory
 from lightning_adam_mini.schedule import Schedule
-from lightning_adam_mini.tasks.data.padding import collate_padded
+from lightning_adam_mini.tasks.data.sampling import collate_padded
 from lightning_adam_mini.tasks.diffusion import DiffusionModel
 from lightning_adam_mini.tasks.diffusion.data import DigitImages
 from lightning_adam_mini.tasks.diffusion.frechet import PrincipalComponents, frechet_distance
@@ -107,12 +107,12 @@ def test_refused_options(options, told):
 )
 def test_networks_that_do_not_fit_the_data(config, shape, told):
     with pytest.raises(ValueError, match=told):
-        DiffusionModel(config=config).outline(SimpleNamespace(image_shape=shape))
+        DiffusionModel(config=config).configure_meta_model(SimpleNamespace(image_shape=shape))
 
 
 def test_size_and_channels_are_those_of_the_data():
     task = DiffusionModel(config=without("in_channels"))
-    assert task.outline(DigitImages()) == []
+    assert task.configure_meta_model(DigitImages()) == []
     assert (task.model.config.in_channels, task.model.config.out_channels, task.model.config.sample_size) == (1, 1, 8)
     assert all(parameter.is_meta for parameter in task.parameters())
 

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("torch_geometric")
 
-from lightning_adam_mini.tasks.data.standard_library import _is_wanted
+from lightning_adam_mini.tasks.data.sources import _is_wanted
 from lightning_adam_mini.tasks.graph.data import CallGraph
 from lightning_adam_mini.tasks.graph.data.call_graph import find_definitions, mention_edges, word_features
 

@@ -70,7 +70,7 @@ def test_files_that_do_not_fit_together_are_named(case, arxiv, tmp_path):
     write_ogb(tmp_path / "data", **changed)
     with pytest.raises(ValueError, match=told):
         arxiv()
-    assert not list((tmp_path / "cache").rglob("*.partial"))
+    assert not list((tmp_path / "cache").rglob(".*.tmp"))
 
 
 def test_a_count_that_is_not_the_files_is_told(arxiv, tmp_path):

@@ -170,11 +170,11 @@ def test_hops_are_as_many_as_layers():
 
 
 def test_pictures_are_in_percent(graph, tmp_path, monkeypatch):
-    from lightning_adam_mini.tasks import curves
+    from lightning_adam_mini.tasks import plots
     from lightning_adam_mini.tasks.graph import node_classifier
 
     drawn = {}
-    for module in (curves, node_classifier):
+    for module in (plots, node_classifier):
         monkeypatch.setattr(module, "save_figure", lambda figure, path: drawn.setdefault(path.name, figure.axes[0]))
     monkeypatch.setattr(node_classifier, "read_metrics", lambda folder: {"val_accuracy": {5: 0.25, 10: 0.75}})
     task = make_task(graph)

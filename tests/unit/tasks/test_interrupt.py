@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from lightning_adam_mini.tasks.callbacks.interrupt import requeue
+from lightning_adam_mini.tasks.callbacks.stopping import requeue
 
 
 @pytest.fixture

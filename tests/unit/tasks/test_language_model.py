@@ -60,7 +60,7 @@ def test_refused_configurations(architecture, options, told):
 def test_the_outline_is_the_network_without_memory(architecture, config):
     options = {"architecture": architecture, "config": config, "activation_checkpointing": True, "compile": True}
     task = LanguageModel(**options)
-    assert task.outline(SimpleNamespace()) == []
+    assert task.configure_meta_model(SimpleNamespace()) == []
     real = built(config, architecture=architecture)
     assert {name: p.shape for name, p in task.named_parameters()} == {n: p.shape for n, p in real.named_parameters()}
     assert all(parameter.is_meta for parameter in task.parameters())

@@ -237,7 +237,7 @@ def test_processes_that_prepare_at_the_same_time(tmp_path):
     assert len(set(values)) == 1
     assert sum(trained) == 1, "the others wait for the first"
     assert len(list((tmp_path / "cache").glob("textfiles-*"))) == 1
-    assert not list((tmp_path / "cache").rglob("*.partial"))
+    assert not list((tmp_path / "cache").rglob(".*.tmp"))
 
 
 def cut_in_half(file):
@@ -259,7 +259,7 @@ def test_damaged_cache_is_made_again(tmp_path, cache_dir, name, damage, caplog):
     expected = parts_of(good)
     folder = next(file.parent for file in cache_dir.rglob("tokenizer.json"))
     contents = {file: file.read_bytes() for file in folder.glob("*.*") if file.is_file()}
-    (folder / "train.bin.abc.partial").write_bytes(b"left by a process that was killed")
+    (folder / ".train.bin.abc.tmp").write_bytes(b"left by a process that was killed")
     damage(folder / name)
     if (name, damage) == ("facts.json", flip_a_bit):
         (folder / name).write_text("[]")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lightning_adam_mini.tasks.metrics_file import MetricsFile, read_metrics
+from lightning_adam_mini.tasks.metrics import MetricsFile, read_metrics
 
 
 def rows(folder):

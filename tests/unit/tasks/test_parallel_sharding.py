@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_adam_mini.optim import AdamMini
-from lightning_adam_mini.tasks.parallel.clipping import clip_grad_norm_
-from lightning_adam_mini.tasks.parallel.initialisation import load_from_first_rank, materialise, share_random_state
+from lightning_adam_mini.tasks.parallel.building import load_from_first_rank, materialise, share_random_state
 from lightning_adam_mini.tasks.parallel.sharding import (
+    clip_grad_norm_,
     running_statistics,
     shard_model,
     share_running_statistics,

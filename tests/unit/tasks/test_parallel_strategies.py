@@ -9,12 +9,10 @@ from torch import nn
 
 from lightning_adam_mini.tasks import base  # noqa: F401 - registers the strategies
 from lightning_adam_mini.tasks.parallel import FSDP2, HSDP
-from lightning_adam_mini.tasks.parallel.activation_checkpointing import checkpoint_activations
-from lightning_adam_mini.tasks.parallel.building import Recipe, build_for
-from lightning_adam_mini.tasks.parallel.checks import check_strategy
+from lightning_adam_mini.tasks.parallel.building import build_for
 from lightning_adam_mini.tasks.parallel.fsdp1 import prepare_fsdp1
-from lightning_adam_mini.tasks.parallel.sizes import MeshSizes, fit_sizes
-from lightning_adam_mini.tasks.parallel.units import repeated_blocks
+from lightning_adam_mini.tasks.parallel.sharding import checkpoint_activations, repeated_blocks
+from lightning_adam_mini.tasks.parallel.strategies import MeshSizes, check_strategy, fit_sizes
 from ranks import run_ranks
 
 
@@ -232,7 +230,7 @@ def _refused(rank, strategy):
     strategy = connected(strategy, 2, rank)
     strategy.setup_environment()
     try:
-        build_for(strategy, Recipe(whole=lambda: nn.Sequential(Stage(), Stage())))
+        build_for(strategy, lambda: nn.Sequential(Stage(), Stage()))
     except ValueError as error:
         return str(error)
     return ""
@@ -256,7 +254,7 @@ def _drawn(rank):
     torch.manual_seed(rank)  # nobody has set a seed
     strategy = connected(FSDP2(), 2, rank)
     strategy.setup_environment()
-    return build_for(strategy, Recipe(whole=lambda: nn.Linear(4, 4))).weight.full_tensor().detach()
+    return build_for(strategy, lambda: nn.Linear(4, 4)).weight.full_tensor().detach()
 
 
 def test_ranks_draw_one_model_without_a_seed_too():

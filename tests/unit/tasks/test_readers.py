@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, PngImagePlugin
 
-from lightning_adam_mini.tasks.data.images import read_image
+from lightning_adam_mini.tasks.data.sources import read_image
 from lightning_adam_mini.tasks.diffusion.data.celeba import read_partition
 from lightning_adam_mini.tasks.diffusion.data.sources import ImageFiles
 from lightning_adam_mini.tasks.graph.data.citations import Planetoid, read_table

@@ -5,11 +5,9 @@ import torch
 from PIL import Image
 from torch.utils.data import default_collate
 
-from lightning_adam_mini.tasks.data.images import find_images, read_image
 from lightning_adam_mini.tasks.data.module import SampledDataModule
-from lightning_adam_mini.tasks.data.padding import PaddedItems, collate_padded
-from lightning_adam_mini.tasks.data.sampling import ValidationSampler
-from lightning_adam_mini.tasks.data.shuffling import ShuffledSamples
+from lightning_adam_mini.tasks.data.sampling import PaddedItems, ShuffledSamples, ValidationSampler, collate_padded
+from lightning_adam_mini.tasks.data.sources import find_images, read_image
 
 
 class Noisy:

@@ -221,12 +221,12 @@ def test_synchronised_batch_norm_that_cannot_work_is_refused(architecture, devic
 
 def test_the_outline_assumes_imagenet_where_the_data_are_not_there():
     task = ImageClassifier(architecture="resnet18")
-    (told,) = task.outline(fake_data(planned_num_classes=None, image_shape=(3, 224, 224)))
+    (told,) = task.configure_meta_model(fake_data(planned_num_classes=None, image_shape=(3, 224, 224)))
     assert "1000 are assumed" in told
     assert task.model.fc.weight.shape == (1000, 512)
     assert task.model.fc.weight.is_meta
     task = ImageClassifier(architecture="resnet18")
-    assert task.outline(fake_data(planned_num_classes=10)) == []
+    assert task.configure_meta_model(fake_data(planned_num_classes=10)) == []
     assert task.model.conv1.weight.shape[1] == 1
 
 

@@ -10,7 +10,7 @@ from lightning_adam_mini.factory import SGD
 from lightning_adam_mini.schedule import Schedule
 from lightning_adam_mini.tasks.base import Task
 from lightning_adam_mini.tasks.callbacks import WeightEMA
-from lightning_adam_mini.tasks.callbacks.averaged_tensors import AveragedTensors
+from lightning_adam_mini.tasks.callbacks.ema import AveragedTensors
 
 
 class Line(Task):

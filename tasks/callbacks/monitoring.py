@@ -1,7 +1,8 @@
-"""Throughput, FLOPs utilisation, memory and the optimizer's own time, as metrics."""
+"""Logged metrics of training itself: its costs, and the spread of gradients within the optimizer's blocks."""
 
 from __future__ import annotations
 
+import math
 import time
 from statistics import fmean
 from typing import Any, cast
@@ -9,15 +10,21 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_adam_mini.blocks import Kind
+from lightning_adam_mini.hessian.gradient_spread import spread_from, spread_sums
 from lightning_adam_mini.measure import optimizer_state_bytes, peak_flops, peak_memory_bytes
+from lightning_adam_mini.optim import AdamMini
+from lightning_adam_mini.partition import ParameterPartition, partition_module
 
 from ..base import Task
 
-__all__ = ["FIGURES", "PerformanceMonitor"]
+__all__ = ["PERFORMANCE_METRICS", "GradientSpread", "PerformanceMonitor"]
 
-FIGURES = (
+PERFORMANCE_METRICS = (
     "step_milliseconds",
     "optimizer_milliseconds",
     "optimizer_state_bytes",
@@ -25,7 +32,7 @@ FIGURES = (
     "training_seconds",
     "mfu",
 )
-"""What it logs beside the throughput, whose name has the task's unit."""
+"""What `PerformanceMonitor` logs, besides the throughput, whose name contains the task's unit."""
 
 
 class PerformanceMonitor(Callback):
@@ -62,7 +69,7 @@ class PerformanceMonitor(Callback):
         self._trained = state_dict.get("training_seconds", 0.0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the device's peak and start to time the optimizer."""
+        """Look up the peak of the device and start to time the optimizer."""
         if self.peak_flops is None:
             self.peak_flops = peak_flops(pl_module.device)
         for optimizer in trainer.optimizers:
@@ -74,7 +81,7 @@ class PerformanceMonitor(Callback):
         self._open_window()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validation within training does not count as training time, which is noted beside its figures."""
+        """Stop counting training time, and log it in a row of its own."""
         self._left = time.perf_counter()
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             for logger in trainer.loggers:
@@ -88,7 +95,7 @@ class PerformanceMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the batch, and log where the trainer logs."""
+        """Count the batch, and log at the trainer's interval."""
         if not isinstance(pl_module, Task):
             return
         units = pl_module.batch_units(batch)
@@ -168,3 +175,86 @@ class _StepTimer:
             event.record()
             return event
         return time.perf_counter()
+
+
+class GradientSpread(Callback):
+    """Logs what the blocks leave out of Adam's second moment: the variance of `ln g^2` within them, by role.
+
+    Metrics, at the trainer's logging interval: `gradient_spread/ROLE`, the variance within blocks, and
+    `gradient_spread_explained/ROLE`, the part of the whole variance that lies between blocks instead. The gradients are
+    those of one optimizer step, so pure noise has the variance pi^2 / 2 = 4.9. The blocks are those of AdamMini or,
+    with another optimizer, those that AdamMini would use. Parameters with one value an element are left out, and so are
+    factored second moments, which have no blocks.
+
+    Add it with `--trainer.callbacks+=lightning_adam_mini.tasks.callbacks.GradientSpread`. In a step that is logged it
+    costs some passes over the gradients, and the host waits for the device once.
+
+    Raises:
+        ValueError: Gradients are freed before the optimizer's step (`model.gradient_release`).
+    """
+
+    def __init__(self) -> None:
+        self._partitions: dict[str, ParameterPartition] = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the blocks."""
+        if getattr(pl_module, "gradient_release", False):
+            raise ValueError("GradientSpread needs the gradients of a whole step: leave model.gradient_release out")
+        self._partitions = {}
+        if getattr(pl_module, "is_sharded", False) or any(hasattr(p, "device_mesh") for p in pl_module.parameters()):
+            rank_zero_warn("GradientSpread logs nothing: ranks hold parts of the gradients, and blocks cross them")
+            return
+        optimizer = next(iter(trainer.optimizers), None)
+        if isinstance(optimizer, AdamMini):
+            partitions = _named_as_in(pl_module, optimizer)
+        else:
+            partitions = partition_module(pl_module)
+        if not partitions:
+            rank_zero_warn(
+                "GradientSpread logs nothing: the parameters of the optimizer have other names than any module; pass "
+                "AdamMini a module"
+            )
+            return
+        self._partitions = {name: partition for name, partition in partitions.items() if _has_blocks(partition)}
+        if not self._partitions:
+            rank_zero_warn("GradientSpread logs nothing: no parameter has blocks of several elements")
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Sum over blocks in steps that are logged, before clipping, which scales all gradients by one factor."""
+        interval = cast("Any", trainer).log_every_n_steps  # set by the trainer, but not declared
+        if not self._partitions or not trainer.is_global_zero or not interval or (trainer.global_step + 1) % interval:
+            return
+        gradients = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
+        by_role: dict[str, Tensor] = {}
+        for name, partition in self._partitions.items():
+            if name in gradients:
+                sums = spread_sums(partition.blocks, gradients[name].float().square())
+                role = partition.role.name
+                by_role[role] = by_role[role] + sums if role in by_role else sums
+        if not by_role:
+            return
+        rows = torch.stack(list(by_role.values())).cpu()  # the host waits for the device here alone
+        metrics: dict[str, float] = {}
+        for role, row in zip(by_role, rows, strict=True):
+            spread = spread_from(row)
+            metrics[f"gradient_spread/{role}"] = spread.within
+            metrics[f"gradient_spread_explained/{role}"] = spread.explained
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)  # the number of this step, from 0
+
+
+def _named_as_in(module: LightningModule, optimizer: AdamMini) -> dict[str, ParameterPartition]:
+    """The optimizer's partition by the names of parameters in `module`, also if it was built from a submodule."""
+    partitions = optimizer.partition
+    trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    for prefix, part in module.named_modules():
+        named = {name: p for name, p in part.named_parameters() if p in trained}
+        if len(named) == len(trained) and named.keys() <= partitions.keys():
+            return {f"{prefix}.{name}" if prefix else name: partitions[name] for name in named}
+    return {}
+
+
+def _has_blocks(partition: ParameterPartition) -> bool:
+    """Whether second moments are shared within blocks of several elements."""
+    blocks = partition.blocks
+    return blocks.kind is Kind.MEAN and blocks.num_values < math.prod(blocks.shape)

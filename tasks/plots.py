@@ -1,14 +1,17 @@
-"""Figures over the steps of a run, drawn."""
+"""Plots of a run, as PNG files."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .run_files import save_figure
+from .atomic_files import replacing
 
-__all__ = ["draw_curves"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["draw_curves", "save_figure"]
 
 
 def draw_curves(
@@ -19,12 +22,12 @@ def draw_curves(
     ylabel: str,
     scale: float = 1.0,
 ) -> None:
-    """Metrics by optimizer step, as PNG; those that were not logged are left out.
+    """Draw metrics over optimizer steps; metrics that were not logged are left out.
 
     Args:
         path: The file.
-        metrics: Name to step to value.
-        curves: Name, words and matplotlib's options of each line.
+        metrics: Values by step, by name.
+        curves: Name, label and matplotlib's options of each line.
         ylabel: What the values are, with their unit.
         scale: Factor of the values: 100 for percent.
     """
@@ -41,3 +44,9 @@ def draw_curves(
     if axes.lines:
         axes.legend()
     save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Save a figure of matplotlib, replacing an older file."""
+    with replacing(path) as new:
+        figure.savefig(new, dpi=120, format="png")

@@ -1,8 +1,8 @@
-"""One file of a checkpoint: saved with a checksum, which is compared before anything in the file is unpickled.
+"""One checkpoint file: saved with a checksum, which is compared before anything in the file is unpickled.
 
-torch saves a zip archive. The comment at its end, which torch leaves empty and skips, holds the CRC-32 of all bytes
-before it, headers and padding included. So the checksum goes wherever the file goes, and `torch.load` reads the file
-as any other. In archives without one, of other programs, the CRC-32 of each entry is compared.
+torch saves a zip archive. Its comment at the end, which torch leaves empty and skips, holds the CRC-32 of all bytes
+before it, headers and padding included. So the checksum travels with the file, and `torch.load` reads the file like any
+other. In archives of other programs, which have no such checksum, the CRC-32 of each entry is compared.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import struct
+import time
 import zipfile
 import zlib
 from collections.abc import Collection
@@ -22,7 +23,7 @@ import torch
 from lightning_adam_mini import factory
 from lightning_adam_mini.schedule import Schedule
 
-from .run_files import error_line
+from ..errors import error_line
 
 __all__ = [
     "ChecksummedStream",
@@ -40,17 +41,24 @@ __all__ = [
 torch.serialization.add_safe_globals([getattr(factory, name) for name in factory.__all__] + [Schedule])
 
 _EMPTY_COMMENT = struct.pack("<H", 0)
-_NAMED = b"lightning-adam-mini crc32 "
+_LABEL = b"lightning-adam-mini crc32 "
 _CHECKSUM_BYTES = 8
-_COMMENT = struct.pack("<H", len(_NAMED) + _CHECKSUM_BYTES) + _NAMED
-"""The end of an archive without the checksum itself; it begins with its own length, as the format has it."""
+_COMMENT = struct.pack("<H", len(_LABEL) + _CHECKSUM_BYTES) + _LABEL
+"""The end of an archive without the checksum itself; it begins with its own length, as the format requires."""
 
 _LOCAL_HEADER, _END_OF_DIRECTORY, _END_BYTES = b"PK\x03\x04", b"PK\x05\x06", 22
-_AT_ONCE = 2**22
+_CHUNK_BYTES = 2**22
+
+_SETTLED_SECONDS = 2.0
+"""A file that changed this recently may change again within the resolution of its time stamp."""
+
+_verified: set[tuple[int, ...]] = set()
+"""Device, inode, size and time of files whose checksum this process has compared: a resumed run reads its checkpoint
+twice, first the record of its data and then all of it."""
 
 
 class ChecksummedStream:
-    """A binary file that counts what is written to it, and knows why it failed.
+    """A binary file that sums up what is written to it, and keeps the error of a failed write.
 
     torch's writer of archives turns the error of a full disk into one about positions.
 
@@ -73,7 +81,7 @@ class ChecksummedStream:
         """Write all of `data`.
 
         Raises:
-            OSError: The disk is full, say.
+            OSError: For example, the disk is full.
         """
         try:
             self._file.write(data)
@@ -104,7 +112,7 @@ def write_to(content: Any, file: IO[bytes]) -> None:
     """Save with torch and a checksum to a new file.
 
     Raises:
-        OSError: The disk is full, say.
+        OSError: For example, the disk is full.
     """
     stream = ChecksummedStream(file)
     try:
@@ -116,12 +124,11 @@ def write_to(content: Any, file: IO[bytes]) -> None:
 
 
 def read_file(path: Path, *, weights_only: bool | None = None, mmap: bool = False) -> Any:
-    """What a file of a checkpoint holds, its tensors on the CPU.
+    """Read a file, its tensors on the CPU.
 
     Args:
         path: The file.
-        weights_only: As for `torch.load`; only with False, which nothing in this project asks for, may the file run
-            code.
+        weights_only: As for `torch.load`; None is True here. Only with False may the file run code.
         mmap: Leave tensors on the disk until they are used, where the format allows it.
 
     Raises:
@@ -132,7 +139,7 @@ def read_file(path: Path, *, weights_only: bool | None = None, mmap: bool = Fals
         is_archive = file.read(len(_LOCAL_HEADER)) == _LOCAL_HEADER
         try:
             _verify(file)
-        except Exception as error:  # zipfile may raise anything of another archive
+        except Exception as error:  # zipfile may raise anything on other bytes
             raise _unreadable(path, error) from error
     try:
         return torch.load(path, mmap=mmap and is_archive, map_location="cpu", weights_only=weights_only is not False)
@@ -148,14 +155,14 @@ def _unreadable(path: Path, error: BaseException) -> ValueError:
 
 
 def reason(error: BaseException) -> str:
-    """On one line, why something could not be unpickled."""
+    """Why something could not be unpickled, on one line."""
     if name := _unsafe_class(error):
         return f"it asks for {name}, and to load what no checkpoint needs could run code"
     return error_line(error)
 
 
 def _unsafe_class(error: BaseException) -> str | None:
-    """What an unpickler has refused to load; torch says it with many words."""
+    """The class that an unpickler has refused to load; torch's message about it has many lines."""
     match = re.search(r"(?i)unsupported (?:global|class):? (?:GLOBAL )?([\w.]+)", str(error))
     return match[1] if match else None
 
@@ -163,47 +170,52 @@ def _unsafe_class(error: BaseException) -> str | None:
 def checksum_of(file: IO[bytes], size: int, end: bytes = b"") -> str:
     """CRC-32 of the next `size` bytes of a file and of `end`, eight hexadecimal digits."""
     crc = 0
-    while size > 0 and (part := file.read(min(size, _AT_ONCE))):
+    while size > 0 and (part := file.read(min(size, _CHUNK_BYTES))):
         crc = zlib.crc32(part, crc)
         size -= len(part)
     return f"{zlib.crc32(end, crc):08x}"
 
 
 def has_checksum(file: IO[bytes]) -> bool:
-    """Whether a file was written by `write_file`, as its end says; it is read on from its end."""
+    """Whether `write_file` has written a file; the position moves to its checksum."""
     file.seek(max(file.seek(0, os.SEEK_END) - len(_COMMENT) - _CHECKSUM_BYTES, 0))
     return file.read(len(_COMMENT)) == _COMMENT
 
 
 def _verify(file: IO[bytes]) -> None:
-    """Compare the checksum of a file, or those of its entries.
+    """Compare the checksum of a file, or those of its entries; once a process, unless the file changes.
 
     Raises:
         ValueError: They differ, or there is none where there should be one.
-        zipfile.BadZipFile: The archive is none any more.
+        zipfile.BadZipFile: It is no archive any more.
     """
-    size = os.fstat(file.fileno()).st_size
-    if not size:
+    stat = os.fstat(file.fileno())
+    identity = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    if identity in _verified:
+        return
+    if not stat.st_size:
         raise ValueError("it is empty")
     if has_checksum(file):
-        told = file.read()
+        saved = file.read()
         file.seek(0)
-        if checksum_of(file, size - len(_COMMENT) - _CHECKSUM_BYTES, _EMPTY_COMMENT).encode() != told:
+        if checksum_of(file, stat.st_size - len(_COMMENT) - _CHECKSUM_BYTES, _EMPTY_COMMENT).encode() != saved:
             raise ValueError("its checksum is not the one that it was saved with")
     else:
         file.seek(0)
         verify_zip(file)
+    if time.time() - max(stat.st_mtime, stat.st_ctime) > _SETTLED_SECONDS:
+        _verified.add(identity)
 
 
 def verify_zip(file: IO[bytes]) -> None:
     """Compare the checksums of the entries of an archive that torch has written without one of the whole.
 
     Args:
-        file: The archive, from its first byte to its last; what does not begin as one is left to torch.
+        file: The archive, from its first byte to its last; anything else is left to torch.
 
     Raises:
         ValueError: An entry differs from its checksum, or the end is missing.
-        zipfile.BadZipFile: The archive is none any more.
+        zipfile.BadZipFile: It is no archive any more.
     """
     if file.read(len(_LOCAL_HEADER)) != _LOCAL_HEADER:
         return
@@ -213,9 +225,9 @@ def verify_zip(file: IO[bytes]) -> None:
         raise ValueError("its end is missing")
     with zipfile.ZipFile(file) as archive:
         for entry in archive.infolist():
-            if entry.CRC:  # torch can be told to leave them out
+            if entry.CRC:  # torch has an option that leaves them out
                 with archive.open(entry) as content:
-                    while content.read(_AT_ONCE):
+                    while content.read(_CHUNK_BYTES):
                         pass  # zipfile compares at the end of an entry
 
 
@@ -234,7 +246,7 @@ class ExactUnpickler(pickle.Unpickler):
         self._classes = classes
 
     def find_class(self, module: str, name: str) -> Any:
-        """The class, where it is one of those that were named.
+        """The class, if it is one of `classes`.
 
         Raises:
             pickle.UnpicklingError: It is not.
