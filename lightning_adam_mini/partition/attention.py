@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_adam_mini.partition.layer_types import found_output_axis, is_pointwise
-from lightning_adam_mini.partition.layouts.projection_names import (
+from lightning_adam_mini.partition.layer_roles import found_output_axis, is_pointwise
+from lightning_adam_mini.partition.layouts.parameter_names import (
     fused_parts,
     is_bias_name,
     is_output_name,
@@ -27,7 +27,7 @@ from lightning_adam_mini.partition.module_layout import ModuleLayout, Rows, told
 from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
 from lightning_adam_mini.partition.tree import Leaf, Node, Tree
 
-__all__ = ["NO_AXIS", "Attention", "Projection", "projections", "unclear", "with_axis"]
+__all__ = ["NO_AXIS", "Attention", "Projection", "checked_heads", "projections", "unclear", "with_axis"]
 
 Q, K, V = Role.QUERY, Role.KEY, Role.VALUE
 Roles = Mapping[int, ParameterRole]
@@ -399,3 +399,50 @@ def _other(leaf: Leaf, why: str) -> ParameterRole:
 def unclear(leaf: Leaf, why: str, told: str) -> ParameterRole:
     """The role of a matrix that keeps a full second moment, since nothing tells what it does."""
     return replace(_other(leaf, f"{why}: {told}"), doubt=told)
+
+
+Projections = Sequence[tuple[Tensor, ParameterRole]]
+
+
+def checked_heads(projections: Projections) -> Iterator[tuple[Tensor, ParameterRole]]:
+    """What the projections of one module tell about each other's heads.
+
+    A query meets keys of its own size, so that keys whose heads a module counts under a name of its own have the size
+    of the query's. And queries with twice the rows that the output projection takes hold something else beside.
+
+    Args:
+        projections: Parameters of one module with their roles.
+
+    Yields:
+        Parameters whose role is another one than was thought, with that role.
+    """
+    queries, keys = _alone(projections, Role.QUERY), _alone(projections, Role.KEY)
+    sizes = {role.parts[0].head_dim for _, role in queries if not role.problem}
+    for query, role in queries:
+        if not role.problem and _has_gate(query, projections):
+            yield query, replace(role, problem=f"its {_rows(role)} rows are twice what the output projection takes")
+    if len(sizes) != 1:
+        return
+    (size,) = sizes
+    for key, role in keys:
+        if size and role.parts[0].head_dim != size:
+            misfit = (
+                f"its {_rows(role)} rows are no multiple of the query's head size {size}" if _rows(role) % size else ""
+            )
+            yield key, replace(role, parts=(replace(role.parts[0], head_dim=size),), problem=misfit)
+
+
+def _alone(projections: Projections, role: Role) -> list[tuple[Tensor, ParameterRole]]:
+    return [(parameter, found) for parameter, found in projections if found.roles == (role,)]
+
+
+def _has_gate(query: Tensor, projections: Projections) -> bool:
+    """Whether queries have twice as many rows as the output projection has inputs, where keys and values are alike."""
+    keys, values = ({_rows(role) for _, role in _alone(projections, r)} for r in (Role.KEY, Role.VALUE))
+    outputs = [parameter for parameter, _ in _alone(projections, Role.ATTENTION_OUTPUT) if parameter.dim() == 2]
+    inputs = {parameter.shape[1] for parameter in outputs}
+    return len(keys) == 1 and keys == values and inputs == {query.shape[0] / 2}
+
+
+def _rows(role: ParameterRole) -> int:
+    return role.parts[0].length

@@ -14,10 +14,8 @@ from dataclasses import replace
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_adam_mini.partition.attention import NO_AXIS, Attention, projections, unclear, with_axis
-from lightning_adam_mini.partition.embeddings import roles_of_embeddings
-from lightning_adam_mini.partition.heads import checked_heads
-from lightning_adam_mini.partition.layer_types import EMBEDDING_TYPES, is_pointwise, role_from_type
+from lightning_adam_mini.partition.attention import NO_AXIS, Attention, checked_heads, projections, unclear, with_axis
+from lightning_adam_mini.partition.layer_roles import EMBEDDING_TYPES, is_pointwise, role_from_type, roles_of_embeddings
 from lightning_adam_mini.partition.layouts import OrderLayout, find_layouts, is_registered, named_layout, named_layouts
 from lightning_adam_mini.partition.module_layout import ModuleLayout, Rows, qualified_name
 from lightning_adam_mini.partition.roles import ParameterRole, Role

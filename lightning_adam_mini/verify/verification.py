@@ -20,9 +20,8 @@ from lightning_adam_mini.partition import (
 from lightning_adam_mini.partition.inference import infer_roles
 from lightning_adam_mini.partition.layouts import ORDERS
 from lightning_adam_mini.partition.module_layout import qualified_name
-from lightning_adam_mini.partition.overrides import Overrides
 from lightning_adam_mini.partition.partition import cut_parameters
-from lightning_adam_mini.partition.strategies import STRATEGIES, Structure
+from lightning_adam_mini.partition.strategies import STRATEGIES, Overrides, Structure
 from lightning_adam_mini.partition.tree import Node, plain_names, walk
 from lightning_adam_mini.verify.judging import Observation, Status, VerifiedParameter, judge
 from lightning_adam_mini.verify.running import traced

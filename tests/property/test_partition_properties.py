@@ -22,8 +22,8 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_adam_mini import AdamMini, partition_module
 from lightning_adam_mini.blocks import Kind
 from lightning_adam_mini.partition import STRATEGIES, Role, Structure, layouts
-from lightning_adam_mini.partition.embeddings import POSITION_WORDS
-from lightning_adam_mini.partition.layouts.projection_names import is_output_name, projected_parts
+from lightning_adam_mini.partition.layer_roles import POSITION_WORDS
+from lightning_adam_mini.partition.layouts.parameter_names import is_output_name, projected_parts
 from lightning_adam_mini.partition.tree import plain_names
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch warns about tensors without elements, and old wrappers

@@ -24,7 +24,6 @@ from lightning_adam_mini.partition.layouts import (
     of_torch,
     of_transformers,
 )
-from lightning_adam_mini.partition.layouts.bare_parameters import BARE_PARAMETERS
 from lightning_adam_mini.partition.layouts.orders import (
     CONTIGUOUS,
     CONTIGUOUS_KEY_VALUE,
@@ -35,7 +34,8 @@ from lightning_adam_mini.partition.layouts.orders import (
     Q,
     V,
 )
-from lightning_adam_mini.partition.layouts.projection_names import (
+from lightning_adam_mini.partition.layouts.parameter_names import (
+    BARE_PARAMETERS,
     fused_parts,
     is_output_name,
     is_plain,

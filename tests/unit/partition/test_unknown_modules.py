@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from lightning_adam_mini import AdamMini, explain, partition_module, register_layout
 from lightning_adam_mini.blocks import Kind
 from lightning_adam_mini.partition import ModuleLayout, Role, Rows, Span, layouts, resolve_strategy
-from lightning_adam_mini.partition.layer_types import found_output_axis
+from lightning_adam_mini.partition.layer_roles import found_output_axis
 
 QKV = "query+key+value"
 
