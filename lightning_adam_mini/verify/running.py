@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import checkpoint
 
-from lightning_adam_mini.verify.products import Factor, arguments, tensors_in
+from lightning_adam_mini.verify.operations import Factor, arguments, tensors_in
 from lightning_adam_mini.verify.tracing import Call, Tracer
 
 __all__ = ["traced"]

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_adam_mini.verify.products import (
+from lightning_adam_mini.verify.operations import (
     ELEMENTWISE,
     FIRST_OPERAND,
     LAYERS,

@@ -23,9 +23,8 @@ from lightning_adam_mini.partition.module_layout import qualified_name
 from lightning_adam_mini.partition.partition import cut_parameters
 from lightning_adam_mini.partition.strategies import STRATEGIES, Overrides, Structure
 from lightning_adam_mini.partition.tree import Node, plain_names, walk
-from lightning_adam_mini.verify.judging import Observation, Status, VerifiedParameter, judge
+from lightning_adam_mini.verify.observations import Observation, Status, VerifiedParameter, as_python, judge, layout_of
 from lightning_adam_mini.verify.running import traced
-from lightning_adam_mini.verify.suggesting import as_python, layout_of
 from lightning_adam_mini.verify.tracing import Operand, Tracer
 
 __all__ = ["Verification", "verify_partition"]
