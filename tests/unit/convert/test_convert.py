@@ -12,7 +12,7 @@ import tiny_models
 from lightning_adam_mini import AdamMini, partition_module
 from lightning_adam_mini.blocks import Blocks, Kind, Segment
 from lightning_adam_mini.convert import from_adam_mini_package, from_adamw, repartition, to_adamw
-from lightning_adam_mini.convert.moments import block_means, blocks_of_signature
+from lightning_adam_mini.convert.second_moments import block_means, blocks_of_signature
 from lightning_adam_mini.optim.fingerprint import check_partition
 
 OPTIONS = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8}
