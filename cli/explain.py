@@ -175,7 +175,7 @@ def _verification(
 
 def _with_verdicts(explanation: Explanation, verification: Verification) -> Explanation:
     """Rows with their verdicts; layers that were left out have those of their like."""
-    from lightning_adam_mini.measure.collapse import template
+    from lightning_adam_mini.measure.explanation_table import template
 
     alike: dict[str, set[str]] = {}
     for name, verdict in verification.parameters.items():
@@ -192,7 +192,7 @@ def _with_verdicts(explanation: Explanation, verification: Verification) -> Expl
 
 def _summary(verification: Verification) -> str:
     """What the forward pass contradicts, and what would be right."""
-    from lightning_adam_mini.measure.collapse import collapse
+    from lightning_adam_mini.measure.explanation_table import collapse
 
     counts = {status: len(verification.of_status(status)) for status in ("confirmed", "contradicted", "not seen")}
     lines = ["verified  " + ", ".join(f"{count} {status}" for status, count in counts.items())]

@@ -14,8 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_adam_mini.factory import OptimizerFactory
-from lightning_adam_mini.measure.batch_size import RankMemory, largest_batch
-from lightning_adam_mini.measure.live_memory import activation_peak
+from lightning_adam_mini.measure.memory import RankMemory, activation_peak, largest_batch
 
 from ...tasks.parallel.units import repeated_blocks
 from ..model_building import quiet

@@ -10,12 +10,21 @@ from torch import nn
 
 import tiny_models
 from lightning_adam_mini import AdamMini
-from lightning_adam_mini.measure.allocations import peak_extra_bytes
-from lightning_adam_mini.measure.available import available_bytes, resident_bytes, resident_peak_bytes
-from lightning_adam_mini.measure.batch_size import RankMemory, largest_batch
-from lightning_adam_mini.measure.spread import ratio_of_pairs, spread_of
-from lightning_adam_mini.measure.timing import interleave
-from lightning_adam_mini.measure.traffic import step_traffic_bytes, stored_state_bytes
+from lightning_adam_mini.measure.memory import (
+    RankMemory,
+    available_bytes,
+    largest_batch,
+    peak_extra_bytes,
+    resident_bytes,
+    resident_peak_bytes,
+)
+from lightning_adam_mini.measure.timing import (
+    interleave,
+    ratio_of_pairs,
+    spread_of,
+    step_traffic_bytes,
+    stored_state_bytes,
+)
 
 CPU = torch.device("cpu")
 

@@ -12,8 +12,7 @@ from torch import nn
 import tiny_models
 from lightning_adam_mini import AdamMini, explain, partition_module
 from lightning_adam_mini.measure import adamw_state_bytes, optimizer_state_bytes
-from lightning_adam_mini.measure.collapse import collapse, collapse_names
-from lightning_adam_mini.measure.explanation_table import format_bytes
+from lightning_adam_mini.measure.explanation_table import collapse, collapse_names, format_bytes
 from lightning_adam_mini.partition import STRATEGIES, ModuleLayout, Role, Strategy, Structure
 
 MODELS = {
