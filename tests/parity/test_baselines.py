@@ -11,7 +11,7 @@ from torch.optim import _muon as torch_muon
 from torch.optim import lr_scheduler
 
 from lightning_adam_mini import factory
-from lightning_adam_mini.factory import rules
+from lightning_adam_mini.factory.muon import MuonWithAdamW
 from reference import baselines
 from tiny_models import random_gradient, randomize
 
@@ -229,8 +229,8 @@ def test_experts_are_matrices_of_their_own():
     experts = nn.Parameter(torch.randn(3, 4, 5, dtype=torch.float64))
     single = [nn.Parameter(matrix.clone()) for matrix in experts.detach()]
     options = {"lr": LR, "rule": "muon", "weight_decay": DECAY, "momentum": 0.7, "nesterov": True, "ns_steps": 5}
-    together = rules.MuonWithAdamW([{"params": [experts], "stacked": True, **options}], lr=LR)
-    apart = rules.MuonWithAdamW([{"params": single, "stacked": False, **options}], lr=LR)
+    together = MuonWithAdamW([{"params": [experts], "stacked": True, **options}], lr=LR)
+    apart = MuonWithAdamW([{"params": single, "stacked": False, **options}], lr=LR)
     for _ in range(3):
         experts.grad = torch.randn_like(experts)
         for parameter, grad in zip(single, experts.grad, strict=True):

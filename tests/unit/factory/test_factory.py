@@ -15,7 +15,7 @@ from torch.optim import lr_scheduler
 
 import tiny_models
 from lightning_adam_mini import factory
-from lightning_adam_mini.factory import adam
+from lightning_adam_mini.factory import adam, muon
 from lightning_adam_mini.measure import optimizer_state_bytes
 from lightning_adam_mini.optim.groups import WeightDecayPolicy
 from lightning_adam_mini.partition.strategies import STRATEGIES, Structure
@@ -489,11 +489,10 @@ def test_muon_refuses_models_without_hidden_matrices():
 
 
 def test_muons_groups_say_whose_they_are():
-    rules = factory.rules
     with pytest.raises(ValueError, match="rule must be 'muon' or 'adamw'"):
-        rules.MuonWithAdamW([{"params": [nn.Parameter(torch.ones(2, 2))]}], lr=0.1)
+        muon.MuonWithAdamW([{"params": [nn.Parameter(torch.ones(2, 2))]}], lr=0.1)
     with pytest.raises(ValueError, match="Muon takes matrices"):
-        rules.MuonWithAdamW([{"params": [nn.Parameter(torch.ones(2))], "rule": "muon", "stacked": False}], lr=0.1)
+        muon.MuonWithAdamW([{"params": [nn.Parameter(torch.ones(2))], "rule": "muon", "stacked": False}], lr=0.1)
 
 
 @pytest.mark.parametrize("cls", [factory.Lion, factory.CAME, factory.Adafactor])
