@@ -14,11 +14,11 @@ from lightning.pytorch import Callback, LightningDataModule
 from torch import Tensor, nn
 
 from lightning_adam_mini.factory import OptimizerFactory
+from lightning_adam_mini.hints import require_package
 from lightning_adam_mini.schedule import Schedule
 
 from ..callbacks import WeightEMA
 from ..metrics import MeanLoss
-from ..packages import require
 from ..primary_metric import PrimaryMetric
 from .comparison import check_images
 from .generation import GeneratingTask
@@ -92,7 +92,7 @@ class DiffusionModel(GeneratingTask):
     ) -> None:
         super().__init__(optimizer, schedule)
         for package in ("diffusers", "torchvision"):
-            require(package, type(self).__name__, extra="diffusion")
+            require_package(package, type(self).__name__, extra="diffusion")
         for name, value, least in (
             ("num_samples", num_samples, 1),
             ("sample_steps", sample_steps, 1),

@@ -6,7 +6,7 @@ import warnings
 from importlib import import_module
 from importlib.util import find_spec
 
-from ..packages import require
+from lightning_adam_mini.hints import require_package
 
 __all__ = ["require_neighbor_sampling", "require_torch_geometric"]
 
@@ -20,7 +20,7 @@ def require_torch_geometric(what: str) -> None:
     Raises:
         ValueError: It is not there; with what to install.
     """
-    require("torch_geometric", what, extra="graph", package="torch-geometric")
+    require_package("torch_geometric", what, extra="graph", package="torch-geometric")
     with warnings.catch_warnings():  # of torch, about what torch_geometric does while it is imported
         warnings.simplefilter("ignore", FutureWarning)
         import_module("torch_geometric.nn.models")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..packages import require
+from lightning_adam_mini.hints import require_package
 
 __all__ = ["build_model", "check_name", "inspect_model"]
 
@@ -154,14 +154,14 @@ def _put(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def _timm() -> Any:
-    require("timm", "image classification", extra="vision")
+    require_package("timm", "image classification", extra="vision")
     import timm
 
     return timm
 
 
 def _torchvision() -> Any:
-    require("torchvision", "image classification", extra="vision")
+    require_package("torchvision", "image classification", extra="vision")
     import torchvision.models
 
     return torchvision.models

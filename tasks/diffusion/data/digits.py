@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ...packages import require
+from lightning_adam_mini.hints import require_package
+
 from .module import ImageData, Parts
 
 __all__ = ["DigitImages"]
@@ -52,7 +53,7 @@ class DigitImages(ImageData):
 
     def open_parts(self) -> Parts:
         """See `ImageData.open_parts`."""
-        require("sklearn", type(self).__name__, extra="diffusion", package="scikit-learn")
+        require_package("sklearn", type(self).__name__, extra="diffusion", package="scikit-learn")
         from sklearn.datasets import load_digits
 
         images = torch.tensor(load_digits().images / 8 - 1, dtype=torch.float32)[:, None]

@@ -13,11 +13,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_adam_mini.hints import require_package
+
 from ...data.cache import default_cache_dir, remember
 from ...data.images import IMAGE_SUFFIXES, find_images, read_image
 from ...data.record import hash_paths
 from ...data.splits import choose_parts, named_parts
-from ...packages import require
 from .module import ImageData, Parts
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class ScaledImages(Dataset[Tensor]):
     """
 
     def __init__(self, paths: Sequence[Path], *, image_size: int, channels: int, crop: int | None = None) -> None:
-        require("torchvision", "a folder of images", extra="diffusion")
+        require_package("torchvision", "a folder of images", extra="diffusion")
         self.paths = paths
         self.image_size = image_size
         self.mode = "RGB" if channels == 3 else "L"

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_adam_mini.hints import require_package
+
 from ...checkpoint_file import ExactUnpickler
-from ...packages import require
 from ..graph import Graph
 from .graph_cache import cached_graph
 from .module import GraphDataModule
@@ -110,7 +111,7 @@ class Planetoid(GraphDataModule):
     def _read(self, raw: Path) -> Graph:
         from torch_geometric.io import read_planetoid_data
 
-        require("scipy", "Planetoid (its files hold scipy's matrices)", extra="graph")
+        require_package("scipy", "Planetoid (its files hold scipy's matrices)", extra="graph")
         try:
             for part in _PICKLED:  # which read_planetoid_data would let run code
                 with (raw / f"ind.{self.graph_name.lower()}.{part}").open("rb") as file:

