@@ -11,8 +11,14 @@ from typing import Any
 
 import torch
 
-from lightning_adam_mini.measure.memory import largest_batch, peak_extra_bytes, resident_bytes, resident_peak_bytes
-from lightning_adam_mini.measure.timing import choose_clock, stored_state_bytes, time_call
+from lightning_adam_mini.measure.memory import (
+    largest_batch,
+    peak_extra_bytes,
+    resident_bytes,
+    resident_peak_bytes,
+    stored_state_bytes,
+)
+from lightning_adam_mini.measure.timing import choose_clock, time_call
 
 from .models import give_memory, trained_bytes
 from .step_table import told_bytes

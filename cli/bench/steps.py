@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_adam_mini.measure.memory import available_bytes, peak_extra_bytes
+from lightning_adam_mini.measure.memory import available_bytes, peak_extra_bytes, step_traffic_bytes, stored_state_bytes
 from lightning_adam_mini.measure.timing import (
     Seconds,
     add_of_bytes,
@@ -23,8 +23,6 @@ from lightning_adam_mini.measure.timing import (
     interleave,
     ratio_of_pairs,
     spread_of,
-    step_traffic_bytes,
-    stored_state_bytes,
     time_call,
 )
 from lightning_adam_mini.optim.sharding import local

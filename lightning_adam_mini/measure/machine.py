@@ -1,4 +1,4 @@
-"""The machine and the versions that a figure was measured with."""
+"""The machine, the versions of packages, and floating-point operations: of a device and of a Transformer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PACKAGES = (
 
 
 def describe_machine() -> dict[str, Any]:
-    """`cpu` (name), `cores`, `threads` (of torch), `memory_bytes` (None where the system does not tell), `gpu`."""
+    """`cpu` (name), `cores`, `threads` (of torch), `memory_bytes` (None where the system does not report it), `gpu`."""
     names = "SC_PAGE_SIZE", "SC_PHYS_PAGES"
     known = all(name in getattr(os, "sysconf_names", {}) for name in names)
     return {
@@ -46,7 +46,7 @@ def package_versions() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """The processor's name where the system tells it."""
+    """The processor's name where the system reports it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text("utf-8").splitlines() if sys.platform == "linux" and info.exists() else []
     return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
@@ -86,10 +86,10 @@ def transformer_flops_per_token(
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Peak dense FLOP/s of a device: of the data sheet for CUDA, a measured float32 matrix product for the CPU.
+    """Peak dense FLOP/s of a device: from the data sheet for CUDA, from a timed float32 matrix product for the CPU.
 
     Returns:
-        None for devices that are not in the table.
+        The peak, or None for a device that is not in the table.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

@@ -1,4 +1,7 @@
-"""Memory: bytes of optimizer state, and the peak of the process or device. 1 GB is 1e9 bytes."""
+"""Memory in bytes: of optimizer states, of processes and devices, of a step and of a forward and backward pass.
+
+1 GB is 1e9 bytes.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import re
 import resource
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,33 +20,104 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from lightning_adam_mini.blocks import Blocks
+from lightning_adam_mini.optim.state import first_moment_bytes, second_moment_dtype
+
 __all__ = [
+    "STEP_BYTES",
     "LiveMemory",
     "RankMemory",
     "activation_peak",
+    "adam_mini_state_bytes",
     "adamw_state_bytes",
     "available_bytes",
+    "format_bytes",
     "largest_batch",
     "optimizer_state_bytes",
     "peak_extra_bytes",
     "peak_memory_bytes",
     "resident_bytes",
     "resident_peak_bytes",
+    "step_traffic_bytes",
+    "stored_state_bytes",
 ]
+
+CGROUP = Path("/sys/fs/cgroup")
+STEP_BYTES = 4
+"""The step count of each parameter, a float32 number."""
+
+
+def format_bytes(number: float) -> str:
+    """Bytes with a unit of a power of 1000: 26.96 GB."""
+    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if abs(number) >= size:
+            return f"{number / size:.2f} {unit}"
+    return f"{number} B"
 
 
 def optimizer_state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of every tensor in the state of any optimizer, as it stands; over all ranks where tensors are sharded."""
+    """Bytes of all tensors in the present state of an optimizer; of sharded tensors, over all ranks."""
     tensors = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def adam_mini_state_bytes(parameter: Tensor, blocks: Blocks, exp_avg_dtype: torch.dtype | None = None) -> int:
+    """Bytes that `AdamMini` keeps for a parameter: a step, its first moment and the second moments of its blocks.
+
+    Args:
+        parameter: The parameter.
+        blocks: How it is partitioned.
+        exp_avg_dtype: As for `AdamMini`.
+    """
+    first = first_moment_bytes(parameter.shape, parameter.dtype, exp_avg_dtype)
+    return STEP_BYTES + first + blocks.num_bytes(second_moment_dtype(parameter))
+
+
 def adamw_state_bytes(parameters: Iterable[Tensor]) -> int:
-    """Bytes that torch's AdamW keeps for parameters: two moments of their shape and dtype, and a step of 4 bytes."""
-    return sum(2 * p.numel() * p.element_size() + 4 for p in parameters if p.requires_grad)
+    """Bytes that torch's AdamW keeps for trainable parameters: a step, and two moments of their shape and dtype."""
+    return sum(STEP_BYTES + 2 * p.numel() * p.element_size() for p in parameters if p.requires_grad)
+
+
+def stored_state_bytes(optimizer: Optimizer) -> int:
+    """Bytes of the tensors that hold an optimizer's state in this process, with all parts of quantized ones.
+
+    `optimizer_state_bytes` counts the logical tensors instead: a sharded one in full, a quantized one by its dtype.
+    """
+    leaves = tree_leaves(list(optimizer.state.values()))
+    return sum(_num_bytes(leaf) for leaf in leaves if isinstance(leaf, Tensor))
+
+
+def step_traffic_bytes(parameters: Iterable[Tensor], state_bytes: int) -> int:
+    """The least that a step can move: parameters and state are read and written once, gradients are read once.
+
+    AdamW moves 28 bytes for each float32 parameter, seven streams; Adam-mini about 20, five streams.
+
+    Args:
+        parameters: Parameters of the optimizer, this rank's part of sharded ones; those without gradient do not count.
+        state_bytes: Bytes of its state.
+    """
+    updated = [(p, p.grad) for p in parameters if p.grad is not None]
+    return sum(2 * _num_bytes(p) + _num_bytes(grad) for p, grad in updated) + 2 * state_bytes
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    """Bytes of a tensor in this process."""
+    return sum(plain.numel() * plain.element_size() for plain in _plain(tensor))
+
+
+def _plain(tensor: Tensor) -> Iterator[Tensor]:
+    """The plain tensors inside a tensor subclass, such as a quantized tensor; a plain tensor itself."""
+    subclassed: Any = tensor
+    if not is_traceable_wrapper_subclass(subclassed):
+        yield tensor
+        return
+    names, _ = subclassed.__tensor_flatten__()
+    for name in names:
+        if isinstance(part := getattr(tensor, name), Tensor):  # a DTensor names its mesh too
+            yield from _plain(part)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -54,11 +128,8 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-CGROUP = Path("/sys/fs/cgroup")
-
-
 def available_bytes(device: torch.device) -> int | None:
-    """Free memory of a device, also under the limit of a container; None where the system does not tell."""
+    """Free memory of a device, within the limit of a container; None where the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if sys.platform != "linux":
@@ -67,17 +138,17 @@ def available_bytes(device: torch.device) -> int | None:
     limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
     if free is None or not (limit.is_file() and used.is_file()):
         return free
-    told = limit.read_text("ascii").strip()
-    return free if told == "max" else min(free, int(told) - int(used.read_text("ascii")))
+    allowed = limit.read_text("ascii").strip()
+    return free if allowed == "max" else min(free, int(allowed) - int(used.read_text("ascii")))
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process now; its peak where the system does not tell."""
+    """Resident memory of this process now; its peak where the system does not report it."""
     return _kilobytes(Path("/proc/self/status"), "VmRSS") or peak_memory_bytes(torch.device("cpu"))
 
 
 def resident_peak_bytes() -> int:
-    """The most resident memory that this program has had; on Linux, what its process was before it does not count."""
+    """Peak resident memory of this program; on Linux without what the process held before it started Python."""
     return _kilobytes(Path("/proc/self/status"), "VmHWM") or peak_memory_bytes(torch.device("cpu"))
 
 
@@ -89,14 +160,13 @@ def _kilobytes(file: Path, name: str) -> int | None:
 
 
 def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """The peak of allocated bytes during a call, less those before it.
+    """The peak of allocated bytes during a call, less those before it; exact, within this process.
 
-    On the CPU, torch's profiler tells every allocation and release of torch. Resident memory would tell less: pages
-    that an allocator keeps are resident before a step as during it. What other libraries allocate by themselves is not
-    seen.
+    On the CPU, torch's profiler reports every allocation and release of torch. Resident memory would show less: pages
+    that an allocator keeps are resident before the call too. Allocations of other libraries are not counted.
 
     Args:
-        call: What is measured; it runs once.
+        call: The function to measure; it runs once.
         device: Where it allocates.
     """
     if device.type == "cuda":
@@ -121,10 +191,12 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int:
 
 
 class LiveMemory(TorchDispatchMode):
-    """Bytes of the storages that operations made under this mode and that still live, and their peak.
+    """Bytes of the storages that operations created under this mode and that are still alive, and their peak.
+
+    With fake tensors, which have shapes and no data, it predicts the memory of a model without having that memory.
 
     Args:
-        known: Tensors whose storages are not counted, such as parameters: views of them are made by operations too.
+        known: Tensors whose storages do not count, such as parameters: operations create views of them too.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
@@ -157,22 +229,23 @@ class LiveMemory(TorchDispatchMode):
 
 
 def activation_peak(model: nn.Module, loss: Callable[[], Tensor], inputs: Iterable[Tensor] = ()) -> int:
-    """Peak bytes of a forward and backward pass, without parameters, buffers and whole gradients.
+    """Peak bytes of a forward and backward pass, without parameters, buffers and gradients of parameters.
 
-    Gradients are let go as they are complete, so that the peak is what comes on top of them where they are kept, as
-    over the micro-batches of a step.
+    It counts the activations that the backward pass needs, what checkpointed blocks compute again, and logits with
+    their gradients. Each gradient of a parameter is released when it is complete, so that the peak comes on top of
+    gradients that are kept, as over the micro-batches of a step.
 
     Args:
-        model: The model; on fake tensors, within their mode, nothing is computed.
+        model: The model; with fake tensors, within `FakeTensorMode`, nothing is computed.
         loss: Computes the loss.
-        inputs: Tensors that are there before, which are not counted.
+        inputs: Tensors that exist before, which do not count.
     """
 
-    def let_go(parameter: Tensor) -> None:
+    def release(parameter: Tensor) -> None:
         parameter.grad = None
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    handles = [parameter.register_post_accumulate_grad_hook(let_go) for parameter in trained]
+    handles = [parameter.register_post_accumulate_grad_hook(release) for parameter in trained]
     try:
         with LiveMemory([*model.parameters(), *model.buffers(), *inputs]) as memory:
             loss().backward()
@@ -184,11 +257,11 @@ def activation_peak(model: nn.Module, loss: Callable[[], Tensor], inputs: Iterab
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one of `ranks` ranks that FSDP2 shards a model over, before any activation.
+    """Bytes on each of `ranks` ranks that FSDP2 shards a model over, without activations.
 
-    Gradients count in full, as they are there while micro-batches are accumulated. With more than one rank the root
-    unit is gathered for the whole pass; of the blocks two are at a time, the one in use and the next, and the gradient
-    of one unit is whole before it is reduced.
+    Gradients count, as they exist while micro-batches accumulate. With more than one rank the root is unsharded during
+    the whole pass, two blocks are at a time (the current and the prefetched one), and one of these has an unsharded
+    gradient before it is reduced.
 
     Args:
         parameters: Bytes of all parameters, as of all gradients.
@@ -206,22 +279,22 @@ class RankMemory:
 
     @property
     def gathered(self) -> int:
-        """Whole parameters and gradients of units in use, beside the shards."""
+        """Bytes of unsharded parameters and gradients, on top of the shards."""
         return 0 if self.ranks == 1 else self.root + 2 * self.largest_block + max(self.root, self.largest_block)
 
     @property
     def total(self) -> int:
-        """All that is there whatever the batch."""
+        """All bytes that do not depend on the batch."""
         return -(-(2 * self.parameters + self.state) // self.ranks) + self.gathered
 
 
 def largest_batch(fits: Callable[[int], bool], *, start: int = 1, limit: int = 1 << 20) -> int:
-    """The largest number for which `fits` holds, 0 where it does not hold for 1; it holds for all below the largest.
+    """The largest batch size that fits, 0 if none does; every size below one that fits must fit.
 
     Args:
-        fits: Whether a batch of this size fits; each size is asked once.
-        start: A first guess; a good one saves calls.
-        limit: Where the search ends.
+        fits: Whether a batch of this size fits; called once for each size that the search tries.
+        start: The first guess; a good one saves calls.
+        limit: The largest size to try.
     """
     low, high, step = 0, limit + 1, 1
     guess = min(max(start, 1), limit)
