@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lightning_adam_mini.factory.adam import STEP_BYTES, adam_state_bytes
 from lightning_adam_mini.factory.base import OptimizerFactory, TensorwiseOptimizer
+from lightning_adam_mini.measure.memory import STEP_BYTES, adamw_state_bytes
 
 __all__ = ["LAMB", "LAMBOptimizer", "NovoGrad", "NovoGradOptimizer"]
 
@@ -20,8 +20,8 @@ __all__ = ["LAMB", "LAMBOptimizer", "NovoGrad", "NovoGradOptimizer"]
 class LAMB(OptimizerFactory):
     """LAMB (You et al. 2020, Alg. 2), ours.
 
-    It takes AdamW's learning rate in the Adam-mini paper. A step moves a tensor by `lr` times its norm, where AdamW
-    moves each element by about `lr`: tensors with elements of 0.02 want 50 times AdamW's for the same step.
+    The Adam-mini paper uses AdamW's learning rate. A step moves a tensor by `lr` times its norm, while AdamW moves each
+    element by about `lr`: for elements around 0.02, the same step needs 50 times AdamW's rate.
 
     Args:
         betas: Decay rates of the first and second moment.
@@ -41,22 +41,22 @@ class LAMB(OptimizerFactory):
 
     def predict_state_bytes(self, module: nn.Module) -> int:
         """See `OptimizerFactory.predict_state_bytes`: two moments of each parameter."""
-        return sum(adam_state_bytes(parameter) for parameter in self.parameters(module))
+        return adamw_state_bytes(module.parameters())
 
 
 @dataclass(frozen=True, kw_only=True)
 class NovoGrad(OptimizerFactory):
     """NovoGrad (Ginsburg et al. 2019, Alg. 1), ours.
 
-    Its learning rate is 10 to 100 times AdamW's. Decay is added to the normalised gradient and summed by the momentum:
-    a step shrinks a weight by `lr * weight_decay / (1 - beta1)`, so AdamW's value does not fit.
+    Its learning rate is 10 to 100 times AdamW's. Decay is added to the normalized gradient, and the momentum sums it: a
+    step shrinks a weight by `lr * weight_decay / (1 - beta1)`, so AdamW's value does not fit.
 
     Args:
         lr: Peak learning rate.
         weight_decay: Weight decay coefficient.
         betas: Decay rates of the first moment, which sums, and of the squared norm of the gradient.
         eps: Added to the norm of the gradient.
-        grad_averaging: Average normalised gradients instead of summing them.
+        grad_averaging: Average normalized gradients instead of summing them.
     """
 
     lr: float = 1e-2
@@ -85,7 +85,7 @@ class LAMBOptimizer(TensorwiseOptimizer):
         r = \hat m / (\sqrt{\hat v} + \epsilon) + \lambda p, \qquad p \leftarrow p - \eta \frac{\|p\|}{\|r\|} r
 
     (You et al. 2020, "Large Batch Optimization for Deep Learning", Algorithm 2.) The ratio is 1 where either norm is 0.
-    It applies to every tensor, those without decay too.
+    It applies to all tensors, also those without decay.
 
     Args:
         params: Parameters or groups.
@@ -126,7 +126,7 @@ class LAMBOptimizer(TensorwiseOptimizer):
         direction = (exp_avg / bias_correction1).div_(denominator)
         direction.add_(param, alpha=group["weight_decay"])
         param_norm, direction_norm = torch.linalg.vector_norm(param), torch.linalg.vector_norm(direction)
-        # On the device alone: no norm is read back.
+        # `where` keeps the norms on the device; a Python branch would wait for them.
         is_zero = (param_norm == 0) | (direction_norm == 0)
         ratio = torch.where(is_zero, torch.ones_like(param_norm), param_norm / direction_norm)
         param.sub_(direction.mul_(ratio).mul_(group["lr"]))
@@ -140,8 +140,8 @@ class NovoGradOptimizer(TensorwiseOptimizer):
         m \leftarrow \beta_1 m + \left(\frac{g}{\sqrt v + \epsilon} + \lambda p\right), \qquad p \leftarrow p - \eta m
 
     At the first step v is the squared norm itself, so there is no bias correction (Ginsburg et al. 2019, "Stochastic
-    Gradient Methods with Layer-wise Adaptive Moments", Algorithm 1). The library pytorch-optimizer has the same rule
-    but divides `grad` in place, which whoever reads gradients after a step finds changed.
+    Gradient Methods with Layer-wise Adaptive Moments", Algorithm 1). pytorch-optimizer has the same rule but divides
+    `grad` in place, so that gradients are wrong after a step.
 
     Args:
         params: Parameters or groups.
@@ -149,7 +149,7 @@ class NovoGradOptimizer(TensorwiseOptimizer):
         betas: Decay rates of the first moment and of the squared norm.
         eps: Added to the norm.
         weight_decay: Weight decay coefficient.
-        grad_averaging: Multiply what enters the first moment by `1 - beta1`.
+        grad_averaging: Multiply the direction by `1 - beta1` before it enters the first moment.
     """
 
     def __init__(
