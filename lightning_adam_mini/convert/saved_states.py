@@ -1,7 +1,7 @@
-"""Saved optimizer states in one form, whoever wrote them.
+"""Saved optimizer states in one form, and which saved parameter belongs to which parameter of a model.
 
 `Optimizer.state_dict()` numbers parameters, in newer torch with their names under `param_names`; `torch.distributed`
-keys them by name; the authors' package makes a named group for each.
+keys them by name; the package `adam-mini` has a named group for each.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ __all__ = ["SavedBy", "SavedParameter", "Wanted", "match", "saved_by", "saved_pa
 _OPTIONS_OF_OLDER_STATES = {
     *("params", "param_names", "lr", "initial_lr", "betas", "eps", "weight_decay", "maximize", "capturable")
 }
-"""Options of the groups of an AdamMini that did not name its partition yet."""
+"""Group options of early AdamMini states, which do not name their partition."""
 
 
 class SavedBy(StrEnum):
-    """What wrote a state."""
+    """What saved a state."""
 
     ADAMW = "AdamW"
     ADAM_MINI = "AdamMini"
@@ -39,11 +39,11 @@ class SavedParameter:
     """One parameter of a saved state.
 
     Args:
-        label: What messages call it.
-        name: Its name, where the state or the user tells it.
+        label: Its name in messages.
+        name: Its name, if the state or the user gives it.
         group: Number of its group.
-        state: Its state; empty where it never had a gradient.
-        signature: Its cut (`Blocks.signature`), where the state tells it.
+        state: Its state; empty if it never had a gradient.
+        signature: Its blocks (`Blocks.signature`), if the state has them.
     """
 
     label: str
@@ -54,11 +54,11 @@ class SavedParameter:
 
     @property
     def first_moment(self) -> Tensor | None:
-        """`exp_avg`, or the package's `m`, which may have another shape than the parameter."""
+        """`exp_avg`, or the package's `m`, whose shape may differ from the parameter's."""
         return self.state.get("exp_avg", self.state.get("m"))
 
     def fits(self, shape: Sequence[int]) -> bool:
-        """Whether the state may belong to a parameter of `shape`; without a state, anything may."""
+        """Whether the state may belong to a parameter of `shape`; an empty state fits all."""
         moment = self.first_moment
         if moment is None:
             return True
@@ -73,14 +73,14 @@ class SavedParameter:
 
 
 def saved_by(state_dict: Any) -> SavedBy:
-    """What wrote a state, told by the options of its groups and the keys of its parameters.
+    """What saved a state, by the options of its groups and the keys of its parameters.
 
     Raises:
-        ValueError: No optimizer state, or that of an optimizer that keeps other moments.
+        ValueError: No optimizer state, or one of an optimizer with other moments.
     """
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError(
-            "this is no optimizer state: it has no `state` and `param_groups`; give optimizer.state_dict()"
+            "this is no optimizer state: it has no `state` and `param_groups`; pass optimizer.state_dict()"
         )
     options = {option for group in state_dict["param_groups"] for option in group}
     keys = {key for state in state_dict["state"].values() for key in state}
@@ -91,10 +91,9 @@ def saved_by(state_dict: Any) -> SavedBy:
     own = {"step", "exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"}
     if "partition" in options or (options <= _OPTIONS_OF_OLDER_STATES and keys and keys <= own):
         return SavedBy.ADAM_MINI
-    told = ", ".join(sorted(map(str, keys))) or "nothing"
     raise ValueError(
-        f"the optimizer state keeps {told} for a parameter: it comes from none of AdamW, Adam, AdamMini and the "
-        "package adam-mini, whose states can be converted; start the optimizer afresh from the weights alone"
+        f"the optimizer state keeps {', '.join(sorted(map(str, keys))) or 'nothing'} for a parameter: only states of "
+        "AdamW, Adam, AdamMini and the package adam-mini can be converted; start a new optimizer from the weights alone"
     )
 
 
@@ -103,10 +102,10 @@ def saved_parameters(state_dict: Mapping[str, Any], names: Sequence[str] | None 
 
     Args:
         state_dict: The state.
-        names: Their names in this order, where the state has none.
+        names: Their names in this order, if the state has none.
 
     Raises:
-        ValueError: Numbers of names, signatures and parameters that do not agree.
+        ValueError: The numbers of names, signatures and parameters differ.
     """
     states = state_dict["state"]
     found: list[SavedParameter] = []
@@ -131,13 +130,13 @@ def saved_parameters(state_dict: Mapping[str, Any], names: Sequence[str] | None 
 
 
 def whole(value: Any) -> Tensor:
-    """A tensor that is on this rank alone: a DTensor is gathered, on all of its ranks together."""
+    """The full tensor on this rank; gathering a DTensor is collective over its ranks."""
     tensor = saved_tensor(value).detach()
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
 def _names(group: Mapping[str, Any], keys: Sequence[Any]) -> Sequence[str | None]:
-    """Names of the parameters of a group: of newer torch, of the package, or the keys themselves."""
+    """Names of the parameters of a group: from newer torch, from the package, or the keys themselves."""
     if "param_names" in group:
         return list(group["param_names"])
     if {"beta1", "name"} <= group.keys():
@@ -147,19 +146,19 @@ def _names(group: Mapping[str, Any], keys: Sequence[Any]) -> Sequence[str | None
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _MOST_POINTERS = 10_000
-"""Ways to deal parameters to groups that are followed at once; more mean that order does not tell them apart."""
+"""Limit of partial assignments of parameters to groups; beyond it the order counts as ambiguous."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a state is converted for.
+    """The parameters that a state is converted for.
 
     Args:
         groups: Names of the parameters of each group.
         shapes: Their shapes by name.
-        model_order: Names and shapes in the order of `model.named_parameters()`, with those that are not trained.
-        named: Whether the names are those of a model; else they are numbers.
-        frozen: Names in `groups` that are not trained, which the state need not have.
+        model_order: Names and shapes in the order of `model.named_parameters()`, frozen ones too.
+        named: Whether the names come from a model; else they are numbers.
+        frozen: Names in `groups` that are not trained, which the state may lack.
     """
 
     groups: Sequence[Sequence[str]]
@@ -170,13 +169,13 @@ class Wanted:
 
 
 def match(saved: Sequence[SavedParameter], wanted: Wanted) -> dict[str, SavedParameter]:
-    """The saved parameter of each wanted one that the state has: frozen ones may be missing.
+    """The saved parameter for each wanted one; frozen ones may be missing.
 
-    Names decide where the state has them. Otherwise the order does, with every shape checked: that of the groups, that
-    of the model, or the only way to deal the model's parameters to the saved groups in the model's order.
+    Names decide if the state has them. Otherwise the order decides, with every shape checked: the order of the groups,
+    of the model, or the only assignment of the model's parameters, in their order, to the saved groups.
 
     Raises:
-        ValueError: The state belongs to another model, or its order does not tell which parameter is which.
+        ValueError: The state belongs to another model, or its order is ambiguous.
     """
     if wanted.named and saved and all(parameter.name is not None for parameter in saved):
         found = _by_name(saved, wanted)
@@ -191,7 +190,7 @@ def match(saved: Sequence[SavedParameter], wanted: Wanted) -> dict[str, SavedPar
 def _by_name(saved: Sequence[SavedParameter], wanted: Wanted) -> dict[str, SavedParameter]:
     own = {_plain(name): name for name, _ in wanted.model_order}
     names = [_plain(str(parameter.name)) for parameter in saved]
-    if len(own) < len(wanted.model_order):  # a module of its own is called `module`, or like a wrapper
+    if len(own) < len(wanted.model_order):  # a module of the model has a wrapper's name, such as `module`
         own, names = {name: name for name, _ in wanted.model_order}, [str(parameter.name) for parameter in saved]
     lowered = {plain.lower(): name for plain, name in own.items()}
     if all(name == name.lower() for name in names) and len(lowered) == len(own):  # the package lowers names
@@ -203,7 +202,7 @@ def _by_name(saved: Sequence[SavedParameter], wanted: Wanted) -> dict[str, Saved
             found[own[name]] = parameter
         elif parameter.state:
             raise ValueError(
-                f"the optimizer state has the parameter {parameter}, which this model has not: it belongs to another "
+                f"the optimizer state has the parameter {parameter}, which this model lacks: it belongs to another "
                 "model; build the optimizer over the model that was trained"
             )
     for name in wanted.shapes:
@@ -216,7 +215,7 @@ def _by_name(saved: Sequence[SavedParameter], wanted: Wanted) -> dict[str, Saved
 
 
 def _with_prefix(names: list[str], own: set[str]) -> list[str]:
-    """Names as the model has them, where one of the two was named within a larger module."""
+    """Names with the prefix of the model's, if one of the two models was part of a larger module."""
     if not names or own & set(names):
         return names
     longer = {name[: -len(names[0])] for name in own if name.endswith(f".{names[0]}")}
@@ -248,28 +247,30 @@ def _by_order(saved: Sequence[SavedParameter], wanted: Wanted) -> dict[str, Save
             f"the optimizer state has {len(saved)} parameters without names, this model trains {len(trained)}: it "
             "belongs to another model; build the optimizer over the parameters that were trained"
         )
-    dealt = _deal(saved, [(name, shapes[name]) for name in trained])
-    if dealt is None:
+    assigned = _assign(saved, [(name, shapes[name]) for name in trained])
+    if assigned is None:
         raise ValueError(
-            "the optimizer state has no names, and its groups and shapes do not tell which parameter is which; give "
-            "names=[...], the names of the parameters in the order in which the optimizer had them"
+            "the optimizer state has no names, and its groups and shapes are ambiguous; pass names=[...], the names of "
+            "the parameters in the order of the optimizer that saved it"
         )
-    if not dealt:
-        # All orders fail; the one that gets furthest says most.
+    if not assigned:
+        # All orders fail; report the one that fits the most parameters.
         candidates = [order for order in orders if len(order) == len(saved)]
         furthest = max(candidates, key=lambda order: _num_agreeing(order, saved, shapes))
         index = _num_agreeing(furthest, saved, shapes)
         raise ValueError(_other_shape(saved[index], furthest[index], shapes[furthest[index]]))
-    return dealt
+    return assigned
 
 
-def _deal(
+def _assign(
     saved: Sequence[SavedParameter], order: Sequence[tuple[str, tuple[int, ...]]]
 ) -> dict[str, SavedParameter] | None:
-    """Deal parameters, in order, to groups whose next saved parameter has their shape.
+    """Assign parameters, in order, to groups whose next saved parameter has their shape.
+
+    A dynamic program over the numbers of parameters that each group has got, with the number of ways to get there.
 
     Returns:
-        The only way; empty where there is none, None where there are several.
+        The only assignment; empty if there is none, None if there are several.
     """
     groups = [[parameter for parameter in saved if parameter.group == n] for n in range(_num_groups(saved))]
     levels: list[dict[tuple[int, ...], tuple[int, int]]] = [{(0,) * len(groups): (1, -1)}]
@@ -289,16 +290,16 @@ def _deal(
         return {}
     if levels[-1][end][0] > 1:
         return None
-    dealt, pointers = {}, end
+    assigned, pointers = {}, end
     for level, (name, _) in zip(reversed(levels), reversed(order), strict=False):
         number = level[pointers][1]
         pointers = (*pointers[:number], pointers[number] - 1, *pointers[number + 1 :])
-        dealt[name] = groups[number][pointers[number]]
-    return dealt
+        assigned[name] = groups[number][pointers[number]]
+    return assigned
 
 
 def _num_agreeing(order: Sequence[str], saved: Sequence[SavedParameter], shapes: dict[str, tuple[int, ...]]) -> int:
-    """How many parameters from the first on have the saved shapes."""
+    """How many leading parameters have the saved shapes."""
     fits = (parameter.fits(shapes[name]) for name, parameter in zip(order, saved, strict=True))
     return sum(takewhile(bool, fits))
 

@@ -1,6 +1,6 @@
-"""Second moments of one parameter: from elements to blocks, and from blocks to elements.
+"""Convert second moments of one parameter between blocks: from elements to blocks, and from blocks to elements.
 
-Sums are float64, so that blocks that were expanded give back what they were to the last bit of float32.
+Sums are float64, so that expanded blocks average to the same float32 values, bit by bit.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def block_means(blocks: Blocks, values: Tensor, *, dtype: torch.dtype) -> dict[s
     """Means of values over blocks; for a factored second moment, over rows and over columns.
 
     Args:
-        blocks: How the tensor is cut.
-        values: A value an element, of the tensor's shape.
+        blocks: The blocks of the tensor.
+        values: One value for each element, in the tensor's shape.
         dtype: Dtype of the result.
 
     Returns:
@@ -41,15 +41,15 @@ def block_means(blocks: Blocks, values: Tensor, *, dtype: torch.dtype) -> dict[s
 
 
 def elements(blocks: Blocks, moments: Sequence[Tensor]) -> Tensor:
-    """A float64 value for each element, from one tensor for each of `blocks.state_shapes`; maybe an expanded view."""
+    """A float64 value for each element, from one tensor for each of `blocks.state_shapes`; may be an expanded view."""
     return blocks.second_moment(*(moment.to(torch.float64) for moment in moments)).expand(blocks.shape)
 
 
 def blocks_of_signature(signature: str, shape: Sequence[int]) -> Blocks:
-    """The cut that `Blocks.signature` told, of a tensor of `shape`.
+    """The blocks with a signature (`Blocks.signature`), of a tensor of `shape`.
 
     Raises:
-        ValueError: No signature, or one of a tensor of another shape.
+        ValueError: No signature, or one that does not fit the shape.
     """
     kind, *words = signature.split()
     if kind == Kind.ELEMENT:
@@ -71,7 +71,7 @@ def blocks_of_signature(signature: str, shape: Sequence[int]) -> Blocks:
 
 
 def blocks_of_shapes(state: Mapping[str, Tensor], shape: Sequence[int]) -> Blocks | None:
-    """The cut of a state that names none, where shapes leave no doubt: a value an element, a row or a tensor."""
+    """The blocks of a state that names none, if its shapes are unambiguous: a value an element, a row or a tensor."""
     saved = state.get("exp_avg_sq")
     if saved is None:
         return None
@@ -87,7 +87,7 @@ def blocks_of_shapes(state: Mapping[str, Tensor], shape: Sequence[int]) -> Block
 
 
 def _column_sums(blocks: Blocks, values: Tensor) -> Tensor:
-    """Sums along the cut axis, one for each segment, over all its repeats."""
+    """Sums along the axis of the blocks, one for each segment, over all its repeats."""
     axis = blocks.axis
     assert axis is not None
     folded = values.unflatten(axis, (blocks.repeats, -1))
@@ -98,27 +98,27 @@ def _column_sums(blocks: Blocks, values: Tensor) -> Tensor:
 def second_moment(
     source: SavedBy, saved: SavedParameter, name: str, blocks: Blocks, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """The second moments of one parameter in its new blocks; no more than it is expanded at a time.
+    """The second moments of one parameter in its new blocks; at most one tensor of its size is expanded.
 
     Args:
-        source: What wrote the state.
+        source: What saved the state.
         saved: The saved parameter.
         name: Its name, for messages.
-        blocks: How it is to be cut.
+        blocks: Its new blocks.
         dtype: Dtype of the result.
 
     Returns:
         One tensor for each of `blocks.state_shapes`.
 
     Raises:
-        ValueError: The state is not complete, or does not tell how the parameter was cut.
+        ValueError: The state is incomplete, or does not say which blocks the parameter had.
     """
     if source is SavedBy.PACKAGE:
         values = _of_package(saved, name).reshape(blocks.shape)
     else:
         kept = {key: whole(value) for key, value in saved.state.items() if key.startswith("exp_avg_sq")}
         if not kept:
-            raise ValueError(f"the optimizer state of {name!r} has no exp_avg_sq: it is not complete")
+            raise ValueError(f"the optimizer state of {name!r} has no exp_avg_sq: it is incomplete")
         old = _saved_blocks(source, saved, name, kept, blocks.shape)
         if old == blocks:
             return {key: kept[key].to(dtype) for key in blocks.state_shapes}
@@ -130,14 +130,14 @@ def second_moment(
 def _saved_blocks(
     source: SavedBy, saved: SavedParameter, name: str, kept: dict[str, Tensor], shape: tuple[int, ...]
 ) -> Blocks:
-    """How a saved second moment is cut.
+    """The blocks of a saved second moment.
 
     Raises:
-        ValueError: Its shapes are not those of the partition that the state names, or it names none.
+        ValueError: Its shapes do not fit the partition that the state names, or it names none and they are ambiguous.
     """
     shapes = {key: tuple(value.shape) for key, value in kept.items()}
     by_element = Blocks.element(shape)
-    if shapes == by_element.state_shapes:  # AdamW's; or of FSDP1, which saves what has the parameter's shape alone
+    if shapes == by_element.state_shapes:  # AdamW's; or FSDP1's, which expands all states to the parameter's shape
         return by_element
     if source is SavedBy.ADAMW:
         raise ValueError(f"the saved exp_avg_sq of {name!r} has shape {shapes['exp_avg_sq']}, its parameter {shape}")
@@ -145,29 +145,29 @@ def _saved_blocks(
         blocks = blocks_of_shapes(kept, shape)
         if blocks is None:
             raise ValueError(
-                f"the optimizer state of {name!r} does not say how it is cut, and its shapes {shapes} for a parameter "
-                f"of shape {shape} do not tell; load it into an AdamMini with its own partition, and save it again"
+                f"the optimizer state of {name!r} does not name its blocks, and its shapes {shapes} for a parameter of "
+                f"shape {shape} are ambiguous; load it into an AdamMini with its own partition, and save it again"
             )
         return blocks
     try:
         blocks = blocks_of_signature(saved.signature, shape)
     except ValueError as error:
         raise ValueError(
-            f"the saved cut of {name!r}, {saved.signature!r}, does not fit its shape {shape}: {error}"
+            f"the saved blocks of {name!r}, {saved.signature!r}, do not fit its shape {shape}: {error}"
         ) from error
     if shapes != blocks.state_shapes:
         raise ValueError(
-            f"the saved second moment of {name!r} has the shapes {shapes}, but its cut {saved.signature!r} of a "
-            f"parameter of shape {shape} has {blocks.state_shapes}"
+            f"the saved second moment of {name!r} has the shapes {shapes}, but its blocks {saved.signature!r} of a "
+            f"parameter of shape {shape} need {blocks.state_shapes}"
         )
     return blocks
 
 
 def _of_package(saved: SavedParameter, name: str) -> Tensor:
-    """The package's second moment, a value an element in the order of the flattened parameter."""
+    """The package's second moment, one value for each element of the flattened parameter."""
     if "v" in saved.state:
         return whole(saved.state["v"])
     if "vmean" not in saved.state:
-        raise ValueError(f"the optimizer state of {name!r} has no vmean: it is not complete")
-    # Heads of dim * dim / n_heads consecutive elements, rows, or the whole tensor: each broadcasts against `m`.
+        raise ValueError(f"the optimizer state of {name!r} has no vmean: it is incomplete")
+    # One value a head (dim * dim / n_heads consecutive elements), a row or the tensor: each broadcasts against `m`.
     return whole(saved.state["vmean"]).to(torch.float64).expand(whole(saved.state["m"]).shape)
