@@ -198,7 +198,7 @@ def test_layouts_of_a_recipe_and_of_the_command(work_dir, capsys):
     as_is = as_json(capsys, "tiny.yaml")
     optimizer = {**RECIPE["optimizer"], "init_args": {"partition_layouts": {"GPT2Attention": "gpt2_cross_attention"}}}
     write_recipe(work_dir, optimizer=optimizer)
-    refused(capsys, VALUE, "c_attn.weight: its 96 rows are not what GPT2Attention tells", "tiny.yaml")
+    refused(capsys, VALUE, "c_attn.weight: its 96 rows do not match GPT2Attention", "tiny.yaml")
     assert as_json(capsys, "tiny.yaml", "--layout", "GPT2Attention=gpt2") == as_is
 
 
@@ -344,9 +344,13 @@ COMMANDS = [
     ([*GPT2_TINY, "--override", "=row"], COMMAND, "--override =row: expected KEY=CUT"),
     ([*GPT2_TINY, "--override", "key=row", "--override", "key=whole"], COMMAND, "key is given twice"),
     ([*GPT2_TINY, "--layout", "GPT2Attention"], COMMAND, "--layout GPT2Attention: expected CLASS=LAYOUT"),
-    ([*GPT2_TINY, "--override", "value=hole"], VALUE, "unknown cut 'hole' for 'value'; choose from head, row"),
+    (
+        [*GPT2_TINY, "--override", "value=hole"],
+        VALUE,
+        "unknown block structure 'hole' for 'value'; choose from head, row",
+    ),
     ([*GPT2_TINY, "--override", "vale=whole"], VALUE, "'vale' matches no parameter"),
-    ([*GPT2_TINY, "--override", "re:[=row"], VALUE, "'re:[' is no regular expression"),
+    ([*GPT2_TINY, "--override", "re:[=row"], VALUE, "'re:[' is not a valid regular expression"),
     ([*GPT2_TINY, "--partition", ""], COMMAND, "--partition is empty: give a name, or leave it out"),
     ([""], COMMAND, "RECIPE is empty: give a name"),
     (["--hf", ""], COMMAND, "--hf is empty: give a name"),

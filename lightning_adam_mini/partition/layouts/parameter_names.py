@@ -1,7 +1,7 @@
-"""What the name of a projection says: query, key, value, several of them fused, or the attention's output.
+"""Roles by names, for classes without a layout: of projections, and of parameters outside of layers.
 
-A name is read token by token, never by substrings: `W_q`, `toQ`, `query_dense` and `proj_q` speak of queries, `monkey`
-and `sequence` do not. It counts only within a module whose structure says that it attends.
+The name of a projection is read token by token, never by substrings: `W_q`, `toQ`, `query_dense` and `proj_q` mean
+queries, `monkey` and `sequence` do not. It counts only in a module whose structure shows that it attends.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = [
 Q, K, V = Role.QUERY, Role.KEY, Role.VALUE
 
 NAMELESS_FUSED = frozenset({"att_proj", "c_attn", "in_proj_qkvz", "qkvo", "qkvo_w", "w_pack"})
-"""Lower-case names of fused projections that do not spell what they hold, or hold gates beside it."""
+"""Lower-case names of fused projections that do not spell their parts, or also contain gates."""
 
 _LETTERS = {"q": Q, "k": K, "v": V}
 _WORDS = {
@@ -43,7 +43,7 @@ _FILLERS = frozenset({
     "projector", "projs", "sa", "self", "sep", "text", "the", "to", "token", "tokens", "trans", "transform",
     "transforms", "txt", "w", "weight", "weights", "ws", "wt", "x",
 })  # fmt: skip
-"""Words beside the letters that change nothing: kinds of layers, directions, the attention itself."""
+"""Words without a meaning for the role: kinds of layers, directions, the attention itself."""
 
 _OUTPUT_WORDS = frozenset({
     "back", "c", "collapse", "combine", "concat", "dense", "fc", "final", "head", "heads", "kernel", "layer", "lin",
@@ -58,13 +58,13 @@ _WORD = re.compile("|".join(sorted(_WORDS, key=len, reverse=True)))
 
 @lru_cache(maxsize=4096)
 def projected_parts(name: str) -> tuple[Role, ...]:
-    """Queries, keys and values that a name speaks of, in its order; none where it speaks of something else."""
+    """Queries, keys and values in a name, in its order; empty if it means something else."""
     parts, _ = _read(name)
     return parts
 
 
 def fused_parts(name: str) -> tuple[Role, ...]:
-    """The same for names of fused projections; none for a name of one part."""
+    """The same for names of fused projections; empty for a name of one part."""
     if name.lower() in NAMELESS_FUSED:
         return Q, K, V
     parts = projected_parts(name)
@@ -72,18 +72,18 @@ def fused_parts(name: str) -> tuple[Role, ...]:
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name says nothing beside the parts: `wq_b` or `q_norm` do, and may be something else."""
+    """Whether a name says nothing else than its parts; `wq_b` and `q_norm` do, so they may have another role."""
     _, others = _read(name)
     return name.lower() in NAMELESS_FUSED or not others
 
 
 def is_output_name(name: str) -> bool:
-    """Whether a name may be that of the projection after the heads."""
+    """Whether a name may mean the projection after the heads."""
     return bool(words := _tokens(name)) and all(word in _OUTPUT_WORDS for word in words) and not projected_parts(name)
 
 
 def is_bias_name(name: str) -> bool:
-    """Whether the name of a parameter is that of a bias, such as `b_Q`."""
+    """Whether the name of a parameter means a bias, such as `b_Q`."""
     words = _tokens(name)
     return bool(words) and (words[0] in ("b", "bias") or words[-1] in ("bias", "biases"))
 
@@ -141,7 +141,7 @@ _POSITIONS = (
     "width_rel",
 )
 _SMALL = (
-    # tokens that stand for no word or patch
+    # learned tokens that are neither words nor patches
     "class_embedding",
     "class_token",
     "cls_token",

@@ -283,7 +283,7 @@ def test_unknown_parameters_of_a_strategy_of_ones_own():
 
 def test_a_fused_matrix_that_the_user_overrides():
     (warning,) = explain(tiny_models.FusedAttention(), partition_overrides={"fused_qkv": "row"}).warnings
-    assert warning.startswith("qkv.weight: no layout tells how FusedAttention orders query, key and value")
+    assert warning.startswith("qkv.weight: no layout knows how FusedAttention orders query, key and value")
     assert (
         "your override uses the block structure 'row' instead of heads: give the order with partition_layouts={"
         in warning
@@ -330,7 +330,7 @@ def shapeless():
     ("build", "options", "told"),
     [
         (tiny_models.gpt2, {"partition": "foo"}, "unknown partition 'foo'; choose from auto"),
-        (tiny_models.gpt2, {"partition_overrides": {"value": "hole"}}, "unknown cut 'hole'"),
+        (tiny_models.gpt2, {"partition_overrides": {"value": "hole"}}, "unknown block structure 'hole'"),
         (tiny_models.gpt2, {"partition_overrides": {"vale": "row"}}, "'vale' matches no parameter"),
         (
             tiny_models.gpt2,
@@ -356,7 +356,7 @@ def shapeless():
         (nn.Linear(2, 2).state_dict, {}, r"explain takes a model, an instance of nn.Module .*, not a OrderedDict$"),
         (lambda: None, {}, r"explain takes a model, an instance of nn.Module .*, not a NoneType$"),
         (lambda: nn.Linear, {}, r"explain takes a model, an instance of nn.Module .*, not the class Linear$"),
-        (tiny_models.FusedAttention, {"partition": "transformer"}, "no layout tells how FusedAttention"),
+        (tiny_models.FusedAttention, {"partition": "transformer"}, "no layout knows how FusedAttention"),
         (shapeless, {}, "has no shape yet"),
         (lambda: nn.Linear(2, 2, dtype=torch.complex64), {}, "complex parameters are not supported"),
     ],
