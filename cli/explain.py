@@ -202,7 +202,7 @@ def _summary(verification: Verification) -> str:
     )
     lines += [f"contradicted: {name}: {members[0].reason}" for name, members in groups]
     if verification.remedy:
-        lines += ["right would be:", verification.remedy]
+        lines += ["correct arguments:", verification.remedy]
     return "\n".join(lines)
 
 

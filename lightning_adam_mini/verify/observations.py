@@ -1,4 +1,4 @@
-"""Compare how a parameter is cut with what the forward pass does with it."""
+"""What a forward pass shows of a parameter: the verdict on its blocks, and the layout that would be right."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from lightning_adam_mini.verify.tracing import Heads, Operand, Outputs
 __all__ = ["Observation", "Status", "VerifiedParameter", "as_python", "judge", "layout_of", "rows_of"]
 
 NONE, SEVERAL = -1, -2
-"""In place of the number of a head: the row feeds none, or more than one."""
+"""In place of the number of a head: the output feeds none, or more than one."""
 
 _OPERANDS = {Role.QUERY: Operand.QUERY, Role.KEY: Operand.KEY, Role.VALUE: Operand.VALUE}
 _NOT_ALONE = frozenset({Role.QUERY, Role.KEY, Role.EXPERT, Role.LORA})
-"""Roles of what may feed a head; of other parameters the partition says that they do not."""
+"""Roles that may feed a head; the partition says that other parameters do not."""
 _TABLES = frozenset({Role.TOKEN_EMBEDDING, Role.POSITION_EMBEDDING})
 
 
 class Status(StrEnum):
-    """What the forward pass says of a parameter."""
+    """The verdict of the forward pass on a parameter."""
 
     CONFIRMED = "confirmed"
     CONTRADICTED = "contradicted"
@@ -40,8 +40,8 @@ class VerifiedParameter:
 
     Args:
         name: Its name in `model.named_parameters()`.
-        status: Whether the forward pass agrees with its cut.
-        reason: What was seen.
+        status: Whether the forward pass agrees with its blocks.
+        reason: The observation.
     """
 
     name: str
@@ -55,11 +55,11 @@ class Observation:
 
     Args:
         shape: Its shape.
-        axes: Dimensions that are outputs; None where it met no activation in a product.
+        axes: Dimensions that are outputs; None if no product multiplies it with an activation.
         is_lookup: Whether its rows are looked up.
-        heads: For each operand of attention that it feeds the number of the head of each output, or `NONE` or
+        heads: For each operand of attention that it feeds, the number of the head of each output, or `NONE` or
             `SEVERAL`, in a tensor of `shape` with size one on the other dimensions.
-        problem: Why nothing is known.
+        problem: Why the observation is inconclusive.
     """
 
     shape: tuple[int, ...]
@@ -70,7 +70,7 @@ class Observation:
 
     @classmethod
     def of(cls, shape: tuple[int, ...], outputs: Sequence[Outputs], heads: Sequence[Heads]) -> Observation:
-        """Bring together what several products and attention calls show."""
+        """Combine the observations of several products and attention calls."""
         lookups = {seen.axes for seen in outputs if seen.is_lookup}
         of_products = {seen.axes for seen in outputs if not seen.is_lookup} or lookups
         if not of_products:
@@ -96,7 +96,7 @@ class Observation:
 
     @property
     def feeds(self) -> str:
-        """The operands that it feeds, for a sentence."""
+        """The operands that it feeds, in words."""
         return " and ".join(
             _counted(int(numbers.max()) + 1, f"{operand} head")
             for operand, numbers in self.heads.items()
@@ -105,7 +105,7 @@ class Observation:
 
 
 def judge(
-    cut: ParameterPartition,
+    found: ParameterPartition,
     seen: Observation,
     *,
     problem: str = "",
@@ -115,49 +115,52 @@ def judge(
     """The verdict on one parameter.
 
     Args:
-        cut: Its row of the partition; where the partition refuses it, as if each element were a block.
-        seen: What the forward pass shows of it.
-        problem: Why the partition refuses it; empty where it does not.
-        checks_heads: Whether the partition cuts queries by head, and no override of the user's decided here.
-        is_only_source: Whether it belongs to the module that attends with it, and the heads that it feeds come from no
-            other parameter that is cut as theirs.
+        found: Its partition, element-wise if the partition refuses it.
+        seen: The observation of the forward pass.
+        problem: Why the partition refuses it; empty if it does not.
+        checks_heads: Whether the partition has head blocks for queries, and no override decided here.
+        is_only_source: Whether it belongs to the module that attends with it, and no other parameter with the right
+            role feeds the same heads.
     """
-    status, reason = _verdict(cut, seen, problem, checks_heads, is_only_source)
-    return VerifiedParameter(cut.name, status, reason)
+    status, reason = _verdict(found, seen, problem, checks_heads, is_only_source)
+    return VerifiedParameter(found.name, status, reason)
 
 
 def _verdict(
-    cut: ParameterPartition, seen: Observation, problem: str, checks_heads: bool, is_only_source: bool
+    found: ParameterPartition, seen: Observation, problem: str, checks_heads: bool, is_only_source: bool
 ) -> tuple[Status, str]:
-    blocks, roles = cut.blocks, set(cut.role.roles)
+    blocks, roles = found.blocks, set(found.role.roles)
     if problem:
         feeds = f"; it feeds {seen.feeds}" if seen.feeds else ""
         return Status.CONTRADICTED, f"the partition refuses it: {problem}{feeds}"
     if blocks.kind is Kind.ELEMENT:
         feeds = f", though it feeds {seen.feeds}" if seen.feeds and checks_heads else ""
-        return Status.CONFIRMED, f"its elements share nothing{feeds}"
+        return Status.CONFIRMED, f"it has element-wise blocks{feeds}"
     if seen.problem:
         return Status.NOT_SEEN, seen.problem
     if seen.axes is None:
         kind = "a vector" if sum(size > 1 for size in seen.shape) < 2 else "it"
-        return Status.NOT_SEEN, f"{kind} meets no activation in a product"
-    if checks_heads and is_only_source and not roles & _NOT_ALONE and (reason := _unnamed_heads(cut, seen)):
+        return Status.NOT_SEEN, f"no product multiplies {kind} with an activation"
+    if checks_heads and is_only_source and not roles & _NOT_ALONE and (reason := _unnamed_heads(found, seen)):
         return Status.CONTRADICTED, reason
     if blocks.axis is None:
-        return Status.NOT_SEEN, "one block by the partition, whatever its rows do"
+        return Status.NOT_SEEN, "it is one block, whatever its rows do"
     if not seen.axes and seen.shape[blocks.axis] > 1:
-        return Status.NOT_SEEN, "products sum over all of it, as of a factor that is multiplied into another weight"
-    # Matrices that are kept apart may be summed over, as experts are: no block mixes them.
+        return Status.NOT_SEEN, "products sum over all of it, as for a factor of another weight"
+    # Products may sum over independent matrices, such as experts: no block mixes them.
     if seen.shape[blocks.axis] > 1 and blocks.axis not in seen.axes:
         if roles & _TABLES:
             return Status.NOT_SEEN, f"products sum over dimension {blocks.axis}, perhaps to pick its rows"
         outputs = _listed(seen.axes)
-        return Status.CONTRADICTED, f"cut along dimension {blocks.axis}, which products sum over: outputs are {outputs}"
+        return (
+            Status.CONTRADICTED,
+            f"products sum over dimension {blocks.axis}, its rows: outputs are {outputs}",
+        )
     if blocks.kind is Kind.FACTORED:
         return Status.CONFIRMED, _outputs_of(seen)
     if seen.is_lookup:
         return Status.CONFIRMED, "its rows are looked up"
-    return _rows_verdict(cut, seen, checks_heads)
+    return _rows_verdict(found, seen, checks_heads)
 
 
 def _outputs_of(seen: Observation) -> str:
@@ -167,26 +170,26 @@ def _outputs_of(seen: Observation) -> str:
     return f"dimension {axes[0]} is the output" if axes else "it has one output"
 
 
-def _unnamed_heads(cut: ParameterPartition, seen: Observation) -> str:
-    """Why a parameter that is cut as no query or key should be one; empty where it should not."""
+def _unnamed_heads(found: ParameterPartition, seen: Observation) -> str:
+    """Why a parameter should be a query or key although it has another role; empty if it should not."""
     for operand in (Operand.QUERY, Operand.KEY, Operand.SCORE):
         numbers = seen.heads.get(operand)
         if numbers is not None and (numbers >= 0).any():
             count, rows = int(numbers.max()) + 1, int((numbers >= 0).sum())
             some = "its" if rows == numbers.numel() else f"{rows} of its {numbers.numel()}"
-            return f"{some} rows are the {operand} of {_counted(count, 'head')}, but it is cut as {cut.role.name}"
+            return f"{some} rows are the {operand} of {_counted(count, 'head')}, but its role is {found.role.name}"
     return ""
 
 
-def _rows_verdict(cut: ParameterPartition, seen: Observation, checks_heads: bool) -> tuple[Status, str]:
-    """Compare blocks of outputs with the heads that they feed."""
-    blocks, axes = cut.blocks, seen.axes
+def _rows_verdict(found: ParameterPartition, seen: Observation, checks_heads: bool) -> tuple[Status, str]:
+    """Compare blocks of rows with the heads that the rows feed."""
+    blocks, axes = found.blocks, seen.axes
     assert axes is not None
     assert blocks.axis is not None
     kept = tuple(size if axis in axes else 1 for axis, size in enumerate(seen.shape))
     index = replace(blocks, shape=kept).block_index()
-    roles = list(dict.fromkeys(cut.role.roles))
-    numbers = [roles.index(part.role) for part in cut.role.parts for _ in range(part.length)] * cut.role.repeats
+    roles = list(dict.fromkeys(found.role.roles))
+    numbers = [roles.index(part.role) for part in found.role.parts for _ in range(part.length)] * found.role.repeats
     role_of = torch.tensor(numbers).view([-1 if axis == blocks.axis else 1 for axis in range(len(kept))]).expand(kept)
     batch = None
     if blocks.batch_axes:
@@ -194,18 +197,18 @@ def _rows_verdict(cut: ParameterPartition, seen: Observation, checks_heads: bool
         batch = torch.arange(math.prod(sizes)).view(sizes).expand(kept)
     reasons: dict[Status, list[str]] = {status: [] for status in Status}
     for number, role in enumerate(roles):
-        rows, cut_of_role = role_of == number, cut.structures[cut.role.roles.index(role)]
-        if role in _OPERANDS and (cut_of_role is Structure.HEAD or checks_heads):
-            status, reason = _heads_verdict(role, cut_of_role, seen, rows, index, batch)
+        rows, structure = role_of == number, found.structures[found.role.roles.index(role)]
+        if role in _OPERANDS and (structure is Structure.HEAD or checks_heads):
+            status, reason = _heads_verdict(role, structure, seen, rows, index, batch)
             reasons[status].append(reason)
             continue
         own = index[rows]
-        if cut_of_role is Structure.ROW and own.unique().numel() != own.numel():
+        if structure is Structure.ROW and own.unique().numel() != own.numel():
             per_row = own.numel() // own.unique().numel()
             reasons[Status.CONTRADICTED].append(f"a row holds {per_row} outputs: {_outputs_of(seen)}")
         elif checks_heads and {Role.QUERY, Role.KEY} & set(roles):
             reasons[Status.CONTRADICTED] += [
-                f"rows that are cut as {role} feed the {operand}"
+                f"rows with the role {role} feed the {operand}"
                 for operand in (Operand.QUERY, Operand.KEY)
                 if (numbers_of := seen.heads.get(operand)) is not None and (numbers_of.expand(kept)[rows] >= 0).any()
             ]
@@ -217,7 +220,7 @@ def _rows_verdict(cut: ParameterPartition, seen: Observation, checks_heads: bool
 
 def _heads_verdict(
     role: Role,
-    cut: Structure,
+    structure: Structure,
     seen: Observation,
     rows: Tensor,
     index: Tensor,
@@ -233,35 +236,35 @@ def _heads_verdict(
     ]
     if numbers is None or (numbers.expand(kept)[rows] == NONE).all():
         if others:
-            return Status.CONTRADICTED, f"rows that are cut as {role} feed the {others[0]}"
+            return Status.CONTRADICTED, f"rows with the role {role} feed the {others[0]}"
         return Status.NOT_SEEN, f"no attention call takes a {role} from it"
-    if seen.axes and len(seen.axes) > 1:  # nothing is known of matrices that took no part, as experts without a token
+    if seen.axes and len(seen.axes) > 1:  # matrices without observations, such as experts that got no token
         rows = rows & ~(numbers == NONE).all(seen.axes[-1], keepdim=True).expand(kept)
     own, blocks = numbers.expand(kept)[rows], index[rows]
     if (own == NONE).any():
-        return Status.CONTRADICTED, f"{int((own == NONE).sum())} of {own.numel()} rows that are cut as {role} feed none"
+        return Status.CONTRADICTED, f"{int((own == NONE).sum())} of {own.numel()} rows with the role {role} feed none"
     if (own == SEVERAL).any():
         return Status.NOT_SEEN, f"several {role} heads come from the same rows"
     if role is Role.VALUE and others:
-        return Status.CONTRADICTED, f"rows that are cut as {role} feed the {others[0]} too"
-    if batch is not None:  # each expert has heads of its own
+        return Status.CONTRADICTED, f"rows with the role {role} also feed the {others[0]}"
+    if batch is not None:  # each expert has its own heads
         own = own + (int(own.max()) + 1) * batch[rows]
     heads, num_blocks = own.unique().numel(), blocks.unique().numel()
     pairs = torch.stack([own, blocks]).unique(dim=1).shape[1]
-    if cut is Structure.ROW:
+    if structure is Structure.ROW:
         if num_blocks != own.numel():
             return Status.CONTRADICTED, f"a row holds {own.numel() // num_blocks} outputs of the {role}"
         return Status.CONFIRMED, f"{own.numel()} rows of {heads} {role} heads"
-    if cut is Structure.HEAD and not pairs == heads == num_blocks:
+    if structure is Structure.HEAD and not pairs == heads == num_blocks:
         mixed = (
-            f"blocks hold rows of several {role} heads" if pairs > num_blocks else f"{role} heads are cut into parts"
+            f"blocks hold rows of several {role} heads" if pairs > num_blocks else f"{role} heads have several blocks"
         )
         return Status.CONTRADICTED, f"{mixed}: {num_blocks} blocks, {heads} heads"
     return Status.CONFIRMED, _counted(heads, f"{role} head")
 
 
 def _numbers(masks: Tensor) -> Tensor:
-    """The head of each output, numbered in the order of their first rows."""
+    """The head of each output, numbered by its first row."""
     count = masks.sum(0)
     numbers = masks.long().argmax(0)
     numbers = numbers.where(count > 0, NONE).where(count < 2, SEVERAL).cpu()
@@ -276,7 +279,7 @@ def _numbers(masks: Tensor) -> Tensor:
 
 
 def _merged(known: Tensor, more: Tensor) -> Tensor | None:
-    """Heads of several calls: the same rows for the same heads, or other rows for other heads; else None."""
+    """The combined heads of two calls that use the same rows for the same heads, or disjoint rows; else None."""
     if torch.equal(known, more):
         return known
     if known.shape != more.shape or ((known != NONE) & (more != NONE)).any():
@@ -299,24 +302,24 @@ Label = tuple[Role, int]
 
 
 def rows_of(seen: Observation, role: Role = Role.LINEAR) -> Rows | None:
-    """The rows of a parameter as they were seen; None where the vocabulary has no words for them.
+    """The rows of a parameter as observed; None if `Rows` cannot describe them.
 
     Args:
-        seen: What was seen.
-        role: What its outputs do where they feed no attention.
+        seen: The observation.
+        role: The role of outputs that feed no attention.
     """
     if not seen.axes:
         return None
     *batch, axis = seen.axes
     labels = _labels(seen, role)
     if role is Role.EXPERT and axis and not batch and len(seen.shape) > 2:
-        batch = [0]  # experts that are summed over
+        batch = [0]  # experts, which the product sums over
     roles = {found for found, _ in labels}
     if len(roles) == 1 and not roles & {Role.QUERY, Role.KEY}:
         return Rows(*roles, axis=axis or None, batch_axes=tuple(batch))
     if not batch:
         return _of_sequence(labels, axis)
-    # Heads on one dimension, their channels on others: a block spans the others.
+    # Heads in one dimension and channels in others: a block spans the others.
     along = [first for first in seen.axes if _varies_along_alone(seen, first)]
     if len(along) == 1 and roles <= {Role.QUERY, Role.KEY}:
         shape = [seen.shape[kept] for kept in seen.axes]
@@ -327,7 +330,7 @@ def rows_of(seen: Observation, role: Role = Role.LINEAR) -> Rows | None:
 
 
 def _labels(seen: Observation, role: Role) -> list[Label]:
-    """One label for each output, with the last dimension running fastest."""
+    """One label for each output, in row-major order."""
     assert seen.axes is not None
     count = math.prod(seen.shape[axis] for axis in seen.axes)
     labels: list[Label] = [(role, 0)] * count
@@ -341,7 +344,7 @@ def _labels(seen: Observation, role: Role) -> list[Label]:
 
 
 def _varies_along_alone(seen: Observation, axis: int) -> bool:
-    """Whether heads depend on the place along one dimension and on no other."""
+    """Whether heads depend on the index of one dimension only."""
     found: list[Tensor] = list(seen.heads.values())
     same = all(
         bool((numbers == numbers.amax([a for a in range(numbers.dim()) if a != axis], keepdim=True)).all())
@@ -351,7 +354,7 @@ def _varies_along_alone(seen: Observation, axis: int) -> bool:
 
 
 def _of_sequence(labels: Sequence[Label], axis: int) -> Rows | None:
-    """Rows of one dimension from their labels, in order."""
+    """The rows of one dimension from their labels in order."""
     dimension = axis or None
     runs = [(role, head, len(list(rows))) for (role, head), rows in groupby(labels)]
     heads = [(role, head) for role, head, _ in runs if role in (Role.QUERY, Role.KEY)]
@@ -379,7 +382,7 @@ def _spans(sequence: Iterable[tuple[Role, int]], *, interleaved: bool = False) -
 
 
 def _period(sequence: Sequence[object]) -> int:
-    """Length of the shortest beginning that the sequence repeats."""
+    """The period of a sequence."""
     length = len(sequence)
     return next(
         period
@@ -391,12 +394,12 @@ def _period(sequence: Sequence[object]) -> int:
 def layout_of(
     class_name: str, instances: Sequence[tuple[nn.Module, Mapping[str, tuple[Observation, Role]]]]
 ) -> ModuleLayout | None:
-    """A layout for all modules of a class; None where none holds for all.
+    """A layout for all modules of a class; None if none fits them all.
 
     Args:
         class_name: The class.
-        instances: Its modules, each with what was seen of its parameters by their names relative to it, and the role
-            of those that feed no attention.
+        instances: Its modules, each with observations of its parameters by their relative names, and with the roles of
+            those that feed no attention.
     """
     found = []
     for _, parameters_seen in instances:
@@ -412,7 +415,7 @@ def layout_of(
 
 
 def _with_sizes(name: str, modules: Sequence[nn.Module], found: Sequence[Mapping[str, Rows]]) -> ModuleLayout | None:
-    """A layout whose numbers are attributes of the modules, where those differ in size."""
+    """A layout with attributes of the modules in place of numbers, for modules of different sizes."""
     if any(rows.keys() != found[0].keys() for rows in found):
         return None
     sizes: dict[str, str] = {}
@@ -453,7 +456,7 @@ def _with_sizes(name: str, modules: Sequence[nn.Module], found: Sequence[Mapping
 
 
 def as_python(value: object) -> str:
-    """A layout, or a part of one, as one would write it."""
+    """A layout, or a part of one, as Python code."""
     if isinstance(value, Role) or (isinstance(value, Span) and value == Span(value.role)):
         return f"Role.{(value if isinstance(value, Role) else value.role).name}"
     if isinstance(value, Mapping):

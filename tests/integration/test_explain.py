@@ -347,7 +347,7 @@ COMMANDS = [
     (
         [*GPT2_TINY, "--override", "value=hole"],
         VALUE,
-        "unknown block structure 'hole' for 'value'; choose from head, row",
+        "unknown block structure 'hole' for 'value'",
     ),
     ([*GPT2_TINY, "--override", "vale=whole"], VALUE, "'vale' matches no parameter"),
     ([*GPT2_TINY, "--override", "re:[=row"], VALUE, "'re:[' is not a valid regular expression"),
@@ -545,7 +545,7 @@ def test_a_wrong_layout_is_contradicted(folder, capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert re.search(r"c_attn\.weight +x5 .* contradicted ", shown)
     assert "contradicted: transformer.h.{0,1}.attn.c_attn.weight: " in shown
-    assert "right would be:" in shown
+    assert "correct arguments:" in shown
 
 
 def test_an_input_that_nobody_can_make_up(folder, capsys):

@@ -151,7 +151,7 @@ def test_vectors_are_never_factored():
     [
         (
             {"value": "rows"},
-            "unknown block structure 'rows' for 'value'; choose from head, row, whole, element, factored",
+            "block structure 'rows' for 'value'; choose from head, row, whole, element, factored",
         ),
         ({"re:(": "row"}, r"'re:\(' is not a valid regular expression"),
         ({"expert": "row"}, "'expert' matches no parameter; this model has the roles query, key, value"),

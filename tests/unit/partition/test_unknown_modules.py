@@ -66,9 +66,7 @@ def test_keys_that_are_no_multiple_of_the_querys_heads():
 @pytest.mark.parametrize("attributes", [{"num_heads": 8}, {"head_dim": 8}, {"num_heads": 8, "head_dim": 8}])
 def test_queries_with_gates_that_no_layout_names(attributes):
     module = Attention({"q_proj": 128, "k_proj": 64, "v_proj": 64, "o_proj": 64}, **attributes)
-    with pytest.raises(
-        ValueError, match=r"q_proj.weight: its 128 rows are (twice the inputs of the output|not 8 heads)"
-    ):
+    with pytest.raises(ValueError, match=r"q_proj.weight: its 128 rows are (twice the inputs|not 8 heads)"):
         partition_module(module)
 
 
@@ -222,9 +220,7 @@ def test_a_layout_finds_the_fused_matrix_of_a_class_whatever_its_name(name, kind
 def test_sizes_that_do_not_determine_the_rows_raise(order):
     """Four heads of eight rows with one key and value, or of four rows with four: the module does not tell."""
     module = Attention({"qkv": 48, "proj": 32}, width=32, num_heads=4, own_name=1)
-    with pytest.raises(
-        ValueError, match=r"qkv.weight: its 48 rows do not determine .* head_dim .* num_key_value_heads"
-    ):
+    with pytest.raises(ValueError, match=r"qkv.weight: 48 rows do not determine .* head_dim .* num_key_value_heads"):
         partition_module(module, layouts={"Attention": order})
 
 
