@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from children import measure, save, tell
 from lightning_adam_mini.hessian import HessianOperator, model_tridiagonals
-from lightning_adam_mini.measure.allocations import peak_extra_bytes
+from lightning_adam_mini.measure.memory import peak_extra_bytes
 from lightning_adam_mini.measure.timing import choose_clock, interleave
 
 CPU = torch.device("cpu")

@@ -158,7 +158,7 @@ def _verification(
 
 def _with_verdicts(explanation: Explanation, verification: Verification) -> Explanation:
     """Rows with their verdicts; a layer that was left out has that of the same parameter in other layers."""
-    from lightning_adam_mini.measure.collapse import template
+    from lightning_adam_mini.measure.explanation_table import template
 
     alike: dict[str, set[str]] = {}
     for name, verdict in verification.parameters.items():
@@ -175,7 +175,7 @@ def _with_verdicts(explanation: Explanation, verification: Verification) -> Expl
 
 def _summary(verification: Verification) -> str:
     """What the forward pass contradicts, and the correct partition."""
-    from lightning_adam_mini.measure.collapse import collapse
+    from lightning_adam_mini.measure.explanation_table import collapse
 
     counts = {status: len(verification.of_status(status)) for status in ("confirmed", "contradicted", "not seen")}
     lines = ["verified  " + ", ".join(f"{count} {status}" for status, count in counts.items())]

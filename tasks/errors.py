@@ -3,32 +3,13 @@
 from __future__ import annotations
 
 import errno
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-__all__ = ["cannot_write", "error_line", "has_no_locks", "on_all_ranks", "require"]
+__all__ = ["cannot_write", "error_line", "has_no_locks", "on_all_ranks"]
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 E = TypeVar("E", bound=Exception)
-
-
-def require(name: str, what: str, *, extra: str, package: str | None = None) -> None:
-    """Check that a package is installed, without importing it.
-
-    Args:
-        name: The package, as it is imported.
-        what: What needs it, for the message.
-        extra: The extra of this project that installs it.
-        package: Its name for pip, where that is another one.
-
-    Raises:
-        ValueError: It is not installed; the message names the extra to install.
-    """
-    if find_spec(name) is None:
-        raise ValueError(
-            f"{what} needs the package {package or name}; install it with pip install 'lightning-adam-mini[{extra}]'"
-        )
 
 
 def error_line(error: BaseException) -> str:

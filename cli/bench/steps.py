@@ -16,12 +16,18 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_adam_mini.hints import require_package
-from lightning_adam_mini.measure.allocations import peak_extra_bytes
-from lightning_adam_mini.measure.available import available_bytes
-from lightning_adam_mini.measure.collectives import count_collectives
-from lightning_adam_mini.measure.spread import ratio_of_pairs, spread_of
-from lightning_adam_mini.measure.timing import Seconds, choose_clock, interleave, time_call
-from lightning_adam_mini.measure.traffic import add_of_bytes, copy_of_bytes, step_traffic_bytes, stored_state_bytes
+from lightning_adam_mini.measure.memory import available_bytes, peak_extra_bytes, step_traffic_bytes, stored_state_bytes
+from lightning_adam_mini.measure.timing import (
+    Seconds,
+    add_of_bytes,
+    choose_clock,
+    copy_of_bytes,
+    count_collectives,
+    interleave,
+    ratio_of_pairs,
+    spread_of,
+    time_call,
+)
 from lightning_adam_mini.optim.sharding import local
 
 from ...tasks.parallel.sharding import shard_model

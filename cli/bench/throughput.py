@@ -25,13 +25,17 @@ from torch.nn import functional as F
 from lightning_adam_mini import factory
 from lightning_adam_mini.factory import OptimizerFactory
 from lightning_adam_mini.hints import did_you_mean
-from lightning_adam_mini.measure.allocations import peak_extra_bytes
-from lightning_adam_mini.measure.available import resident_bytes, resident_peak_bytes
-from lightning_adam_mini.measure.batch_size import RankMemory, largest_batch
 from lightning_adam_mini.measure.explanation_table import format_bytes
-from lightning_adam_mini.measure.live_memory import activation_peak
+from lightning_adam_mini.measure.memory import (
+    RankMemory,
+    activation_peak,
+    largest_batch,
+    peak_extra_bytes,
+    resident_bytes,
+    resident_peak_bytes,
+    stored_state_bytes,
+)
 from lightning_adam_mini.measure.timing import choose_clock, time_call
-from lightning_adam_mini.measure.traffic import stored_state_bytes
 
 from ...tasks.parallel.sharding import checkpoint_activations, repeated_blocks
 from ..arguments import UsageError

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ...tasks.errors import require
+from lightning_adam_mini.hints import require_package
+
 from .image_task import CLASSES
 from .text_task import NUM_BYTES
 
@@ -41,7 +42,7 @@ class NetworkSizes:
 
 
 def _resnet18(sizes: NetworkSizes) -> nn.Module:
-    require("timm", "this study", extra="vision")
+    require_package("timm", "this study", extra="vision")
     from timm.models.resnet import BasicBlock, ResNet
 
     channels = tuple(sizes.channels * factor for factor in (1, 2, 4, 8))
@@ -70,14 +71,14 @@ def _vgg16(sizes: NetworkSizes) -> nn.Module:
 
 
 def _vit(sizes: NetworkSizes) -> nn.Module:
-    require("timm", "this study", extra="vision")
+    require_package("timm", "this study", extra="vision")
     from timm.models.vision_transformer import VisionTransformer
 
     return VisionTransformer(SIDE, PATCH, 1, CLASSES, embed_dim=sizes.width, depth=sizes.layers, num_heads=sizes.heads)
 
 
 def _mixer(sizes: NetworkSizes) -> nn.Module:
-    require("timm", "this study", extra="vision")
+    require_package("timm", "this study", extra="vision")
     from timm.models.mlp_mixer import MlpMixer
 
     model = MlpMixer(CLASSES, SIDE, 1, PATCH, num_blocks=sizes.layers, embed_dim=sizes.width)

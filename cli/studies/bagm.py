@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lightning_adam_mini.factory.rules.tensorwise import TensorwiseOptimizer
+from lightning_adam_mini.factory.base import TensorwiseOptimizer
 
 __all__ = ["BAGM"]
 

@@ -1,5 +1,5 @@
-"""Optimizer states of AdamW, of the authors' package and of other partitions, as states of `AdamMini`, and back."""
+"""Convert optimizer states of AdamW, of the package `adam-mini` and of other partitions to `AdamMini`, and back."""
 
-from lightning_adam_mini.convert.functions import from_adam_mini_package, from_adamw, repartition, to_adamw
+from lightning_adam_mini.convert.conversion import from_adam_mini_package, from_adamw, repartition, to_adamw
 
 __all__ = ["from_adam_mini_package", "from_adamw", "repartition", "to_adamw"]

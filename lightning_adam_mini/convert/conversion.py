@@ -1,4 +1,4 @@
-"""From any state that can be converted to that of an optimizer: matched, converted and grouped."""
+"""Convert the state of one optimizer to that of another over the same parameters: match, convert, group."""
 
 from __future__ import annotations
 
@@ -11,13 +11,20 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_adam_mini.blocks import Blocks
-from lightning_adam_mini.convert.matching import Wanted, match
-from lightning_adam_mini.convert.saved import SavedBy, SavedParameter, saved_by, saved_parameters, whole
-from lightning_adam_mini.convert.second_moment import second_moment
+from lightning_adam_mini.convert.saved_states import (
+    SavedBy,
+    SavedParameter,
+    Wanted,
+    match,
+    saved_by,
+    saved_parameters,
+    whole,
+)
+from lightning_adam_mini.convert.second_moments import second_moment
 from lightning_adam_mini.optim import AdamMini, momentum_8bit
 from lightning_adam_mini.optim.state import first_moment_dtype, saved_tensor, second_moment_dtype
 
-__all__ = ["Conversion", "convert"]
+__all__ = ["Conversion", "convert", "from_adam_mini_package", "from_adamw", "repartition", "to_adamw"]
 
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "initial_lr")
 
@@ -27,9 +34,9 @@ class Conversion:
     """A converted state.
 
     Args:
-        state: What the optimizer loads.
-        source: What wrote the state that it was converted from.
-        group_sources: For each group of it, the numbers of the groups that its parameters had before.
+        state: The state to load into the optimizer.
+        source: What saved the original state.
+        group_sources: For each group of the state, the numbers of the saved groups that its parameters come from.
     """
 
     state: dict[str, Any]
@@ -46,14 +53,14 @@ def convert(
     keep_hyperparameters: bool = False,
     by_elements: bool = False,
 ) -> Conversion:
-    """Any state that can be converted as one of `optimizer`, an AdamMini or an AdamW.
+    """Convert a state to one of `optimizer`, an AdamMini or an AdamW.
 
     Args:
         state_dict: A state of AdamW, Adam, AdamMini or the package `adam-mini`.
-        optimizer: What the state is for.
+        optimizer: The optimizer to convert for; it is not changed.
         names: As in `from_adamw`.
         keep_hyperparameters: As in `from_adamw`.
-        by_elements: Make a state of AdamW, also where `optimizer` is an AdamMini.
+        by_elements: Return a state of AdamW, also if `optimizer` is an AdamMini.
 
     Raises:
         ValueError: As `from_adamw`.
@@ -70,7 +77,7 @@ def convert(
             kept = first_moment_dtype(blocks.shape, parameter.dtype, None if by_elements else exp_avg_dtype)
             dtypes = (kept, None if by_elements else second_moment_dtype(parameter))
             states[number] = _converted(source, found[name], name, blocks, dtypes)
-        elif not by_elements and parameter.requires_grad:  # an AdamMini has its state before the first step
+        elif not by_elements and parameter.requires_grad:  # AdamMini creates its state before the first step
             states[number] = _fresh(parameter, blocks, exp_avg_dtype)
     sources = tuple(tuple(sorted({found[name].group for name in group if name in found})) for group in wanted.groups)
     groups = optimizer.state_dict()["param_groups"]
@@ -83,12 +90,13 @@ def convert(
 
 
 def _wanted(optimizer: Optimizer) -> tuple[Wanted, dict[str, tuple[Tensor, Blocks]]]:
-    """What an optimizer is over, and its parameters with their blocks in the order of its state."""
+    """The parameters of an optimizer with their blocks, in the order of its state, and how to match saved ones."""
     if isinstance(optimizer, AdamMini):
         flat = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        cuts = optimizer.partition
-        parameters = {name: (p, cut.blocks) for (name, cut), p in zip(cuts.items(), flat, strict=True)}
-        order = [(cut.name, cut.blocks.shape) for cut in optimizer._cuts.values()]  # the model's, with what is frozen
+        partition = optimizer.partition
+        parameters = {name: (p, found.blocks) for (name, found), p in zip(partition.items(), flat, strict=True)}
+        # In the model's order, with frozen parameters.
+        order = [(found.name, found.blocks.shape) for found in optimizer._cuts.values()]
         named = True
     else:
         known = [group.get("param_names") for group in optimizer.param_groups]
@@ -113,23 +121,23 @@ def _converted(
     blocks: Blocks,
     dtypes: tuple[torch.dtype, torch.dtype | None],
 ) -> dict[str, Tensor]:
-    """The state of one parameter; no more than one of its size is expanded at a time.
+    """The converted state of one parameter; at most one tensor of its size is expanded at a time.
 
     Args:
-        source: What wrote the state.
+        source: What saved the state.
         saved: The saved parameter.
         name: Its name.
-        blocks: How it is to be cut.
-        dtypes: Those of the first moment, which matters where it is or becomes 8-bit codes, and of the second; None for
-            that of the first.
+        blocks: Its new blocks.
+        dtypes: Of the first moment, which matters if it is or becomes 8-bit codes, and of the second moment; None for
+            the dtype of the first.
     """
     needed = {"step", "exp_avg"} if source is not SavedBy.PACKAGE else {"step", "m"}
     if missing := needed - saved.state.keys():
-        raise ValueError(f"the optimizer state of {name!r} has no {', '.join(sorted(missing))}: it is not complete")
+        raise ValueError(f"the optimizer state of {name!r} has no {', '.join(sorted(missing))}: it is incomplete")
     if "max_exp_avg_sq" in saved.state:
         raise ValueError(
             f"the optimizer state of {name!r} has max_exp_avg_sq: AMSGrad divides by the largest second moment so far, "
-            "which Adam-mini has not; start the optimizer afresh from the weights alone"
+            "which Adam-mini does not keep; start a new optimizer from the weights alone"
         )
     first = saved.first_moment
     assert first is not None
@@ -143,7 +151,7 @@ def _converted(
 
 
 def _in_format(saved: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
-    """A saved first moment as 8-bit codes or as numbers; one that needs no change is shared."""
+    """A saved first moment as 8-bit codes or as numbers; it is shared if it needs no change."""
     exp_avg, scale = saved["exp_avg"], saved.get("exp_avg_scale")
     if scale is not None:
         scale = whole(scale)
@@ -159,7 +167,7 @@ def _in_format(saved: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor
 
 
 def _fresh(parameter: Tensor, blocks: Blocks, exp_avg_dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The state of a parameter that never had a gradient."""
+    """The state of a parameter that had no gradient yet."""
     device = "cpu" if parameter.is_meta else parameter.device
     moments = {
         key: torch.zeros(shape, dtype=second_moment_dtype(parameter), device=device)
@@ -175,14 +183,14 @@ def _fresh(parameter: Tensor, blocks: Blocks, exp_avg_dtype: torch.dtype | None)
 
 
 def _as_adamw(group: dict[str, Any]) -> dict[str, Any]:
-    """A group with the options of torch's AdamW, which are of its version, and the hyperparameters that it has."""
+    """A group with all options of the installed torch's AdamW, and the hyperparameters of `group`."""
     (template,) = torch.optim.AdamW([torch.empty(0)]).state_dict()["param_groups"]
     shared = {key: group[key] for key in (*HYPERPARAMETERS, "maximize", "capturable") if key in group}
     return {**template, **shared, "params": group["params"]}
 
 
 def _hyperparameters(groups: Sequence[dict[str, Any]], members: Sequence[str]) -> dict[str, Any]:
-    """The hyperparameters that saved groups have in common.
+    """The common hyperparameters of saved groups.
 
     Raises:
         ValueError: They differ, or a weight decay is not decoupled.
@@ -191,8 +199,8 @@ def _hyperparameters(groups: Sequence[dict[str, Any]], members: Sequence[str]) -
     for group in groups:
         if group.get("weight_decay") and group.get("decoupled_weight_decay") is False:
             raise ValueError(
-                "the state is Adam's, whose weight decay is an L2 term of the gradient and has another size; leave "
-                "keep_hyperparameters out"
+                "the state is Adam's, whose weight decay is an L2 term of the gradient, so that its value does not fit "
+                "here; leave keep_hyperparameters out"
             )
         own = {"betas": (group["beta1"], group["beta2"])} if "beta1" in group else {}
         own |= {key: group[key] for key in HYPERPARAMETERS if key in group}
@@ -200,8 +208,126 @@ def _hyperparameters(groups: Sequence[dict[str, Any]], members: Sequence[str]) -
             value = tuple(value) if key == "betas" else value
             if key in found and found[key] != value:
                 raise ValueError(
-                    f"the parameters of one group ({members[0]}, ...) had {key} = {found[key]} and {value}; make the "
-                    "groups that the other optimizer had (weight_decay_policy), or leave keep_hyperparameters out"
+                    f"the parameters of one group ({members[0]}, ...) had {key} = {found[key]} and {value}; use the "
+                    "groups of the other optimizer (weight_decay_policy), or leave keep_hyperparameters out"
                 )
             found[key] = value
     return found
+
+
+def from_adamw(
+    state_dict: dict[str, Any],
+    optimizer: AdamMini,
+    *,
+    names: Sequence[str] | None = None,
+    keep_hyperparameters: bool = False,
+) -> dict[str, Any]:
+    """Convert a state of AdamW or Adam to one of AdamMini: the second moment becomes its means over blocks.
+
+    The first moment and the step stay. The input does not change; its first moments are shared unless only one side
+    stores them in 8 bits.
+
+    Args:
+        state_dict: `state_dict()` of `torch.optim.AdamW` or `Adam`, in any groups; or the same keyed by names.
+        optimizer: The AdamMini over the same model; it is not changed. Load the result into it.
+        names: Names of the parameters in the order of the other optimizer. Needed if the state has none, and groups and
+            shapes are ambiguous.
+        keep_hyperparameters: Take learning rate, betas, eps and weight decay from the state instead of `optimizer`.
+
+    Raises:
+        ValueError: A state of another optimizer or model, with the parameter and both shapes; AMSGrad; or
+            hyperparameters that do not fit into one group.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 2)
+        >>> adamw = torch.optim.AdamW(model.parameters())
+        >>> model(torch.ones(4)).sum().backward()
+        >>> adamw.step()
+        >>> optimizer = AdamMini(model, partition="default")
+        >>> optimizer.load_state_dict(from_adamw(adamw.state_dict(), optimizer))
+    """
+    _require(state_dict, SavedBy.ADAMW, "from_adamw")
+    return convert(state_dict, optimizer, names=names, keep_hyperparameters=keep_hyperparameters).state
+
+
+def from_adam_mini_package(
+    state_dict: dict[str, Any], optimizer: AdamMini, *, keep_hyperparameters: bool = False
+) -> dict[str, Any]:
+    """Convert a state of the reference implementation, the package `adam-mini` 1.1.1, to one of AdamMini.
+
+    The package names its parameters. Where its blocks differ (it does not know fused or transposed matrices), they are
+    expanded to elements and averaged over the new blocks.
+
+    Args:
+        state_dict: `state_dict()` of the package's `Adam_mini`.
+        optimizer: The AdamMini over the same model; it is not changed.
+        keep_hyperparameters: As in `from_adamw`.
+
+    Raises:
+        ValueError: As `from_adamw`.
+    """
+    _require(state_dict, SavedBy.PACKAGE, "from_adam_mini_package")
+    return convert(state_dict, optimizer, keep_hyperparameters=keep_hyperparameters).state
+
+
+def repartition(
+    state_dict: dict[str, Any],
+    optimizer: AdamMini,
+    *,
+    names: Sequence[str] | None = None,
+    keep_hyperparameters: bool = False,
+) -> dict[str, Any]:
+    """Convert a state of AdamMini to another partition.
+
+    Blocks are expanded to elements and averaged over the new blocks; equal blocks keep every bit.
+
+    Args:
+        state_dict: `state_dict()` of an AdamMini.
+        optimizer: The other AdamMini, over the same model; it is not changed.
+        names: As in `from_adamw`.
+        keep_hyperparameters: As in `from_adamw`.
+
+    Raises:
+        ValueError: As `from_adamw`; or a state that does not name its partition, with ambiguous shapes.
+    """
+    _require(state_dict, SavedBy.ADAM_MINI, "repartition")
+    return convert(state_dict, optimizer, names=names, keep_hyperparameters=keep_hyperparameters).state
+
+
+def to_adamw(
+    state_dict: dict[str, Any],
+    optimizer: Optimizer,
+    *,
+    names: Sequence[str] | None = None,
+    keep_hyperparameters: bool = False,
+) -> dict[str, Any]:
+    """Convert a state of AdamMini to one of AdamW: each element gets the value of its block.
+
+    With a factored second moment, it gets the product of its row and column. The averages of the blocks remain: the
+    first steps of AdamW have the step sizes of Adam-mini.
+
+    Args:
+        state_dict: `state_dict()` of an AdamMini.
+        optimizer: The `torch.optim.AdamW` over the same parameters; or the AdamMini that saved the state, for an AdamW
+            with the same groups. It is not changed.
+        names: As in `from_adamw`.
+        keep_hyperparameters: As in `from_adamw`.
+
+    Raises:
+        ValueError: As `repartition`.
+    """
+    _require(state_dict, SavedBy.ADAM_MINI, "to_adamw")
+    return convert(
+        state_dict, optimizer, names=names, keep_hyperparameters=keep_hyperparameters, by_elements=True
+    ).state
+
+
+def _require(state_dict: dict[str, Any], expected: SavedBy, function: str) -> None:
+    found = saved_by(state_dict)
+    if found is not expected:
+        other = {
+            SavedBy.ADAMW: "from_adamw",
+            SavedBy.ADAM_MINI: "repartition or to_adamw",
+            SavedBy.PACKAGE: "from_adam_mini_package",
+        }
+        raise ValueError(f"{function} takes a state of {expected}, but this is one of {found}; use {other[found]}")

@@ -1,7 +1,11 @@
 """Optimizer factories: one frozen dataclass an optimizer, which builds it for any module.
 
-Adding an optimizer is adding one dataclass. Every field is an option of the command line, and unknown options raise.
-Rules that no library has right are under `rules`. Their equations and sources are in `docs/optimizers.md`.
+To add an optimizer, add one dataclass to the module of its family and its name here. Every field is an option of the
+command line, and an unknown option is an error. Where no library follows the paper, the family's module has the torch
+optimizer too, named `...Optimizer`. `docs/optimizers.md` has the equations and sources.
+
+Factories have the names of their optimizers, since users type them (`--optimizer AdamMini`); they are the only classes
+that share a name with another.
 """
 
 from lightning_adam_mini.factory.adam import Adam, AdamMini, AdamW

@@ -1,4 +1,4 @@
-"""Adam and its kin: AdamW, Adam, Adam-mini."""
+"""Adam and its variants: Adam-mini, AdamW, Adam."""
 
 from __future__ import annotations
 
@@ -11,17 +11,14 @@ from torch.optim import Optimizer
 
 from lightning_adam_mini import optim
 from lightning_adam_mini.factory.base import OptimizerFactory
+from lightning_adam_mini.measure.memory import adam_mini_state_bytes, adamw_state_bytes
 from lightning_adam_mini.optim.implementation import Implementation
-from lightning_adam_mini.optim.state import first_moment_bytes, second_moment_dtype
 from lightning_adam_mini.partition import partition_module
 
-__all__ = ["STEP_BYTES", "Adam", "AdamMini", "AdamW", "PartitionName", "StructureName", "adam_state_bytes"]
+__all__ = ["Adam", "AdamMini", "AdamW", "PartitionName", "StructureName"]
 
 PartitionName = Literal["auto", "transformer", "transformer_early", "factored", "default", "element"]
 StructureName = Literal["head", "row", "whole", "element", "factored"]
-
-STEP_BYTES = 4
-"""A float32 number for each parameter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,17 +28,16 @@ class AdamMini(OptimizerFactory):
     Args:
         betas: Decay rates of the first and second moment.
         eps: Added to the root of the second moment.
-        partition: How parameters are cut into blocks: `auto` (`transformer` for models that look tokens up or attend
-            over them, else `default`), `transformer`, `transformer_early`, `factored`, `default` or
-            `element`.
-        partition_overrides: Cuts by role, parameter name or `re:` pattern: `head`, `row`, `whole`, `element` or
-            `factored`. The first that matches wins.
-        partition_layouts: Names of layouts by the class of a module that the library does not know, such as
+        partition: The strategy that chooses blocks: `auto` (`transformer` for models that look up tokens or attend
+            over them, else `default`), `transformer`, `transformer_early`, `factored`, `default` or `element`.
+        partition_overrides: Block structures by role, parameter name or `re:` pattern: `head`, `row`, `whole`,
+            `element` or `factored`. The first that matches wins.
+        partition_layouts: Names of layouts by module class, for classes that the library does not know, such as
             `{my_package.Attention: fused_per_head}`.
         exp_avg_dtype: Dtype of the first moment; the parameter's by default. `uint8` keeps matrices of 4096 elements or
             more in 8 bits.
-        stochastic_rounding: Round what is stored in bfloat16 at random, right on average; for `bf16-true`, or with
-            `exp_avg_dtype` bfloat16.
+        stochastic_rounding: Round bfloat16 values at random and unbiased; for `bf16-true`, or with `exp_avg_dtype`
+            bfloat16.
         implementation: `reference`, `foreach`, `fused` (kernels), or None to choose.
     """
 
@@ -75,11 +71,9 @@ class AdamMini(OptimizerFactory):
 
     def predict_state_bytes(self, module: nn.Module) -> int:
         """See `OptimizerFactory.predict_state_bytes`: a first moment of each parameter and a second of each block."""
-        cuts = partition_module(module, self.partition, self.partition_overrides, self.partition_layouts)
+        partition = partition_module(module, self.partition, self.partition_overrides, self.partition_layouts)
         return sum(
-            STEP_BYTES
-            + first_moment_bytes(parameter.shape, parameter.dtype, self._exp_avg_dtype())
-            + cuts[name].blocks.num_bytes(second_moment_dtype(parameter))
+            adam_mini_state_bytes(parameter, partition[name].blocks, self._exp_avg_dtype())
             for name, parameter in module.named_parameters()
             if parameter.requires_grad
         )
@@ -112,7 +106,7 @@ class AdamW(OptimizerFactory):
 
     def predict_state_bytes(self, module: nn.Module) -> int:
         """See `OptimizerFactory.predict_state_bytes`: two moments of each parameter."""
-        return sum(adam_state_bytes(parameter) for parameter in self.parameters(module))
+        return adamw_state_bytes(module.parameters())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,9 +138,4 @@ class Adam(OptimizerFactory):
 
     def predict_state_bytes(self, module: nn.Module) -> int:
         """See `OptimizerFactory.predict_state_bytes`: two moments of each parameter."""
-        return sum(adam_state_bytes(parameter) for parameter in self.parameters(module))
-
-
-def adam_state_bytes(parameter: nn.Parameter) -> int:
-    """Bytes of Adam's state of one parameter: a step and two moments in the parameter's dtype."""
-    return STEP_BYTES + 2 * parameter.numel() * parameter.element_size()
+        return adamw_state_bytes(module.parameters())

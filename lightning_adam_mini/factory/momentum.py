@@ -24,7 +24,7 @@ class SGD(OptimizerFactory):
         lr: Peak learning rate.
         weight_decay: Coefficient of the L2 term.
         momentum: Momentum coefficient; the buffer sums gradients and does not average them.
-        nesterov: Use Nesterov's momentum, which needs a momentum above 0.
+        nesterov: Use Nesterov's momentum; needs a momentum above 0.
     """
 
     lr: float = 0.1

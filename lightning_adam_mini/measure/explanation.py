@@ -1,37 +1,38 @@
-"""What the optimizer would do with a model, before it is built: roles, blocks, bytes, and what to look at."""
+"""What `AdamMini` would do with a model, before it is built: roles, blocks, bytes and warnings."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_adam_mini.measure.explanation_table import render
-from lightning_adam_mini.measure.explanation_warnings import find_warnings
-from lightning_adam_mini.measure.memory import adamw_state_bytes
+from lightning_adam_mini.blocks import Kind
+from lightning_adam_mini.measure.explanation_table import collapse_names, render
+from lightning_adam_mini.measure.memory import adam_mini_state_bytes, adamw_state_bytes
 from lightning_adam_mini.optim.formats import check_exp_avg_dtype
-from lightning_adam_mini.optim.state import first_moment_bytes, second_moment_dtype
 from lightning_adam_mini.optim.validation import check_parameter
 from lightning_adam_mini.partition import (
     ModuleLayout,
     ParameterPartition,
+    Role,
     Strategy,
+    Structure,
     advise_layouts,
+    doubts,
     partition_module,
     resolve_strategy,
 )
 
-__all__ = ["ExplainedParameter", "Explanation", "explain"]
-
-STEP_BYTES = 4
+__all__ = ["ExplainedParameter", "Explanation", "explain", "find_warnings"]
 
 
 @dataclass(frozen=True)
 class ExplainedParameter:
-    """One trainable parameter: what it does, how it is cut, and what the optimizer keeps for it.
+    """One trainable parameter: its role, its blocks, and what the optimizer keeps for it.
 
     Args:
         name: Its name in `model.named_parameters()`.
@@ -40,11 +41,11 @@ class ExplainedParameter:
         role: What it does; for a fused parameter the roles joined by `+`.
         why: The rule or override that decided, and the other names of a shared parameter.
         structure: Its block structure.
-        blocks: Numbers that are kept of its second moment: one a block, or one a row and one a column.
+        blocks: Numbers of its second moment: one a block, or one a row and one a column.
         state_bytes: Bytes of its state: the first moment, the second moment and a step of 4 bytes.
         adamw_state_bytes: Bytes that torch's AdamW keeps for it.
-        known: Whether a rule told its role.
-        verified: What a forward pass says of it, where one was asked: `confirmed`, `contradicted` or `not seen`.
+        known: Whether a rule gave its role.
+        verified: The verdict of a forward pass, if there was one: `confirmed`, `contradicted` or `not seen`.
     """
 
     name: str
@@ -72,11 +73,11 @@ class Totals:
     Args:
         tensors: Number of parameters as the model lists them.
         elements: Number of their elements: the size of the model.
-        blocks: Numbers that are kept of the second moment.
+        blocks: Numbers of the second moment.
         state_bytes: Bytes of the optimizer's state.
-        adamw_state_bytes: Bytes of AdamW's.
-        saving_percent: Share of AdamW's bytes that is saved, in percent; negative where more is kept.
-        second_moment_removed_percent: Share of the second moment's numbers that is not kept, in percent.
+        adamw_state_bytes: Bytes of AdamW's state.
+        saving_percent: Share of AdamW's bytes that is saved, in percent; negative if Adam-mini keeps more.
+        second_moment_removed_percent: Share of AdamW's second moments that Adam-mini does not keep, in percent.
     """
 
     tensors: int
@@ -102,9 +103,9 @@ class Explanation:
     """What `AdamMini` would do with a model. Printed, it is a table with equal layers as one row.
 
     Args:
-        partition: Name of the strategy; for `auto` the one that it takes.
+        partition: Name of the strategy; for `auto` the one that it selects.
         rows: The trainable parameters, in the order of the model.
-        warnings: What may not be as the user means it, each with its remedy.
+        warnings: What the user may not intend, each in one sentence with its remedy.
         frozen_tensors: Number of parameters without a gradient, which are left out.
         frozen_elements: Number of their elements.
     """
@@ -129,7 +130,7 @@ class Explanation:
         return {role: Totals.of(rows) for role, rows in by_role.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it in what JSON can hold."""
+        """The explanation as data for JSON."""
         return {
             "partition": self.partition,
             "rows": [{**asdict(row), "shape": list(row.shape)} for row in self.rows],
@@ -140,10 +141,10 @@ class Explanation:
         }
 
     def table(self, *, full: bool = False) -> str:
-        """Rows, sums by role, sums against AdamW, and warnings last; 1 GB is 1e9 bytes.
+        """Rows, sums by role, sums against AdamW, and warnings at the end; 1 GB is 1e9 bytes.
 
         Args:
-            full: One row for each parameter, and not one for equal layers.
+            full: Print one row for each parameter instead of one for equal layers.
         """
         return render(self, full=full)
 
@@ -159,10 +160,10 @@ def explain(
     partition_layouts: Mapping[str, str | ModuleLayout] | None = None,
     exp_avg_dtype: torch.dtype | None = None,
 ) -> Explanation:
-    """Tell how `AdamMini(model)` would cut each parameter, and what it would keep. Nothing is allocated.
+    """Report how `AdamMini(model)` would partition each parameter, and what it would keep. Nothing is allocated.
 
     Args:
-        model: The model, on any device; on `torch.device("meta")` one of any size takes no memory.
+        model: The model, on any device; on `torch.device("meta")` it takes no memory, whatever its size.
         partition: As for `AdamMini`.
         partition_overrides: As for `AdamMini`.
         partition_layouts: As for `AdamMini`.
@@ -172,30 +173,32 @@ def explain(
         The explanation; its bytes are those that the optimizer will hold.
 
     Raises:
-        ValueError: `model` is no module; or what `AdamMini` would raise: an unknown partition, cut or layout, an
-            override that matches nothing, or a parameter that cannot be cut as asked.
+        ValueError: `model` is no module; or what `AdamMini` would raise: an unknown partition, block structure or
+            layout, an override that matches nothing, or a parameter that cannot have the blocks that were asked for.
 
     Example:
         >>> print(explain(nn.Linear(4, 2)).totals.blocks)
         2
     """
-    _check(model, exp_avg_dtype)
+    if not isinstance(model, nn.Module):
+        given = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise ValueError(f"explain takes a model, an instance of nn.Module as in explain(nn.Linear(4, 2)), not {given}")
+    check_exp_avg_dtype(exp_avg_dtype)
     strategy = resolve_strategy(partition, model, partition_layouts)
-    cuts = partition_module(model, strategy, partition_overrides, partition_layouts)
-    named = dict(model.named_parameters())
-    trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
-    frozen = [parameter for name, parameter in named.items() if name not in trained]
-    also = _other_names(model)
+    partitions = partition_module(model, strategy, partition_overrides, partition_layouts)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    other_names = _other_names(model)
     rows = []
     for name, parameter in trained.items():
         check_parameter(name, parameter)
-        rows.append(_row(parameter, cuts[name], also.get(name, []), exp_avg_dtype))
+        rows.append(_row(parameter, partitions[name], other_names.get(name, []), exp_avg_dtype))
     return Explanation(
         partition=strategy.name,
         rows=tuple(rows),
         warnings=find_warnings(
             strategy,
-            [cuts[name] for name in trained],
+            [partitions[name] for name in trained],
             Totals.of(rows),
             len(frozen),
             lambda names: str(advise_layouts(model, partition_layouts or {}, names)) or "partition_layouts",
@@ -206,38 +209,25 @@ def explain(
     )
 
 
-def _check(model: object, exp_avg_dtype: torch.dtype | None) -> None:
-    """Check what has no place in the messages of a parameter.
-
-    Raises:
-        ValueError: The model is no module, or the dtype none that first moments can have.
-    """
-    if not isinstance(model, nn.Module):
-        given = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
-        raise ValueError(f"explain takes a model, an instance of nn.Module as in explain(nn.Linear(4, 2)), not {given}")
-    check_exp_avg_dtype(exp_avg_dtype)
-
-
 def _row(
-    parameter: Tensor, cut: ParameterPartition, other_names: list[str], exp_avg_dtype: torch.dtype | None
+    parameter: Tensor, found: ParameterPartition, other_names: list[str], exp_avg_dtype: torch.dtype | None
 ) -> ExplainedParameter:
-    exp_avg_bytes = first_moment_bytes(parameter.shape, parameter.dtype, exp_avg_dtype)
     return ExplainedParameter(
-        name=cut.name,
+        name=found.name,
         shape=tuple(parameter.shape),
         dtype=str(parameter.dtype).removeprefix("torch."),
-        role=cut.role.name,
-        why=f"{cut.why}; also {', '.join(other_names)}" if other_names else cut.why,
-        structure=cut.structure,
-        blocks=cut.blocks.num_values,
-        state_bytes=STEP_BYTES + exp_avg_bytes + cut.blocks.num_bytes(second_moment_dtype(parameter)),
+        role=found.role.name,
+        why=f"{found.why}; also {', '.join(other_names)}" if other_names else found.why,
+        structure=found.structure,
+        blocks=found.blocks.num_values,
+        state_bytes=adam_mini_state_bytes(parameter, found.blocks, exp_avg_dtype),
         adamw_state_bytes=adamw_state_bytes([parameter]),
-        known=cut.role.known,
+        known=found.role.known,
     )
 
 
 def _other_names(model: nn.Module) -> dict[str, list[str]]:
-    """The further names of parameters that are used more than once, by their first."""
+    """The further names of parameters that are used more than once, by their first name."""
     first: dict[Tensor, str] = {}
     others: dict[str, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -245,3 +235,103 @@ def _other_names(model: nn.Module) -> dict[str, list[str]]:
         if known != name:
             others.setdefault(known, []).append(name)
     return others
+
+
+TABLES = frozenset({Role.TOKEN_EMBEDDING, Role.POSITION_EMBEDDING, Role.OUTPUT_HEAD})
+
+
+def find_warnings(
+    strategy: Strategy,
+    trained: Sequence[ParameterPartition],
+    totals: Totals,
+    num_frozen: int,
+    advise: Callable[[Sequence[str]], str],
+    is_auto: bool,
+) -> tuple[str, ...]:
+    """Warnings about the trainable parameters of a model.
+
+    Args:
+        strategy: The strategy that decided where no override did.
+        trained: The trainable parameters.
+        totals: Sums over them.
+        num_frozen: Number of frozen parameters.
+        advise: From names of fused matrices to layouts, as text, that give their order.
+        is_auto: Whether `auto` selected the strategy.
+    """
+    found = [
+        _nothing_trained(trained, num_frozen),
+        _unknown(strategy, trained, totals),
+        *doubts(trained, strategy, is_auto=is_auto),
+        *_unknown_heads(strategy, trained, advise),
+        _one_number_a_table(strategy, trained),
+        _larger_than_adamw(strategy, totals),
+    ]
+    return tuple(warning for warning in found if warning)
+
+
+def _nothing_trained(trained: Sequence[ParameterPartition], num_frozen: int) -> str:
+    if trained:
+        return ""
+    why = "every parameter is frozen" if num_frozen else "the model has no parameters"
+    return f"{why}: there is nothing to train, and AdamMini refuses the model"
+
+
+def _unknown(strategy: Strategy, trained: Sequence[ParameterPartition], totals: Totals) -> str:
+    """Parameters without a role, where the strategy decides by role."""
+    by_head = Structure.HEAD in strategy.structures.values()  # then `doubts` names those with a doubt
+    unknown = [p for p in trained if not p.role.known and not p.is_overridden and not (by_head and p.role.doubt)]
+    if not unknown or not strategy.structures:
+        return ""
+    share = 100 * sum(math.prod(p.blocks.shape) for p in unknown) / max(totals.elements, 1)
+    structure = strategy.structure(Role.OTHER)
+    full = structure is Structure.ELEMENT
+    result = "keep a full second moment" if full else f"get the block structure '{structure}'"
+    return (
+        f"no rule knows {_names(unknown)} ({share:.2g} % of the parameters), which {result}; describe them with "
+        f"partition_layouts, or choose their blocks with partition_overrides={{{unknown[0].name!r}: 'row'}}"
+    )
+
+
+def _unknown_heads(
+    strategy: Strategy, trained: Sequence[ParameterPartition], advise: Callable[[Sequence[str]], str]
+) -> list[str]:
+    """Parameters whose heads, or order if fused, are unknown, where their blocks do not depend on them."""
+    by_problem: dict[tuple[str, str, bool], list[ParameterPartition]] = {}
+    for p in trained:
+        if p.role.problem and p.blocks.kind is not Kind.ELEMENT:
+            by_problem.setdefault((p.role.problem, p.structure, p.is_overridden), []).append(p)
+    return [
+        f"{_names(members)}: {problem}; {'your override' if overridden else repr(strategy.name)} uses the block "
+        f"structure '{structure}' instead of heads: give the order with {advise([p.name for p in members])}"
+        for (problem, structure, overridden), members in by_problem.items()
+    ]
+
+
+def _one_number_a_table(strategy: Strategy, trained: Sequence[ParameterPartition]) -> str:
+    """Embeddings, heads and unknown matrices with one number each, by the rule for models that are no Transformers."""
+    if strategy.structures or strategy.otherwise is not Structure.WHOLE:
+        return ""
+    tables = [p for p in trained if not p.is_overridden and TABLES & set(p.role.roles)]
+    unknown = [p for p in trained if not p.is_overridden and not p.role.known and len(p.blocks.shape) > 1]
+    if not tables and not unknown:
+        return ""
+    what = [f"the embeddings and heads {_names(tables)}"] if tables else []
+    what += [f"{_names(unknown)}, which no rule knows"] if unknown else []
+    key = tables[0].role.name if tables else unknown[0].name
+    return (
+        f"{strategy.name!r} keeps one number for a whole tensor, also for {', and for '.join(what)}; if this is a "
+        f"Transformer, use partition='transformer', else consider partition_overrides={{{key!r}: 'row'}}"
+    )
+
+
+def _larger_than_adamw(strategy: Strategy, totals: Totals) -> str:
+    if totals.state_bytes <= totals.adamw_state_bytes:
+        return ""
+    return (
+        f"{strategy.name!r} keeps more than AdamW here: its second moments are float32 or wider, whatever the dtype of "
+        "the parameters, and few elements share one"
+    )
+
+
+def _names(partitions: Sequence[ParameterPartition]) -> str:
+    return collapse_names(p.name for p in partitions)

@@ -5,12 +5,13 @@ from lightning_adam_mini.partition.layouts import register_layout
 from lightning_adam_mini.partition.module_layout import ModuleLayout, Rows, Span
 from lightning_adam_mini.partition.partition import (
     ParameterPartition,
+    advise_layouts,
+    doubts,
     partition_module,
     partition_tensors,
     recut,
     resolve_strategy,
 )
-from lightning_adam_mini.partition.remedies import advise_layouts, doubts
 from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
 from lightning_adam_mini.partition.strategies import STRATEGIES, Strategy, Structure
 

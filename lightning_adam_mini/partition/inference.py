@@ -1,9 +1,8 @@
 """Roles from the module tree: every parameter of a model gets a `ParameterRole`.
 
-The order of precedence: layouts that the user named, then those that were registered; layouts of the table, those for
-classes before those for names of children, and those of outer modules before those of inner ones; the model's own
-statement of its embeddings and output head; the type of the owning layer; the name of a bare parameter. What none of
-them knows is `Role.OTHER`.
+Precedence: layouts that the user gave, then registered ones; layouts of the table, those for classes before those for
+names of children, and those of outer modules before those of inner ones; the embeddings and output head that the model
+declares; the type of the owning layer; the name of a bare parameter; else `Role.OTHER`.
 """
 
 from __future__ import annotations
@@ -14,10 +13,8 @@ from dataclasses import replace
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_adam_mini.partition.attention import NO_AXIS, Attention, projections, unclear, with_axis
-from lightning_adam_mini.partition.embeddings import roles_of_embeddings
-from lightning_adam_mini.partition.heads import checked_heads
-from lightning_adam_mini.partition.layer_types import EMBEDDING_TYPES, is_pointwise, role_from_type
+from lightning_adam_mini.partition.attention import NO_AXIS, Attention, checked_heads, projections, unclear, with_axis
+from lightning_adam_mini.partition.layer_roles import EMBEDDING_TYPES, is_pointwise, role_from_type, roles_of_embeddings
 from lightning_adam_mini.partition.layouts import OrderLayout, find_layouts, is_registered, named_layout, named_layouts
 from lightning_adam_mini.partition.module_layout import ModuleLayout, Rows, qualified_name
 from lightning_adam_mini.partition.roles import ParameterRole, Role
@@ -26,42 +23,40 @@ from lightning_adam_mini.partition.tree import Leaf, Node, Tree
 __all__ = ["has_tokens", "infer_roles"]
 
 Layouts = Mapping[str, "str | ModuleLayout"]
-"""Layouts by class, as qualified or bare name: the name of a row of the table, or a layout."""
+"""Layouts by qualified or bare class name: the name of a known layout, or a `ModuleLayout`."""
 
 
 def infer_roles(module: nn.Module, layouts: Layouts | None = None) -> dict[str, ParameterRole]:
     """The role of each parameter.
 
     Args:
-        module: A model, or any module tree around one.
-        layouts: Layouts for classes of this model, before those of the table.
+        module: A model, or any module that contains one.
+        layouts: Layouts for classes of this model; they take precedence over the table.
 
     Returns:
         Roles by name, as in `module.named_parameters()`. A parameter that is used twice has one entry, under its
-        first name and with the more specific of its roles.
+        first name and with the more specific of its roles. Unknown heads are no error here, since not every block
+        structure needs them: `ParameterRole.problem` has the reason.
 
     Raises:
         ValueError: A parameter without a shape yet, or a layout that fits no module.
-
-    Note:
-        Heads that cannot be told are no error here, since not every cut needs them: `ParameterRole.problem` says why.
     """
     inference = _Inference(module, layouts or {})
     by_parameter = inference.roles
-    # Modules that make their parameters when asked for them give others than those that the tree found.
+    # Some modules create their parameters on access, so that these are not the objects in the tree.
     by_name = {leaf.name: by_parameter[id(leaf.parameter)] for leaf in inference.tree.leaves}
     return {name: by_parameter.get(id(parameter)) or by_name[name] for name, parameter in module.named_parameters()}
 
 
 def has_tokens(module: nn.Module, layouts: Layouts | None = None) -> bool:
-    """Whether any part of `module` looks tokens up or attends over them, be it in a class that no layout knows."""
+    """Whether any part of `module` looks up tokens or attends over them, with or without a layout."""
     if any(isinstance(part, EMBEDDING_TYPES) for part in module.modules()):
         return True
     return bool(_Inference(module, layouts or {}).attending)
 
 
 class _Inference:
-    """One look at a model: `roles` by the `id` of each parameter, and the plain names of modules that attend."""
+    """The inference for one model: `roles` by the `id` of each parameter, and plain names of `attending` modules."""
 
     def __init__(self, module: nn.Module, layouts: Layouts) -> None:
         self.tree = Tree.of(module)
@@ -85,14 +80,14 @@ class _Inference:
         of_class = {node.plain_name for layout, node in of_table if layout.classes}
         for layout, node in of_table:
             self._apply(layout, node, is_own=is_registered(layout))
-            # Whether a module attends, its class says before the names of its children.
+            # A layout for the class decides whether a module attends, before layouts for names of children.
             is_of_names = node.plain_name not in of_class and not _is_convolutional(node.module, layout)
             if layout.is_attention and (layout.classes or is_of_names):
                 self.attending.add(node.plain_name)
         self._read_attention()
 
     def _names(self, relative: str, node: Node, leaf: Leaf) -> list[str]:
-        """Names of a parameter relative to a module: its own, and those without wrappers in between."""
+        """Names of a parameter relative to a module: its own, and those without wrappers around its layer."""
         prefix = f"{node.plain_name}." if node.plain_name else ""
         others = self._other_names.get(id(leaf.parameter), ())
         return [relative, *(name.removeprefix(prefix) for name in others if name.startswith(prefix))]
@@ -106,11 +101,11 @@ class _Inference:
     def _described_by(
         self, layout: ModuleLayout, nodes: list[Node], class_name: str, *, is_named: bool
     ) -> Iterator[Node]:
-        """Those of the modules of a class that a layout of the user's describes.
+        """The modules of a class that a layout from the user describes.
 
         Raises:
-            ValueError: All have parameters of other names than the layout's; or one lacks what a layout of the user's
-                own making names.
+            ValueError: The layout names no parameter of any of them; or one lacks a parameter that a layout of the
+                user's own names.
         """
         names = {
             node.plain_name: [name for at, leaf in self.tree.below(node) for name in self._names(at, node, leaf)]
@@ -122,32 +117,30 @@ class _Inference:
             if any(layout.find(name) for name in names[node.plain_name]) or self._only_fused(layout, node) is not None
         ]
         if not found:
-            told = (
-                ", ".join(layout.parameters)
-                or "projections of queries, keys and values, or one matrix with all of them"
-            )
+            wanted = ", ".join(layout.parameters)
+            wanted = wanted or "projections of queries, keys and values, or one matrix with all of them"
             raise ValueError(
                 f"partition_layouts: {layout.name!r} names none of the parameters of {class_name} "
-                f"({', '.join(names[nodes[0].plain_name][:8])}); it names {told}"
+                f"({', '.join(names[nodes[0].plain_name][:8])}); it names {wanted}"
             )
         for node in found:
             own = names[node.plain_name]
             missing = [name for name in layout.parameters if "*" not in name and name not in own]
             if missing and not is_named:
                 raise ValueError(
-                    f"partition_layouts: {class_name} has no {missing[0]} as {layout.name!r} says; it has "
+                    f"partition_layouts: {class_name} has no {missing[0]}, which {layout.name!r} names; it has "
                     f"{', '.join(own[:8])}"
                 )
             yield node
 
     def _only_fused(self, layout: ModuleLayout, node: Node) -> Leaf | None:
-        """The one matrix that can hold queries, keys and values, where no name in a module says which does."""
+        """The only matrix of a module that can hold queries, keys and values, if no name says so."""
         if not isinstance(layout, OrderLayout):
             return None
         return Attention(self.tree, node, self.roles, self._settled).only_fused()
 
     def _apply(self, layout: ModuleLayout, node: Node, *, is_own: bool) -> None:
-        """Give the parameters of a module the roles its layout names, unless another layout came first."""
+        """Give the parameters of a module the roles of its layout, unless an earlier layout decided."""
         self._described |= {node.plain_name} if is_own or layout.classes else set()
         names_all = isinstance(layout, OrderLayout)
         attention = Attention(self.tree, node, self.roles, self._settled)
@@ -157,13 +150,13 @@ class _Inference:
             found = [(name, leaf, layout.fused if leaf is only else rows) for name, leaf, rows in found]
         by_class = is_own or bool(layout.classes)
         source = node.module if layout.classes else attention.source
-        # A layout of the table proves sizes for its own classes alone.
+        # A layout of the table is proof of sizes only for its own classes.
         is_lent = is_own and layout in named_layouts().values() and not layout.describes(type(node.module))
-        widths = attention.widths if names_all or (is_lent and not layout.is_told_by(node.module)) else None
+        widths = attention.widths if names_all or (is_lent and not layout.has_own_sizes(node.module)) else None
         of_all_rows: list[nn.Parameter] = []
         for relative, leaf, rows in found:
             known = self.roles[id(leaf.parameter)]
-            if rows is None or id(leaf.parameter) in self._settled or (names_all and leaf.parameter.dim() < 2):
+            if rows is None or id(leaf.parameter) in self._settled or leaf.parameter.dim() < (2 if names_all else 1):
                 continue
             is_named = names_all or (is_own and relative in layout.parameters)
             if _is_settled_by_type(leaf, known, relative, rows, layout, is_named=is_named):
@@ -175,7 +168,7 @@ class _Inference:
                 placed = known if _NEEDS_NO_AXIS.issuperset(rows.roles) else with_axis(leaf, known, source, rows)
             shape = tuple(leaf.parameter.shape)
             if placed is None and names_all and len(rows.spans) > 1 and len(shape) == 2:
-                # The user says that rows of this order lie on one of the two dimensions: the one whose size allows it.
+                # The user gave the order: the output dimension is the one whose size allows it.
                 by_axis = [layout.role(rows, source, shape, axis, why, widths) for axis in (0, 1)]
                 fits = [role for role in by_axis if not role.problem]
                 fits = [role for role in fits if _num_queries(role) in (widths or ())] or fits
@@ -185,12 +178,12 @@ class _Inference:
             if placed is None:
                 self.roles[id(leaf.parameter)] = unclear(leaf, why, NO_AXIS)
                 continue
-            if by_class and not is_own and not known.known:  # the table names other dimensions than the first itself
+            if by_class and not is_own and not known.known:  # the table names the axis if it is not the first
                 placed = replace(placed, axis=0, batch_axes=())
             if rows.axis is None and placed.batch_axes and not _NEEDS_NO_AXIS.issuperset(rows.roles):
                 rows = Rows(*rows.spans, repeats=rows.repeats, axis=placed.axis, batch_axes=placed.batch_axes)
             self.roles[id(leaf.parameter)] = layout.role(rows, source, shape, placed.axis or 0, why, widths)
-            if rows.takes_all:  # what a layout counts or sizes itself is its own word
+            if rows.takes_all:  # heads that a layout counts or sizes are not corrected
                 of_all_rows.append(leaf.parameter)
         self._check_heads(of_all_rows)
 
@@ -200,7 +193,7 @@ class _Inference:
             self.roles[id(parameter)] = role
 
     def _read_attention(self) -> None:
-        """Read what no layout describes, inner modules first: those around them attend through them."""
+        """Find attention without a layout, inner modules first: the outer ones attend through them."""
         for node in reversed(self.tree.nodes):
             attention = Attention(self.tree, node, self.roles, self._settled)
             if node.plain_name in self._described or not attention.open:
@@ -223,12 +216,12 @@ def _num_queries(role: ParameterRole) -> int:
 
 
 _PROJECTED = frozenset({Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUTPUT, Role.MLP, Role.LINEAR})
-"""Roles of layers that may lie in wrappers; a head with a layer before it is none around it."""
+"""Roles that a layout may give to a layer inside a wrapper."""
 _NEEDS_NO_AXIS = frozenset({Role.NORM, Role.BIAS, Role.OTHER, Role.POSITION_EMBEDDING, Role.TOKEN_EMBEDDING})
 
 
 def _names_through_wrappers(tree: Tree, roles: dict[int, ParameterRole]) -> dict[int, list[str]]:
-    """Names that matrices would have without the wrappers around their layers, by the `id` of the parameter."""
+    """Names that matrices would have without wrappers around their layers, by the `id` of the parameter."""
     names: dict[int, list[str]] = {}
     for node in tree.nodes:
         prefix = f"{node.plain_name}." if node.plain_name else ""
@@ -249,10 +242,10 @@ def _keep_more_specific(roles: dict[int, ParameterRole], parameter: nn.Parameter
 
 
 def _own_layout(tree: Tree, class_name: str, given: str | ModuleLayout) -> tuple[ModuleLayout, list[Node]]:
-    """A layout that the user gave for a class, and the modules of it.
+    """A layout that the user gave for a class, and the modules of that class.
 
     Raises:
-        ValueError: There is no such layout, or no module is of such a class.
+        ValueError: There is no such layout, or no module of such a class.
     """
     layout = named_layout(given) if isinstance(given, str) else given
     if not isinstance(layout, ModuleLayout):
@@ -269,15 +262,15 @@ def _own_layout(tree: Tree, class_name: str, given: str | ModuleLayout) -> tuple
 
 
 def _table_layouts(tree: Tree) -> list[tuple[ModuleLayout, Node]]:
-    """Layouts of the table with their modules; a class tells more than names of children, so it goes first."""
+    """Layouts of the table with their modules, those for classes before those for names of children."""
     found = [(layout, node) for node in tree.nodes for layout in find_layouts(node.module)]
     return sorted(found, key=lambda pair: (not is_registered(pair[0]), not pair[0].classes))
 
 
 def _is_convolutional(module: nn.Module, layout: ModuleLayout) -> bool:
-    """Whether what a layout names are convolutions, in a module that counts no heads.
+    """Whether a layout by names describes convolutions, in a module without heads.
 
-    Convolutional networks may attend over pixels with a single head, which makes no Transformers of them.
+    Convolutional networks may attend over pixels with a single head, which does not make them Transformers.
     """
     convolutions = (is_pointwise(getattr(module, child)) for child in layout.children)
     return not layout.classes and all(convolutions) and not layout.counts_heads(module)
@@ -290,14 +283,15 @@ def _is_a(module: nn.Module, class_name: str) -> bool:
 def _is_settled_by_type(
     leaf: Leaf, known: ParameterRole, name: str, rows: Rows, layout: ModuleLayout, *, is_named: bool
 ) -> bool:
-    """Whether the type of a layer, or the model's own word on its embeddings, says more than a layout.
+    """Whether the type of a layer, or the embeddings that the model declares, take precedence over a layout.
 
-    A parameter that a user's layout names is what the user says; a pattern such as `*` also meets norms and biases.
+    A parameter that a layout from the user names in full follows the layout; a pattern such as `*` also matches norms
+    and biases, which keep their role.
     """
     role = known.roles[0]
     if role in (Role.NORM, Role.BIAS):
         return not is_named
-    if role is Role.CONV:  # also a convolution may be a projection, if it is named in full
+    if role is Role.CONV:  # a convolution may be a projection, if it is named in full
         is_projection = name in layout.rows and (layout.classes or is_pointwise(leaf.owner))
         return not is_named and not is_projection
     if role is Role.EXPERT:

@@ -1,7 +1,7 @@
 """The vocabulary of layouts: how a module class orders the rows of its parameters.
 
-A layout speaks of sizes by name (`heads`, `head_dim`, ...), which are read from attributes of the module at hand. So
-one layout holds for every size of a model, and can be checked against the forward code of its class.
+A layout names sizes (`heads`, `head_dim`, ...), which are read from attributes of each module. So one layout holds for
+every size of a model, and can be checked against the forward code of its class. `docs/layouts.md` explains the terms.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from torch import nn
 
 from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
 
-__all__ = ["SIZES", "ModuleLayout", "Rows", "Span", "UnknownRowsError", "members", "qualified_name", "told_size"]
+__all__ = ["SIZES", "ModuleLayout", "Rows", "Span", "UnknownRowsError", "members", "own_size", "qualified_name"]
 
 Size = str | int
 """A size by its name, or as a number."""
 
 _CONFIGURATIONS = ("config", "cfg", "args", "params", "hparams", "model_args")
-"""Attributes under which modules keep the configuration of their model."""
+"""Attributes where modules keep the configuration of their model."""
 
 
-def _and_of_configurations(*names: str) -> tuple[str, ...]:
+def _also_in_configurations(*names: str) -> tuple[str, ...]:
     return (*names, *(f"{config}.{name}" for config in _CONFIGURATIONS for name in names))
 
 
 SIZES: Mapping[str, tuple[Size, ...]] = MappingProxyType(
     {
         "heads": (
-            *_and_of_configurations(
+            *_also_in_configurations(
                 "num_heads",
                 "num_attention_heads",
                 "n_heads",
@@ -62,7 +62,7 @@ SIZES: Mapping[str, tuple[Size, ...]] = MappingProxyType(
             "h",
         ),
         "kv_heads": (
-            *_and_of_configurations(
+            *_also_in_configurations(
                 "num_key_value_heads",
                 "num_kv_heads",
                 "n_kv_heads",
@@ -92,21 +92,21 @@ SIZES: Mapping[str, tuple[Size, ...]] = MappingProxyType(
         "head_dim": ("head_dim", "attention_head_size", "head_size", "d_head", "dim_per_head"),
     }
 )
-"""Attributes to read sizes from where a layout names no others: the first that holds a positive integer.
+"""Attributes of each size, unless a layout names others: the first that holds a positive integer counts.
 
-`kv_heads` is `heads` where none does; `head_dim` follows from the number of rows and heads; `group` is the number of
-query heads for each key-value head. A flag such as `multi_query` stands for one key-value head.
+Without one, `kv_heads` equals `heads`, and `head_dim` follows from the number of rows and heads. `group` is the number
+of query heads for each key-value head. A true flag such as `multi_query` means one key-value head.
 """
 
 HEAD_WIDTHS = ("d_k", "dim_head", "head_width", "head_dimension", "hidden_per_head", "d_kv", "size_per_head", "hd")
-"""Further attributes for the size of a head, which some use for others: they count where they agree with the rows."""
+"""Further attributes for the size of a head, which some classes use otherwise: they count if they fit the rows."""
 
 
 _WORDS = {"heads": "the number of heads", "kv_heads": "the number of key-value heads", "head_dim": "the size of a head"}
 
 
 class UnknownRowsError(Exception):
-    """The order of a parameter's rows cannot be told from the module at hand."""
+    """The order of a parameter's rows does not follow from its module."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,9 @@ class Span:
 
     Args:
         role: Their role.
-        count: Number of heads; None for the rows that others leave, in equal shares where several spans take them.
-        size: Rows of one head; of interleaved heads in one repeat.
-        interleaved: Whether the rows of a head lie apart, `size` of them in each repeat of the sequence of spans.
+        count: Number of heads; None for the remaining rows, in equal shares if several spans take them.
+        size: Rows of one head; of an interleaved head, in one repeat.
+        interleaved: Whether the rows of a head are spread, `size` of them in each repeat of the sequence of spans.
     """
 
     role: Role
@@ -131,10 +131,10 @@ class Rows:
     """The rows of one parameter, along its output axis.
 
     Args:
-        *spans: What they do, in order; a role stands for all rows that other spans leave.
+        *spans: What they do, in order; a role alone means all remaining rows.
         repeats: How often the sequence of spans repeats.
-        axis: Dimension of the rows, from the end where negative; None for the one that the type of the layer tells.
-        batch_axes: Dimensions that keep independent matrices apart (experts).
+        axis: Dimension of the rows, negative to count from the end; None for the output dimension of the layer's type.
+        batch_axes: Dimensions that count independent matrices (experts).
     """
 
     spans: tuple[Span, ...]
@@ -156,7 +156,7 @@ class Rows:
 
     @property
     def takes_all(self) -> bool:
-        """Whether all rows do the same, however many there are."""
+        """Whether all rows have one role, however many there are."""
         return len(self.spans) == 1 and self.spans[0].count is None
 
 
@@ -165,17 +165,16 @@ class ModuleLayout:
     """What the parameters of a module class do.
 
     Args:
-        name: What recipes and messages call it.
-        parameters: Rows by parameter name relative to the module, in which `*` stands for anything; names that the
-            module at hand lacks are skipped. A role stands for `Rows(role)`.
-        classes: Qualified names of the classes that it describes, in which `*` stands for anything; subclasses count.
-        children: Names of children and own parameters that a module must have, beside its class where `classes` names
-            any.
-        only_if: Attributes (dotted paths) that must be true for the layout to apply: for classes with several, and for
-            those that are known by their bare name.
-        sizes: Attributes (dotted paths, or quotients of them and numbers, `a/b/3`) or numbers for sizes beyond `SIZES`,
-            or in place of those.
-        attends: Whether a model with such a module is a Transformer: by default, if the layout names queries.
+        name: Its name in recipes and messages.
+        parameters: Rows by parameter name relative to the module, where `*` matches anything; names that a module lacks
+            are skipped. A role alone means `Rows(role)`.
+        classes: Qualified names of the classes that it describes, where `*` matches anything; subclasses count.
+        children: Names of children and own parameters that a module must have, besides its class if `classes` is given.
+        only_if: Attributes (dotted paths) that must be true for the layout to apply, for classes with several layouts
+            or known by their bare name.
+        sizes: Attributes (dotted paths, or quotients of them and numbers, `a/b/3`) or numbers, for sizes of its own or
+            in place of those in `SIZES`.
+        attends: Whether a model with such a module is a Transformer; by default, if the layout names queries.
     """
 
     name: str
@@ -190,10 +189,10 @@ class ModuleLayout:
     )
 
     def __post_init__(self) -> None:
-        """Refuse what could never describe a module.
+        """Check the types of the fields that are easily mistaken.
 
         Raises:
-            ValueError: Something is of another type than the annotations say.
+            ValueError: A string in place of a tuple of names, or neither a role nor rows for a parameter.
         """
         for field_name in ("classes", "children"):
             if isinstance(getattr(self, field_name), str):
@@ -224,22 +223,22 @@ class ModuleLayout:
         return all(bool(_attribute(module, path)) for path in conditions)
 
     def describes(self, cls: type) -> bool:
-        """Whether the layout is made for a class, or one that it is derived from."""
+        """Whether the layout names a class or one of its bases."""
         known = self._described.get(cls)
         if known is None:
             known = any(_is_among(qualified_name(base), self.classes) for base in cls.__mro__)
             self._described[cls] = known
         return known
 
-    def is_told_by(self, module: nn.Module) -> bool:
-        """Whether a module has all sizes that the layout reads, some under names that no other layout shares."""
+    def has_own_sizes(self, module: nn.Module) -> bool:
+        """Whether `module` has all sizes of the layout, one of them under a name that no other layout uses."""
         sizes, usual = _Sizes(self, module), {path for paths in SIZES.values() for path in paths}
         own = {path for given in self.sizes.values() for path in (given if isinstance(given, tuple) else (given,))}
-        has_own = any(isinstance(path, str) and path not in usual for path in own)
+        has_own = any(isinstance(path, str) and _attribute(module, path) is not None for path in own - usual)
         return has_own and all(sizes.get(size) is not None for size in self.sizes)
 
     def counts_heads(self, module: nn.Module) -> bool:
-        """Whether `module` tells how many heads its queries have."""
+        """Whether `module` has an attribute with its number of query heads."""
         return _Sizes(self, module).get("heads") is not None
 
     def find(self, relative_name: str) -> Rows | None:
@@ -264,21 +263,20 @@ class ModuleLayout:
             rows: What `find` returned.
             module: The module that the layout describes.
             shape: Shape of the parameter.
-            axis: Dimension of its output neurons, where `rows` names none.
-            why: For the reader of a report.
-            widths: Numbers of rows that all heads of the module may have together, where a count of heads alone is no
-                proof of their size; None where the layout is made for the class.
+            axis: Dimension of its output neurons, if `rows` names none.
+            why: The reason, for reports.
+            widths: Numbers of rows that all heads of the module may have together, to confirm a size of heads that
+                follows from their number alone; None if the layout is made for the class.
 
         Returns:
-            The role; where the rows cannot be told, with the `problem`.
+            The role, with a `problem` if the rows are unknown.
         """
         axis = axis if rows.axis is None else rows.axis
-        if not -len(shape) <= axis < len(shape):
-            problem = f"its shape {shape} has no dimension {axis}"
-            return ParameterRole((Part(Role.OTHER, shape[0]),), why, problem=problem, known=False)
+        problem = "" if -len(shape) <= axis < len(shape) else f"its shape {shape} has no dimension {axis}"
         axis %= len(shape)
         if rows.batch_axes and (max(rows.batch_axes) >= axis or len(rows.batch_axes) + 1 >= len(shape)):
-            problem = f"its shape {shape} has too few dimensions"
+            problem = problem or f"its shape {shape} has too few dimensions"
+        if problem:
             return ParameterRole((Part(Role.OTHER, shape[0]),), why, problem=problem, known=False)
         try:
             repeats, parts = self._parts(rows, module, shape[axis], widths)
@@ -290,7 +288,7 @@ class ModuleLayout:
     def _parts(
         self, rows: Rows, module: nn.Module, length: int, widths: frozenset[int] | None
     ) -> tuple[int, tuple[Part, ...]]:
-        """Number of repeats and the parts of one, checked against the `length` rows that are there."""
+        """Number of repeats and the parts of one, checked against the actual `length` rows."""
         sizes = _Sizes(self, module)
         if rows.takes_all:
             span = rows.spans[0]
@@ -302,8 +300,8 @@ class ModuleLayout:
         repeats = sizes.need(rows.repeats)
         counts = [None if span.count is None else sizes.need(span.count) for span in rows.spans]
         if widths is not None and rows.repeats == "heads" and sizes.get("kv_heads") != sizes.get("heads"):
-            told = f"{sizes.get('heads')} query heads and {sizes.get('kv_heads')} key-value heads"
-            raise UnknownRowsError(f"{type(module).__name__} tells {told}, which do not come head by head")
+            counts_of = f"{sizes.get('heads')} query heads and {sizes.get('kv_heads')} key-value heads"
+            raise UnknownRowsError(f"{type(module).__name__} has {counts_of}, so its rows cannot come head by head")
         if sizes.get("head_dim") is None and all(counts) and all(span.size == "head_dim" for span in rows.spans):
             sizes.settle("head_dim", length, repeats * sum(count or 0 for count in counts))
             if widths is not None:
@@ -312,8 +310,8 @@ class ModuleLayout:
         rest = length // repeats - sum(n or 0 for n in known)
         lengths = [rest // known.count(None) if n is None else n for n in known]
         if repeats * sum(lengths) != length or rest < 0:
-            told = ", ".join(f"{name} {size}" for name, size in sizes.read.items())
-            raise UnknownRowsError(f"its {length} rows are not what {type(module).__name__} tells ({told})")
+            of_module = ", ".join(f"{name} {size}" for name, size in sizes.read.items())
+            raise UnknownRowsError(f"its {length} rows do not match {type(module).__name__} ({of_module})")
         parts: list[Part] = []
         for span, count, rows_of_span in zip(rows.spans, counts, lengths, strict=True):
             if span.interleaved and count:
@@ -325,12 +323,12 @@ class ModuleLayout:
 
 
 class _Sizes:
-    """Sizes by name, read from a module's attributes; `read` names those that were asked for and found."""
+    """Sizes by name, read from a module's attributes; `read` has those that were requested and found."""
 
     def __init__(self, layout: ModuleLayout, module: nn.Module) -> None:
         self._layout, self._module = layout, module
         self._of_configuration: set[str] = set()
-        self._told: set[str] = set()
+        self._given: set[str] = set()
         self.read: dict[str, int] = {}
 
     def is_of_configuration(self, size: str) -> bool:
@@ -338,7 +336,7 @@ class _Sizes:
         return size in self._of_configuration
 
     def get(self, size: Size) -> int | None:
-        """The size, or None where the module does not tell it."""
+        """The size, or None if the module does not have it."""
         if isinstance(size, int):
             return size
         if size not in self.read:
@@ -352,49 +350,49 @@ class _Sizes:
         """The size.
 
         Raises:
-            UnknownRowsError: The module does not tell it.
+            UnknownRowsError: The module does not have it.
         """
         value = self.get(size)
         if value is None:
-            raise UnknownRowsError(f"{type(self._module).__name__} does not tell {self.describe(size)}")
+            raise UnknownRowsError(f"{type(self._module).__name__} has no attribute for {self.describe(size)}")
         return value
 
     def describe(self, size: Size) -> str:
-        """A size, for messages, with the attributes that may hold it."""
+        """A size in words, with the attributes that may hold it."""
         own = [str(path) for path in self._paths(size) if str(path).partition(".")[0] not in _CONFIGURATIONS]
         paths = ", ".join([*own[:3], "..."] if len(own) > 3 else own)
         return f"{_WORDS.get(str(size), size)} ({paths})" if paths else _WORDS.get(str(size), str(size))
 
     def settle(self, size: str, length: int, count: int) -> None:
-        """Derive a size from `length` rows that hold it `count` times.
+        """Derive a size from `length` rows that contain it `count` times.
 
         Raises:
-            UnknownRowsError: They do not.
+            UnknownRowsError: `length` is not a multiple of `count`.
         """
         if length % count:
-            raise UnknownRowsError(f"its {length} rows are no multiple of the {count} heads")
+            raise UnknownRowsError(f"its {length} rows are not a multiple of the {count} heads")
         self.read[size] = length // count
 
     def check_settled(self, length: int, widths: frozenset[int]) -> None:
-        """Check a size of heads that follows from their number and the rows alone.
+        """Confirm a head size that follows from the number of heads and rows alone.
 
         Raises:
             UnknownRowsError: Nothing else in the module has the size of all heads, so that the number of key-value
-                heads may be another; or the module tells another size.
+                heads may differ; or the module has another head size.
         """
         head_dim, kind = self.read["head_dim"], type(self._module).__name__
         heads = self.get("heads") or self.get("kv_heads") or 1
-        told = {name: _attribute(self._module, name) for name in HEAD_WIDTHS}
-        for name, value in told.items():
+        widths_of_head = {name: _attribute(self._module, name) for name in HEAD_WIDTHS}
+        for name, value in widths_of_head.items():
             if _is_integer(value) and 0 < value != head_dim and value != heads * head_dim:
                 raise UnknownRowsError(
                     f"its {length} rows would be {self._counted()} of {head_dim} rows, but {name} of {kind} is {value}"
                 )
-        if "kv_heads" not in self._told and heads * head_dim not in widths and head_dim not in told.values():
+        if "kv_heads" not in self._given and heads * head_dim not in widths and head_dim not in widths_of_head.values():
             raise UnknownRowsError(
-                f"its {length} rows do not tell the size of a head: nothing else in {kind} has the {heads * head_dim} "
-                f"rows of {heads} heads of {head_dim} (tell the size as an attribute head_dim of {kind}, or fewer "
-                f"key-value heads as num_key_value_heads)"
+                f"its {length} rows do not determine the size of a head: nothing else in {kind} has the "
+                f"{heads * head_dim} rows of {heads} heads of {head_dim} (set the attribute head_dim of {kind}, or "
+                f"num_key_value_heads if there are fewer key-value heads)"
             )
 
     def _counted(self) -> str:
@@ -406,14 +404,14 @@ class _Sizes:
             return heads // kv_heads if heads and kv_heads and heads % kv_heads == 0 else None
         for path in self._paths(size):
             value: Any = _attribute(self._module, path) if isinstance(path, str) else path
-            # A part that a layout names may be missing, such as latent attention's rows for positions.
+            # A part of a layout may be absent, such as latent attention's rows for positions: zero is valid.
             least = 0 if size in self._layout.sizes and size not in SIZES else 1
             if value is True and size == "kv_heads" and "quer" in str(path):
                 value = 1
             if _is_integer(value) and value >= least and not self._is_no_group(size, path, value):
                 if isinstance(path, str) and path.split(".")[0] in _CONFIGURATIONS:
                     self._of_configuration.add(str(size))
-                self._told.add(str(size))
+                self._given.add(str(size))
                 return int(value)
         if size == "head_dim" and size not in self._layout.sizes and self.get("heads") is None:
             widths = (_attribute(self._module, name) for name in HEAD_WIDTHS)
@@ -421,7 +419,7 @@ class _Sizes:
         return self.get("heads") if size == "kv_heads" else None
 
     def _is_no_group(self, size: Size, path: Size, value: int) -> bool:
-        """Whether a name that others use for the groups of a norm cannot count key-value heads."""
+        """Whether an attribute counts the groups of a norm: it cannot count key-value heads."""
         return size == "kv_heads" and str(path) in ("num_groups", "n_groups") and (self.get("heads") or 0) % value != 0
 
     def _paths(self, size: Size) -> tuple[Size, ...]:
@@ -432,10 +430,10 @@ class _Sizes:
 
 
 def _head_dim(span: Span, sizes: _Sizes, length: int, heads: int | None = None) -> int | None:
-    """Rows of a head in `length` rows of one role; None for roles without heads, and values of unknown heads.
+    """Rows of a head in `length` rows of one role; None for roles without heads, and for values of unknown heads.
 
     Raises:
-        UnknownRowsError: They cannot be told for queries or keys.
+        UnknownRowsError: The heads of queries or keys are unknown.
     """
     if span.role not in (Role.QUERY, Role.KEY, Role.VALUE):
         return None
@@ -446,23 +444,23 @@ def _head_dim(span: Span, sizes: _Sizes, length: int, heads: int | None = None) 
         return head_dim if head_dim and length % head_dim == 0 else None
     if head_dim is None:
         of_heads = sizes.describe("heads" if span.role is Role.QUERY else "kv_heads")
-        raise UnknownRowsError(f"its module tells neither {sizes.describe(span.size)} nor {of_heads}")
+        raise UnknownRowsError(f"its module has neither {sizes.describe(span.size)} nor {of_heads}")
     if length % head_dim:
-        raise UnknownRowsError(f"its {length} rows are no multiple of the head size {head_dim}")
+        raise UnknownRowsError(f"its {length} rows are not a multiple of the head size {head_dim}")
     return head_dim
 
 
 def _are_other_heads(length: int, expected: int, sizes: _Sizes) -> bool:
-    """Whether queries have other rows than their heads.
+    """Whether the rows of queries contradict their heads.
 
-    A configuration may count the heads of another part of the model, so that its word is no proof; but twice as many
-    rows as it tells are queries with gates.
+    A configuration may count the heads of another part of the model, so it proves nothing; but twice the expected rows
+    are queries with gates.
     """
     return length != expected and (not sizes.is_of_configuration("heads") or length == 2 * expected)
 
 
-def told_size(module: nn.Module, size: str) -> int | None:
-    """A size of `SIZES` that a module tells by an attribute of its own, not by its configuration; or None."""
+def own_size(module: nn.Module, size: str) -> int | None:
+    """A size of `SIZES` from an attribute of the module itself, not from its configuration; None without one."""
     for path in SIZES[size]:
         if isinstance(path, str) and "." not in path and _is_integer(value := _attribute(module, path)) and value > 0:
             return int(value)
@@ -474,7 +472,7 @@ def _is_integer(value: Any) -> bool:
 
 
 def _attribute(module: nn.Module, path: str) -> Any:
-    """An attribute by its dotted path, or the quotient of several, or of one by numbers; None where there is none."""
+    """An attribute by its dotted path, or a quotient such as `a/b/3`; None if there is none."""
     try:
         value, *divisors = (int(part) if part.isdigit() else attrgetter(part)(module) for part in path.split("/"))
         for divisor in divisors:
@@ -482,7 +480,7 @@ def _attribute(module: nn.Module, path: str) -> Any:
                 return None
             value //= divisor
         return value
-    except Exception:  # noqa: BLE001 - what an attribute computes may raise anything
+    except Exception:  # noqa: BLE001 - a property of the model may raise anything
         return None
 
 
@@ -497,5 +495,5 @@ def members(module: nn.Module) -> frozenset[str]:
 
 
 def qualified_name(cls: type) -> str:
-    """Module and name of a class, as the table spells it."""
+    """Module and name of a class, as in the table."""
     return f"{cls.__module__}.{cls.__qualname__}"

@@ -1,4 +1,4 @@
-"""Roles: what a parameter does in its model, which decides how it is cut."""
+"""Roles: what a parameter does in its model, which decides its blocks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Role(StrEnum):
     """Whatever is added to activations or attention scores, tables of relative positions among it."""
     LORA = "lora"
     FUSED_QKV = "fused_qkv"
-    """A fused query, key and value whose order is unknown; strategies that need it refuse."""
+    """A fused query, key and value of unknown order; strategies with head blocks refuse it."""
     OTHER = "other"
 
 
@@ -39,7 +39,7 @@ class Part:
     Args:
         role: Their role.
         length: Number of rows in one repeat.
-        head_dim: Rows of one head, for parts that are cut by head.
+        head_dim: Rows of one head, for parts that have heads.
     """
 
     role: Role
@@ -49,17 +49,17 @@ class Part:
 
 @dataclass(frozen=True)
 class ParameterRole:
-    """The role of a parameter and where its output neurons lie.
+    """The role of a parameter, and the dimension of its output neurons.
 
     Args:
-        parts: One part, or several along the cut axis for a fused parameter (query, key and value).
-        why: The rule that gave the role, for the reader of a report.
+        parts: One part, or several along `axis` for a fused parameter (query, key and value).
+        why: The rule that gave the role, for reports.
         axis: Dimension of the output neurons or tokens; None for tensors without such a dimension.
-        batch_axes: Dimensions that keep independent matrices apart (experts).
+        batch_axes: Dimensions that count independent matrices (experts).
         repeats: How often the sequence of parts repeats along `axis`.
-        problem: Why the heads cannot be told; empty where they can.
-        known: Whether a rule gave the role; False where none applied.
-        doubt: Why a matrix of a module that attends may do something else than its role says; empty where it cannot.
+        problem: Why the heads are unknown; empty if they are known or not needed.
+        known: Whether a rule gave the role.
+        doubt: Why a matrix in a module that attends may have another role; empty if there is no doubt.
     """
 
     parts: tuple[Part, ...]

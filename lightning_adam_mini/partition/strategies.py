@@ -1,4 +1,4 @@
-"""Strategies: tables from role to cut, and the cut of one parameter by a table.
+"""Strategies: tables from role to block structure, the user's overrides, and the blocks of one parameter.
 
 `transformer`, `transformer_early` and `default` are the partitions of Zhang et al., "Adam-mini: Use Fewer Learning
 Rates To Gain More" (2024): the final version's Algorithm 3, the first version's Algorithms 2 and 4, and the rule for
@@ -7,23 +7,25 @@ models that are no Transformers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
 
 from lightning_adam_mini.blocks import Blocks, Segment
+from lightning_adam_mini.hints import did_you_mean
 from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
 
-__all__ = ["STRATEGIES", "Strategy", "Structure", "StructureError", "partition_parameter"]
+__all__ = ["STRATEGIES", "Overrides", "Strategy", "Structure", "StructureError", "partition_parameter"]
 
 
 class StructureError(ValueError):
-    """A parameter that cannot be cut as asked.
+    """A parameter that cannot have the block structure that was asked for.
 
     Args:
         problem: Why not.
-        structures: Those that it can have, the one to advise first.
+        structures: Structures that it can have; the first one is advised.
     """
 
     def __init__(self, problem: str, *structures: Structure) -> None:
@@ -32,24 +34,28 @@ class StructureError(ValueError):
 
 
 class Structure(StrEnum):
-    """How a parameter of some role is cut."""
+    """What the elements of a block are."""
 
     HEAD = "head"
+    """The rows of an attention head."""
     ROW = "row"
+    """One row: an output neuron, token, channel."""
     WHOLE = "whole"
-    """The tensor as one block; in a fused tensor whose other parts are cut otherwise, the part as one block."""
+    """The tensor; in a fused tensor whose parts differ in structure, the part."""
     ELEMENT = "element"
+    """One element, as in AdamW."""
     FACTORED = "factored"
+    """No blocks: a mean for each row and one for each column (Adafactor, Sec. 3)."""
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """A table from role to cut.
+    """A table from role to block structure.
 
     Args:
-        name: The name that recipes use.
+        name: Its name in recipes.
         structures: The block structure of each role.
-        otherwise: The cut of roles that the table does not list.
+        otherwise: The block structure of all other roles.
     """
 
     name: str
@@ -83,7 +89,7 @@ STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
         strategy.name: strategy
         for strategy in (
             # Query and key by head, every other matrix by output neuron or token. Biases keep a full second moment
-            # and norms one number, as in the authors' released code.
+            # and norms one number, as in the reference implementation.
             Strategy(
                 "transformer",
                 {
@@ -115,33 +121,29 @@ STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
 
 
 def partition_parameter(
-    shape: tuple[int, ...], role: ParameterRole, cuts: Mapping[Role, Structure], *, is_overridden: bool = False
+    shape: tuple[int, ...], role: ParameterRole, structures: Mapping[Role, Structure], *, is_overridden: bool = False
 ) -> Blocks:
-    """Cut one parameter.
+    """The blocks of one parameter.
 
     Args:
         shape: Its shape.
-        role: Its role, with parts where it is fused.
-        cuts: The cut for each role that the parameter has.
-        is_overridden: Whether a user asked for these cuts, and not a strategy for all tensors.
-
-    Returns:
-        The blocks of the parameter.
+        role: Its role, with several parts if it is fused.
+        structures: The block structure for each role of its parts.
+        is_overridden: Whether the user chose these structures, and not a strategy for all tensors.
 
     Raises:
-        StructureError: A cut by head without a known head size, or parts of a fused parameter with cuts that one tensor
-            cannot hold together.
+        StructureError: Heads of unknown size, or structures of a fused parameter that one tensor cannot combine.
     """
-    wanted = {cuts[part.role] for part in role.parts}
-    if Structure.HEAD in wanted and (role.problem or any(_lacks_head(part, cuts[part.role]) for part in role.parts)):
-        of_one_role = (
-            (Structure.ROW, Structure.WHOLE) if role.roles in ((Role.QUERY,), (Role.KEY,)) else (Structure.ROW,)
-        )
-        raise StructureError(role.problem or f"{role.name} has no heads to cut by", *of_one_role)
+    wanted = {structures[part.role] for part in role.parts}
+    unknown_heads = any(structures[part.role] is Structure.HEAD and part.head_dim is None for part in role.parts)
+    if Structure.HEAD in wanted and (role.problem or unknown_heads):
+        is_query_or_key = role.roles in ((Role.QUERY,), (Role.KEY,))
+        possible = (Structure.ROW, Structure.WHOLE) if is_query_or_key else (Structure.ROW,)
+        raise StructureError(role.problem or f"{role.name} has no heads", *possible)
     if role.axis is None or wanted == {Structure.ELEMENT} or (len(shape) <= 1 and wanted == {Structure.FACTORED}):
         return Blocks.element(shape)
     if wanted == {Structure.WHOLE}:
-        # A strategy of one block a tensor means it; a user who speaks of stacked matrices means each of them.
+        # A strategy means the tensor, a user who overrides stacked matrices means each of them.
         is_one = role.roles == (Role.CONV,) or (role.roles == (Role.OTHER,) and not is_overridden)
         return Blocks.whole(shape, batch_axes=() if is_one else role.batch_axes)
     if wanted == {Structure.ROW}:
@@ -153,20 +155,108 @@ def partition_parameter(
         )
     if wanted & {Structure.ELEMENT, Structure.FACTORED}:
         raise StructureError(
-            f"the parts of a fused parameter ({role.name}) cannot mix element or factored with other cuts; all of "
-            f"them need the same",
+            f"the parts of a fused parameter ({role.name}) cannot combine element or factored with other structures; "
+            f"give all parts the same",
             Structure.FACTORED,
         )
-    segments = tuple(_segment(part, cuts[part.role], role.repeats) for part in role.parts)
+    segments = tuple(_segment(part, structures[part.role], role.repeats) for part in role.parts)
     return Blocks.segmented(shape, segments, axis=role.axis, repeats=role.repeats, batch_axes=role.batch_axes)
 
 
-def _lacks_head(part: Part, cut: Structure) -> bool:
-    return cut is Structure.HEAD and part.head_dim is None
-
-
-def _segment(part: Part, cut: Structure, repeats: int) -> Segment:
-    if cut is Structure.HEAD:
+def _segment(part: Part, structure: Structure, repeats: int) -> Segment:
+    if structure is Structure.HEAD:
         assert part.head_dim is not None
         return Segment(part.length, part.head_dim)
-    return Segment(part.length, 1 if cut is Structure.ROW else part.length * repeats)
+    return Segment(part.length, 1 if structure is Structure.ROW else part.length * repeats)
+
+
+class Overrides:
+    """Block structures by role, name or pattern, in order; it records which are used.
+
+    Args:
+        rules: Structure by role, name or `re:` pattern.
+        plain_names: Names without the prefixes of wrappers, by the full names of parameters; both match.
+
+    Raises:
+        ValueError: An unknown structure, an invalid pattern, or patterns that contradict each other.
+    """
+
+    def __init__(self, rules: Mapping[str, str], plain_names: Mapping[str, str]) -> None:
+        self._plain_names = plain_names
+        self._rules: dict[str, Structure] = {}
+        self._patterns: dict[str, re.Pattern[str]] = {}
+        self._used: set[str] = set()
+        for key, structure in rules.items():
+            if not isinstance(key, str):
+                raise ValueError(f"partition_overrides: {key!r} is not a role, name or pattern")
+            if structure not in list(Structure):
+                raise ValueError(
+                    f"partition_overrides: unknown block structure {structure!r} for {key!r}; choose from "
+                    f"{', '.join(Structure)}"
+                )
+            self._rules[key] = Structure(structure)
+            if key.startswith("re:"):
+                try:
+                    self._patterns[key] = re.compile(key.removeprefix("re:"))
+                except re.error as error:
+                    message = f"partition_overrides: {key!r} is not a valid regular expression: {error}"
+                    raise ValueError(message) from error
+        self._raise_if_contradictory()
+
+    def structures(self, name: str, role: ParameterRole, strategy: Strategy) -> tuple[dict[Role, Structure], str]:
+        """The block structure of each part of a parameter, and the reason."""
+        structures, reasons = {}, []
+        for part_role in role.roles:
+            key = next((key for key in self._rules if self._matches(key, name, part_role)), None)
+            if key is None:
+                structures[part_role] = strategy.structure(part_role)
+            else:
+                self._used.add(key)
+                structures[part_role] = self._rules[key]
+                reasons.append(f"override {key!r}")
+        return structures, "; ".join([role.why, *dict.fromkeys(reasons)])
+
+    def raise_if_unused(self, roles: Mapping[str, ParameterRole]) -> None:
+        """Check that each override decided something.
+
+        Raises:
+            ValueError: One did not; the message has similar names, or the roles of the model.
+        """
+        for key in self._rules:
+            if key in self._used:
+                continue
+            if any(self._matches(key, name, part) for name, role in roles.items() for part in role.roles):
+                raise ValueError(f"partition_overrides: {key!r} has no effect: earlier overrides match all it matches")
+            present = dict.fromkeys(part.value for role in roles.values() for part in role.roles)
+            hint = did_you_mean(
+                key, self._plain_names.values(), otherwise=f"; this model has the roles {', '.join(present)}"
+            )
+            raise ValueError(f"partition_overrides: {key!r} matches no parameter{hint}")
+
+    def _raise_if_contradictory(self) -> None:
+        """Check that no two patterns of different structures overlap, unless one contains the other.
+
+        A wider pattern after a narrower one is a clear choice, and so is a role before or after a name: roles do not
+        count here.
+        """
+        matched = {key: {name for name in self._plain_names if self._names(key, name)} for key in self._rules}
+        decided: set[str] = set()
+        for number, first in enumerate(matched):
+            for second in list(matched)[number + 1 :]:
+                both = (matched[first] & matched[second]) - decided
+                differ = self._rules[first] != self._rules[second]
+                if both and differ and not matched[first] <= matched[second] and not matched[second] <= matched[first]:
+                    raise ValueError(
+                        f"partition_overrides: {first!r} and {second!r} both match {min(both)} and ask for different "
+                        f"block structures; make one of them narrower, or put a pattern for their overlap first"
+                    )
+            decided |= matched[first]
+
+    def _matches(self, key: str, name: str, role: Role) -> bool:
+        return key == role.value or self._names(key, name)
+
+    def _names(self, key: str, name: str) -> bool:
+        plain_name, pattern = self._plain_names.get(name, name), self._patterns.get(key)
+        if pattern is not None:
+            return pattern.fullmatch(plain_name) is not None or pattern.fullmatch(name) is not None
+        return key in (name, plain_name)

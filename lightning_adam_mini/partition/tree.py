@@ -1,7 +1,7 @@
-"""The module tree, seen through wrappers: torch.compile, DDP, FSDP, activation checkpointing, adapters, weight norm.
+"""The module tree without wrappers: torch.compile, DDP, FSDP, activation checkpointing, adapters, weight norm.
 
-A wrapper holds the module that it wraps as a child. The tree gives both the plain name of the wrapped one, so that
-neither layouts nor overrides depend on how a model was prepared for training.
+A wrapper has the wrapped module as a child. Both have one plain name in the tree, so that neither layouts nor overrides
+depend on how a model is prepared for training.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ WRAPPERS: Mapping[str, frozenset[str]] = MappingProxyType(
         "peft.utils.other.AuxiliaryTrainingWrapper": frozenset({"original_module", "modules_to_save.*"}),
     }
 )
-"""Wrapper classes, by the children that stand for the wrapped module; `name.*` for all children of a child."""
+"""The children of each wrapper class that stand for the wrapped module; `name.*` means all children of a child."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Node:
 
     Args:
         name: As in `named_modules()`.
-        plain_name: Without the names that wrappers add.
+        plain_name: The name without the parts that wrappers add.
         module: The module.
     """
 
@@ -76,14 +76,14 @@ class Node:
 
 @dataclass(frozen=True)
 class Leaf:
-    """A parameter in the tree, at one of the places where it is used.
+    """A parameter in the tree, at one of its places.
 
     Args:
         name: As in `named_parameters()`.
-        plain_name: Without the names that wrappers and parametrizations add.
+        plain_name: The name without the parts that wrappers and parametrizations add.
         owner: The module that it belongs to.
         parameter: The parameter.
-        is_scale_of_weight_norm: Whether it is the scale that weight norm takes out of a weight.
+        is_scale_of_weight_norm: Whether it is the scale that weight norm separates from a weight.
     """
 
     name: str
@@ -109,10 +109,10 @@ def walk(module: nn.Module) -> Iterator[Node]:
 
 
 def leaves(nodes: Iterable[Node]) -> Iterator[Leaf]:
-    """Every parameter of a tree, at each place where it is used, in the order of `named_parameters()`."""
+    """Every parameter of a tree at each of its places, in the order of `named_parameters()`."""
     for node in nodes:
         if isinstance(node.module, ParametrizationList):
-            continue  # its owner gives the parameters
+            continue  # its parameters are yielded with their owner
         for name, plain, parameter, is_scale in [*_own(node.module), *_parametrized(node.module)]:
             yield Leaf(_join(node.name, name), _join(node.plain_name, plain), node.module, parameter, is_scale)
 
@@ -120,7 +120,7 @@ def leaves(nodes: Iterable[Node]) -> Iterator[Leaf]:
 def plain_names(module: nn.Module) -> dict[str, str]:
     """Plain names of all parameters by their names in `module.named_parameters()`."""
     found = list(leaves(walk(module)))
-    # Some wrappers leave their prefix out of `named_parameters()`, so that names alone do not tell which is which.
+    # Some wrappers omit their prefix in `named_parameters()`, so names alone are ambiguous.
     by_parameter = {id(leaf.parameter): leaf.plain_name for leaf in reversed(found)}
     by_name = {leaf.name: leaf.plain_name for leaf in found}
     return {
@@ -131,7 +131,7 @@ def plain_names(module: nn.Module) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Tree:
-    """A model's modules and parameters, found by their plain names."""
+    """The modules and parameters of a model by their plain names."""
 
     nodes: list[Node]
     leaves: list[Leaf]
@@ -148,16 +148,21 @@ class Tree:
 
     @cached_property
     def modules(self) -> dict[str, Node]:
-        """Modules by their plain names; of a wrapper and what it wraps, the wrapped one."""
+        """Modules by their plain names; the wrapped module where a wrapper has the same name."""
         return {node.plain_name: node for node in self.nodes}
 
     @cached_property
-    def looks_around(self) -> bool:
-        """Whether a convolution takes more than one place at a time."""
+    def has_spatial_convolutions(self) -> bool:
+        """Whether some convolution has a kernel larger than one."""
         return any(isinstance(node.module, _ConvNd) and max(node.module.kernel_size) > 1 for node in self.nodes)
 
+    def class_name(self, cls: type) -> str:
+        """The bare name of a class, or the qualified one if another class of the model has the same bare name."""
+        same_name = {type(node.module) for node in self.nodes if type(node.module).__name__ == cls.__name__}
+        return cls.__name__ if len(same_name) == 1 else qualified_name(cls)
+
     def below(self, node: Node) -> Iterator[tuple[str, Leaf]]:
-        """Parameters below a module, by their plain names relative to it."""
+        """Parameters below a module, with their plain names relative to it."""
         prefix = f"{node.plain_name}." if node.plain_name else ""
         for place in range(bisect_left(self._sorted, prefix, key=itemgetter(0)), len(self._sorted)):
             plain_name, leaf = self._sorted[place]
@@ -166,7 +171,7 @@ class Tree:
             yield plain_name.removeprefix(prefix), leaf
 
     def parent(self, node: Node) -> Node | None:
-        """The module that holds another under a name of its own; None for the root and for items of lists."""
+        """The module that has another as a named child; None for the root and for items of lists."""
         parent_name, _, name = node.plain_name.rpartition(".")
         return None if not name or name.isdigit() else self.modules.get(parent_name)
 
@@ -197,11 +202,11 @@ def _transparent_children(module: nn.Module) -> frozenset[str]:
 
 
 _Own = tuple[str, str, nn.Parameter, bool]
-"""Name within the owner, plain name, parameter, and whether it is the scale that weight norm takes out of a weight."""
+"""Name within the owner, plain name, parameter, and whether it is the scale of weight norm."""
 
 
 def _own(module: nn.Module) -> Iterator[_Own]:
-    """Parameters that a module holds itself; older norms make `_g` and `_v`, or `_orig`, of one, by a hook."""
+    """Parameters of a module itself; hooks of the older norms split one into `_g` and `_v`, or rename it `_orig`."""
     normed = {hook.name for hook in module._forward_pre_hooks.values() if isinstance(hook, WeightNorm)}
     spectral = {f"{hook.name}_orig" for hook in module._forward_pre_hooks.values() if isinstance(hook, SpectralNorm)}
     for name, parameter in module._parameters.items():
@@ -213,7 +218,7 @@ def _own(module: nn.Module) -> Iterator[_Own]:
 
 
 def _parametrized(module: nn.Module) -> Iterator[_Own]:
-    """Parameters from which a module's own are computed."""
+    """Parameters from which parametrizations compute those of a module."""
     lists = dict(module.named_children()).get("parametrizations")  # `_modules` of scripted modules is no dictionary
     for name, originals in lists.items() if isinstance(lists, nn.ModuleDict) else ():
         is_weight_norm = isinstance(next(iter(originals.children()), None), _WeightNorm)

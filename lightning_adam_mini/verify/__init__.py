@@ -1,6 +1,6 @@
-"""Verify a partition by the forward pass of the model itself."""
+"""Verify a partition against the forward pass of the model."""
 
-from lightning_adam_mini.verify.judging import Status, VerifiedParameter
+from lightning_adam_mini.verify.observations import Status, VerifiedParameter
 from lightning_adam_mini.verify.verification import Verification, verify_partition
 
 __all__ = ["Status", "Verification", "VerifiedParameter", "verify_partition"]

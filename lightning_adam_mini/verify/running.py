@@ -1,4 +1,4 @@
-"""One forward pass of a model under the tracer, after which the model is as it was, to the last bit."""
+"""Run one forward pass of a model under the tracer, and restore the model bit by bit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import checkpoint
 
-from lightning_adam_mini.verify.products import Factor, arguments, tensors_in
+from lightning_adam_mini.verify.operations import Factor, arguments, tensors_in
 from lightning_adam_mini.verify.tracing import Call, Tracer
 
 __all__ = ["traced"]
@@ -26,7 +26,7 @@ __all__ = ["traced"]
 _CONTAINERS = (list, dict, OrderedDict, defaultdict, set, deque)
 
 FUNCTIONS = ("flash_attn_func", "flex_attention")
-"""Functions of attention that any file may import; the delta rules of linear attention stand beside their models."""
+"""Attention functions that any file may import; the delta rules of linear attention are defined next to models."""
 
 
 def traced(
@@ -36,7 +36,7 @@ def traced(
     *,
     on_call: Callable[[Call], None] | None = None,
 ) -> Tracer:
-    """Run the model once, in eval mode and on copies of its weights, and see what the tracer saw.
+    """Trace one forward pass of a model, in eval mode and on copies of its weights.
 
     Args:
         model: The model.
@@ -48,10 +48,10 @@ def traced(
         The tracer.
 
     Raises:
-        ValueError: The model has no weights to run on, or its forward pass fails.
+        ValueError: The model has no weights, or its forward pass fails.
     """
     _check(model)
-    with _as_it_was(model), torch.inference_mode(False), torch.enable_grad():
+    with _restored(model), torch.inference_mode(False), torch.enable_grad():
         tracer = Tracer(_swap_parameters(model), on_call=on_call)
         args, kwargs = _copied((inputs, keyword_inputs))
         tracer.mark_inputs([args, kwargs])
@@ -64,7 +64,7 @@ def traced(
 
 
 def _copied(inputs: tuple[Sequence[Any], Mapping[str, Any]]) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    """Inputs that the model may write to; one that is given twice stays one."""
+    """Copies of the inputs, since the model may write to them; a tensor that occurs twice is copied once."""
     memo: dict[int, Any] = {
         id(tensor): tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in tensors_in(inputs)
     }
@@ -78,7 +78,7 @@ def _check(model: nn.Module) -> None:
     """Check that a model can run here.
 
     Raises:
-        ValueError: It cannot; with what would help.
+        ValueError: It cannot; the message has the remedy.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"verify_partition takes a model, an instance of nn.Module, not a {type(model).__name__}")
@@ -88,7 +88,7 @@ def _check(model: nn.Module) -> None:
         if parameter.is_meta:
             raise ValueError(
                 f"{name}: is on the meta device and has no weights to run; build the model on the CPU, with fewer "
-                "layers if it is large: random weights will do"
+                "layers if it is large: random weights are enough"
             )
         if hasattr(parameter, "full_tensor"):
             raise ValueError(f"{name}: is sharded; verify the partition before the model is sharded")
@@ -97,7 +97,7 @@ def _check(model: nn.Module) -> None:
 def _explained(
     error: Exception, model: nn.Module, inputs: Sequence[Any], keyword_inputs: Mapping[str, Any]
 ) -> Exception:
-    """What to say of a forward pass that failed: whether it fails by itself, or only while it is watched."""
+    """The error for a forward pass that failed: whether it fails in general, or only while it is traced."""
     message = f"{type(error).__name__}: {error}"
     try:
         with torch.no_grad():
@@ -108,12 +108,12 @@ def _explained(
 
 
 @contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Leave weights, buffers, attributes, modes and random numbers as they were."""
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Restore weights, buffers, attributes, modes and the random state on exit."""
     modules = list(model.modules())
     modes = [module.training for module in modules]
     attributes = [(vars(module), dict(vars(module))) for module in modules]
-    # Parameters and buffers among them, and whatever lists of its own a model appends to.
+    # They contain parameters and buffers, and lists that a model may append to.
     contents = [
         (value, copy.copy(value)) for _, own in attributes for value in own.values() if type(value) in _CONTAINERS
     ]
@@ -136,15 +136,15 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
             container.clear()
             (container.extend if isinstance(container, list | deque) else container.update)(content)
         for module, mode in zip(modules, modes, strict=True):
-            if module.training != mode:  # which scripted modules keep elsewhere
+            if module.training != mode:  # scripted modules keep it elsewhere
                 module.training = mode
 
 
 def _swap_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Put copies in the place of parameters, so that no hook or flag of the real ones matters; by their names.
+    """Replace parameters by copies without hooks and flags, and return these by name.
 
-    A weight whose elements are all equal, such as a gate or a LoRA factor that starts from zero, would hide what comes
-    after it: its copy is noisy.
+    A weight with equal elements, such as a gate or a LoRA factor that starts at zero, would hide later dependencies:
+    its copy gets noise.
     """
     copies: dict[int, nn.Parameter] = {}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -163,7 +163,7 @@ def _swap_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def _watched(model: nn.Module, tracer: Tracer) -> Iterator[None]:
-    """Watch which module runs, and functions that compute attention in operations that tell nothing of it."""
+    """Track running modules, and functions whose inner operations do not look like attention."""
 
     def left(*_: Any) -> None:
         tracer.running.pop()
@@ -172,9 +172,9 @@ def _watched(model: nn.Module, tracer: Tracer) -> Iterator[None]:
     with ExitStack() as stack:
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
-        if "torch._dynamo" in sys.modules:  # or else nothing is compiled, and the import takes seconds
+        if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and the import takes seconds
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        # Activation checkpointing would run parts again, within derivatives.
+        # Activation checkpointing would run parts again, inside derivatives.
         stack.enter_context(patch.object(checkpoint, "_checkpoint_hook", lambda _: nullcontext()))
         stack.enter_context(
             patch.object(checkpoint.CheckpointFunction, "apply", lambda function, _, *args: function(*args))
@@ -202,7 +202,7 @@ def _watched(model: nn.Module, tracer: Tracer) -> Iterator[None]:
 
 
 def _heads_dimension(value: Any) -> int | None:
-    """Dimension of the heads in the tensors that a function of attention takes first; None for any other."""
+    """The dimension of heads in the arguments of an attention function; None for any other function."""
     if not isinstance(value, FunctionType):
         return None
     name = value.__name__
@@ -232,7 +232,7 @@ def _is_graph_attention(module: nn.Module) -> bool:
 
 
 def _watched_message(tracer: Tracer, message: Callable[..., Any]) -> Callable[..., Any]:
-    """Edges stand for tokens: `(edges, heads, head_dim)`."""
+    """Edges are the tokens: `(edges, heads, head_dim)`."""
 
     def watched(query_i: Tensor, key_j: Tensor, value_j: Tensor, **rest: Any) -> Any:
         operands = Factor(query_i, (1,)), Factor(key_j, (1,)), Factor(value_j, (1,))

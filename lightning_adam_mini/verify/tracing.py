@@ -1,15 +1,15 @@
-"""Follow parameters through a forward pass to the products that consume them, and on to the heads of attention.
+"""Follow parameters through a forward pass to the products that consume them, and to the heads of attention.
 
-The tracer knows operations and no model. It does three things, all by derivatives of what a model computes, which are
-exactly zero where nothing depends:
+The tracer knows operations, not models. It takes derivatives of intermediate results, which are exactly zero where
+nothing depends on a parameter, for three purposes:
 
-- **Outputs.** Where a parameter meets an activation in a product, one element of the result depends on one output of
-  the parameter and on all of its inputs: this tells which dimensions are outputs.
-- **Attention.** Products of two activations whose result weighs a third are queries, keys and values, through a softmax
-  or without one, or in the order of linear attention; `scaled_dot_product_attention` and the like say so by name.
-- **Heads.** Each head of a query, key or value is derived by the parameters that it comes from without another product
-  in between. Inputs of products are random and end the derivative, so that neither zeros nor earlier layers blur it.
-  Norms and activation functions let it pass as it is, so that the statistics of a norm over all heads do not mix them.
+- **Outputs.** In a product of a parameter and an activation, one element of the result depends on one output of the
+  parameter and on all of its inputs. This shows which dimensions are outputs.
+- **Attention.** If the product of two activations multiplies a third, they are query, key and value, with or without a
+  softmax, also in the order of linear attention. `scaled_dot_product_attention` and the like are known by name.
+- **Heads.** Each head of a query, key or value is differentiated by the parameters that it comes from without another
+  product in between. Inputs of products are random and detached, so that neither zeros nor earlier layers matter.
+  Norms and activation functions pass the derivative unchanged, so that statistics over all heads do not mix them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_adam_mini.verify.products import (
+from lightning_adam_mini.verify.operations import (
     ELEMENTWISE,
     FIRST_OPERAND,
     LAYERS,
@@ -44,11 +44,11 @@ __all__ = ["Call", "Heads", "Operand", "Outputs", "Tracer"]
 LOOKUPS = ("embedding", "embedding_bag")
 
 MAX_HEADS = 4096
-"""Heads times samples that are derived one by one before the tracer gives up on a call."""
+"""Limit of heads times samples that are differentiated one by one for a call."""
 
 
 class Operand(StrEnum):
-    """What attention takes."""
+    """The operands of attention."""
 
     QUERY = "query"
     KEY = "key"
@@ -63,8 +63,8 @@ class Outputs:
 
     Args:
         operation: Name of the operation.
-        axes: Dimensions of the parameter that are outputs, or keep matrices apart; others are summed over. Those of
-            size one are in neither.
+        axes: Dimensions of the parameter that are outputs or count matrices; the product sums over the others.
+            Dimensions of size one belong to neither.
     """
 
     operation: str
@@ -72,7 +72,7 @@ class Outputs:
 
     @property
     def is_lookup(self) -> bool:
-        """Whether rows are looked up, by token or position."""
+        """Whether it looks up rows, by token or position."""
         return self.operation in LOOKUPS
 
 
@@ -83,7 +83,7 @@ class Heads:
     Args:
         call: Number of the call.
         operand: Which operand.
-        masks: `(heads, *shape)`, with size one where the parameter is summed over.
+        masks: `(heads, *shape)`, with size one for dimensions that are summed over.
     """
 
     call: int
@@ -96,8 +96,8 @@ class Call:
     """One attention call.
 
     Args:
-        modules: The modules whose forward pass was running, outer ones first.
-        factors: The operands, for whoever looks at them while the call runs.
+        modules: The modules whose forward pass is running, outer ones first.
+        factors: The operands, while the call runs.
     """
 
     modules: tuple[nn.Module, ...]
@@ -106,13 +106,13 @@ class Call:
 
 @dataclass(frozen=True)
 class _Product:
-    """A product of two activations: attention's scores, if its result weighs a third."""
+    """A product of two activations: attention scores, if its result multiplies a third."""
 
     number: int
     left: Factor
     right: Factor
     is_of_weights: bool
-    """Whether both factors were made by parameters, as queries and keys are, and inputs such as masks are not."""
+    """Whether both factors come from parameters, as queries and keys do, and inputs such as masks do not."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ class _Mark:
     Args:
         is_weight: Whether it was computed from parameters alone.
         sources: Names of the parameters that it comes from, with no product in between.
-        products: Products that it was computed from elementwise, the first of a sum first.
-        is_softmax: Whether a softmax lies in between.
+        products: Products of activations that it comes from elementwise, in order.
+        is_softmax: Whether a softmax is in between.
     """
 
     is_weight: bool
@@ -168,14 +168,14 @@ class Tracer(TorchFunctionMode):
             self._mark(parameter, _Mark(True, frozenset((name,))))
 
     def mark_inputs(self, inputs: Any) -> None:
-        """Tell that tensors are activations."""
+        """Mark tensors as activations."""
         for tensor in tensors_in(inputs):
             self._mark(tensor, _Mark(False))
 
     def attend(
         self, function: Callable[..., Any], operands: tuple[Factor, Factor, Factor], args: Any, kwargs: Any
     ) -> Any:
-        """Run a function that computes attention from a query, key and value, and look at nothing inside."""
+        """Run a function that computes attention, without tracing the operations inside."""
         self._paused += 1
         self._record(*operands)
         args = [_detached(argument) for argument in args]
@@ -197,14 +197,14 @@ class Tracer(TorchFunctionMode):
         if self._paused:
             return function(*args, **kwargs)
         if name == "multi_head_attention_forward":
-            # A function of torch that is written in Python: the mode has to see what it calls.
+            # This function is written in Python: pretend that no mode overrides it, to trace what it calls.
             with patch.object(nn.functional, "has_torch_function", lambda _: False), self:
                 return function(*args, **kwargs)
         if name == "scaled_dot_product_attention":
             operands = arguments(("query", "key", "value"), args, kwargs)
             query, key, value = (Factor(operand, tuple(range(operand.dim() - 2))) for operand in operands)
             return self.attend(function, (query, key, value), args, kwargs)
-        if function is torch.autograd.grad:  # forces of an energy, whose way to the inputs ends at products here
+        if function is torch.autograd.grad:  # forces from an energy: the graph ends at detached inputs of products
             wanted = list(tensors_in([arguments(("outputs", "inputs"), args, kwargs)[1]]))
             self.mark_inputs(found := tuple(torch.randn_like(tensor) for tensor in wanted))
             return found
@@ -228,7 +228,7 @@ class Tracer(TorchFunctionMode):
         return found[1] if found and found[0]() is tensor else None
 
     def _inherit(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
-        """Let a result have the marks of its operands."""
+        """Give a result the marks of its operands."""
         operands = list(tensors_in(args[:1] if name in FIRST_OPERAND else [args, kwargs]))
         marks = [mark for mark in map(self._mark_of, operands) if mark]
         if not marks:
@@ -267,7 +267,7 @@ class Tracer(TorchFunctionMode):
         with torch.enable_grad():
             graph = self._graph(function, args, kwargs, others)
             if graph is not None:
-                self._note_outputs(name, graph, sources)
+                self._record_outputs(name, graph, sources)
         with torch.no_grad():
             result = function(*args, **kwargs)
         if graph is not None and isinstance(result, Tensor) and torch.is_grad_enabled():
@@ -284,7 +284,7 @@ class Tracer(TorchFunctionMode):
     def _graph(
         self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], others: Sequence[Tensor]
     ) -> Tensor | None:
-        """The product with random inputs that end the derivative; None where it has none."""
+        """The product with random, detached inputs; None if it cannot be differentiated."""
 
         def replace(value: Any) -> Any:
             if isinstance(value, Tensor):
@@ -305,8 +305,8 @@ class Tracer(TorchFunctionMode):
         is_derived = isinstance(graph, Tensor) and graph.requires_grad and graph.numel()
         return graph if is_derived else None
 
-    def _note_outputs(self, name: str, graph: Tensor, sources: frozenset[str]) -> None:
-        """Note which dimensions of parameters are outputs, from one element of a product."""
+    def _record_outputs(self, name: str, graph: Tensor, sources: frozenset[str]) -> None:
+        """Record which dimensions of parameters are outputs, from one element of a product."""
         wanted = [
             source
             for source in sorted(sources)
@@ -315,7 +315,7 @@ class Tracer(TorchFunctionMode):
         ]
         if not wanted:
             return
-        # The middle, since the borders of a convolution see padding. A row that is looked up shows as a whole.
+        # The middle element, since the borders of a convolution see padding. A lookup returns whole rows.
         middle = tuple(size // 2 for size in graph.shape)
         element = graph[middle[:-1]].sum() if name in LOOKUPS else graph[middle]
         grads: tuple[Tensor | None, ...] = torch.autograd.grad(
@@ -337,7 +337,7 @@ class Tracer(TorchFunctionMode):
         left, right = pair
         mark_left, mark_right = self._mark_of(left.tensor), self._mark_of(right.tensor)
         for mark, other in ((mark_left, right), (mark_right, left)):
-            # Products with the weights of experts, one after the other, have three dimensions.
+            # Two consecutive products with weights of experts look alike, but have three dimensions.
             if (
                 mark
                 and mark.products
@@ -351,7 +351,7 @@ class Tracer(TorchFunctionMode):
                 return result
         result = function(*args, **kwargs)
         self._inherit("", args, kwargs, result)
-        if mark_left and mark_right:  # not a rotation or random features, whose other factor is a constant
+        if mark_left and mark_right:  # else one factor is a constant, as in rotations or random features
             self._number += 1
             product = _Product(self._number, left, right, bool(mark_left.sources and mark_right.sources))
             self._mark(result, _Mark(False, mark_left.sources | mark_right.sources, (product,)))
@@ -360,7 +360,7 @@ class Tracer(TorchFunctionMode):
     # Attention
 
     def _record(self, query: Factor, key: Factor, value: Factor, *more: _Product) -> None:
-        """Note one attention call."""
+        """Record one attention call."""
         number = len(self.calls)
         factors = {Operand.QUERY: query, Operand.KEY: key, Operand.VALUE: value}
         content: set[str] = set()
@@ -381,14 +381,14 @@ class Tracer(TorchFunctionMode):
             self.heads.setdefault(name, []).append(Heads(call, operand, masks))
 
     def _sources(self, tensor: Tensor) -> list[str]:
-        """Matrices that a tensor comes from, of those that meet activations in products."""
+        """Matrices that a tensor comes from and that are multiplied with activations."""
         mark = self._mark_of(tensor)
         if mark is None or not tensor.requires_grad:
             return []
         return [name for name in sorted(mark.sources) if self._parameters[name].dim() > 1 and name in self.outputs]
 
     def _masks(self, part: Tensor, noise: Tensor, sources: Sequence[str]) -> dict[str, Tensor]:
-        """Which outputs of parameters a part of a tensor comes from."""
+        """The outputs of parameters that a part of a tensor depends on."""
         with torch.enable_grad():
             total = (part * noise).sum()
         parameters = [self._parameters[name] for name in sources]
@@ -406,7 +406,7 @@ class Tracer(TorchFunctionMode):
         return self._masks(part, torch.randn_like(part), sources) if sources else {}
 
     def _heads_of(self, factor: Factor) -> dict[str, Tensor]:
-        """For each parameter that a factor comes from, `(heads, *shape)`: which outputs each head comes from."""
+        """The outputs that each head of a factor depends on: `(heads, *shape)` for each parameter."""
         tensor, sources = factor.tensor, self._sources(factor.tensor)
         if not sources:
             return {}
@@ -435,12 +435,12 @@ class Tracer(TorchFunctionMode):
                 covered[name] |= mask
             if _equal(covered, total) or number == MAX_HEADS:
                 break
-        # Heads that share a key, or a part of it, have the same rows.
+        # Heads that share a key, or a part of one, depend on the same rows.
         return {name: torch.stack([masks[name] for masks in found.values()]).unique(dim=0) for name in sources}
 
 
 def _row_of_heads(factor: Factor, at: Callable[[Mapping[int, int]], dict[str, Tensor]]) -> int | None:
-    """The dimension of tokens in which a query has its heads too, where all of them take one key; None for others."""
+    """The token dimension of a query, if it also contains its heads because all of them use one key; else None."""
     row, contracted = next(iter(factor.rows), None), factor.contracted[0] % factor.tensor.dim()
     if row is None:
         return None
@@ -448,7 +448,7 @@ def _row_of_heads(factor: Factor, at: Callable[[Mapping[int, int]], dict[str, Te
     are_apart = first.keys() == last.keys() and all(
         mask.any() and last[name].any() and not (mask & last[name]).any() for name, mask in first.items()
     )
-    # Where tokens are summed over, rows are channels.
+    # In a sum over tokens, this dimension is channels instead.
     if not are_apart or _equal(at({contracted: 0}), at({contracted: factor.tensor.shape[contracted] - 1})):
         return None
     return row
@@ -457,10 +457,10 @@ def _row_of_heads(factor: Factor, at: Callable[[Mapping[int, int]], dict[str, Te
 def _operands(
     mark: _Mark, *, is_left: bool, other: Factor, mask: Callable[[Factor, int, int], dict[str, Tensor]]
 ) -> tuple[Factor, Factor, Factor]:
-    """Query, key and value of a product with a third activation.
+    """Query, key and value, from a product and its product with a third activation.
 
     `softmax(query @ key) @ value` sums over channels, then over tokens. Linear attention, `query @ (key @ value)`, sums
-    over tokens first; tokens differ from channels in that all of them come from the same rows.
+    over tokens first. All tokens depend on the same rows of a parameter, channels on different ones.
     """
     product = mark.products[0]
     left, right = product.left, product.right
@@ -479,13 +479,13 @@ def _operands(
 
 
 def _is_of_tokens(factor: Factor, axis: int, mask: Callable[[Factor, int, int], dict[str, Tensor]]) -> bool:
-    """Whether all places along a dimension come from the same rows."""
+    """Whether all indices of a dimension depend on the same rows."""
     first, last = mask(factor, axis, 0), mask(factor, axis, factor.tensor.shape[axis] - 1)
     return bool(first) and _equal(first, last)
 
 
 def _is_depthwise(name: str, factors: Sequence[Tensor]) -> bool:
-    """Whether a convolution treats each channel by itself, so that heads pass through it."""
+    """Whether a convolution keeps channels separate, and so heads."""
     return (
         name.startswith("conv")
         and factors[1].dim() > 2
@@ -511,7 +511,7 @@ def _detached(result: Any) -> Any:
 
 
 def _any_except(mask: Tensor, axes: set[int]) -> Tensor:
-    """Whether any element is true, over all dimensions but some, which alone keep their size."""
+    """`any` over all dimensions except `axes`, with sizes of one for the others."""
     for axis in range(mask.dim()):
         if axis not in axes:
             mask = mask.any(axis, keepdim=True)

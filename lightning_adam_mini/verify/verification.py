@@ -1,4 +1,4 @@
-"""Verify a partition by the forward pass of the model itself."""
+"""Verify a partition against the forward pass of the model, and find the layouts and overrides that would be right."""
 
 from __future__ import annotations
 
@@ -19,34 +19,31 @@ from lightning_adam_mini.partition import (
 )
 from lightning_adam_mini.partition.inference import infer_roles
 from lightning_adam_mini.partition.layouts import ORDERS
-from lightning_adam_mini.partition.module_layout import qualified_name
-from lightning_adam_mini.partition.overrides import Overrides
-from lightning_adam_mini.partition.partition import cut_parameters
-from lightning_adam_mini.partition.strategies import STRATEGIES, Structure
-from lightning_adam_mini.partition.tree import Node, plain_names, walk
-from lightning_adam_mini.verify.judging import Observation, Status, VerifiedParameter, judge
+from lightning_adam_mini.partition.partition import partition_parameters
+from lightning_adam_mini.partition.strategies import STRATEGIES, Overrides, Structure
+from lightning_adam_mini.partition.tree import Node, Tree, plain_names
+from lightning_adam_mini.verify.observations import Observation, Status, VerifiedParameter, as_python, judge, layout_of
 from lightning_adam_mini.verify.running import traced
-from lightning_adam_mini.verify.suggesting import as_python, layout_of
 from lightning_adam_mini.verify.tracing import Operand, Tracer
 
 __all__ = ["Verification", "verify_partition"]
 
 _MATRICES = frozenset({Role.ATTENTION_OUTPUT, Role.MLP, Role.EXPERT})
-"""Roles that a remedy keeps; of other matrices outside of attention it says no more than that they are linear."""
+"""Roles that a remedy keeps; other matrices outside of attention become `Role.LINEAR` there."""
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What the forward pass of a model says of its partition. Printed, it lists what is not confirmed, and the remedy.
+    """The result of `verify_partition`. Printed, it lists what is not confirmed, and the remedy.
 
     Args:
-        partition: Name of the partition that was verified.
-        parameters: The verdict on each parameter, by name; frozen ones too.
-        num_attention_calls: Attention calls that were seen.
-        layouts: Layouts to pass as `partition_layouts`: those that were given, and those that would be right.
-        overrides: The same for `partition_overrides`, where no layout has the words.
-        is_changed: Whether these are other than what was given.
-        notes: What else there is to say.
+        partition: Name of the partition.
+        parameters: The verdict on each parameter by name, frozen ones too.
+        num_attention_calls: Number of attention calls in the forward pass.
+        layouts: Layouts to pass as `partition_layouts`: the given ones, corrected.
+        overrides: Overrides to pass as `partition_overrides`, also for orders that no layout can describe.
+        is_changed: Whether layouts or overrides differ from the given ones.
+        notes: Further remarks.
     """
 
     partition: str
@@ -63,23 +60,23 @@ class Verification:
 
     @property
     def contradicted(self) -> tuple[VerifiedParameter, ...]:
-        """The verdicts on parameters that are cut otherwise than the model uses them."""
+        """The verdicts on parameters whose blocks contradict the forward pass."""
         return self.of_status(Status.CONTRADICTED)
 
     @property
     def remedy(self) -> str:
-        """The same, where it is other than what was given, else empty."""
+        """The arguments of `AdamMini` that would be right; empty if the given ones are."""
         return self.as_python() if self.is_changed else ""
 
     def as_python(self) -> str:
-        """The arguments of `AdamMini` that would be right, as one would write them."""
+        """Layouts and overrides as arguments of `AdamMini`, in Python."""
         layouts = ", ".join(f"{name!r}: {as_python(layout)}" for name, layout in self.layouts.items())
         lines = [f"partition_layouts={{{layouts}}}"] if self.layouts else []
         lines += [f"partition_overrides={dict(self.overrides)!r}"] if self.overrides else []
         return ",\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it in what JSON can hold."""
+        """The verification as data for JSON."""
         return {
             "partition": self.partition,
             "parameters": {
@@ -100,7 +97,7 @@ class Verification:
         for status in (Status.CONTRADICTED, Status.NOT_SEEN):
             lines += [f"{verdict.name}: {status}: {verdict.reason}" for verdict in self.of_status(status)]
         if self.remedy:
-            lines += ["right would be:", self.remedy]
+            lines += ["correct arguments:", self.remedy]
         return "\n".join(lines)
 
 
@@ -112,13 +109,13 @@ def verify_partition(
     partition_layouts: Layouts | None = None,
     **keyword_inputs: Any,
 ) -> Verification:
-    """Run the model's forward pass once, and compare how it uses each parameter with how `AdamMini` would cut it.
+    """Run the model's forward pass once, and compare the use of each parameter with its blocks in `AdamMini`.
 
-    The model runs in eval mode on copies of its weights and buffers, which takes their memory again. Afterwards it is
-    as it was, random numbers too.
+    The model runs in eval mode on copies of its weights and buffers, which takes their memory once more. It does not
+    change, and neither does the random state.
 
     Args:
-        model: The model, with weights; random ones will do.
+        model: The model, with weights; random ones are enough.
         *inputs: Positional arguments of its forward pass.
         partition: As for `AdamMini`.
         partition_overrides: As for `AdamMini`.
@@ -126,11 +123,11 @@ def verify_partition(
         **keyword_inputs: Keyword arguments of its forward pass.
 
     Returns:
-        A verdict on each parameter, and the layouts that would be right.
+        A verdict on each parameter, and the layouts and overrides that would be right.
 
     Raises:
-        ValueError: The model has no weights, its forward pass does not take the input, or the arguments of the
-            partition are wrong in themselves.
+        ValueError: The model has no weights, its forward pass does not accept the inputs, or an argument of the
+            partition is invalid.
 
     Example:
         >>> model = nn.TransformerEncoderLayer(16, nhead=4)
@@ -142,10 +139,12 @@ def verify_partition(
     overrides, layouts = dict(partition_overrides or {}), dict(partition_layouts or {})
     strategy, notes = resolve_strategy(partition, model, layouts), []
     if not tracer.calls:
-        notes.append("no attention was seen: the forward pass multiplies no queries and keys that the tracer knows")
+        notes.append(
+            "no attention was seen: the tracer knows no product in the forward pass as one of queries and keys"
+        )
     trial = verifier.judge(strategy, overrides, layouts)
     if partition == "auto" and strategy.name == "default" and trial.unclaimed:
-        notes.append("auto takes default, since no layout knows the attention of this model; judged as transformer")
+        notes.append("auto selects default, since no layout knows the attention of this model; verified as transformer")
         strategy = STRATEGIES["transformer"]
         trial = verifier.judge(strategy, overrides, layouts)
     notes += trial.notes()
@@ -163,15 +162,16 @@ def verify_partition(
 
 @dataclass(frozen=True)
 class _Trial:
-    """A partition and the verdict on it.
+    """A partition and its verdicts.
 
     Args:
         strategy: The strategy.
-        overrides: Its overrides.
-        layouts: Its layouts.
-        partition: Of each parameter; by element what it refuses.
+        overrides: The overrides.
+        layouts: The layouts.
+        partition: The partition of each parameter; element-wise for those that it refuses.
         verdicts: The verdicts by name.
-        unclaimed: Parameters by the attention call and operand that come from them, and from none of their role.
+        unclaimed: For operands of attention calls that come from no parameter with their role, the parameters that they
+            come from.
     """
 
     strategy: Strategy
@@ -183,40 +183,41 @@ class _Trial:
 
     @property
     def contradicted(self) -> set[str]:
-        """Names of parameters that are cut otherwise than the model uses them."""
+        """Names of parameters whose blocks contradict the forward pass."""
         return self._of_status(Status.CONTRADICTED)
 
     def _of_status(self, status: Status) -> set[str]:
         return {name for name, verdict in self.verdicts.items() if verdict.status is status}
 
     def unknown(self, names: Iterable[str]) -> set[str]:
-        """Those parameters whose role no rule knows, and no override cuts."""
-        cuts = (self.partition[name] for name in names)
-        return {cut.name for cut in cuts if not cut.role.known and not cut.is_overridden}
+        """Those parameters without a known role or an override."""
+        found = (self.partition[name] for name in names)
+        return {p.name for p in found if not p.role.known and not p.is_overridden}
 
     def mistakes(self) -> tuple[int, int, int]:
-        """How many parameters are contradicted, unknown and not seen, to compare partitions by."""
+        """Numbers of contradicted, unknown and unseen parameters, to compare partitions by."""
         return len(self.contradicted), len(self.unknown(self.partition)), len(self._of_status(Status.NOT_SEEN))
 
     def notes(self) -> list[str]:
-        """A sentence for each operand of attention that comes from parameters of other roles alone."""
+        """A sentence for each operand of attention that comes only from parameters with other roles."""
         found = dict.fromkeys((operand, tuple(sorted(names))) for (_, operand), names in self.unclaimed.items())
-        return [f"attention takes a {operand} from {', '.join(names)}, of no such role" for operand, names in found]
+        return [f"attention takes a {operand} from {', '.join(names)}, of another role" for operand, names in found]
 
 
 class _Verifier:
-    """A model with what its forward pass showed.
+    """A model with the observations of its forward pass.
 
     Args:
         model: The model.
-        tracer: What was seen.
+        tracer: The tracer of its forward pass.
     """
 
     def __init__(self, model: nn.Module, tracer: Tracer) -> None:
         self._model, self._tracer = model, tracer
         self._parameters = dict(model.named_parameters())
         self._plain = plain_names(model)
-        self._nodes = {id(node.module): node for node in walk(model)}
+        self._tree = Tree.of(model)
+        self._nodes = {id(node.module): node for node in self._tree.nodes}
         self._seen = {
             name: Observation.of(tuple(parameter.shape), tracer.outputs.get(name, ()), tracer.heads.get(name, ()))
             for name, parameter in self._parameters.items()
@@ -228,9 +229,9 @@ class _Verifier:
         self._attending = self._attending_modules()
 
     def _attending_modules(self) -> dict[str, Node]:
-        """The module that attends, by the parameters in it that make its queries, keys and values.
+        """The module that attends, by the names of its parameters that produce queries, keys and values.
 
-        It is the innermost module that was running and holds any of them; what lies outside was made for others too.
+        It is the innermost running module with such parameters; those outside of it also serve other modules.
         """
         by_call: dict[int, set[str]] = defaultdict(set)
         for (call, _), names in self._feeders.items():
@@ -247,35 +248,36 @@ class _Verifier:
     def judge(
         self, strategy: Strategy, overrides: Mapping[str, str], layouts: Mapping[str, str | ModuleLayout]
     ) -> _Trial:
-        """The verdict on a partition.
+        """The verdicts on a partition.
 
         Raises:
-            ValueError: What is asked for is wrong in itself.
+            ValueError: An argument is invalid.
         """
         roles = infer_roles(self._model, layouts)
         shapes = {name: seen.shape for name, seen in self._seen.items()}
-        cuts, uncut = cut_parameters(shapes, roles, strategy, Overrides(overrides, self._plain), self._seen.keys())
-        # An adapter adds to what the projection gives, which alone is cut by head.
+        rules = Overrides(overrides, self._plain)
+        partition, failed = partition_parameters(shapes, roles, strategy, rules, self._seen.keys())
+        # Adapters feed operands too, but only the projection that they add to has head blocks.
         unclaimed: dict[tuple[int, Operand], set[str]] = {
             (call, operand): names
             for (call, operand), names in self._feeders.items()
-            if operand is not Operand.SCORE and not any(operand.value in cuts[name].role.roles for name in names)
+            if operand is not Operand.SCORE and not any(operand.value in partition[name].role.roles for name in names)
         }
         wants_heads = strategy.structure(Role.QUERY) is Structure.HEAD
         verdicts = {
             name: judge(
-                cuts[name],
+                partition[name],
                 seen,
-                problem=uncut[name].problem if name in uncut and self._parameters[name].requires_grad else "",
-                checks_heads=wants_heads and cuts[name].why == cuts[name].role.why,
+                problem=failed[name].problem if name in failed and self._parameters[name].requires_grad else "",
+                checks_heads=wants_heads and not partition[name].is_overridden,
                 is_only_source=name in self._attending and any(name in names for names in unclaimed.values()),
             )
             for name, seen in self._seen.items()
         }
-        return _Trial(strategy, dict(overrides), dict(layouts), cuts, verdicts, unclaimed)
+        return _Trial(strategy, dict(overrides), dict(layouts), partition, verdicts, unclaimed)
 
     def remedy(self, trial: _Trial) -> _Trial:
-        """A partition of which nothing is contradicted, as far as there is one: all that is advised is tried here."""
+        """The best partition among common orders, layouts as observed, and overrides; each is tried on the model."""
         best = trial
         wrong = trial.contradicted | trial.unknown(self._attending)
         for class_name, layout in self._as_seen(wrong, trial).items() if wrong else ():
@@ -284,15 +286,14 @@ class _Verifier:
             best = self._best(best, [(best.overrides, {class_name: candidate, **others}) for candidate in candidates])
         for name in sorted(best.contradicted | best.unknown(self._attending)):
             rest = {key: own for key, own in best.overrides.items() if key != name}
-            best = self._best(
-                best, [({name: cut.value, **rest}, best.layouts) for cut in (Structure.ROW, Structure.ELEMENT)]
-            )
+            single = [{name: structure.value, **rest} for structure in (Structure.ROW, Structure.ELEMENT)]
+            best = self._best(best, [(overrides, best.layouts) for overrides in single])
         return best
 
     def _best(
         self, trial: _Trial, others: Iterable[tuple[Mapping[str, str], Mapping[str, str | ModuleLayout]]]
     ) -> _Trial:
-        """The first of those overrides and layouts with the fewest mistakes, and none anew; else what there is."""
+        """The first of those overrides and layouts with the fewest mistakes and no new one; else the given trial."""
         best = trial
         for overrides, layouts in others:
             try:
@@ -304,7 +305,7 @@ class _Verifier:
         return best
 
     def _as_seen(self, wrong: set[str], trial: _Trial) -> dict[str, ModuleLayout]:
-        """Layouts of what was seen, by class: of whole modules that attend, then of other layers that are wrong."""
+        """Layouts as observed, by class: of whole modules that attend, then of other contradicted layers."""
         attending = [node for node in self._nodes.values() if node in map(self._attending.get, wrong)]
         places = {name: (node, Role.LINEAR) for name, node in self._attending.items() if node in attending}
         layers = {node.plain_name: node for node in self._nodes.values()}
@@ -322,14 +323,9 @@ class _Verifier:
         for name, (node, role) in places.items():
             _, own = by_class[type(node.module)].setdefault(id(node.module), (node.module, {}))
             own[self._plain[name].removeprefix(f"{node.plain_name}.")] = (self._seen[name], role)
-        named = {self._class_name(cls): list(modules.values()) for cls, modules in by_class.items()}
+        named = {self._tree.class_name(cls): list(modules.values()) for cls, modules in by_class.items()}
         layouts = {name: layout_of(name, modules) for name, modules in named.items()}
         return {name: layout for name, layout in layouts.items() if layout is not None}
-
-    def _class_name(self, cls: type) -> str:
-        """The bare name of a class, or the qualified one where another class of the model has the same."""
-        alike = {type(module) for module in self._model.modules() if type(module).__name__ == cls.__name__}
-        return cls.__name__ if len(alike) == 1 else qualified_name(cls)
 
 
 def _is_within(name: str, prefix: str) -> bool:

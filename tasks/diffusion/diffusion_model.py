@@ -19,12 +19,12 @@ from lightning.pytorch import Callback, LightningDataModule
 from torch import Tensor, nn
 
 from lightning_adam_mini.factory import OptimizerFactory
+from lightning_adam_mini.hints import require_package
 from lightning_adam_mini.schedule import Schedule
 
 from ..atomic_files import replacing
 from ..base import PrimaryMetric, Task
 from ..callbacks import WeightEMA
-from ..errors import require
 from ..metrics import MeanLoss
 from .frechet import check_images, compare_with_real
 from .noise import (
@@ -113,7 +113,7 @@ class DiffusionModel(Task):
     ) -> None:
         super().__init__(optimizer, schedule)
         for package in ("diffusers", "torchvision"):
-            require(package, type(self).__name__, extra="diffusion")
+            require_package(package, type(self).__name__, extra="diffusion")
         for name, value, least in (
             ("num_samples", num_samples, 1),
             ("sample_steps", sample_steps, 1),

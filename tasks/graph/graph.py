@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import require
-
 __all__ = ["Graph", "require_neighbor_sampling", "require_torch_geometric"]
 
 
@@ -98,7 +96,7 @@ def require_torch_geometric(what: str) -> None:
     Raises:
         ValueError: It is not installed; with the command that installs it.
     """
-    require("torch_geometric", what, extra="graph", package="torch-geometric")
+    require_package("torch_geometric", what, extra="graph", package="torch-geometric")
     with warnings.catch_warnings():  # torch deprecates torch.jit.script, which torch_geometric calls on import
         warnings.simplefilter("ignore", FutureWarning)
         import_module("torch_geometric.nn.models")

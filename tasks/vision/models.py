@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..errors import error_line, require
+from lightning_adam_mini.hints import require_package
+
+from ..errors import error_line
 
 __all__ = ["build_model", "check_name", "inspect_model"]
 
@@ -148,14 +150,14 @@ def _like(convolution: nn.Conv2d, **changes: Any) -> nn.Conv2d:
 
 
 def _timm() -> Any:
-    require("timm", "image classification", extra="vision")
+    require_package("timm", "image classification", extra="vision")
     import timm
 
     return timm
 
 
 def _torchvision() -> Any:
-    require("torchvision", "image classification", extra="vision")
+    require_package("torchvision", "image classification", extra="vision")
     import torchvision.models
 
     return torchvision.models

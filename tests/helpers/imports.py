@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from checkout import MAPPED_FOLDERS, PACKAGE, ROOT
+from checkout import MAPPED_FOLDERS, PACKAGE
 
 BARE_NAMES = {*MAPPED_FOLDERS, "tests"}
 
@@ -24,7 +24,7 @@ _LIBRARY = {
     "verify": {"hints", "blocks", "partition"},
     "measure": {"hints", "blocks", "partition", "optim"},
     "schedule": set(),
-    "factory": {"hints", "blocks", "partition", "optim", "schedule"},
+    "factory": {"hints", "blocks", "partition", "optim", "measure", "schedule"},
 }
 ROOMS = {
     **_LIBRARY,
@@ -38,7 +38,7 @@ ROOMS = {
 # The library needs torch alone (Triton comes with it). The factory builds what others implement, if it is installed.
 THIRD_PARTY = {"torch", "triton"}
 THIRD_PARTY_OF_ROOM = {"factory": {"adam_mini", "pytorch_optimizer"}}
-DOMAINS = {path.parent.name for path in (ROOT / "tasks").glob("*/requirements.txt")}
+DOMAINS = {"llm", "vision", "diffusion", "graph"}
 
 
 @dataclass(frozen=True)

@@ -115,13 +115,13 @@ def test_options_win_over_the_recipe(folder, capsys):
     assert data["totals"]["blocks"] == 1_163_841
     data = as_json(capsys, "llm/llama2_7b", "--partition", "transformer_early", "--override", "re:.*k_proj.*=element")
     assert data["partition"] == "transformer_early"
-    cuts = {name: of_row(data, f"model.model.layers.0.self_attn.{name}_proj.weight")["cut"] for name in "qkv"}
+    cuts = {name: of_row(data, f"model.model.layers.0.self_attn.{name}_proj.weight")["structure"] for name in "qkv"}
     assert cuts == {"q": "head", "k": "element", "v": "whole"}
 
 
 def test_options_come_before_those_of_the_recipe(folder, capsys):
     data = as_json(capsys, "llm/llama2_7b", "--override", r"re:.*layers\.0\..*v_proj.*=row")
-    cuts = [of_row(data, f"model.model.layers.{n}.self_attn.v_proj.weight")["cut"] for n in (0, 1)]
+    cuts = [of_row(data, f"model.model.layers.{n}.self_attn.v_proj.weight")["structure"] for n in (0, 1)]
     assert cuts == ["row", "whole"]
 
 
@@ -198,7 +198,7 @@ def test_layouts_of_a_recipe_and_of_the_command(work_dir, capsys):
     as_is = as_json(capsys, "tiny.yaml")
     optimizer = {**RECIPE["optimizer"], "init_args": {"partition_layouts": {"GPT2Attention": "gpt2_cross_attention"}}}
     write_recipe(work_dir, optimizer=optimizer)
-    refused(capsys, VALUE, "c_attn.weight: its 96 rows are not what GPT2Attention tells", "tiny.yaml")
+    refused(capsys, VALUE, "c_attn.weight: its 96 rows do not match GPT2Attention", "tiny.yaml")
     assert as_json(capsys, "tiny.yaml", "--layout", "GPT2Attention=gpt2") == as_is
 
 
@@ -348,9 +348,13 @@ COMMANDS = [
     ([*GPT2_TINY, "--override", "=row"], COMMAND, "--override =row: expected KEY=STRUCTURE"),
     ([*GPT2_TINY, "--override", "key=row", "--override", "key=whole"], COMMAND, "key is given twice"),
     ([*GPT2_TINY, "--layout", "GPT2Attention"], COMMAND, "--layout GPT2Attention: expected CLASS=LAYOUT"),
-    ([*GPT2_TINY, "--override", "value=hole"], VALUE, "unknown cut 'hole' for 'value'; choose from head, row"),
+    (
+        [*GPT2_TINY, "--override", "value=hole"],
+        VALUE,
+        "unknown block structure 'hole' for 'value'",
+    ),
     ([*GPT2_TINY, "--override", "vale=whole"], VALUE, "'vale' matches no parameter"),
-    ([*GPT2_TINY, "--override", "re:[=row"], VALUE, "'re:[' is no regular expression"),
+    ([*GPT2_TINY, "--override", "re:[=row"], VALUE, "'re:[' is not a valid regular expression"),
     ([*GPT2_TINY, "--partition", ""], COMMAND, "--partition is empty: give a name, or leave it out"),
     ([""], COMMAND, "RECIPE is empty: give a name"),
     (["--hf", ""], COMMAND, "--hf is empty: give a name"),

@@ -2,7 +2,6 @@
 
 import inspect
 from importlib import import_module
-from types import ModuleType
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from torch.optim import _muon as torch_muon
 from torch.optim import lr_scheduler
 
 from lightning_adam_mini import factory
-from lightning_adam_mini.factory import rules
+from lightning_adam_mini.factory.muon import MuonWithAdamW
 from reference import baselines
 from tiny_models import random_gradient, randomize
 
@@ -156,7 +155,7 @@ def test_decay_shows(case):
     assert max(differences(own.build, reference, options, decay=0.0).values()) > 1e-8
 
 
-# Our own rules: the module, a piece of it that occurs once, and what a mistaken hand would have written.
+# Our own rules: a piece of the source that occurs once, and a plausible mistake in its place.
 MUTANTS = {
     "LAMB: ratio of the wrong vector": ("LAMB", "vector_norm(direction)", "vector_norm(exp_avg)"),
     "LAMB: decay after the ratio": ("LAMB", "direction.add_(param, alpha=group", "param.add_(param, alpha=-group"),
@@ -176,12 +175,12 @@ MUTANTS = {
 @pytest.mark.parametrize("mistake", MUTANTS)
 def test_a_mistake_in_our_own_rules_shows(mistake, monkeypatch):
     name, old, new = MUTANTS[mistake]
-    module = import_module(getattr(rules, name).__module__)
-    source = inspect.getsource(module)
-    assert source.count(old) == 1, f"{old!r} is not in {module.__name__} once: bring the mutant up to date"
-    mutant = ModuleType(module.__name__)
-    exec(compile(source.replace(old, new), module.__file__, "exec"), vars(mutant))
-    monkeypatch.setattr(rules, name, vars(mutant)[name])
+    module = import_module(getattr(factory, name).__module__)
+    source = inspect.getsource(getattr(module, f"{name}Optimizer"))
+    assert source.count(old) == 1, f"{old!r} is not in {name}Optimizer once: bring the mutant up to date"
+    mutant = dict(vars(module))
+    exec(source.replace(old, new), mutant)
+    monkeypatch.setattr(module, f"{name}Optimizer", mutant[f"{name}Optimizer"])
     _, reference, options = CASES[name]
     own = getattr(factory, name)(lr=LR, weight_decay=DECAY, **options)
     found = differences(own.build, reference, options)
@@ -229,8 +228,8 @@ def test_experts_are_matrices_of_their_own():
     experts = nn.Parameter(torch.randn(3, 4, 5, dtype=torch.float64))
     single = [nn.Parameter(matrix.clone()) for matrix in experts.detach()]
     options = {"lr": LR, "rule": "muon", "weight_decay": DECAY, "momentum": 0.7, "nesterov": True, "ns_steps": 5}
-    together = rules.MuonWithAdamW([{"params": [experts], "stacked": True, **options}], lr=LR)
-    apart = rules.MuonWithAdamW([{"params": single, "stacked": False, **options}], lr=LR)
+    together = MuonWithAdamW([{"params": [experts], "stacked": True, **options}], lr=LR)
+    apart = MuonWithAdamW([{"params": single, "stacked": False, **options}], lr=LR)
     for _ in range(3):
         experts.grad = torch.randn_like(experts)
         for parameter, grad in zip(single, experts.grad, strict=True):

@@ -26,7 +26,7 @@ UNSEEN = {
     ),
     "timm_davit": (
         "every other block attends over channels, and weighs what it calls the query",
-        r"stages\.0\.blocks\.0\.1\.attn\.qkv\.weight: contradicted: rows that are cut as query feed the value",
+        r"stages\.0\.blocks\.0\.1\.attn\.qkv\.weight: contradicted: rows with the role query feed the value",
     ),
 }
 """Entries of the zoo that the forward pass does not confirm, why, and what it then says."""

@@ -22,8 +22,8 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_adam_mini import AdamMini, partition_module
 from lightning_adam_mini.blocks import Kind
 from lightning_adam_mini.partition import STRATEGIES, Role, Structure, layouts
-from lightning_adam_mini.partition.embeddings import POSITION_WORDS
-from lightning_adam_mini.partition.layouts.projection_names import is_output_name, projected_parts
+from lightning_adam_mini.partition.layer_roles import POSITION_WORDS
+from lightning_adam_mini.partition.layouts.parameter_names import is_output_name, projected_parts
 from lightning_adam_mini.partition.tree import plain_names
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch warns about tensors without elements, and old wrappers
@@ -403,10 +403,16 @@ def test_what_a_refusal_advises_is_accepted(modules):
     else:
         return
     assert settled_overrides(model, "transformer")
-    if told := re.search(r"partition_layouts=(\{.*?\})", message):
+    if advice := re.search(r"partition_layouts=(\{.*?\})", message):
         left_open = re.findall(r"[\w.]+", (re.search(r"which leaves (.*?) open", message) or ("", ""))[1])
-        found = partition_module(model, "factored", layouts=ast.literal_eval(told.group(1)))
-        assert {name for name, cut in found.items() if Role.FUSED_QKV in cut.role.roles} == set(left_open), message
+        found = partition_module(model, "factored", layouts=ast.literal_eval(advice.group(1)))
+        before = partition_module(model, "factored")
+        unsettled = {
+            name
+            for name, p in found.items()
+            if p.role.problem and (Role.FUSED_QKV in p.role.roles or not before[name].role.problem)
+        }
+        assert unsettled == set(left_open), message
 
 
 @many

@@ -1,20 +1,19 @@
-"""The table of layouts: what the parameters of known classes do, and how fused ones order their rows.
+"""The table of layouts: the roles of parameters of known classes, and the order of fused rows.
 
-It is data. Each entry can be checked against the forward code of the classes it names, and a test does so by perturbing
-one block at a time and watching the queries, keys and values that the model's own forward pass computes. An entry is
-found by the class of a module (or a base class of it), or by the names of its children; never by a substring of a
-parameter's full name. Of the entries for a class the first that describes a module counts; those for names of children
-add what it leaves open.
+The table is data, and a test checks it against the queries, keys and values in the forward pass of the models. A layout
+is found by the class of a module or a base class, or by the names of its children, never by substrings of a parameter's
+name. Of the layouts for a class, the first that describes a module counts; those for names of children add the
+parameters that it leaves open.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
 
+from lightning_adam_mini.hints import did_you_mean
 from lightning_adam_mini.partition.layouts import (
     by_names,
     layers,
@@ -24,7 +23,6 @@ from lightning_adam_mini.partition.layouts import (
     of_torch,
     of_transformers,
 )
-from lightning_adam_mini.partition.layouts.bare_parameters import BARE_PARAMETERS
 from lightning_adam_mini.partition.layouts.orders import (
     CONTIGUOUS,
     CONTIGUOUS_KEY_VALUE,
@@ -35,7 +33,8 @@ from lightning_adam_mini.partition.layouts.orders import (
     Q,
     V,
 )
-from lightning_adam_mini.partition.layouts.projection_names import (
+from lightning_adam_mini.partition.layouts.parameter_names import (
+    BARE_PARAMETERS,
     fused_parts,
     is_output_name,
     is_plain,
@@ -67,13 +66,13 @@ LAYOUTS: list[ModuleLayout] = [
     *of_scripts.LAYOUTS,
     *by_names.LAYOUTS,
 ]
-"""Modules that are made of layers, those that are known by their class first."""
+"""Layouts of modules that consist of layers, those for classes first."""
 
 REGISTERED: list[ModuleLayout] = []
-"""What users added; it goes before the table."""
+"""Layouts that users registered; they take precedence over the table."""
 
 LAYERS = layers.LAYOUTS
-"""Layers whose parameters torch's own types do not tell."""
+"""Layouts of single layers whose type is not one of torch's."""
 
 _KEY_VALUE = (CONTIGUOUS_KEY_VALUE, KEY_VALUE_PER_HEAD)
 _QUERY_KEY = (Rows(Span(Q, "heads"), Span(K, "kv_heads")), Rows(Span(Q, 1), Span(K, 1), repeats="heads"))
@@ -81,7 +80,7 @@ _QUERY_KEY = (Rows(Span(Q, "heads"), Span(K, "kv_heads")), Rows(Span(Q, 1), Span
 
 @dataclass(frozen=True)
 class OrderLayout(ModuleLayout):
-    """How a class orders what it fuses, under whatever names: a user gives it to classes of their own.
+    """The order of fused rows in a class, whatever their names; a user gives it to classes without a layout.
 
     Args:
         fused: Rows of queries, keys and values.
@@ -92,7 +91,7 @@ class OrderLayout(ModuleLayout):
     pairs: Mapping[frozenset[Role], Rows] = field(default_factory=dict)
 
     def find(self, relative_name: str) -> Rows | None:
-        """The rows of a weight, by what the name of its layer, or its own, speaks of."""
+        """The rows of a weight, by the name of its layer or its own name."""
         member = relative_name.removesuffix(".weight")
         names = [name for name in member.split(".") if not name.isdigit()]
         if len(names) != 1 or (member == relative_name and "." in relative_name):
@@ -120,29 +119,31 @@ ORDERS = (
     _of_order("fused_per_head", PER_HEAD, 1),
     _of_order("fused_per_group", PER_GROUP, 1),
 )
-"""Layouts that describe no class by themselves: users give them to classes of their own."""
+"""The common orders, which belong to no class: users give them to classes without a layout."""
 
 
 def register_layout(layout: ModuleLayout) -> None:
-    """Add a layout for a class of one's own; it takes precedence over the table.
+    """Add a layout for your own classes; it takes precedence over the table.
 
-    One that was registered under the same name before is replaced.
+    It replaces a registered layout of the same name.
 
     Raises:
-        ValueError: The layout would describe no module, or an entry of the table has its name.
+        ValueError: The layout describes no module, or a layout of the table has its name.
     """
     if not layout.classes and not layout.children:
-        raise ValueError(f"layout {layout.name!r} names neither classes nor children, so it would describe no module")
+        raise ValueError(f"layout {layout.name!r} names neither classes nor children, so it describes no module")
     for name in layout.classes:
         if "." not in name and "*" not in name:
-            raise ValueError(f"layout {layout.name!r}: {name!r} is no qualified name; write my_package.module.{name}")
+            raise ValueError(
+                f"layout {layout.name!r}: {name!r} is not a qualified name; write my_package.module.{name}"
+            )
     if any(other.name == layout.name for other in [*LAYOUTS, *ORDERS]):
-        raise ValueError(f"there is a layout {layout.name!r} already; give yours a name of its own")
+        raise ValueError(f"there is already a layout {layout.name!r}; choose another name")
     REGISTERED[:] = [layout, *(other for other in REGISTERED if other.name != layout.name)]
 
 
 def is_registered(layout: ModuleLayout) -> bool:
-    """Whether a user added the layout."""
+    """Whether a user registered the layout."""
     return any(layout is other for other in REGISTERED)
 
 
@@ -163,7 +164,7 @@ def find_layer(module: nn.Module, name: str) -> tuple[ModuleLayout, Rows] | None
 
 
 def named_layouts() -> dict[str, ModuleLayout]:
-    """Layouts by the names that `partition_layouts` takes."""
+    """Layouts by their names in `partition_layouts`."""
     return {layout.name: layout for layout in [*ORDERS, *REGISTERED, *LAYOUTS]}
 
 
@@ -171,10 +172,10 @@ def named_layout(name: str) -> ModuleLayout:
     """The layout of a name.
 
     Raises:
-        ValueError: There is none; with the names that come near.
+        ValueError: There is none; the message has similar names.
     """
     known = named_layouts()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3) or [layout.name for layout in ORDERS]
-        raise ValueError(f"partition_layouts: there is no layout {name!r}; did you mean {', '.join(near)}?")
+        orders = f"; the common orders are {', '.join(layout.name for layout in ORDERS)}"
+        raise ValueError(f"partition_layouts: there is no layout {name!r}{did_you_mean(name, known, otherwise=orders)}")
     return known[name]

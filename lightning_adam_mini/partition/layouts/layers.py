@@ -1,4 +1,4 @@
-"""Layers whose parameters torch's own types do not tell; names are relative to the layer."""
+"""Layouts of single layers whose type is not one of torch's; names are relative to the layer."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ SCALES = (
     "ls2",
     "per_dim_scale",
 )
-"""Scales of norms and of residual branches, by the names that these libraries give them; elsewhere a name proves
-nothing."""
+"""Scales of norms and residual branches, by their names in these libraries; elsewhere a name proves nothing."""
 
 
 def _in_libraries(*patterns: str) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """Layouts for classes of training scripts and of smaller libraries.
 
-Scripts are copied, so that their classes lie in `model`, `train` or `__main__`: a class is known by its bare name with
-its children and the sizes that it counts. What orders fused rows otherwise has other attributes, or has to be named.
+Scripts are copied, so their classes live in `model`, `train` or `__main__`. A class is known by its bare name together
+with its children and size attributes. A class with another order of fused rows has other attributes, or needs a layout
+from the user.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ TO_QKV: dict[str, Rows | Role] = {
     "to_out.weight": OUT,
     "to_out.0.weight": OUT,
 }
-"""Names of lucidrains' libraries."""
+"""Names in lucidrains' libraries."""
 
 
 LAYOUTS: list[ModuleLayout] = [

@@ -10,6 +10,7 @@ from lightning_adam_mini.partition.layouts.orders import (
     OUT,
     OUTPUTS,
     PER_HEAD,
+    SEPARABLE,
     K,
     Q,
     V,
@@ -262,16 +263,9 @@ LAYOUTS: list[ModuleLayout] = [
         parameters={"pwise.weight": PER_HEAD, "o_proj.weight": OUT},
     ),
     ModuleLayout(
-        "timm_separable",  # one score a token, from one row
-        classes=(
-            *_classes("models.mobilevit.LinearSelfAttention"),
-            "transformers.models.mobilevitv2.modeling_mobilevitv2.MobileViTV2LinearSelfAttention",
-        ),
-        parameters=dict.fromkeys(
-            ("qkv_proj.weight", "qkv_proj.convolution.weight"),
-            Rows(Span(Q, 1, 1), Span(K, 1, "embed_dim"), Span(V, 1, "embed_dim")),
-        )
-        | dict.fromkeys(("out_proj.weight", "out_proj.convolution.weight"), OUT),
+        "timm_separable",
+        classes=_classes("models.mobilevit.LinearSelfAttention"),
+        parameters={"qkv_proj.weight": SEPARABLE, "out_proj.weight": OUT},
         sizes={"embed_dim": "embed_dim"},
     ),
     ModuleLayout(

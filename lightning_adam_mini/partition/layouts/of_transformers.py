@@ -14,6 +14,7 @@ from lightning_adam_mini.partition.layouts.orders import (
     PER_GROUP,
     PER_HEAD,
     QUERY_GATE,
+    SEPARABLE,
     K,
     Q,
     V,
@@ -672,5 +673,11 @@ LAYOUTS: list[ModuleLayout] = [
             "weights.0": Rows(Role.POSITION_EMBEDDING, axis=0),
             "weights.1": Rows(Role.POSITION_EMBEDDING, axis=1),
         },
+    ),
+    ModuleLayout(
+        "mobilevitv2",
+        classes=_classes("mobilevitv2.MobileViTV2LinearSelfAttention"),
+        parameters={"qkv_proj.convolution.weight": SEPARABLE, "out_proj.convolution.weight": OUT},
+        sizes={"embed_dim": "embed_dim"},
     ),
 ]

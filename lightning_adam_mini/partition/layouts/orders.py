@@ -1,4 +1,4 @@
-"""The orders in which fused rows come, and the names of projections that many classes share."""
+"""Rows that many layouts share: orders of fused rows, experts, and projections by their usual names."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ __all__ = [
     "PER_GROUP",
     "PER_HEAD",
     "QUERY_GATE",
+    "SEPARABLE",
     "K",
     "Q",
     "V",
@@ -40,9 +41,11 @@ PER_GROUP = Rows(Span(Q, "group"), Span(K, 1), Span(V, 1), repeats="kv_heads")
 """Queries, key and value of each key-value head: Q Q K V, Q Q K V."""
 QUERY_GATE = Rows(Span(Q, 1), Span(LINEAR, 1), repeats="heads")
 """Query and output gate of each head: Q gate, Q gate."""
+SEPARABLE = Rows(Span(Q, 1, 1), Span(K, 1, "embed_dim"), Span(V, 1, "embed_dim"))
+"""One query row, which scores each token, then key and value (Mehta and Rastegari 2022, MobileViTv2)."""
 
-# Experts in one tensor of three dimensions, with the gate's and the up rows in halves or alternating: each row is a
-# block of its own, so that their order makes no difference.
+# Experts in one tensor of three dimensions. Rows of gate and up projection come in halves or alternate, which makes no
+# difference to blocks of one row.
 EXPERT_ROWS = Rows(EXPERT, axis=1, batch_axes=(0,))
 """(experts, outputs, inputs)"""
 EXPERT_ROWS_LAST = Rows(EXPERT, axis=2, batch_axes=(0,))
@@ -73,7 +76,7 @@ OUTPUTS = {
         "wo",
     )
 }
-"""The projection after the heads, by the names that attention modules give it."""
+"""The projection after the heads, by its names in attention modules."""
 
 JOINT_ATTENTION = {
     "to_q.weight": Q,
@@ -84,4 +87,4 @@ JOINT_ATTENTION = {
     "add_v_proj.weight": V,
     **OUTPUTS,
 }
-"""Projections of images, and those that joint attention adds for text."""
+"""Projections of images, and those of text in joint attention."""

@@ -14,11 +14,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_adam_mini.hints import require_package
+
 from ...data.cache import default_cache_dir, remember
 from ...data.module import hash_paths
 from ...data.sources import IMAGE_SUFFIXES, find_images, read_image
 from ...data.splits import check_val_fraction, choose_parts, named_parts
-from ...errors import require
 from .module import ImageData, Parts
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class ScaledImages(Dataset[Tensor]):
     """
 
     def __init__(self, paths: Sequence[Path], *, image_size: int, channels: int, crop: int | None = None) -> None:
-        require("torchvision", "a folder of images", extra="diffusion")
+        require_package("torchvision", "a folder of images", extra="diffusion")
         self.paths = paths
         self.image_size = image_size
         self.mode = "RGB" if channels == 3 else "L"
@@ -202,7 +203,7 @@ class DigitImages(ImageData):
 
     def open_parts(self) -> Parts:
         """See `ImageData.open_parts`."""
-        require("sklearn", type(self).__name__, extra="diffusion", package="scikit-learn")
+        require_package("sklearn", type(self).__name__, extra="diffusion", package="scikit-learn")
         from sklearn.datasets import load_digits
 
         images = torch.tensor(load_digits().images / 8 - 1, dtype=torch.float32)[:, None]

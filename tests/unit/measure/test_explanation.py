@@ -12,8 +12,8 @@ from torch import nn
 import tiny_models
 from lightning_adam_mini import AdamMini, explain, partition_module
 from lightning_adam_mini.measure import adamw_state_bytes, optimizer_state_bytes
-from lightning_adam_mini.measure.collapse import collapse, collapse_names
-from lightning_adam_mini.measure.explanation_table import format_bytes
+from lightning_adam_mini.measure.explanation_table import collapse, collapse_names
+from lightning_adam_mini.measure.memory import format_bytes
 from lightning_adam_mini.partition import STRATEGIES, ModuleLayout, Role, Strategy, Structure
 
 MODELS = {
@@ -266,7 +266,7 @@ def test_what_every_rule_knows_is_not_warned_about(model):
 def test_parameters_that_no_rule_knows():
     (warning,) = explain(mystery()).warnings
     assert "{1,2}.mixing, {1,2}.offsets (75 % of the parameters), which keep a full second moment" in warning
-    assert "partition_layouts, or cut them with partition_overrides={'1.mixing': 'row'}" in warning
+    assert "partition_layouts, or choose their blocks with partition_overrides={'1.mixing': 'row'}" in warning
     assert explain(mystery(), "element").warnings == ()
 
 
@@ -278,20 +278,23 @@ def test_parameters_that_the_user_cuts_need_no_rule():
 def test_unknown_parameters_of_a_strategy_of_ones_own():
     strategy = Strategy("mine", {Role.TOKEN_EMBEDDING: Structure.ROW}, otherwise=Structure.WHOLE)
     (warning,) = explain(mystery(), strategy).warnings
-    assert "which are cut whole" in warning
+    assert "which get the block structure 'whole'" in warning
 
 
 def test_a_fused_matrix_that_the_user_overrides():
     (warning,) = explain(tiny_models.FusedAttention(), partition_overrides={"fused_qkv": "row"}).warnings
-    assert warning.startswith("qkv.weight: no layout tells how FusedAttention orders query, key and value")
-    assert "your override cuts by row instead of by head: tell the order with partition_layouts={" in warning
+    assert warning.startswith("qkv.weight: no layout knows how FusedAttention orders query, key and value")
+    assert (
+        "your override uses the block structure 'row' instead of heads: give the order with partition_layouts={"
+        in warning
+    )
 
 
 @pytest.mark.parametrize(("partition", "cut"), [("factored", "factored"), ("default", "whole")])
 def test_a_fused_matrix_where_heads_are_not_needed(partition, cut):
     told = [warning for warning in explain(tiny_models.FusedAttention(), partition).warnings if "no layout" in warning]
     assert len(told) == 1
-    assert f"'{partition}' cuts by {cut} instead of by head" in told[0]
+    assert f"'{partition}' uses the block structure '{cut}' instead of heads" in told[0]
 
 
 def test_one_number_for_a_whole_embedding():
@@ -327,7 +330,7 @@ def shapeless():
     ("build", "options", "told"),
     [
         (tiny_models.gpt2, {"partition": "foo"}, "unknown partition 'foo'; choose from auto"),
-        (tiny_models.gpt2, {"partition_overrides": {"value": "hole"}}, "unknown cut 'hole'"),
+        (tiny_models.gpt2, {"partition_overrides": {"value": "hole"}}, "unknown block structure 'hole'"),
         (tiny_models.gpt2, {"partition_overrides": {"vale": "row"}}, "'vale' matches no parameter"),
         (
             tiny_models.gpt2,
@@ -353,7 +356,7 @@ def shapeless():
         (nn.Linear(2, 2).state_dict, {}, r"explain takes a model, an instance of nn.Module .*, not a OrderedDict$"),
         (lambda: None, {}, r"explain takes a model, an instance of nn.Module .*, not a NoneType$"),
         (lambda: nn.Linear, {}, r"explain takes a model, an instance of nn.Module .*, not the class Linear$"),
-        (tiny_models.FusedAttention, {"partition": "transformer"}, "no layout tells how FusedAttention"),
+        (tiny_models.FusedAttention, {"partition": "transformer"}, "no layout knows how FusedAttention"),
         (shapeless, {}, "has no shape yet"),
         (lambda: nn.Linear(2, 2, dtype=torch.complex64), {}, "complex parameters are not supported"),
     ],

@@ -51,7 +51,7 @@ def test_each_projection_is_right_or_named(style):
     if partition is None:
         assert style.outcome == "refused"
         # All that need an order or a number of heads are named at once.
-        headless = {"query", "key"} if "tells neither" in told else set()
+        headless = {"query", "key"} if "has neither" in told else set()
         unclear = {name for name, (role, _) in style.truth.items() if "+" in role or role in headless}
         assert {name for name in style.truth if f"{name}: " in told} == unclear
         return
@@ -90,7 +90,7 @@ def test_what_a_message_advises_is_accepted(name):
 def test_layers_of_a_whole_model_are_named_at_once():
     model = nn.Sequential(*(Attention(**{f"{n}_qkv": nn.Linear(8, 24), "num_heads": 2}) for n in ("a", "b", "a")))
     model.append(Attention(query=nn.Linear(8, 8), key=nn.Linear(8, 8), value=nn.Linear(8, 8)))
-    with pytest.raises(ValueError, match="no layout tells") as error:
+    with pytest.raises(ValueError, match="no layout knows") as error:
         AdamMini(model)
     for name in ("0.a_qkv", "1.b_qkv", "2.a_qkv", "3.query", "3.key"):
         assert f"{name}.weight" in str(error.value)

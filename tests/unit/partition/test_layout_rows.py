@@ -97,7 +97,7 @@ def test_convolutional_networks_stay_what_they_were():
 
 def test_heads_that_auto_takes_for_convolutions_are_named():
     model = nn.Sequential(nn.Conv2d(3, 32, 3), _attention(nn.Conv2d(32, 96, 1), num_heads=4)[1])
-    with pytest.warns(UserWarning, match=r"1\.qkv\.weight: queries, keys and values of several heads in one block"):
+    with pytest.warns(UserWarning, match=r"1\.qkv\.weight: queries, keys and values of several heads are one block"):
         AdamMini(model)
     assert "1.qkv.weight" in " ".join(explain(model).warnings)
     with warnings.catch_warnings():

@@ -149,13 +149,16 @@ def test_vectors_are_never_factored():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"value": "rows"}, "unknown cut 'rows' for 'value'; choose from head, row, whole, element, factored"),
-        ({"re:(": "row"}, r"'re:\(' is no regular expression"),
+        (
+            {"value": "rows"},
+            "block structure 'rows' for 'value'; choose from head, row, whole, element, factored",
+        ),
+        ({"re:(": "row"}, r"'re:\(' is not a valid regular expression"),
         ({"expert": "row"}, "'expert' matches no parameter; this model has the roles query, key, value"),
         ({"q_prj.weight": "row"}, "matches no parameter; did you mean q_proj.weight"),
         ({"re:q_proj": "row"}, "'re:q_proj' matches no parameter"),
-        ({"re:.*": "row", "query": "whole"}, "'query' comes after overrides that match all it would match"),
-        ({"attention_output": "head"}, "o_proj.weight: attention_output has no heads to cut by"),
+        ({"re:.*": "row", "query": "whole"}, "'query' has no effect: earlier overrides match all it matches"),
+        ({"attention_output": "head"}, "o_proj.weight: attention_output has no heads"),
     ],
 )
 def test_overrides_that_are_refused(overrides, message):
@@ -165,7 +168,7 @@ def test_overrides_that_are_refused(overrides, message):
 
 @pytest.mark.parametrize("cut", ["element", "factored"])
 def test_parts_of_a_fused_matrix_that_one_tensor_cannot_hold(cut):
-    with pytest.raises(ValueError, match=r"in_proj_weight: the parts of a fused parameter .* cannot mix") as error:
+    with pytest.raises(ValueError, match=r"in_proj_weight: the parts of a fused parameter .* cannot combine") as error:
         partition_module(tiny_models.attention(), "transformer", {"value": cut})
     assert_the_named_override_settles(tiny_models.attention(), error)
 
@@ -182,7 +185,7 @@ def assert_the_named_override_settles(module, error):
 @pytest.mark.parametrize("leaf", FUSED_NAMES)
 def test_an_unknown_order_of_query_key_and_value_raises(leaf):
     module = nn.ModuleDict({"attention": nn.ModuleDict({leaf: nn.Linear(4, 12)})})
-    with pytest.raises(ValueError, match=f"attention.{leaf}.weight: no layout tells how ModuleDict orders") as error:
+    with pytest.raises(ValueError, match=f"attention.{leaf}.weight: no layout knows how ModuleDict orders") as error:
         partition_module(module, "transformer")
     assert_the_named_override_settles(module, error)
     partition = partition_module(module, "default")
@@ -196,7 +199,7 @@ def test_strategies_that_need_heads_refuse_what_tells_none(strategy):
             super().__init__()
             del self.head_dim, self.num_heads, self.num_key_value_heads
 
-    with pytest.raises(ValueError, match=r"q_proj.weight: its module tells neither the size of a head") as error:
+    with pytest.raises(ValueError, match=r"q_proj.weight: its module has neither the size of a head") as error:
         partition_module(Headless(), strategy)
     assert_the_named_override_settles(SeparateAttention(), error)
     factored = partition_module(Headless(), "factored")
@@ -216,8 +219,8 @@ def test_queries_derive_the_head_size_from_their_heads():
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (SeparateAttention(head_dim=3), "12 rows are no multiple of the head size 5"),
-        (tiny_models.attention(), "24 rows are not what MultiheadAttention tells .heads 4, kv_heads 4, head_dim 5"),
+        (SeparateAttention(head_dim=3), "12 rows are not a multiple of the head size 5"),
+        (tiny_models.attention(), "24 rows do not match MultiheadAttention .heads 4, kv_heads 4, head_dim 5"),
     ],
 )
 def test_head_sizes_that_do_not_divide(module, message):
@@ -230,7 +233,7 @@ def test_head_counts_that_do_not_add_up():
     module = tiny_models.attention()
     module.num_heads = 2
     with pytest.raises(
-        ValueError, match=r"24 rows are not what MultiheadAttention tells \(heads 2, kv_heads 2, head_dim 2\)"
+        ValueError, match=r"24 rows do not match MultiheadAttention \(heads 2, kv_heads 2, head_dim 2\)"
     ):
         partition_module(module)
 
@@ -254,7 +257,7 @@ def no_layout_stays(monkeypatch):
 
 @pytest.mark.usefixtures("no_layout_stays")
 def test_a_registered_layout_settles_a_fused_matrix():
-    with pytest.raises(ValueError, match="no layout tells how FusedAttention orders"):
+    with pytest.raises(ValueError, match="no layout knows how FusedAttention orders"):
         partition_module(FusedAttention(), "transformer")
     register_layout(
         ModuleLayout(
@@ -293,9 +296,7 @@ def test_tensors_of_which_only_shapes_are_known():
 
 @pytest.mark.parametrize("strategy", ["transformer", "transformer_early", "factored"])
 def test_strategies_by_role_need_the_module(strategy):
-    with pytest.raises(
-        ValueError, match=f"partition '{strategy}' needs to know what each parameter does: pass the model"
-    ):
+    with pytest.raises(ValueError, match=f"partition '{strategy}' needs the role of each parameter: pass the model"):
         partition_tensors({"weight": (4, 3)}, strategy)
 
 
@@ -309,7 +310,7 @@ def test_auto_takes_unknown_attention_for_a_transformer():
 
     model = nn.Sequential(Attention(), nn.Linear(8, 4))
     assert resolve_strategy("auto", model).name == "transformer"
-    with pytest.raises(ValueError, match=r"0.query.weight: its module tells neither the size of a head") as error:
+    with pytest.raises(ValueError, match=r"0.query.weight: its module has neither the size of a head") as error:
         partition_module(model)
     assert_the_named_override_settles(model, error)
     partition = partition_module(model, overrides={"query": "row", "key": "row"})

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from lightning_adam_mini import AdamMini, explain, partition_module, register_layout
 from lightning_adam_mini.blocks import Kind
 from lightning_adam_mini.partition import ModuleLayout, Role, Rows, Span, layouts, resolve_strategy
-from lightning_adam_mini.partition.layer_types import found_output_axis
+from lightning_adam_mini.partition.layer_roles import found_output_axis
 
 QKV = "query+key+value"
 
@@ -59,14 +59,14 @@ def test_keys_have_heads_of_the_size_of_the_querys(rows, attributes, key, heads)
 
 def test_keys_that_are_no_multiple_of_the_querys_heads():
     module = Attention({"q_proj": 64, "k_proj": 24, "v_proj": 24, "o_proj": 64}, num_heads=4)
-    with pytest.raises(ValueError, match=r"k_proj.weight: its 24 rows are no multiple of the query's head size 16"):
+    with pytest.raises(ValueError, match=r"k_proj.weight: its 24 rows are not a multiple of the query's head size 16"):
         partition_module(module)
 
 
 @pytest.mark.parametrize("attributes", [{"num_heads": 8}, {"head_dim": 8}, {"num_heads": 8, "head_dim": 8}])
 def test_queries_with_gates_that_no_layout_names(attributes):
     module = Attention({"q_proj": 128, "k_proj": 64, "v_proj": 64, "o_proj": 64}, **attributes)
-    with pytest.raises(ValueError, match=r"q_proj.weight: its 128 rows are (twice what the output|not 8 heads)"):
+    with pytest.raises(ValueError, match=r"q_proj.weight: its 128 rows are (twice the inputs|not 8 heads)"):
         partition_module(module)
 
 
@@ -90,7 +90,7 @@ def test_a_configuration_that_counts_half_of_the_querys_rows():
 )
 def test_pairs_have_orders_of_their_own(name, order, expected):
     module = Attention({name: 128}, num_heads=4)
-    with pytest.raises(ValueError, match="no layout tells how Attention orders"):
+    with pytest.raises(ValueError, match="no layout knows how Attention orders"):
         partition_module(module)
     if expected:
         assert cut(module, f"{name}.weight", layouts={"Attention": order}) == expected
@@ -98,7 +98,7 @@ def test_pairs_have_orders_of_their_own(name, order, expected):
 
 @pytest.mark.parametrize("name", ["linear_qkv", "W_pack", "w_qkv", "QKV", "qkv_layer", "proj_qkv", "W_kv"])
 def test_usual_names_of_fused_matrices_raise(name):
-    with pytest.raises(ValueError, match="no layout tells how"):
+    with pytest.raises(ValueError, match="no layout knows how"):
         partition_module(Attention({name: 192}, num_heads=8))
 
 
@@ -168,7 +168,7 @@ def test_stacked_matrices_under_names_of_single_ones_stay_unknown(shape):
     assert cut(model, name, overrides={name: "row"}) == ("other", "row", rows)
     assert cut(model, name, overrides={name: "whole"}) == ("other", "whole", math.prod(shape[:-2]))
     assert partition_module(model, "transformer", {name: "factored"})[name].blocks.num_values >= rows
-    with pytest.raises(ValueError, match=r"1.fc1.weight: other has no heads to cut by.*'row'\}"):
+    with pytest.raises(ValueError, match=r"1.fc1.weight: other has no heads.*'row'\}"):
         partition_module(model, "transformer", {name: "head"})
     assert partition_module(model, "default")[name].blocks.num_values == 1
 
@@ -220,7 +220,7 @@ def test_a_layout_finds_the_fused_matrix_of_a_class_whatever_its_name(name, kind
 def test_sizes_that_do_not_determine_the_rows_raise(order):
     """Four heads of eight rows with one key and value, or of four rows with four: the module does not tell."""
     module = Attention({"qkv": 48, "proj": 32}, width=32, num_heads=4, own_name=1)
-    with pytest.raises(ValueError, match=r"qkv.weight: its 48 rows do not tell .* head_dim .* num_key_value_heads"):
+    with pytest.raises(ValueError, match=r"qkv.weight: 48 rows do not determine .* head_dim .* num_key_value_heads"):
         partition_module(module, layouts={"Attention": order})
 
 
@@ -240,7 +240,7 @@ def test_key_value_heads_under_many_names(told):
 
 def test_head_sizes_that_contradict_each_other_raise():
     two = Attention({"qkv": 96, "proj": 64}, width=64, num_heads=8, num_kv_heads=2)
-    with pytest.raises(ValueError, match="8 query heads and 2 key-value heads, which do not come head by head"):
+    with pytest.raises(ValueError, match="8 query heads and 2 key-value heads, so its rows cannot come head by head"):
         partition_module(two, layouts={"Attention": "fused_per_head"})
     other = Attention({"qkv": 96, "proj": 32}, width=32, num_heads=4, d_k=16)
     with pytest.raises(ValueError, match="would be heads 4, kv_heads 4 of 8 rows, but d_k of Attention is 16"):
@@ -255,7 +255,7 @@ def test_a_bare_fused_matrix_lies_where_its_size_allows():
     assert (found.blocks.axis, found.blocks.num_values) == (1, 4 + 1 + 5)
     module.w_qkv, module.proj = nn.Parameter(torch.randn(72, 72)), nn.Linear(24, 72)
     module.n_kv_heads = 4
-    with pytest.raises(ValueError, match=r"w_qkv: .*(tells which dimension|do not tell)"):
+    with pytest.raises(ValueError, match=r"w_qkv: .*(output dimension is unknown|do not determine)"):
         partition_module(module, "transformer", layouts={"Attention": "fused_contiguous"})
 
 
@@ -292,7 +292,7 @@ def test_what_is_taken_for_an_ordinary_matrix_is_told():
     with pytest.warns(UserWarning, match="module that attends|the module attends") as caught:
         optimizer = AdamMini(module)
     ordinary, unclear = sorted((str(warning.message) for warning in caught), key=lambda text: "full second" in text)
-    assert ordinary.startswith("side.weight: taken for ordinary matrices")
+    assert ordinary.startswith("side.weight: treated as ordinary matrices")
     assert unclear.startswith("q_norms_of.weight: the module attends, and its name says more than query, key or value")
     assert optimizer.partition["q_norms_of.weight"].blocks.num_values == 64 * 64
     assert set(explain(module).warnings) == {ordinary, unclear}
@@ -395,13 +395,13 @@ class Raises(nn.Module):
 
 @pytest.mark.parametrize("error", [RuntimeError(), NotImplementedError(), KeyError("x"), ZeroDivisionError()])
 def test_modules_that_raise_when_they_are_asked(error):
-    with pytest.raises(ValueError, match=r"q_proj.weight: its module tells neither"):
+    with pytest.raises(ValueError, match=r"q_proj.weight: its module has neither"):
         partition_module(Raises(error))
 
 
 @pytest.mark.parametrize("attributes", [{"inner_dim": None}, {"inner_dim": 64, "heads": 0}, {"heads": [8]}])
 def test_attributes_that_are_no_sizes(attributes):
-    with pytest.raises(ValueError, match=r"to_[qk].weight: its module tells neither"):
+    with pytest.raises(ValueError, match=r"to_[qk].weight: its module has neither"):
         partition_module(Attention({"to_q": 64, "to_k": 64, "to_v": 64}, **attributes))
 
 
@@ -447,8 +447,8 @@ def test_a_layout_that_is_registered_again_replaces_the_former():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: register_layout(mine(classes=("Attention",))), "'Attention' is no qualified name"),
-        (lambda: register_layout(mine("t5", classes=("a.B",))), "there is a layout 't5' already"),
+        (lambda: register_layout(mine(classes=("Attention",))), "'Attention' is not a qualified name"),
+        (lambda: register_layout(mine("t5", classes=("a.B",))), "there is already a layout 't5'"),
         (lambda: register_layout(mine()), "names neither classes nor children"),
         (lambda: mine(classes="a.B"), "classes must be a tuple of names"),
         (lambda: mine(parameters={"w": "query"}), "'w' must have a Role or Rows, not 'query'"),
@@ -469,7 +469,7 @@ def test_a_layout_that_is_registered_again_replaces_the_former():
             ),
             "has no owt.weight",
         ),
-        (lambda: partition_module(Attention({"qkv": 12}), overrides={3: "row"}), "3 is no role, name or pattern"),
+        (lambda: partition_module(Attention({"qkv": 12}), overrides={3: "row"}), "3 is not a role, name or pattern"),
         (lambda: partition_module(Attention({"qkv": 12}), ["auto"]), "partition must be the name of a strategy"),
         (lambda: AdamMini(list(nn.Linear(2, 2).parameters()), partition_layouts={"A": "t5"}), "need the model"),
     ],

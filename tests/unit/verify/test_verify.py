@@ -227,7 +227,7 @@ def test_known_names_of_weights_from_the_right():
     }
     found = verify_partition(model, TOKENS, partition_layouts={"Separate": ModuleLayout("wrong", of_a_linear_layer)})
     assert {verdict.name for verdict in found.contradicted} == {f"1.{name}_proj.weight" for name in "qkv"}
-    assert found.parameters["1.q_proj.weight"].reason.startswith("cut along dimension 0, which products sum over")
+    assert found.parameters["1.q_proj.weight"].reason.startswith("products sum over dimension 0, its rows")
     blocks = partition_module(model, layouts=found.layouts)["1.q_proj.weight"].blocks
     assert (blocks.axis, blocks.num_values) == (1, HEADS)
 
@@ -360,7 +360,7 @@ def test_a_model_without_token_embedding_attends():
 
     model = Network(nn.Linear(3, WIDTH), Separate())
     found = verify_partition(model, torch.randn(2, 3, 4, 4))
-    assert any("auto takes default" in note for note in found.notes)
+    assert any("auto selects default" in note for note in found.notes)
     assert {verdict.name for verdict in found.contradicted} == {"1.alpha.weight", "1.beta.weight"}
     assert not verify_partition(model, torch.randn(2, 3, 4, 4), partition_layouts=found.layouts).contradicted
 

@@ -14,8 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from apart import apart, assert_passes_apart
 from lightning_adam_mini.cli.runnable_models import give_memory
-from lightning_adam_mini.measure.allocations import peak_extra_bytes
-from lightning_adam_mini.measure.live_memory import LiveMemory, activation_peak
+from lightning_adam_mini.measure.memory import LiveMemory, activation_peak, peak_extra_bytes
 
 CPU = torch.device("cpu")
 BATCH, TOKENS = 3, 128

@@ -1,13 +1,10 @@
-"""FLOPs, peaks of devices and bytes of state, against counts by hand."""
+"""FLOPs and peaks of devices, against counts by hand."""
 
 import pytest
 import torch
 
 from lightning_adam_mini.measure import (
-    adamw_state_bytes,
-    optimizer_state_bytes,
     peak_flops,
-    peak_memory_bytes,
     transformer_flops_per_token,
 )
 from lightning_adam_mini.tasks.llm.model import active_parameters
@@ -80,27 +77,3 @@ def test_the_peak_of_a_cpu_is_measured():
 
 def test_no_peak_of_other_devices():
     assert peak_flops(torch.device("meta")) is None
-
-
-def test_adamw_state_bytes_are_torchs():
-    model = gpt2()
-    optimizer = torch.optim.AdamW(model.parameters())
-    assert optimizer_state_bytes(optimizer) == 0
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    assert adamw_state_bytes(model.parameters()) == optimizer_state_bytes(optimizer)
-
-
-def test_frozen_parameters_have_no_state():
-    half = torch.nn.Parameter(torch.zeros(6, dtype=torch.bfloat16))
-    frozen = torch.nn.Parameter(torch.zeros(100), requires_grad=False)
-    assert adamw_state_bytes([half, frozen]) == 2 * 6 * 2 + 4
-
-
-def test_peak_memory_grows_with_what_is_held():
-    before = peak_memory_bytes(torch.device("cpu"))
-    held = torch.ones(max(before, 10**8) // 4)  # as much again as all until now
-    assert before + 10**7 < peak_memory_bytes(torch.device("cpu"))
-    assert held.sum() > 0
-    assert before > 10**7, "bytes, not kilobytes"

@@ -1,4 +1,4 @@
-"""What the operations of torch do with their operands, by their names: products, lookups, statistics.
+"""The operations of torch by name, and the role of their operands: products, lookups, statistics.
 
 Shapes: `...` leading dimensions, of which heads are some.
 """
@@ -33,7 +33,7 @@ LAYERS: Mapping[str, tuple[str, str]] = MappingProxyType(
         **{f"conv_transpose{n}d": ("input", "weight") for n in (1, 2, 3)},
     }
 )
-"""Operations of layers, whose second operand is the weight whatever it was computed from."""
+"""Operations of layers: the second operand is the weight, whatever it was computed from."""
 
 PRODUCTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -48,7 +48,7 @@ PRODUCTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "grouped_mm": ("mat_a", "mat_b"),
     }
 )
-"""Names of the arguments of products; the last two are multiplied. `einsum` is one too, and `__rmatmul__`."""
+"""Arguments of products by name; the last two are multiplied. `einsum` and `__rmatmul__` are handled separately."""
 
 ELEMENTWISE = frozenset(
     [
@@ -83,10 +83,10 @@ ELEMENTWISE = frozenset(
         "exp",
     ]
 )
-"""Operations that depend on other elements through statistics at most, and whose derivative may be zero."""
+"""Operations that depend on other elements only through statistics; their derivative may be zero."""
 
 FIRST_OPERAND = frozenset(["to", "type_as", "expand_as", "view_as", "reshape_as"])
-"""Operations whose other operands only lend their shape or type."""
+"""Operations that use only the shape or dtype of their other operands."""
 
 _STATISTICS = frozenset(
     ["norm", "vector_norm", "linalg_norm", "linalg_vector_norm", "var", "std", "var_mean", "std_mean", "dot", "vdot"]
@@ -100,7 +100,7 @@ class Factor:
 
     Args:
         tensor: The operand.
-        leading: Dimensions among which heads may be.
+        leading: Dimensions that may be heads.
         contracted: Dimensions that are summed over.
     """
 
@@ -117,9 +117,9 @@ class Factor:
 
 
 def is_statistic(name: str, operand: Any, result: Any) -> bool:
-    """Whether an operation gives figures of a whole vector, such as the mean that a norm divides by.
+    """Whether an operation gives a statistic of whole vectors, such as the mean that a norm divides by.
 
-    Sums over tokens or experts are none: they reduce a dimension for good.
+    Sums over tokens or experts do not count: they remove the dimension.
     """
     if name in _STATISTICS:
         return True
@@ -146,7 +146,7 @@ def factors_of_product(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
 
 
 def activations_of_product(name: str, args: Sequence[Any], factors: Sequence[Tensor]) -> tuple[Factor, Factor] | None:
-    """Both factors with what their dimensions are; None for what cannot be a product of queries and keys."""
+    """Both factors with their dimensions; None for a product that cannot be one of queries and keys."""
     if len(factors) != 2 or min(tensor.dim() for tensor in factors) < 3:
         return None
     if name == "einsum":
@@ -172,20 +172,20 @@ def _factors_of_einsum(equation: Any, a: Tensor, b: Tensor) -> tuple[Factor, Fac
         rows = [letter for letter in own if letter not in other and letter in output]
         if not contracted or not leading or not rows:
             return None
-        # Query heads that share a key have a letter of their own beside that of the tokens.
+        # Query heads that share a key have their own letter, besides that of the tokens.
         heads = [n for n, letter in enumerate(own) if letter in leading or (len(rows) > 1 and letter in rows)]
         found.append(Factor(tensor, tuple(heads), tuple(n for n, letter in enumerate(own) if letter in contracted)))
     return found[0], found[1]
 
 
 def _letters(term: str, dimensions: int) -> str:
-    """A term of an einsum with digits for the dimensions that an ellipsis stands for, counted from its end."""
+    """A term of an einsum with digits in place of its ellipsis, counted from the end."""
     count = dimensions - len(term.replace("...", ""))
     return term.replace("...", "".join(str(number) for number in reversed(range(count))))
 
 
 def arguments(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """Arguments in order, be they positional or by keyword."""
+    """Arguments in order, whether positional or by keyword."""
     return [args[place] if place < len(args) else kwargs.get(name) for place, name in enumerate(names)]
 
 
