@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_adam_mini.measure import describe_machine, package_versions
-from lightning_adam_mini.measure.explanation_table import format_bytes
+from lightning_adam_mini.measure.memory import format_bytes
 
 from ...tasks.atomic_files import write_text
 from ...tasks.plots import save_figure

@@ -25,10 +25,10 @@ from torch.nn import functional as F
 from lightning_adam_mini import factory
 from lightning_adam_mini.factory import OptimizerFactory
 from lightning_adam_mini.hints import did_you_mean
-from lightning_adam_mini.measure.explanation_table import format_bytes
 from lightning_adam_mini.measure.memory import (
     RankMemory,
     activation_peak,
+    format_bytes,
     largest_batch,
     peak_extra_bytes,
     resident_bytes,

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
+from ...tasks.atomic_files import read_json
 from ...tasks.base import PrimaryMetric
 from .grid import Grid, Run
-from .status import RunStatus, read_json, read_status
+from .status import RunStatus, read_status
 
 __all__ = [
     "Costs",

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
+from ...tasks.atomic_files import write_json
 from ..arguments import Parser
-from .status import write_json
 
 if TYPE_CHECKING:
     from lightning_adam_mini.factory import OptimizerFactory

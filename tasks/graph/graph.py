@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_adam_mini.hints import require_package
+
 __all__ = ["Graph", "require_neighbor_sampling", "require_torch_geometric"]
 
 

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 
-from ...atomic_files import atomic_file
-from ...data.cache import digest, hash_files, only_one, read_json, remember, write_json
+from ...atomic_files import atomic_file, read_json, write_json
+from ...data.cache import digest, hash_files, only_one, remember
 from ...data.module import TOKENIZER
 from ...data.splits import Split, check_val_fraction, choose_parts
 from .module import TokenDataModule, TokenSource
@@ -242,7 +242,7 @@ def prepare_text(folder: Path, documents: Documents, *, tokenizer: str | None, b
 
 def _open(folder: Path, tokenizer: str | None) -> TokenSource | None:
     facts = read_json(folder / FACTS)
-    if not isinstance(facts, dict) or facts.get("format") != _FORMAT:
+    if facts.get("format") != _FORMAT:
         return None
     for name, known in facts["files"].items():
         if _file_facts(folder / name) != known:
