@@ -19,7 +19,7 @@ enum {
     LARGE_BLOCK = 1 << 18, /* elements of the largest block that one thread updates alone */
     SHORT_RUN = 48,        /* shorter runs are packed, several into one vector loop */
     LONG_RUN = 1024,       /* runs that are long enough for a task of their own in the two-pass form */
-    PACK_LENGTH = 2048,    /* elements of a pack of short runs, which lies on the stack */
+    PACK_LENGTH = 2048,    /* elements of a pack of short runs, whose factors are on the stack */
     COLUMN_SUMS = 16,      /* most partial sums per column, unless SUM_HEIGHT asks for more */
     GROUP_LENGTH = 128,    /* codes that share a scale; elements that are converted at once */
 };
@@ -33,7 +33,7 @@ typedef struct {
 typedef struct {
     float values[256];    /* increasing */
     float middles[256];   /* between each value and the next; infinity last */
-    int32_t first[65536]; /* by the upper 16 bits of a float32, the smallest code; at most one middle lies in between */
+    int32_t first[65536]; /* by the upper 16 bits of a float32, the smallest code; with at most one middle in between */
 } Codebook;
 
 /* One tensor, as words of eight bytes. */
@@ -56,6 +56,7 @@ typedef struct {
     int64_t seed;
     int64_t first; /* index of the first element in the whole parameter */
 } Tensor;
+_Static_assert(sizeof(Tensor) == 23 * 8, "cpu_plan.py writes this struct as 23 words");
 
 enum { FLOAT32, BFLOAT16, CODES }; /* dtypes of first moments */
 
