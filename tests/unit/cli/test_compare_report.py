@@ -524,6 +524,17 @@ def test_profiles_need_two_tasks(comparison):
     assert re.search(r"AdamMini: llm/synthetic_tiny (never|factor [\d.]+), digits (never|factor [\d.]+)\.", words)
 
 
+def test_every_optimizer_is_in_the_legend(task):
+    """A label with an underscore in front is hidden to matplotlib; one that looks like markup stays text."""
+    summaries = tuple(
+        replace(summary, optimizer=name)
+        for summary, name in zip(task.summaries, ("_mine", ' id="x_1"', "#000000 <b>"), strict=True)
+    )
+    svg = curves_chart(replace(task, summaries=summaries), "chart", "steps").svg
+    texts = "".join(ET.fromstring(svg).itertext())
+    assert all(label in texts for label in ("_mine", "x_1", "<b>"))
+
+
 def test_the_range_is_that_of_good_values():
     low, high = focus([1.0, 1.1, 1.2, 1.3, 1e9], "min")
     assert low < 1.0

