@@ -145,15 +145,15 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "told"), [pytest.param(*case, id=str(case[0])) for case in REFUSED])
-def test_what_is_refused(recipe, changes, told):
+@pytest.mark.parametrize(("changes", "expected"), [pytest.param(*case, id=str(case[0])) for case in REFUSED])
+def test_what_is_refused(recipe, changes, expected):
     with pytest.raises(ValueError) as refused:  # noqa: PT011 - the text is compared as it is
         expand(plan_of(recipe, **changes))
-    assert told in str(refused.value)
+    assert expected in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "expected"),
     [
         ("model: [", "this is not YAML"),
         ("a: 1", "no section `model`"),
@@ -161,9 +161,9 @@ def test_what_is_refused(recipe, changes, told):
         ("model: x\noptimizer: {init_args: {lr: a}}", "lr is"),
     ],
 )
-def test_a_file_that_is_no_recipe(tmp_path, content, told):
+def test_a_file_that_is_no_recipe(tmp_path, content, expected):
     (tmp_path / "bad.yaml").write_text(content, "utf-8")
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=expected):
         read_recipe(str(tmp_path / "bad.yaml"))
 
 
