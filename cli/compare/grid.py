@@ -252,9 +252,9 @@ def _resolve_lrs(texts: tuple[str, ...], recipe: ComparedRecipe, option: str) ->
     lrs = set()
     for text in texts:
         factor = text.removeprefix("x")
-        numerator, _, denominator = factor.partition("/")
+        numerator, slash, denominator = factor.partition("/")
         try:
-            value = float(numerator) / float(denominator or 1)
+            value = float(numerator) / float(denominator) if slash and factor != text else float(factor)
         except (ValueError, ZeroDivisionError):
             raise ValueError(
                 f"--lr {text}: write a number, or a multiple of the recipe's own such as x3 or x1/3"

@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ def train_all(
     Raises:
         ValueError: A job could not be submitted; the others are stopped.
     """
+
+    def stop(handle: ClusterHandle | LocalHandle) -> None:
+        progress.ended(handle.job, handle.stop())
+
     waiting, running = deque(jobs), list[ClusterHandle | LocalHandle]()
     try:
         while waiting or running:
@@ -48,8 +53,9 @@ def train_all(
         interruption.stop.set()  # a full disk, say: the others save their checkpoints
         raise
     finally:
-        for handle in running:
-            progress.ended(handle.job, handle.stop())
+        with ExitStack() as stack:  # if one of them fails to stop, the others are stopped all the same
+            for handle in reversed(running):
+                stack.callback(stop, handle)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ def find_chromium():
 
 
 class Chromium:
-    """A browser with one page; `events` are what it has told since the last `open`."""
+    """A browser with one page; `events` are what it has sent since the last `open`."""
 
     def __init__(self, profile, timeout=60):
         self.timeout, self.events, self._number, self._buffer = timeout, [], 0, b""
@@ -69,7 +69,7 @@ class Chromium:
         if self._session:
             message["sessionId"] = self._session
         os.write(self._out, json.dumps(message).encode() + b"\0")
-        answer = self._wait(lambda told: told.get("id") == self._number)
+        answer = self._wait(lambda message: message.get("id") == self._number)
         if "error" in answer:
             raise RuntimeError(f"{method}: {answer['error']}")
         return answer["result"]
@@ -81,7 +81,7 @@ class Chromium:
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.call("Emulation.setEmulatedMedia", media=media, features=features)
         self.call("Page.navigate", url=path.as_uri())
-        self._wait(lambda told: told.get("method") == "Page.loadEventFired")
+        self._wait(lambda message: message.get("method") == "Page.loadEventFired")
 
     def evaluate(self, expression):
         """The value of an expression of JavaScript in the page."""
@@ -90,7 +90,7 @@ class Chromium:
             raise RuntimeError(result["exceptionDetails"])
         return result["result"].get("value")
 
-    def told(self, *methods):
+    def events_of(self, *methods):
         """The parameters of the events of these names."""
         return [event["params"] for event in self.events if event.get("method") in methods]
 
@@ -102,11 +102,11 @@ class Chromium:
         while True:
             while b"\0" in self._buffer:
                 text, _, self._buffer = self._buffer.partition(b"\0")
-                told = json.loads(text)
-                if "id" not in told:
-                    self.events.append(told)
-                if is_it(told):
-                    return told
+                message = json.loads(text)
+                if "id" not in message:
+                    self.events.append(message)
+                if is_it(message):
+                    return message
             ready, _, _ = select.select([self._in], [], [], max(0, deadline - time.monotonic()))
             part = os.read(self._in, 1 << 16) if ready else b""
             if not part:

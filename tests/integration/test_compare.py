@@ -52,13 +52,13 @@ def test_what_fit_would_refuse_is_refused_before_any_run(work_dir, capsys):
         [*fit, "AdamMini", '--optimizer.partition_overrides={"value":"whole","mlp":"row"}'],
         [*fit, "SGD", "--optimizer.weight_decay=0.0001", "--data.seed=3"],
     ]
-    for bad, told in (
+    for bad, expected in (
         (["AdamMini", "--optimizer.partition=transfomer"], "'transfomer' is not one of auto, transformer"),
         (["AdamW", "--optimizer.weight_decay=-1"], "weight_decay must be a finite number"),
     ):
         number, error = first_error([*good, [*fit, *bad]], work_dir)
         assert number == len(good), error
-        assert told in error
+        assert expected in error
 
 
 REFUSED = [
@@ -77,8 +77,8 @@ REFUSED = [
 
 def test_the_check_sees_what_a_run_would_meet(work_dir):
     fit = ["fit", "--config", "tiny.yaml"]
-    for options, told in REFUSED:
-        assert told in check._error_of([*fit, *options], set()), options
+    for options, expected in REFUSED:
+        assert expected in check._error_of([*fit, *options], set()), options
     seen = set()
     assert (
         check._error_of(fit, seen)

@@ -48,9 +48,9 @@ def test_nothing_overflows_and_nothing_is_loaded(browser, report, width, scheme)
     browser.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
     assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert browser.evaluate(OVERFLOWING) == []
-    addresses = {request["request"]["url"] for request in browser.told("Network.requestWillBeSent")}
+    addresses = {request["request"]["url"] for request in browser.events_of("Network.requestWillBeSent")}
     assert {address for address in addresses if not address.startswith("data:")} == {report.as_uri()}
-    assert browser.told("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown") == []
+    assert browser.events_of("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown") == []
 
 
 def test_the_browser_sees_what_overflows(browser, tmp_path):
@@ -58,7 +58,7 @@ def test_the_browser_sees_what_overflows(browser, tmp_path):
     (tmp_path / "wide.html").write_text("<main><p style='width:2000px'>wide</p></main><script>no_such()</script>")
     browser.open(tmp_path / "wide.html", width=PHONE, scheme="light")
     assert not browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    assert browser.told("Runtime.exceptionThrown")
+    assert browser.events_of("Runtime.exceptionThrown")
 
 
 def test_page_and_charts_follow_the_scheme_of_the_system(browser, report):

@@ -329,4 +329,5 @@ def _rate_ticks(axes: Axes, rates: Sequence[float], *, most: int = 6) -> None:
 
 
 def _label(optimizer: str) -> str:
-    return shorten(optimizer, LABEL_LENGTH)
+    label = shorten(optimizer, LABEL_LENGTH)
+    return f"\u200b{label}" if label.startswith("_") else label  # matplotlib leaves those out of a legend

@@ -141,7 +141,7 @@ def _embedded(text: str, words: str) -> str:
     """The element `<svg>` alone, in the text colour of its page and labelled for screen readers."""
     svg = text[text.index("<svg") :]
     svg = re.sub(r"(?s)\s*<metadata>.*?</metadata>", "", svg)
-    svg = re.sub(r' id="[A-Za-z2.]+_\d+"', "", svg)  # matplotlib numbers its groups; nothing refers to them
-    svg = svg.replace(INK, "currentColor")
+    # In tags, not in texts. Nothing refers to the numbers that matplotlib gives its groups.
+    svg = re.sub(r"<[^>]+>", lambda tag: re.sub(r' id="[A-Za-z2.]+_\d+"', "", tag[0]).replace(INK, "currentColor"), svg)
     attributes = f'class="chart" role="img" aria-label="{escape(words)}" style="fill:currentColor"'
     return svg.replace("<svg ", f"<svg {attributes} ", 1).rstrip()

@@ -1,4 +1,4 @@
-"""From the folders of the runs to the comparison, against figures worked out by hand."""
+"""From the folders of the runs to the comparison, against values worked out by hand."""
 
 import hashlib
 import json
@@ -33,16 +33,27 @@ class Folder:
         self.grid = expand(self.plan)
 
     def write(
-        self, optimizer, lr, seed, curve=(), status="done", *, mode="min", message="", told=None, result=None, **costs
+        self,
+        optimizer,
+        lr,
+        seed,
+        curve=(),
+        status="done",
+        *,
+        mode="min",
+        message="",
+        more_status=None,
+        result=None,
+        **costs,
     ):
         """A run; its curve has a value every 10 steps of a second each.
 
-        `told` goes to `status.json`, and `result` to `result.json`, in its primary metric and by its own keys.
+        `more_status` goes to `status.json`, and `result` to `result.json`, in its primary metric and by its own keys.
         """
         folder = self.path / self.grid.folder(Run(self.recipe, optimizer, lr, seed))
         folder.mkdir(parents=True)
         word = {"status": status, "message": message, "wall_seconds": 9.0}
-        (folder / "status.json").write_text(json.dumps(word | (told or {})))
+        (folder / "status.json").write_text(json.dumps(word | (more_status or {})))
         rows = [
             {"step": 10 * place, "time": 0.0, "val_top1": value, "training_seconds": 1.0 * place}
             for place, value in enumerate(curve, 1)
@@ -57,15 +68,15 @@ class Folder:
                 "hardware": {"cpu": "x"},
                 "versions": {"torch": f"2.{seed}"},
             }
-            beside = {name: value for name, value in (result or {}).items() if name != "primary_metric"}
-            (folder / "result.json").write_text(json.dumps(content | beside))
+            others = {name: value for name, value in (result or {}).items() if name != "primary_metric"}
+            (folder / "result.json").write_text(json.dumps(content | others))
 
     def load(self):
         (task,) = load_comparison(self.path).tasks
         return task
 
 
-def test_all_figures_of_a_task(tmp_path):
+def test_all_values_of_a_task(tmp_path):
     folder = Folder(tmp_path)
     for seed, last in enumerate((0.6, 0.8)):
         folder.write("AdamW", 1e-3, seed, (0.1, 0.2), mode="max")
@@ -135,33 +146,33 @@ def test_a_seed_that_is_lost_at_the_best_learning_rate_takes_the_verdict(tmp_pat
     for optimizer in ("AdamW", "AdamMini"):
         folder.write(optimizer, 3e-3, 0, (5.0,))
     adamw, mini = folder.load().summaries
-    assert len(adamw.runs) == 4, "the other seeds ran at the best learning rate alone"
+    assert len(adamw.runs) == 4, "the other seeds ran at the best learning rate only"
     assert mini.final.n == 2
     assert mini.verdict.text == "1 seed did not finish: no verdict"
     assert mini.message == "seed 2 diverged: not finite"
-    assert adamw.lrs[1e-3].tuning == MeanStd(3.0, None, 1), "chosen on the first seed alone"
+    assert adamw.lrs[1e-3].tuning == MeanStd(3.0, None, 1), "chosen on the first seed only"
 
 
-def test_learning_rates_are_chosen_on_validation_where_the_primary_metric_is_a_test_figure(tmp_path):
+def test_learning_rates_are_chosen_on_validation_where_the_primary_metric_is_a_test_metric(tmp_path):
     folder = Folder(tmp_path)
     for seed in (0, 1):
         for optimizer in ("AdamW", "AdamMini"):
             # The test is better at 3e-3, the validation at 1e-3.
             for lr, test, validation in ((1e-3, 0.5, 0.8), (3e-3, 0.6, 0.7)):
-                told = {"metric": "test", "value": test + seed / 100, "selection": validation + seed / 100}
-                told["curve_label"] = "validation accuracy"
-                folder.write(optimizer, lr, seed, (0.1, validation), mode="max", result={"primary_metric": told})
+                metric = {"metric": "test", "value": test + seed / 100, "selection": validation + seed / 100}
+                metric["curve_label"] = "validation accuracy"
+                folder.write(optimizer, lr, seed, (0.1, validation), mode="max", result={"primary_metric": metric})
     task = folder.load()
     adamw, _ = task.summaries
     assert best_learning_rates(folder.grid, tmp_path)[folder.recipe, "AdamW"] == adamw.best_lr == 1e-3
     assert adamw.lrs[1e-3].tuning.mean == pytest.approx(0.805)
-    assert adamw.final.mean == pytest.approx(0.505), "the primary_metric itself is compared"
+    assert adamw.final.mean == pytest.approx(0.505), "the primary metric itself is compared"
     assert task.selection_differs
     assert task.target == 0.8, "of the curve"
     assert (task.primary_metric.label, task.primary_metric.curve_label) == ("accuracy", "validation accuracy")
 
 
-def test_a_run_without_the_figure_that_chooses_is_not_chosen_on_its_test_figure(tmp_path):
+def test_a_run_without_the_metric_that_chooses_is_not_chosen_by_its_test_metric(tmp_path):
     folder = Folder(tmp_path, seeds=(0,), optimizers=("AdamW",))
     folder.write("AdamW", 1e-3, 0, (0.5,), result={"primary_metric": {"selection": None}})
     folder.write("AdamW", 3e-3, 0, (0.9,), result={"primary_metric": {"selection": 0.9}})
@@ -170,7 +181,7 @@ def test_a_run_without_the_figure_that_chooses_is_not_chosen_on_its_test_figure(
 
 @pytest.mark.parametrize("status", ["failed", "timeout", "interrupted", "pending"])
 @pytest.mark.parametrize("loser", ["AdamW", "AdamMini"])
-def test_a_tuning_run_that_was_lost_to_the_machine_is_told_and_takes_the_verdict(tmp_path, status, loser):
+def test_a_tuning_run_that_was_lost_to_the_machine_is_reported_and_takes_the_verdict(tmp_path, status, loser):
     folder = Folder(tmp_path)
     for seed in (0, 1):
         for optimizer, value in (("AdamW", 3.0), ("AdamMini", 1.0)):
@@ -179,9 +190,9 @@ def test_a_tuning_run_that_was_lost_to_the_machine_is_told_and_takes_the_verdict
             folder.write(optimizer, 3e-3, seed, (0.5 * value,), status if lost else "done")
     adamw, mini = folder.load().summaries
     word = {"timeout": "ran out of time", "interrupted": "was interrupted", "pending": "is pending"}.get(status, status)
-    told = f"lr 3e-3 was left out: seed 1 {word}"
-    assert adamw.message == (told if loser == "AdamW" else "")
-    assert mini.message == (told if loser == "AdamMini" else f"AdamW's {told}")
+    message = f"lr 3e-3 was left out: seed 1 {word}"
+    assert adamw.message == (message if loser == "AdamW" else "")
+    assert mini.message == (message if loser == "AdamMini" else f"AdamW's {message}")
     assert (adamw.best_lr, mini.best_lr) == ((1e-3, 3e-3) if loser == "AdamW" else (3e-3, 1e-3))
     assert (mini.verdict.word, mini.verdict.text) == (*("no verdict", "1 tuning run did not finish: no verdict"),)
     assert mini.verdict.difference is not None
@@ -223,7 +234,7 @@ def test_a_seed_that_diverged_is_later_at_the_target_than_any_other(tmp_path):
     assert mini.seconds_to_target.median is None
     lost = mini.runs[1]
     assert [point.value for point in lost.curve] == [1.5, 1.5], (
-        "it left no result.json; the task's primary_metric tells"
+        "it left no result.json; the task's primary metric is used"
     )
     assert mini.message == "seed 1 diverged, seed 2 diverged, seed 3 failed: not finite"
 
@@ -240,23 +251,23 @@ def test_the_reference_has_no_target_where_most_of_its_seeds_diverged(tmp_path):
 def test_a_command_is_shown_as_it_was_first_given(tmp_path):
     folder = Folder(tmp_path, seeds=(0,), lrs=("1e-3",), optimizers=("AdamW",))
     command = ["adam-mini", "fit", "--config=x", "--ckpt_path=last"]
-    folder.write("AdamW", 1e-3, 0, (1.0,), told={"command": command})
+    folder.write("AdamW", 1e-3, 0, (1.0,), more_status={"command": command})
     assert folder.load().summaries[0].runs[0].command == ("adam-mini", "fit", "--config=x")
 
 
-def notes_of_runs(path, told, **plan):
+def notes_of_runs(path, statuses, **plan):
     """All notes on a comparison of two runs, whose status.json and threads are given."""
     folder = Folder(path, seeds=(0,), optimizers=("AdamW",), **plan)
-    for lr, (word, threads) in zip((1e-3, 3e-3), told, strict=True):
-        folder.write("AdamW", lr, 0, (lr,), told=word, result={"hardware": {"cpu": "x", "threads": threads}})
+    for lr, (word, threads) in zip((1e-3, 3e-3), statuses, strict=True):
+        folder.write("AdamW", lr, 0, (lr,), more_status=word, result={"hardware": {"cpu": "x", "threads": threads}})
     return " ".join(load_comparison(path).notes)
 
 
-def test_how_many_runs_shared_the_machine_is_told(tmp_path):
+def test_how_many_runs_shared_the_machine_is_reported(tmp_path):
     shared = [({"num_jobs": 1, "launcher": "local"}, 1), ({"num_jobs": 4, "launcher": "local"}, 1)]
-    told = notes_of_runs(tmp_path / "shared", shared)
-    assert "Up to 4 runs shared this machine: times and their ratios are indicative; --jobs 1 measures them." in told
-    assert "not recorded" not in told
+    notes = notes_of_runs(tmp_path / "shared", shared)
+    assert "Up to 4 runs shared this machine: times and their ratios are indicative; --jobs 1 measures them." in notes
+    assert "not recorded" not in notes
     alone = notes_of_runs(tmp_path / "alone", [({"num_jobs": 1, "launcher": "local"}, 1)] * 2)
     assert "indicative" not in alone
     assert "machines" not in alone
@@ -266,12 +277,12 @@ def test_how_many_runs_shared_the_machine_is_told(tmp_path):
     assert "not recorded" not in cluster
 
 
-def test_machines_that_differ_are_told(tmp_path):
-    told = notes_of_runs(tmp_path / "two", [({"num_jobs": 1}, 1), ({"num_jobs": 1}, 2)])
-    assert "The runs were made on 2 machines, or with different threads" in told
+def test_machines_that_differ_are_reported(tmp_path):
+    notes = notes_of_runs(tmp_path / "two", [({"num_jobs": 1}, 1), ({"num_jobs": 1}, 2)])
+    assert "The runs were made on 2 machines, or with different threads" in notes
 
 
-def test_what_the_rate_was_chosen_on_is_told(tmp_path):
+def test_what_the_rate_was_chosen_on_is_reported(tmp_path):
     one = Folder(tmp_path / "one", seeds=(0, 1, 2), num_tuning_seeds=1)
     assert "Seed 0, which chose the learning rate, is included in the mean." in " ".join(
         load_comparison(one.path).notes
@@ -282,7 +293,7 @@ def test_what_the_rate_was_chosen_on_is_told(tmp_path):
     )
 
 
-def test_multiples_of_the_recipes_own_learning_rate_are_told(tmp_path):
+def test_multiples_of_the_recipes_own_learning_rate_are_reported(tmp_path):
     folder = Folder(tmp_path, lrs=("x0.5", "x1"))
     (note,) = [note for note in load_comparison(tmp_path).notes if "multiples" in note]
     assert note.startswith("The learning rates x0.5, x1 are multiples of the recipe's own")
@@ -324,7 +335,7 @@ def test_a_grid_that_has_not_begun(tmp_path):
         assert entry.costs == Costs()
 
 
-def test_a_best_learning_rate_at_the_edge_is_told(tmp_path):
+def test_a_best_learning_rate_at_the_edge_is_reported(tmp_path):
     folder = Folder(tmp_path, seeds=(0,), lrs=("1e-3", "2e-3", "3e-3"))
     for place, lr in enumerate((1e-3, 2e-3, 3e-3)):
         folder.write("AdamW", lr, 0, (1.0 + place,))
@@ -346,8 +357,8 @@ def test_report_alone(tmp_path, capsys):
     folder.write("AdamMini", 1e-3, 0, (2.0, 1.0))
     folder.write("AdamMini", 1e-3, 1, status="failed", message="it cannot")
     assert main(["report", str(tmp_path)]) == 1
-    told = capsys.readouterr().out
-    assert "1 of 4 runs have no result: 1 failed" in told
+    printed = capsys.readouterr().out
+    assert "1 of 4 runs have no result: 1 failed" in printed
     for name in ("report.html", "report.md", "report.csv"):
         assert (tmp_path / name).stat().st_size > 0
 

@@ -73,6 +73,18 @@ def test_multiples_of_the_recipes_own_learning_rate(recipe):
     assert grid.lrs["llm/gpt2_tiny", "AdamW"] == (3e-4, 3e-3, 9e-3)
 
 
+@pytest.mark.parametrize(
+    ("text", "lr"), [("x1/3", 3.33e-3), ("x0.125", 1.25e-3), ("x0.33333", 3.33e-3), ("x2/3", 6.67e-3)]
+)
+def test_multiples_have_three_significant_digits(recipe, text, lr):
+    assert expand(plan_of(recipe, lrs=(text,))).lrs[recipe, "AdamW"] == (lr,)
+
+
+def test_a_third_of_the_recipes_learning_rate_is_written_plainly():
+    grid = expand(plan_of("llm/gpt2_tiny", lrs=("x1/3",)))
+    assert grid.lrs["llm/gpt2_tiny", "AdamW"] == (1e-3,)
+
+
 def test_own_learning_rates_of_one_optimizer(recipe):
     grid = expand(plan_of(recipe, optimizers=("AdamW", "Lion"), lrs_of={"Lion": ("1e-4", "x0.03")}))
     assert grid.lrs == {(recipe, "AdamW"): (1e-3, 3e-3), (recipe, "Lion"): (1e-4, 3e-4)}
@@ -112,6 +124,9 @@ REFUSED = [
     ({"lrs": ("-1e-3",)}, "must be positive"),
     ({"lrs": ("nan",)}, "must be positive and finite"),
     ({"lrs": ("fast",)}, "--lr fast: write a number, or a multiple"),
+    ({"lrs": ("x1/0",)}, "--lr x1/0: write a number, or a multiple"),
+    ({"lrs": ("x1/",)}, "--lr x1/: write a number, or a multiple"),
+    ({"lrs": ("1/3",)}, "--lr 1/3: write a number, or a multiple"),
     ({"lrs": ("1e-3", "x0.1")}, "x0.1 is the learning rate 1e-3 a second time"),
     ({"lrs_of": {"Lion": ("1e-3", "3e-3")}}, "--lr-of Lion: no optimizer has this label"),
     ({"reference": "AdamWW"}, "--reference AdamWW: no optimizer has this label; did you mean AdamW"),
@@ -130,15 +145,15 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "told"), [pytest.param(*case, id=str(case[0])) for case in REFUSED])
-def test_what_is_refused(recipe, changes, told):
+@pytest.mark.parametrize(("changes", "expected"), [pytest.param(*case, id=str(case[0])) for case in REFUSED])
+def test_what_is_refused(recipe, changes, expected):
     with pytest.raises(ValueError) as refused:  # noqa: PT011 - the text is compared as it is
         expand(plan_of(recipe, **changes))
-    assert told in str(refused.value)
+    assert expected in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "expected"),
     [
         ("model: [", "this is not YAML"),
         ("a: 1", "no section `model`"),
@@ -146,9 +161,9 @@ def test_what_is_refused(recipe, changes, told):
         ("model: x\noptimizer: {init_args: {lr: a}}", "lr is"),
     ],
 )
-def test_a_file_that_is_no_recipe(tmp_path, content, told):
+def test_a_file_that_is_no_recipe(tmp_path, content, expected):
     (tmp_path / "bad.yaml").write_text(content, "utf-8")
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=expected):
         read_recipe(str(tmp_path / "bad.yaml"))
 
 

@@ -39,6 +39,7 @@ import sys
 from lightning_adam_mini.cli.compare import command, job
 command.first_error = lambda commands, folder: None
 command.report = lambda arguments: 0
+command.checkout_commit = lambda file: None
 job.program = lambda: [sys.executable, sys.argv[1]]
 from lightning_adam_mini.cli.main import main
 sys.exit(main(["compare", *sys.argv[2:]]))
@@ -68,7 +69,7 @@ def steps_in(folder):
     return [json.loads(line)["step"] for line in lines if line.endswith("}")]
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=300):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
@@ -83,7 +84,7 @@ def is_alive(pid):
     return not Path(f"/proc/{pid}/stat").exists() or Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
 
 
-def test_a_run_that_comes_to_its_end(tmp_path):
+def test_a_run_that_finishes(tmp_path):
     status = stand_in_job(tmp_path / "run")()
     assert status == read_status(tmp_path / "run")
     assert (status["status"], status["exit_code"], status["message"], status["starts"]) == ("done", 0, "", 1)
@@ -94,15 +95,15 @@ def test_a_run_that_comes_to_its_end(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "word", "code", "told"),
+    ("options", "word", "code", "expected"),
     [
         ({"optimizer": "SGD"}, "failed", 1, "SGD cannot train this model"),
         ({"lr": 2.0}, "diverged", 3, "training has diverged: the training loss is not finite at step 2"),
     ],
 )
-def test_a_run_that_does_not(tmp_path, options, word, code, told):
+def test_a_run_that_does_not(tmp_path, options, word, code, expected):
     status = stand_in_job(tmp_path / "run", **options)()
-    assert (status["status"], status["exit_code"], status["message"]) == (word, code, told)
+    assert (status["status"], status["exit_code"], status["message"]) == (word, code, expected)
     again = stand_in_job(tmp_path / "run", **options)()
     assert again.get("starts") == (2 if word == "failed" else 1), "failed runs are tried again, diverged ones are not"
 
@@ -162,11 +163,11 @@ def test_a_run_that_was_killed_before_its_last_checkpoint_begins_anew(tmp_path):
         (0, None, {"primary_metric": {"metric": "a", "value": None}, "metrics": {"a": None}}, "diverged"),
         (0, None, {"primary_metric": {"metric": "a", "value": None}, "metrics": {}}, "failed"),
         (0, None, None, "failed"),
-        (0, "timeout", {"primary_metric": {"metric": "a", "value": 1.5}}, "done"),  # it came to its end all the same
+        (0, "timeout", {"primary_metric": {"metric": "a", "value": 1.5}}, "done"),  # it finished all the same
         (3, None, None, "diverged"),
         (1, None, None, "failed"),
         (143, "interrupted", None, "interrupted"),
-        (130, None, None, "interrupted"),  # somebody stopped this run alone
+        (130, None, None, "interrupted"),  # somebody stopped only this run
         (-15, None, None, "interrupted"),
         (143, "timeout", None, "timeout"),
         (-9, "timeout", None, "timeout"),
@@ -212,7 +213,7 @@ def test_a_folder_is_free_when_the_process_of_a_killed_comparison_has_gone(tmp_p
     process.wait_until_free(tmp_path)
 
 
-def test_status_tells_the_circumstances(tmp_path):
+def test_status_has_the_circumstances(tmp_path):
     status = stand_in_job(tmp_path / "run", facts={"num_jobs": 3, "launcher": "local", "commit": "abc"})()
     assert (status["threads"], status["num_jobs"], status["launcher"], status["commit"]) == (1, 3, "local", "abc")
 
@@ -299,10 +300,7 @@ def recorded(launcher, jobs, interruption=None, on_start=lambda: None):
         running.discard(job.folder)
         statuses[job.folder.name] = status["status"]
 
-    try:
-        train_all(jobs, launcher, interruption or Interruption(), SimpleNamespace(started=started, ended=ended))
-    finally:
-        assert not running
+    train_all(jobs, launcher, interruption or Interruption(), SimpleNamespace(started=started, ended=ended))
     return statuses, max(most, default=0)
 
 
@@ -343,8 +341,48 @@ def test_local_returns_statuses_and_assigns_devices(tmp_path):
         for number, job in enumerate(jobs)
     ]
     recorded(LocalLauncher(2, 1, ("4", "7")), jobs)
-    told = [read_status(job.folder)["message"] for job in jobs]
-    assert set(told) <= {"devices 4", "devices 7"}
+    messages = [read_status(job.folder)["message"] for job in jobs]
+    assert set(messages) <= {"devices 4", "devices 7"}
+
+
+def test_an_error_stops_the_others_and_surfaces(tmp_path):
+    interruption, seen = Interruption(), []
+
+    class Broken(Counted):
+        def __call__(self, interruption, **environment):
+            raise OSError("no space left on device")
+
+    class Waiting(Counted):
+        def __call__(self, interruption, **environment):
+            seen.append(interruption.stop.wait(30))
+            return {"status": "interrupted"}
+
+    jobs = [Waiting(tmp_path / "a"), Broken(tmp_path / "b"), Counted(tmp_path / "c")]
+    with pytest.raises(OSError, match="no space left"):
+        recorded(LocalLauncher(2, 1), jobs, interruption)
+    assert seen == [True]
+
+
+def test_every_job_is_stopped_although_one_cannot_be(tmp_path):
+    stopped = []
+
+    class Handle(SimpleNamespace):
+        def done(self):
+            return False
+
+        def stop(self):
+            stopped.append(self.job.folder.name)
+            if self.job.folder.name == "b":
+                raise OSError("no space left on device")
+            return {"status": "interrupted"}
+
+    interruption = Interruption()
+    launcher = SimpleNamespace(num_jobs=None, poll_seconds=0.01, start=lambda job, _: Handle(job=job))
+    progress = SimpleNamespace(started=lambda job: job.folder.name == "c" and interruption.stop.set(), ended=print)
+    jobs = [Counted(tmp_path / name) for name in "abcd"]
+    with pytest.raises(OSError, match="no space left"):
+        train_all(jobs, launcher, interruption, progress)
+    assert stopped == ["a", "b", "c"]
 
 
 def test_nothing_starts_after_an_interruption(tmp_path):
@@ -440,7 +478,7 @@ def test_slurm_waits_for_the_checkpoint(tmp_path, slurm):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "expected"),
     [
         ([], "all at once, each with the threads of its job"),
         (["--launcher-options", "cpus_per_task=6"], "all at once, each with 6 thread(s)"),
@@ -454,9 +492,9 @@ def test_slurm_waits_for_the_checkpoint(tmp_path, slurm):
         ),
     ],
 )
-def test_resources_of_a_cluster(comparing, slurm, capsys, options, told):
+def test_resources_of_a_cluster(comparing, slurm, capsys, options, expected):
     assert comparing("tiny.yaml", "--launcher", "submitit", *options, "--dry-run") == (0, {})
-    assert told in capsys.readouterr().out
+    assert expected in capsys.readouterr().out
     assert not Path("out").exists()
 
 
@@ -474,6 +512,7 @@ def comparing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command, "first_error", lambda commands, folder: None)
     monkeypatch.setattr(command, "report", lambda arguments: 0)
+    monkeypatch.setattr(command, "checkout_commit", lambda file: None)  # it takes longer than the runs
     monkeypatch.setattr(job_module, "program", lambda: list(STAND_IN))
 
     def compare(*arguments):
@@ -503,10 +542,10 @@ def test_two_stages_and_extension(comparing, capsys):
         for optimizer in ("AdamW", "AdamMini")
         for place in ("lr_1e-4/seed_0", "lr_1e-3/seed_0", "lr_1e-3/seed_1", "lr_1e-3/seed_2")
     }
-    told = capsys.readouterr().out
-    assert "1 recipe(s) x 2 optimizer(s) x 2 learning rate(s) x 1 tuning seed(s): 4 runs" in told
-    assert "then 2 more seed(s) at each best learning rate: 4 runs; 8 in all" in told
-    assert "[8/8]" in told
+    printed = capsys.readouterr().out
+    assert "1 recipe(s) x 2 optimizer(s) x 2 learning rate(s) x 1 tuning seed(s): 4 runs" in printed
+    assert "then 2 more seed(s) at each best learning rate: 4 runs; 8 in all" in printed
+    assert "[8/8]" in printed
 
     code, more = comparing("--optimizers", "Adam")
     assert code == 0
@@ -535,7 +574,7 @@ def test_dry_run_leaves_nothing(comparing, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "told"),
+    ("options", "code", "expected"),
     [
         (["--seeds", "0"], 2, "--seeds 0: give their number"),
         (["--seeds", "1", "1"], 2, "a seed is given twice"),
@@ -550,9 +589,9 @@ def test_dry_run_leaves_nothing(comparing, tmp_path, capsys):
         (["--optimizers", "AdamMni"], 1, "did you mean AdamMini"),
     ],
 )
-def test_wrong_options(comparing, capsys, options, code, told):
+def test_wrong_options(comparing, capsys, options, code, expected):
     assert comparing("tiny.yaml", *options) == (code, {})
-    assert told in error_line(capsys)
+    assert expected in error_line(capsys)
     assert not Path("out").exists()
 
 
@@ -614,14 +653,14 @@ def test_other_seeds_wait_for_all_tuning_runs(comparing, capsys, monkeypatch):
     assert "AdamW/lr_1e-4/seed_1" not in statuses
 
 
-def test_a_run_that_could_not_start_is_told_by_the_exit_code(comparing):
+def test_a_run_that_could_not_start_sets_the_exit_code(comparing):
     assert comparing(*ONE_RUN)[0] == 0
     Path("out/tiny/AdamW/lr_1e-4/seed_1").mkdir()
     Path("out/tiny/AdamW/lr_1e-4/seed_1/metrics.jsonl").touch()
     assert comparing("--seeds", "2")[0] == 1
 
 
-def test_an_interrupted_run_alone_is_told_by_the_exit_code(comparing, monkeypatch):
+def test_an_interrupted_run_alone_sets_the_exit_code(comparing, monkeypatch):
     monkeypatch.setenv("STAND_IN_INTERRUPTED", "1")
     code, statuses = comparing(*ONE_RUN)
     assert [status["status"] for status in statuses.values()] == ["interrupted"]
@@ -704,7 +743,7 @@ TWO_LONG_RUNS = (*ONE_RUN[:4], "1e-4", "1e-3", "--seeds", "1", "--set", "trainer
 def test_a_stop_leaves_no_process_and_the_next_start_goes_on(comparing, tmp_path, signum):
     process, folders = start_compare(tmp_path, *TWO_LONG_RUNS)
     process.send_signal(signum)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     if signum != signal.SIGKILL:
         assert process.returncode == 128 + signum, err
         assert "Continue with: adam-mini compare --out out" in out

@@ -1,4 +1,4 @@
-"""The statistics of a comparison, against figures worked out by hand and against scipy."""
+"""The statistics of a comparison, against values worked out by hand and against scipy."""
 
 import math
 
@@ -129,7 +129,7 @@ def test_no_verdict():
 
 @pytest.mark.parametrize("reference", [[1.0, 1.0], [2.0, 2.0]])
 def test_seeds_that_do_not_differ_give_no_verdict(reference):
-    """Without a spread nothing tells chance from a difference, nor from equality."""
+    """Without a spread nothing distinguishes chance from a difference, nor from equality."""
     judged = verdict_of([1.0, 1.0], reference, "min")
     assert (judged.word, judged.text) == ("no verdict", "the seeds do not differ: no verdict")
     assert judged.interval is None
