@@ -301,7 +301,7 @@ def test_options_of_the_recipe_change_it(small):
 def test_bad_input_is_one_line(small, arguments, message):
     with pytest.raises(Exception, match=message) as raised:
         hessian(arguments)
-    assert type(raised.value).__name__ in ("ValueError", "ArgumentError")
+    assert type(raised.value).__name__ in ("ValueError", "ArgumentError", "UsageError")
     assert "\n" not in str(raised.value).strip()
     assert not list(small.rglob("*.json*"))
 
