@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
         self._takes_recipe = False
 
     def error(self, message: str) -> NoReturn:
-        """Raise an error, where argparse would print it and exit."""
+        """Raise the error; argparse would print it and exit."""
         if found := re.match(r"unrecognized arguments: (-[^\s=]+)", message):
             message = unknown_option(found[1], self._option_string_actions, self.prog)
         raise argparse.ArgumentError(None, message)
@@ -91,7 +91,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def recipe_first(self, arguments: Sequence[str]) -> list[str]:
-        """Arguments with the value of each `--config` in front, where a positional RECIPE stands."""
+        """Arguments with the value of each `--config` moved to the front, as a positional RECIPE."""
         recipes, others = [], []
         remaining = iter(arguments)
         for argument in remaining:
@@ -105,7 +105,7 @@ class Parser(argparse.ArgumentParser):
         return [*recipes, *others]
 
     def check_least(self, options: Namespace, **least: int) -> None:
-        """Check that options, where they are given, are at least so large."""
+        """Check that given options are at least as large as these numbers."""
         for name, number in least.items():
             if (given := getattr(options, name)) is not None and given < number:
                 self.error(f"--{name} {given}: at least {number}")

@@ -1,4 +1,4 @@
-"""`adam-mini convert`: a checkpoint for another optimizer or partition, and folders of sharded runs as one file."""
+"""`adam-mini convert`: checkpoints for another optimizer, partition or layout (a file, or a folder of sharded runs)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OPTIMIZERS = {"adam-mini": "AdamMini", "adamw": "AdamW"}
 LAYOUTS = ("file", "folder")
 DESCRIPTION = """Convert the checkpoint of a run, so that `adam-mini fit --ckpt_path` continues with another optimizer
 or partition: AdamW's state as Adam-mini's, at half the size, or the other way round. Step, schedule, learning rate,
-betas, eps and weight decay stay. Checkpoint folders of sharded runs become one file, and back. The source is not
+betas, eps and weight decay are kept. Checkpoint folders of sharded runs become one file, and back. The source is not
 changed."""
 
 log = logging.getLogger(__name__)
@@ -82,23 +82,23 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _next_command(config: Path, optimizer: Sequence[str], target: Path, checkpoint: Mapping[str, Any]) -> str:
-    """What to say of the command that trains on from a converted checkpoint, in a run folder of its own.
+    """The end of the message: the command that continues from the converted checkpoint, in a new run folder.
 
     Args:
         config: The configuration that the model was built from.
         optimizer: Name and options of the optimizer.
         target: The converted checkpoint.
-        checkpoint: What it holds.
+        checkpoint: Its content.
     """
     words = ["adam-mini", "fit", "--config", config, "--run_dir", next(new_run_dirs(target.stem))]
     words += ["--optimizer", *optimizer, "--ckpt_path", target]
     further = _further(config, checkpoint)
-    over = ". Its run is over, and this trains as long again: " if further else "; "
+    over = ". Its run is finished, and this trains as long again: " if further else "; "
     return f"{over}continue with {shlex.join(map(str, [*words, *further]))}"
 
 
 def _further(config: Path, checkpoint: Mapping[str, Any]) -> list[str]:
-    """Options with which a run that is over trains as long again; none for a run that is not."""
+    """Options with which a finished run trains as long again; none for an unfinished run."""
     import yaml
 
     content = yaml.safe_load(config.read_text("utf-8"))
@@ -115,7 +115,7 @@ def _further(config: Path, checkpoint: Mapping[str, Any]) -> list[str]:
 
 
 def _epochs(checkpoint: Mapping[str, Any]) -> int:
-    """How many epochs a run has trained to their last batch."""
+    """Number of complete epochs of a run."""
     loop = checkpoint.get("loops", {}).get("fit_loop", {})
     epochs = loop.get("epoch_progress", {}).get("current", {})
     is_last = loop.get("epoch_loop.batch_progress", {}).get("is_last_batch", False)
@@ -177,7 +177,7 @@ def _split(parser: Parser, arguments: Sequence[str]) -> tuple[list[str], list[st
 
 
 def _wishes(parser: Parser, to: Sequence[str], layout: str) -> tuple[str | None, str]:
-    """The optimizer to convert to, None for none, and the layout to write."""
+    """The optimizer to convert to, or None, and the layout to write."""
     optimizers, layouts = [wish for wish in to if wish in OPTIMIZERS], [wish for wish in to if wish in LAYOUTS]
     if len(optimizers) > 1 or len(layouts) > 1:
         parser.error(f"--to: give one of {', '.join(OPTIMIZERS)} and one of {', '.join(LAYOUTS)}, not {', '.join(to)}")
@@ -188,7 +188,7 @@ def _wishes(parser: Parser, to: Sequence[str], layout: str) -> tuple[str | None,
 
 
 def _find_checkpoint(options: Namespace) -> tuple[Path, Path | None]:
-    """The file or folder of the checkpoint, and the run folder where that was given."""
+    """The file or folder of the checkpoint, and the run folder if SOURCE is one."""
     from ..tasks.checkpoints.folders import is_checkpoint_folder
 
     source: Path = options.source.expanduser()
@@ -198,10 +198,10 @@ def _find_checkpoint(options: Namespace) -> tuple[Path, Path | None]:
         found = resolve_checkpoint(options.ckpt_path, source, may_start=False)
         assert found is not None
         return Path(found), source
-    told = "there is none of these in it" if source.is_dir() else "no such file or folder"
+    reason = "it holds no checkpoint" if source.is_dir() else "no such file or folder"
     raise ValueError(
-        f"{source}: {told}; give a run folder (with config.yaml and checkpoints/), a checkpoint file, or a checkpoint "
-        "folder (with .metadata)"
+        f"{source}: {reason}; give a run folder (with config.yaml and checkpoints/), a checkpoint file, or a "
+        "checkpoint folder (with .metadata)"
     )
 
 
@@ -213,7 +213,9 @@ def _find_config(recipe: str | None, source: Path, run_dir: Path | None) -> Path
     for folder in folders:
         if (folder / "config.yaml").is_file():
             return folder / "config.yaml"
-    raise ValueError(f"there is no config.yaml of a run beside {source}; give --recipe, what it was trained with")
+    raise ValueError(
+        f"there is no config.yaml of a run next to {source}; give the recipe that it was trained with as --recipe"
+    )
 
 
 def _check_target(target: Path, layout: str, *, overwrite: bool) -> None:
@@ -224,17 +226,15 @@ def _check_target(target: Path, layout: str, *, overwrite: bool) -> None:
     from ..tasks.checkpoints.folders import is_checkpoint_folder
 
     if not (is_checkpoint_folder(target) if layout == "folder" else target.is_file()):
-        raise ValueError(
-            f"--overwrite replaces a checkpoint {layout} alone, and {target} is none; choose another --out"
-        )
+        raise ValueError(f"--overwrite only replaces a checkpoint {layout}, and {target} is none; choose another --out")
 
 
 def _continued_factory(
     factory: OptimizerFactory, checkpoint: Mapping[str, Any], state: Mapping[str, Any], passed: Sequence[str]
 ) -> OptimizerFactory:
-    """The factory with the values that the checkpoint decides: the next run finds the same ones and says nothing."""
+    """The factory with the values of the checkpoint, so that the next run finds the same ones and does not warn."""
     saved = checkpoint.get("optimizer_factory")
-    if saved is None:  # of another program
+    if saved is None:  # of another training program
         groups = state["param_groups"]
         saved = {key: groups[0][key] for key in ("betas", "eps") if key in groups[0]}
         saved["lr"] = max(float(group.get("initial_lr", group["lr"])) for group in groups)
@@ -249,7 +249,7 @@ def _continued_factory(
 
 
 def _build(factory: OptimizerFactory, task: nn.Module) -> tuple[Any, list[str]]:
-    """The optimizer over the model without memory, and the names of its parameters in the order of its state."""
+    """The optimizer of the meta-device model, and the names of its parameters in the order of its state."""
     optimizer = factory.build(task)
     names = {parameter: name for name, parameter in task.named_parameters()}
     for group in optimizer.param_groups:
@@ -260,7 +260,7 @@ def _build(factory: OptimizerFactory, task: nn.Module) -> tuple[Any, list[str]]:
 def _converted_state(
     checkpoint: dict[str, Any], state: dict[str, Any], optimizer: Any, factory: OptimizerFactory
 ) -> dict[str, Any]:
-    """The state for another optimizer; what else names the optimizer in the checkpoint is brought in line."""
+    """The state for another optimizer; other entries of the checkpoint that describe the optimizer are updated."""
     from lightning_adam_mini.convert.conversion import convert
 
     saved = checkpoint.get("optimizer_factory")
@@ -282,7 +282,7 @@ def _converted_state(
 
 
 def _regroup(schedule: dict[str, Any], num_groups: int, conversion: Conversion) -> None:
-    """Keep one entry a group in what a schedule keeps for each group."""
+    """Adapt the lists of a schedule, with one entry per parameter group, to the new groups."""
     for key in ("base_lrs", "_last_lr", "lr_lambdas"):
         values = schedule.get(key)
         if isinstance(values, list) and len(values) == num_groups:
@@ -290,13 +290,13 @@ def _regroup(schedule: dict[str, Any], num_groups: int, conversion: Conversion) 
 
 
 def _check_groups(state: Mapping[str, Any], optimizer: Any) -> None:
-    """Check that a state, which has no names, is of the groups that the configuration makes."""
+    """Check that a state without names has the groups of the configuration's optimizer."""
     sizes = [len(group["params"]) for group in state["param_groups"]]
     own = [len(group["params"]) for group in optimizer.param_groups]
     if sizes != own:
         raise ValueError(
             f"the checkpoint has optimizer groups of {sizes} parameters, the configuration makes {own}: it belongs to "
-            "another model or optimizer; give --recipe, what it was trained with"
+            "another model or optimizer; give the recipe that it was trained with as --recipe"
         )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
@@ -305,12 +305,12 @@ def _check_groups(state: Mapping[str, Any], optimizer: Any) -> None:
         if saved is not None and saved.shape != parameter.shape:
             raise ValueError(
                 f"the optimizer state has a parameter of shape {tuple(saved.shape)} where the configuration has one of "
-                f"shape {tuple(parameter.shape)}; give --recipe, what it was trained with"
+                f"shape {tuple(parameter.shape)}; give the recipe that it was trained with as --recipe"
             )
 
 
 def _named(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """A numbered state keyed by names, as torch.distributed takes it."""
+    """A numbered state keyed by names, as torch.distributed.checkpoint takes it."""
     groups = [{**group, "params": [names[number] for number in group["params"]]} for group in state["param_groups"]]
     return {"state": {names[number]: value for number, value in state["state"].items()}, "param_groups": groups}
 

@@ -131,7 +131,7 @@ def _show_log() -> None:
     logger = logging.getLogger("lightning_adam_mini")
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.handlers = [handler]  # of this call alone: standard output may have been another stream before
+    logger.handlers = [handler]  # only of this call: standard output may have been another stream before
     logger.setLevel(logging.INFO)
     logger.propagate = False
 

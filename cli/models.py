@@ -281,7 +281,7 @@ def _cached(name: str) -> Path:
 
 
 def _architecture(options: Mapping[str, Any]) -> str:
-    """The first class that a configuration names; empty where it names none."""
+    """The first class that a configuration names; empty if there is none."""
     match options.get("architectures"):
         case str(name) | [str(name), *_]:
             return name

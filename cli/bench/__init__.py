@@ -1,1 +1,1 @@
-"""`adam-mini bench`: the time of a step beside its peers, and the largest batch that fits into a memory."""
+"""`adam-mini bench`: step times of AdamMini and other optimizers, and the largest batch that fits into a memory."""

@@ -97,7 +97,8 @@ def _parse_step(arguments: Sequence[str]) -> Namespace:
         type=int,
         default=1,
         metavar="N",
-        help="Ranks that FSDP2 shards over; the step of the first is timed, alone, and its collectives are counted.",
+        help="Ranks that FSDP2 shards over. Only the first exists: its step is timed and its collectives are counted, "
+        "which send nothing.",
     )
     parser.add_argument("--rounds", type=int, default=15, help="Timed steps of each optimizer; 15 by default.")
     parser.add_argument("--seed", type=int, default=0, help="Of weights, gradients and the order; 0 by default.")

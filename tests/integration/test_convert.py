@@ -327,7 +327,7 @@ def test_what_is_there_is_replaced_only_when_asked(work_dir, trained, capsys):
     assert main(["convert", source, "--out", "new.ckpt", "--overwrite"]) == 0
     assert load(target)["optimizer_factory"]["name"] == "AdamMini"
     assert main(["convert", source, "--out", "new.ckpt", "--to", "folder", "--overwrite"]) == 1
-    assert "replaces a checkpoint folder alone" in error_line(capsys)
+    assert "only replaces a checkpoint folder" in error_line(capsys)
     for _ in range(2):
         assert main(["convert", source, "--out", "new.dist", "--to", "folder", "--overwrite"]) == 0
     assert not [path for path in work_dir.iterdir() if path.name.startswith(".new")]
@@ -353,9 +353,9 @@ def test_what_cannot_be_converted(work_dir, trained, capsys):
     capsys.readouterr()
     for arguments, message, code in (
         (["nowhere"], "nowhere: no such file or folder; give a run folder", 1),
-        (["empty"], "empty: there is none of these in it; give a run folder", 1),
+        (["empty"], "empty: it holds no checkpoint; give a run folder", 1),
         (["cut.ckpt", *recipe], "cannot read the checkpoint cut.ckpt", 1),
-        (["cut.ckpt"], "no config.yaml of a run beside cut.ckpt; give --recipe", 1),
+        (["cut.ckpt"], "no config.yaml of a run next to cut.ckpt; give the recipe", 1),
         (["part.dist", *recipe], "cannot read the checkpoint part.dist", 1),
         (["lost.dist", "--to", "file"], "cannot read the checkpoint lost.dist", 1),
         (["headless.dist", "--to", "file"], "cannot read the checkpoint headless.dist", 1),
@@ -366,7 +366,7 @@ def test_what_cannot_be_converted(work_dir, trained, capsys):
             "the checkpoint belongs to another model than tiny.yaml",
             1,
         ),
-        ([str(trained / "adamw"), "--recipe", "nothing"], "--recipe nothing: no such file", 1),
+        ([str(trained / "adamw"), "--recipe", "nothing"], "--recipe nothing: no such file", 2),
         ([str(trained / "adamw"), "--to", "file"], "--to file: the source is a file already", 2),
         ([str(trained / "adamw"), "--to", "adamw", "--to", "adam-mini"], "--to: give one of adam-mini, adamw", 2),
         ([str(trained / "adamw"), "--optimizer.lr", "1"], "--optimizer.lr: the value of the checkpoint stays", 2),

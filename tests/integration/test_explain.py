@@ -115,14 +115,16 @@ def test_options_win_over_the_recipe(folder, capsys):
     assert data["totals"]["blocks"] == 1_163_841
     data = as_json(capsys, "llm/llama2_7b", "--partition", "transformer_early", "--override", "re:.*k_proj.*=element")
     assert data["partition"] == "transformer_early"
-    cuts = {name: of_row(data, f"model.model.layers.0.self_attn.{name}_proj.weight")["structure"] for name in "qkv"}
-    assert cuts == {"q": "head", "k": "element", "v": "whole"}
+    structures = {
+        name: of_row(data, f"model.model.layers.0.self_attn.{name}_proj.weight")["structure"] for name in "qkv"
+    }
+    assert structures == {"q": "head", "k": "element", "v": "whole"}
 
 
 def test_options_come_before_those_of_the_recipe(folder, capsys):
     data = as_json(capsys, "llm/llama2_7b", "--override", r"re:.*layers\.0\..*v_proj.*=row")
-    cuts = [of_row(data, f"model.model.layers.{n}.self_attn.v_proj.weight")["structure"] for n in (0, 1)]
-    assert cuts == ["row", "whole"]
+    structures = [of_row(data, f"model.model.layers.{n}.self_attn.v_proj.weight")["structure"] for n in (0, 1)]
+    assert structures == ["row", "whole"]
 
 
 def test_a_recipe_of_ones_own_as_fit_would_build_it(work_dir, capsys):

@@ -1,15 +1,34 @@
 """`adam-mini export` and `predict`: the trained model outside of the project, and its own words."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
+import tiny_runs
 from lightning_adam_mini.cli.main import main
 from tiny_runs import checkpoint, error_line, run
 
 GREEDY = ["--model.temperature", 0]
 LLAMA = ["--model.architecture=llama", "--model.config.num_key_value_heads=2", "--model.config.intermediate_size=48"]
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory, prepared_data):
+    folder = tmp_path_factory.mktemp("runs")
+    tiny_runs.write_recipe(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIGHTNING_ADAM_MINI_CACHE", str(prepared_data))
+        patch.chdir(folder)
+        assert run("fit", "--run_dir", "run", "--trainer.max_steps", 30) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def run_dir(work_dir, finished_run):
+    """A finished run in the folder `run`."""
+    return shutil.copytree(finished_run, work_dir / "run")
 
 
 def logits(model, ids):
@@ -30,10 +49,13 @@ def trained(run_dir, architecture="gpt2"):
     return model
 
 
-@pytest.mark.parametrize(("architecture", "options"), [("gpt2", []), ("llama", LLAMA)])
-def test_the_exported_model_is_the_trained_one(work_dir, capsys, architecture, options):
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_the_exported_model_is_the_trained_one(work_dir, request, capsys, architecture):
     transformers = pytest.importorskip("transformers")
-    assert run("fit", "--run_dir", "run", *options) == 0
+    if architecture == "llama":
+        assert run("fit", "--run_dir", "run", *LLAMA) == 0
+    else:
+        request.getfixturevalue("run_dir")
     assert main(["export", "run"]) == 0
     assert "exported to run/hf" in capsys.readouterr().out
     folder = work_dir / "run" / "hf"
@@ -49,8 +71,7 @@ def test_the_exported_model_is_the_trained_one(work_dir, capsys, architecture, o
     assert not list(work_dir.rglob("*.tmp"))
 
 
-def test_export_overwrites_nothing(work_dir, capsys):
-    assert run("fit", "--run_dir", "run") == 0
+def test_export_overwrites_nothing(work_dir, run_dir, capsys):
     (work_dir / "mine").mkdir()
     assert main(["export", "run", "--out", "mine"]) == 1
     assert "mine exists; choose another folder for the export, or remove it" in error_line(capsys)
@@ -72,8 +93,7 @@ def test_export_after_a_second_start_and_on_another_machine(work_dir):
         assert torch.equal(tensor.float(), checkpoint("run")["state_dict"][f"model.{name}"].float()), name
 
 
-def test_a_run_starts_from_an_exported_model(work_dir):
-    assert run("fit", "--run_dir", "run") == 0
+def test_a_run_starts_from_an_exported_model(work_dir, run_dir):
     assert main(["export", "run"]) == 0
     still = ["--optimizer", "SGD", "--optimizer.lr", 0, "--optimizer.weight_decay", 0, "--trainer.max_steps", 1]
     assert run("fit", "--run_dir", "next", "--model.init_from", "run/hf", *still) == 0
@@ -93,16 +113,14 @@ def test_weights_are_taken_in_the_precision_of_the_trainer(work_dir):
         assert {tensor.dtype for tensor in checkpoint(precision)["state_dict"].values()} == {dtype}
 
 
-def test_the_folder_must_fit_the_data(work_dir, capsys):
-    assert run("fit", "--run_dir", "run") == 0
+def test_the_folder_must_fit_the_data(work_dir, run_dir, capsys):
     assert main(["export", "run"]) == 0
     options = ["--model.init_from", "run/hf", "--data.vocab_size", 300]
     assert run("fit", "--run_dir", "next", *options) == 1
     assert "the data have 300 tokens, the model's vocabulary 280" in error_line(capsys)
 
 
-def test_predictions(work_dir, capsys):
-    assert run("fit", "--run_dir", "run", "--trainer.max_steps", 30) == 0
+def test_predictions(work_dir, run_dir, capsys):
     before = (work_dir / "run" / "metrics.jsonl").read_bytes()
     prompts = ["--data.prompts", '["the cat", "", "a dog likes"]', "--model.sample_tokens", 8]
     written = []
@@ -132,8 +150,7 @@ def exported(work_dir):
 
 
 @pytest.mark.slow
-def test_sampling_depends_on_the_seed_alone(work_dir):
-    assert run("fit", "--run_dir", "run") == 0
+def test_sampling_depends_on_the_seed_alone(work_dir, run_dir):
     written = []
     for seed in (1, 1, 2):
         assert run("predict", "--run_dir", "run", "--ckpt_path", "last", "--seed_everything", seed) == 0
@@ -141,9 +158,8 @@ def test_sampling_depends_on_the_seed_alone(work_dir):
     assert written[0] == written[1] != written[2]
 
 
-def test_prompts_longer_than_the_model(work_dir):
+def test_prompts_longer_than_the_model(work_dir, run_dir):
     prompt = json.dumps(["the cat saw a dog " * 40])
-    assert run("fit", "--run_dir", "run") == 0
     options = ["--data.prompts", prompt, "--model.sample_tokens", 200]
     assert run("predict", "--run_dir", "run", "--ckpt_path", "last", *options, *GREEDY) == 0
     (row,) = (work_dir / "run" / "predictions.jsonl").read_text("utf-8").splitlines()

@@ -157,7 +157,7 @@ def test_every_study_on_text_draws(name):
         ([*QUICK, "--set", "sseeds=[1]"], "no setting 'sseeds'; did you mean seeds"),
         ([*QUICK, "--threads", "0"], "--threads 0: at least 1"),
         ([*QUICK, "--out", "taken"], "--out taken: this is a file; give a folder"),
-        ([*QUICK, "--output", "x"], "unrecognized arguments"),
+        ([*QUICK, "--output", "x"], "no option --output; did you mean --out"),
         ([], "the following arguments are required: NAME"),
         (["quadratic_cases", "--set", "unlike_spectra=missing.csv"], "missing.csv"),
     ],

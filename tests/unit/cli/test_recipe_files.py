@@ -98,5 +98,5 @@ def test_a_run_is_named_after_its_recipe_or_the_run_that_this_is_of(tmp_path, mo
     monkeypatch.chdir(here)
     (here / path).parent.mkdir(parents=True, exist_ok=True)
     (here / path).write_text("trainer: {}\n", "utf-8")
-    for options in (["--config", path], [f"-c={path}"], ["--config", str(here / path)]):
+    for options in ([path], ["--config", path], [f"-c={path}"], ["--config", str(here / path)]):
         assert resolve_configs(options)[1] == name
