@@ -55,11 +55,6 @@ def test_the_example_trains_and_resumes_exactly(example, capsys):
     assert losses[0] == losses[1] < 0.1
 
 
-def test_the_commands_of_a_comparison_are_valid(example, capsys):
-    options = ["--optimizers", "AdamW", "AdamMini", "--lr", "3e-3", "--seeds", "2", "--dry-run"]
-    assert main(["compare", "passengers.yaml", *options, "--out", "comparison"]) == 0
-
-
 @pytest.mark.slow
 def test_the_example_is_compared(example):
     options = ["--optimizers", "AdamMini", "--lr", "3e-3", "--seeds", "1", "--set", "trainer.max_steps=4"]
