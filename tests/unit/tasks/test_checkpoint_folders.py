@@ -17,6 +17,7 @@ from lightning_adam_mini.tasks.checkpoints.folders import (
     number_parameters,
     read_contents,
     read_folder,
+    read_parameter_names,
     write_folder,
 )
 from lightning_adam_mini.tasks.checkpoints.saving import AtomicCheckpointIO
@@ -72,10 +73,19 @@ def test_one_process_reads_what_it_would_have_saved(folder):
     torch.testing.assert_close(state["state"], {0: STATE["optimizer_0"]["state"]["model.weight"]}, rtol=0, atol=0)
 
 
+def test_parameter_names_are_read_without_the_tensors(folder, monkeypatch):
+    def read(*args, **kwargs):
+        raise AssertionError("a tensor is read")
+
+    monkeypatch.setattr("torch.distributed.checkpoint.default_planner.DefaultLoadPlanner.resolve_tensor", read)
+    assert read_parameter_names(folder) == [["model.weight"], []]
+
+
 def test_the_weights_of_fsdp1_have_another_name(tmp_path):
     dcp.save({"model": STATE["state_dict"]}, checkpoint_id=tmp_path, no_dist=True)
     torch.save({"pytorch-lightning_version": "2"}, tmp_path / "meta.pt")
     assert read_folder(tmp_path).keys() == {"pytorch-lightning_version", "state_dict"}
+    assert read_parameter_names(tmp_path) == [], "there is no optimizer"
 
 
 def cut(path):
