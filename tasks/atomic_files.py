@@ -157,7 +157,7 @@ def _is_about(error: OSError, new: Path, path: Path) -> bool:
     if error.filename is None:
         return True
     place = Path(str(error.filename))
-    return place in (new, path, *path.parents) or new in place.parents
+    return place in (new, path, _ready(path), _old(path), *path.parents) or new in place.parents
 
 
 def _is_folder(path: Path) -> bool:

@@ -51,11 +51,10 @@ from .parallel.strategies import FSDP2, check_strategy, register_strategies
 
 __all__ = ["PrimaryMetric", "Task"]
 
-
 log = logging.getLogger(__name__)
 _say = rank_zero_only(log.info)
 
-register_strategies()  # for whoever trains a task, by the command or in Python
+register_strategies()  # for tasks that are trained by the command and in Python
 
 
 @dataclass(frozen=True, kw_only=True)

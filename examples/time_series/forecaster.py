@@ -1,4 +1,4 @@
-"""A task of one's own: a small Transformer that forecasts a monthly series. docs/your_own_task.md explains it."""
+"""A task of one's own: a small Transformer that forecasts a monthly series; docs/your_own_task.md explains it."""
 
 import csv
 from pathlib import Path

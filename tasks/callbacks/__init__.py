@@ -1,4 +1,4 @@
-"""Callbacks of every run: checkpoints, figures, a report, predictions, averaged weights, and when to stop."""
+"""Callbacks of every run: checkpoints, metrics, the report, predictions, averaged weights, and early ends."""
 
 from .checkpoint import MonitorCheck, RunCheckpoint
 from .ema import WeightEMA

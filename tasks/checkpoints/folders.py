@@ -349,8 +349,8 @@ def read_parameter_names(folder: Path) -> list[list[str]]:
         ValueError: The folder is not whole.
     """
     read_contents(folder)
-    groups = _read_whole(folder, f"{optimizer_part(0)}.param_groups")[optimizer_part(0)]["param_groups"]
-    return [group["params"] for group in groups]
+    optimizer = _read_whole(folder, f"{optimizer_part(0)}.param_groups").get(optimizer_part(0), {})
+    return [group["params"] for group in optimizer.get("param_groups", [])]
 
 
 def _read_whole(folder: Path, *keys: str) -> dict[str, Any]:

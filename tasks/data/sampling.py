@@ -124,7 +124,7 @@ class ResumableLoader(DataLoader[Any]):
         return {"samples_seen": self.sampler.samples_seen} if isinstance(self.sampler, TrainSampler) else {}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on after the samples of a checkpoint."""
+        """Continue after the samples of a checkpoint."""
         if isinstance(self.sampler, TrainSampler) and state_dict:
             self.sampler.samples_seen = state_dict["samples_seen"]
 

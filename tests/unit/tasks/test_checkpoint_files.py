@@ -15,7 +15,7 @@ import torch
 
 from lightning_adam_mini.factory import AdamMini
 from lightning_adam_mini.schedule import Schedule
-from lightning_adam_mini.tasks.atomic_files import atomic_file, temporary_path, write_text
+from lightning_adam_mini.tasks.atomic_files import temporary_path
 from lightning_adam_mini.tasks.checkpoints.files import ExactUnpickler, checksum_of
 from lightning_adam_mini.tasks.checkpoints.saving import AtomicCheckpointIO, read_checkpoint
 from lightning_adam_mini.tasks.data.module import read_record
@@ -250,23 +250,3 @@ def test_what_the_first_fsdp_reads_is_verified(saved, monkeypatch):
     saved.write_bytes(flipped(saved.read_bytes(), 5000))
     assert_refused(saved, load=strategy.load_checkpoint)
     assert not Path("harmed").exists()
-
-
-@pytest.mark.parametrize("name", ["predictions.jsonl", "report.md", "new/loss_curve.png"])
-def test_a_full_disk_is_told_with_the_file_that_was_to_be_written(tmp_path, name):
-    path = tmp_path / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("before")
-    temporary_path(path).symlink_to("/dev/full")
-    with pytest.raises(OSError, match=f"cannot write {path}: No space left on device; free space there"):
-        write_text(path, "after")
-    assert path.read_text() == "before"
-    assert [found.name for found in path.parent.iterdir() if found.is_file()] == [path.name]
-
-
-def test_a_full_disk_is_told_with_the_file_of_the_cache(tmp_path, monkeypatch):
-    real = Path.open
-    monkeypatch.setattr(Path, "open", lambda path, mode="r", **_: real(Path("/dev/full"), mode.replace("x", "w")))
-    told = f"cannot write {tmp_path}/tokens.bin: No space left on device; free space there"
-    with pytest.raises(OSError, match=told), atomic_file(tmp_path / "tokens.bin") as file:
-        file.write(b"0" * 100_000)

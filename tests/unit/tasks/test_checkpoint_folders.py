@@ -11,14 +11,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from lightning_adam_mini.cli.run_folder import last_checkpoint, resolve_checkpoint
-from lightning_adam_mini.tasks import atomic_files
-from lightning_adam_mini.tasks.atomic_files import put_in_place, recover, remove, sweep, temporary_path
 from lightning_adam_mini.tasks.checkpoints.folders import (
     drop_unsaved,
     name_parameters,
     number_parameters,
     read_contents,
     read_folder,
+    read_parameter_names,
     write_folder,
 )
 from lightning_adam_mini.tasks.checkpoints.saving import AtomicCheckpointIO
@@ -34,21 +33,6 @@ STATE = {
 }
 
 
-def make(path, kind, content="new"):
-    if kind == "file":
-        path.write_text(content)
-    elif kind == "folder":
-        path.mkdir()
-        (path / "content").write_text(content)
-    elif kind == "link":
-        make(path.with_name(f"{path.name}-of-link"), "folder", content)
-        path.symlink_to(f"{path.name}-of-link")
-
-
-def content(path):
-    return (path / "content" if path.is_dir() else path).read_text()
-
-
 @pytest.fixture
 def folder(tmp_path):
     path = tmp_path / "checkpoints" / "last.ckpt"
@@ -56,71 +40,6 @@ def folder(tmp_path):
     dcp.save(STATE, checkpoint_id=path, no_dist=True)
     torch.save({"global_step": 7, "pytorch-lightning_version": "2"}, path / "meta.pt")
     return path
-
-
-@pytest.mark.parametrize("kind", ["file", "folder", "link"])
-@pytest.mark.parametrize("before", ["nothing", "file", "folder", "link"])
-def test_anything_takes_the_place_of_anything(tmp_path, kind, before):
-    target = tmp_path / "last.ckpt"
-    make(target, before, "old")
-    make(temporary_path(target), kind)
-    put_in_place(temporary_path(target), target)
-    assert content(target) == "new"
-    assert target.is_symlink() == (kind == "link")
-    if before == "link":
-        assert content(tmp_path / "last.ckpt-of-link") == "old", "what a link leads to is another checkpoint"
-    kept = {"last.ckpt"}
-    kept |= {"last.ckpt-of-link"} if before == "link" else set()
-    kept |= {f"{temporary_path(target).name}-of-link"} if kind == "link" else set()
-    assert {path.name for path in tmp_path.iterdir()} == kept
-
-
-@pytest.mark.parametrize("kind", ["file", "folder"])
-@pytest.mark.parametrize("before", ["file", "folder", "link"])
-@pytest.mark.parametrize("renames", [0, 1, 2])
-def test_a_kill_at_any_rename_leaves_the_old_one_or_the_new_one(tmp_path, monkeypatch, kind, before, renames):
-    target, left = tmp_path / "last.ckpt", [renames]
-    make(target, before, "old")
-    make(temporary_path(target), kind)
-    real = {name: getattr(Path, name) for name in ("rename", "replace")}
-
-    def rename(name):
-        def until_killed(path, to):
-            left[0] -= 1
-            if left[0] < 0:
-                raise KeyboardInterrupt
-            return real[name](path, to)
-
-        return until_killed
-
-    with monkeypatch.context() as patch:
-        for name in real:
-            patch.setattr(Path, name, rename(name))
-        try:
-            put_in_place(temporary_path(target), target)
-        except KeyboardInterrupt:
-            pass
-        else:
-            assert left[0] >= 0, "this pair needs fewer renames"
-    assert recover(target), "the checkpoint is lost"
-    assert content(target) in ("old", "new")
-    sweep(tmp_path)
-    assert content(target) in ("old", "new")
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-
-
-def test_a_folder_that_is_removed_is_gone_at_once(tmp_path, monkeypatch):
-    make(tmp_path / "best.ckpt", "folder")
-    monkeypatch.setattr(atomic_files.shutil, "rmtree", lambda *_, **__: None)  # killed before the first file
-    remove(tmp_path / "best.ckpt")
-    assert not (tmp_path / "best.ckpt").exists()
-    monkeypatch.undo()
-    sweep(tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_lightning_finds_no_number_in_what_is_half_written():
-    assert "hpc_ckpt_" not in temporary_path(Path("run/hpc_ckpt_3.ckpt")).name
 
 
 def test_last_and_best_are_folders_or_links(folder):
@@ -154,10 +73,19 @@ def test_one_process_reads_what_it_would_have_saved(folder):
     torch.testing.assert_close(state["state"], {0: STATE["optimizer_0"]["state"]["model.weight"]}, rtol=0, atol=0)
 
 
+def test_parameter_names_are_read_without_the_tensors(folder, monkeypatch):
+    def read(*args, **kwargs):
+        raise AssertionError("a tensor is read")
+
+    monkeypatch.setattr("torch.distributed.checkpoint.default_planner.DefaultLoadPlanner.resolve_tensor", read)
+    assert read_parameter_names(folder) == [["model.weight"], []]
+
+
 def test_the_weights_of_fsdp1_have_another_name(tmp_path):
     dcp.save({"model": STATE["state_dict"]}, checkpoint_id=tmp_path, no_dist=True)
     torch.save({"pytorch-lightning_version": "2"}, tmp_path / "meta.pt")
     assert read_folder(tmp_path).keys() == {"pytorch-lightning_version", "state_dict"}
+    assert read_parameter_names(tmp_path) == [], "there is no optimizer"
 
 
 def cut(path):
@@ -322,24 +250,6 @@ def test_a_full_disk_is_told_as_such(ours, monkeypatch, file):
     monkeypatch.undo()
     assert [path.name for path in ours.parent.iterdir()] == ["last.ckpt"]
     assert AtomicCheckpointIO().load_checkpoint(ours)["global_step"] == 7
-
-
-def test_who_looks_for_a_folder_that_is_being_replaced_does_not_disturb(tmp_path, monkeypatch):
-    target = tmp_path / "last.ckpt"
-    make(target, "folder", "old")
-    make(temporary_path(target), "folder")
-    real = Path.rename
-
-    def rename(path, to):
-        moved = real(path, to)
-        if path == target:
-            assert recover(target)  # by another process, between the two renames
-        return moved
-
-    monkeypatch.setattr(Path, "rename", rename)
-    put_in_place(temporary_path(target), target)
-    assert content(target) == "new"
-    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_a_folder_without_weights(tmp_path):
