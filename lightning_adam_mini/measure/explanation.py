@@ -181,8 +181,9 @@ def explain(
         2
     """
     if not isinstance(model, nn.Module):
-        given = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
-        raise ValueError(f"explain takes a model, an instance of nn.Module as in explain(nn.Linear(4, 2)), not {given}")
+        raise ValueError(
+            f"explain takes a model, an instance of nn.Module as in explain(nn.Linear(4, 2)), not {_described(model)}"
+        )
     check_exp_avg_dtype(exp_avg_dtype)
     strategy = resolve_strategy(partition, model, partition_layouts)
     partitions = partition_module(model, strategy, partition_overrides, partition_layouts)
@@ -207,6 +208,10 @@ def explain(
         frozen_tensors=len(frozen),
         frozen_elements=sum(parameter.numel() for parameter in frozen),
     )
+
+
+def _described(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
 
 
 def _row(

@@ -260,8 +260,8 @@ class RankMemory:
     """Bytes on each of `ranks` ranks that FSDP2 shards a model over, without activations.
 
     Gradients count, as they exist while micro-batches accumulate. With more than one rank the root is unsharded during
-    the whole pass, two blocks are at a time (the current and the prefetched one), and one of these has an unsharded
-    gradient before it is reduced.
+    the whole pass, two blocks are too (the current and the prefetched one), and one unit has an unsharded
+    gradient until it is reduced.
 
     Args:
         parameters: Bytes of all parameters, as of all gradients.

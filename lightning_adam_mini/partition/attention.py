@@ -2,7 +2,7 @@
 
 The structure of a module decides first: a head count of its own, several projections of one input, a matrix with three
 times as many rows as another has inputs. Names then distinguish queries, keys and values. Unclear matrices keep a full
-second moment, with a `doubt` that becomes a warning; so do matrices that count as ordinary only because of their names.
+second moment, with a `doubt` that becomes a warning. Matrices that are ordinary only by their names have a `doubt` too.
 """
 
 from __future__ import annotations
@@ -323,20 +323,16 @@ class Attention:
             elif len(parts) > 1 and (is_plain(name) or len(parts) == 3):
                 yield leaf, self._fused(projection, role, kind)
             elif parts and is_plain(name):
-                yield (
-                    leaf,
-                    self._projected(projection, parts[0], role, why) or unclear(leaf, why, f"{_ATTENDS} {NO_AXIS}"),
-                )
+                found = self._projected(projection, parts[0], role, why)
+                yield leaf, found or unclear(leaf, why, f"{_ATTENDS} {NO_AXIS}")
             elif is_output_name(name) and (
                 self.attends_by_name or not self._holds_all(projection, set(self._others(projection)))
             ):
-                output = self._projected(projection, Role.ATTENTION_OUTPUT, role, why)
-                yield leaf, output or unclear(leaf, why, f"{_ATTENDS} {NO_AXIS}")
+                found = self._projected(projection, Role.ATTENTION_OUTPUT, role, why)
+                yield leaf, found or unclear(leaf, why, f"{_ATTENDS} {NO_AXIS}")
             elif has_pairs and not parts and role.known:
-                yield (
-                    leaf,
-                    replace(role, doubt=f"{kind} attends, and only the name {name!r} says what this matrix does"),
-                )
+                doubt = f"{kind} attends, and only the name {name!r} says what this matrix does"
+                yield leaf, replace(role, doubt=doubt)
             else:
                 what = "its name says more than query, key or value" if parts else "the role of this matrix is unknown"
                 yield leaf, unclear(leaf, why, f"{_ATTENDS} {what}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from lightning_adam_mini.hints import did_you_mean
 
 from ..errors import error_line
 
@@ -33,8 +34,8 @@ def check_unet(config: dict[str, Any]) -> None:
         if name in _CLASS_OPTIONS:
             raise ValueError(f"model.config.{name}: class-conditional models are not supported; leave it out")
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=3) or known
-            raise ValueError(f"UNet2DModel has no option {name!r}; did you mean {', '.join(near)}?")
+            hint = did_you_mean(name, known, otherwise=f"; it has {', '.join(known)}")
+            raise ValueError(f"UNet2DModel has no option {name!r}{hint}")
     size, channels = config.get("sample_size"), config.get("in_channels", 3)
     if config.get("out_channels", channels) != channels:
         raise ValueError(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
+
+from lightning_adam_mini.hints import did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -32,8 +33,8 @@ def build_config(architecture: str, options: dict[str, Any]) -> PreTrainedConfig
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if architecture not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(architecture, list(CONFIG_MAPPING), n=3) or ["gpt2", "llama"]
-        raise ValueError(f"transformers has no architecture {architecture!r}; did you mean {', '.join(near)}?")
+        hint = did_you_mean(architecture, list(CONFIG_MAPPING), otherwise=", such as gpt2 or llama")
+        raise ValueError(f"transformers has no architecture {architecture!r}{hint}")
     default = AutoConfig.for_model(architecture)
     _check_options(default, options)
     special = {
@@ -53,8 +54,8 @@ def _check_options(default: PreTrainedConfig, options: dict[str, Any]) -> None:
     known = {*default.to_dict(), *default.attribute_map}
     for name, value in options.items():
         if name not in known:
-            near = difflib.get_close_matches(name, sorted(known), n=3) or sorted(known)
-            raise ValueError(f"{type(default).__name__} has no option {name!r}; did you mean {', '.join(near)}?")
+            hint = did_you_mean(name, sorted(known), otherwise=f"; it has {', '.join(sorted(known))}")
+            raise ValueError(f"{type(default).__name__} has no option {name!r}{hint}")
         like = getattr(default, name, None)
         kinds = (int, float, NoneType) if isinstance(like, bool) or not isinstance(value, bool) else ()
         if isinstance(like, int | float) and not isinstance(value, kinds):

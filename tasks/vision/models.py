@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_adam_mini.hints import require_package
+from lightning_adam_mini.hints import did_you_mean, require_package
 
 from ..errors import error_line
 
@@ -28,15 +27,14 @@ def check_name(name: str) -> None:
     if name.startswith(TIMM):
         timm, short = _timm(), name.removeprefix(TIMM)
         if not timm.is_model(short):
-            near = difflib.get_close_matches(short, timm.list_models(), n=3, cutoff=0.5)
-            hint = f"; did you mean {', '.join(TIMM + other for other in near)}?" if near else ""
+            hint = did_you_mean(short, timm.list_models(), cutoff=0.5, template=f"{TIMM}{{}}")
             raise ValueError(f"model.architecture: timm has no model {short!r}{hint}")
         return
     models = _torchvision()
     known = models.list_models(module=models)
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"; did you mean {', '.join(near)}?" if near else ", such as resnet18; those of timm are timm/NAME"
+        otherwise = ", such as resnet18; those of timm are timm/NAME"
+        hint = did_you_mean(name, known, cutoff=0.5, otherwise=otherwise)
         raise ValueError(f"model.architecture: torchvision has no classification model {name!r}{hint}")
 
 

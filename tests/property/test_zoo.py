@@ -48,7 +48,7 @@ def _check_each_element_lies_in_one_block(blocks: Blocks) -> None:
     assert sizes.sum() == index.numel()
 
 
-SOME = [pytest.param(name, marks=() if number % 3 == 0 else pytest.mark.slow) for number, name in enumerate(ENTRIES)]
+SOME = [pytest.param(name, marks=() if number % 6 == 0 else pytest.mark.slow) for number, name in enumerate(ENTRIES)]
 
 
 @pytest.mark.filterwarnings("error:.*partition_overrides:UserWarning")

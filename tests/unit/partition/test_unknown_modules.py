@@ -96,6 +96,40 @@ def test_pairs_have_orders_of_their_own(name, order, expected):
         assert cut(module, f"{name}.weight", layouts={"Attention": order}) == expected
 
 
+def test_advice_names_what_a_layout_leaves_open_in_other_modules_of_the_class():
+    """The square matrix keeps a full second moment without a layout; with one, its rows do not fit the heads."""
+    square = nn.Parameter(torch.randn(16, 16))
+    first, second = (
+        Attention({"kv": 32, "out": 16}, 16, num_heads=4),
+        Attention({"out": 16}, 16, num_heads=4, qkv=square),
+    )
+    model = nn.Sequential(first, second)
+    advice = r"0\.kv\.weight: .*partition_layouts=.*\(which leaves 1\.qkv open\)"
+    with pytest.raises(ValueError, match=advice):
+        partition_module(model)
+    with pytest.raises(ValueError, match=r"1\.qkv: its 16 rows"):
+        partition_module(model, layouts={"Attention": "fused_contiguous"})
+    overrides = {"1.qkv": "element"}
+    found = partition_module(model, overrides=overrides, layouts={"Attention": "fused_contiguous"})
+    assert found["0.kv.weight"].structure == "head+row"
+
+
+def test_classes_of_one_name_get_advice_by_their_qualified_names():
+    other = type("Attention", (nn.Module,), {"__module__": "elsewhere"})()
+    other.qkv, other.num_heads = nn.Linear(64, 192), 4
+    model = nn.Sequential(Attention({"qkv": 192}, num_heads=8), other)
+    with pytest.raises(ValueError, match=r"partition_layouts=\{'[\w.]+\.Attention': .*, 'elsewhere\.Attention': "):
+        partition_module(model)
+
+
+def test_patterns_of_a_layout_leave_scalars_alone():
+    module = nn.Module()
+    module.scale, module.layer = nn.Parameter(torch.tensor(1.0)), nn.Linear(4, 6)
+    found = partition_module(module, "transformer", layouts={"Module": ModuleLayout("all", {"*": Role.MLP})})
+    assert found["scale"].role.name == "other"
+    assert found["layer.weight"].role.name == "mlp"
+
+
 @pytest.mark.parametrize("name", ["linear_qkv", "W_pack", "w_qkv", "QKV", "qkv_layer", "proj_qkv", "W_kv"])
 def test_usual_names_of_fused_matrices_raise(name):
     with pytest.raises(ValueError, match="no layout knows how"):
@@ -220,7 +254,7 @@ def test_a_layout_finds_the_fused_matrix_of_a_class_whatever_its_name(name, kind
 def test_sizes_that_do_not_determine_the_rows_raise(order):
     """Four heads of eight rows with one key and value, or of four rows with four: the module does not tell."""
     module = Attention({"qkv": 48, "proj": 32}, width=32, num_heads=4, own_name=1)
-    with pytest.raises(ValueError, match=r"qkv.weight: 48 rows do not determine .* head_dim .* num_key_value_heads"):
+    with pytest.raises(ValueError, match=r"48 rows do not determine .* head_dim .* num_key_value_heads"):
         partition_module(module, layouts={"Attention": order})
 
 

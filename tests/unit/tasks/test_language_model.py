@@ -42,7 +42,7 @@ def test_special_tokens_outside_of_a_small_vocabulary_are_dropped():
     ("architecture", "options", "told"),
     [
         ("gpt-2", {}, "no architecture 'gpt-2'; did you mean gpt2"),
-        ("zzz", {}, "did you mean gpt2, llama"),
+        ("zzz", {}, "no architecture 'zzz', such as gpt2 or llama"),
         ("gpt2", {"n_embed": 8}, "GPT2Config has no option 'n_embed'; did you mean n_embd"),
         ("gpt2", {"n_embd": "8"}, "n_embd must be of type int, not '8'"),
         ("gpt2", {"hidden_size": 10, "num_attention_heads": 3}, "3 attention heads do not divide the width 10"),
