@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
     elif options.command == "exact":
         from .exact import run
     else:
-        from .advise import run
+        from .block_structure import run
     with cpu_threads(options.threads):
         run(options)
     return 0

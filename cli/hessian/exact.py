@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_adam_mini.hessian.block_diagonality import candidate_cuts, exact_scores, tau
+from lightning_adam_mini.hessian.block_structure import candidate_cuts, exact_scores, tau
 from lightning_adam_mini.hessian.exact import dense_block
 
 from ...tasks.checkpoint_file import write_file
@@ -18,7 +18,7 @@ from .memory import check_all, dense_bytes_of
 from .pictures import draw_hessians, drawn
 from .problem import load_problem
 from .progress import tell_duration, tell_each
-from .results import Report, Table, head
+from .report import Report, Table, head
 from .selection import choose_blocks
 
 __all__ = ["run"]

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_adam_mini.hessian import SpectralDensity
 from lightning_adam_mini.hessian.heterogeneity import Heterogeneity
 
-from ..matrix_pictures import shrunk
+from .matrix_pictures import shrunk
 
 __all__ = ["draw_densities", "draw_divergences", "draw_hessians", "drawn"]
 

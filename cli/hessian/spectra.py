@@ -23,7 +23,7 @@ from lightning_adam_mini.hessian.heterogeneity import Heterogeneity, compare_spe
 from .pictures import draw_densities, draw_divergences, drawn
 from .problem import load_problem
 from .progress import tell_duration
-from .results import Report, Table, head
+from .report import Report, Table, head
 from .selection import choose_blocks
 
 __all__ = ["run"]

@@ -9,8 +9,8 @@ from torch import nn
 
 from lightning_adam_mini.factory import AdamW
 
+from .common.training import TextTask
 from .text_settings import TextSettings
-from .text_task import TextTask
 from .training import Training, train
 
 __all__ = ["gradient_sizes", "matrices"]

@@ -22,9 +22,9 @@ from lightning_adam_mini.factory import AdamMini, AdamW
 from .bagm import BAGM
 from .block_rates import gradient_sizes
 from .checks import check_above
-from .outcome import Claim, Outcome, Row, mean_and_spread
+from .common.outcome import Claim, Outcome, Row, mean_and_spread
+from .common.training import TextTask
 from .text_settings import TextSettings, final_loss
-from .text_task import TextTask
 from .training import best_rate
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..arguments import Parser, cpu_threads
-from .registry import list_studies, load_study
+from .common.study import list_studies, load_study
 
 __all__ = ["main"]
 
@@ -61,8 +61,8 @@ def main(arguments: Sequence[str]) -> int:
     study = load_study(options.name, options.changes)
     folder = parser.folder(options.out or Path("runs/studies") / study.name)
 
+    from .common.outcome import as_text
     from .files import prepare_folder, write_outcome
-    from .outcome import as_text
 
     prepare_folder(folder, study.name)
     start = time.perf_counter()

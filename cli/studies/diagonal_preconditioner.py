@@ -14,11 +14,11 @@ import torch
 from scipy.stats import spearmanr
 from torch import Generator
 
-from lightning_adam_mini.hessian.block_diagonality import tau
+from lightning_adam_mini.hessian.block_structure import tau
 
 from .checks import check_above, check_least
-from .descent import ScaledDescent, adam_scale
-from .outcome import Claim, Outcome, Row, medians
+from .common.outcome import Claim, Outcome, Row, medians
+from .common.quadratics import ScaledDescent, adam_scale
 from .quadratics import BlockQuadratic, check_condition
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import torch
 from lightning_adam_mini.hessian import Tridiagonal, quadrature
 
 from ...tasks.run_files import write_text
-from .outcome import as_csv
+from .common.outcome import as_csv
 
 __all__ = ["SAMPLED", "sample_eigenvalues", "sampled_blocks", "write_samples"]
 

@@ -10,8 +10,8 @@ from lightning_adam_mini.measure import describe_machine, package_versions
 
 from ...tasks.run_files import save_figure, write_text
 from ..arguments import make_folder
-from .outcome import Outcome, as_csv
-from .registry import Study
+from .common.outcome import Outcome, as_csv
+from .common.study import Study
 
 __all__ = ["prepare_folder", "write_outcome"]
 

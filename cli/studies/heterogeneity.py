@@ -28,11 +28,11 @@ from lightning_adam_mini.hessian.common_grid import MAX_POINTS
 from lightning_adam_mini.hessian.heterogeneity import compare_spectra
 from lightning_adam_mini.hessian.quadrature import DEFAULT_SIGMA
 
-from .architectures import NetworkSizes
 from .checks import check_above, check_least
+from .common.networks import NetworkSizes
+from .common.outcome import Outcome, Row, mean_and_spread
 from .eigenvalue_samples import SAMPLED, sample_eigenvalues, sampled_blocks, write_samples
 from .network_order import CNNS, claims_of_order, claims_of_scales
-from .outcome import Outcome, Row, mean_and_spread
 from .quadratics import check_condition
 from .six_networks import NETWORKS, RESNET18_TRAIN, Network, blocks_to_compare, build_network
 

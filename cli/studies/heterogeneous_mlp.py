@@ -17,9 +17,9 @@ from lightning_adam_mini.factory import SGD, Adam, AdamMini, OptimizerFactory
 
 from ...tasks.seeds import seed_of
 from .checks import check_above, check_least
+from .common.outcome import Claim, Outcome, Row, mean_and_spread, medians
 from .drawing import lines_with_range
 from .image_task import CLASSES, ImageTask, ScaledPerceptron
-from .outcome import Claim, Outcome, Row, mean_and_spread, medians
 from .training import DivergedError, Training, best_rate, train
 
 if TYPE_CHECKING:

@@ -21,9 +21,9 @@ from torch.optim import Optimizer
 
 from .block_rates import gradient_sizes, matrices
 from .checks import check_above, check_least
-from .outcome import Claim, Outcome, Row, mean_and_spread
+from .common.outcome import Claim, Outcome, Row, mean_and_spread
+from .common.training import TextTask
 from .text_settings import TextSettings, final_loss
-from .text_task import TextTask
 from .training import best_rate
 
 if TYPE_CHECKING:

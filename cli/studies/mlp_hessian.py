@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_adam_mini.hessian.block_diagonality import Score
+from lightning_adam_mini.hessian.block_structure import Score
 from lightning_adam_mini.hessian.exact import check_dense
 
-from ..matrix_pictures import show_matrix, shrunk
+from ..hessian.matrix_pictures import show_matrix, shrunk
 from .checks import check_above, check_least
+from .common.outcome import Claim, Outcome, Row, medians
 from .image_task import CLASSES
-from .outcome import Claim, Outcome, Row, medians
 from .perceptron_task import BUDGET, HIDDEN, OUTPUT, PIXELS, digits, loss_of, noise, perceptron, score_neurons
 from .training import Training, train
 

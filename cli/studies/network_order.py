@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .outcome import Claim, Row
+from .common.outcome import Claim, Row
 from .six_networks import RESNET18_TRAIN
 
 __all__ = ["CNNS", "claims_of_order", "claims_of_scales"]

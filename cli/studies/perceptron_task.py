@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lightning_adam_mini.blocks import Blocks
 from lightning_adam_mini.hessian import HessianOperator
-from lightning_adam_mini.hessian.block_diagonality import Score, exact_scores
+from lightning_adam_mini.hessian.block_structure import Score, exact_scores
 from lightning_adam_mini.hessian.exact import dense_hessian
 
 from ...tasks.seeds import seed_of

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from torch import Generator
 
-from .descent import ScaledDescent, adam_scale
-from .outcome import Claim, Outcome, Row, medians
+from .common.outcome import Claim, Outcome, Row, medians
+from .common.quadratics import ScaledDescent, adam_scale
 from .quadratics import check_condition, random_quadratic
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 from lightning_adam_mini.factory import AdamMini, AdamW, OptimizerFactory
 
 from .checks import check_above, check_least
+from .common.outcome import Claim, Outcome, Row, medians
+from .common.training import TextTask
 from .drawing import heat_map
-from .outcome import Claim, Outcome, Row, medians
 from .text_settings import TextSettings, final_loss
-from .text_task import TextTask
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

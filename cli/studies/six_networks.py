@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from lightning_adam_mini.hessian import ParameterBlock
 
 from ...tasks.seeds import seed_of
-from .architectures import ARCHITECTURES, MASK, SIDE, NetworkSizes
+from .common.networks import ARCHITECTURES, MASK, SIDE, NetworkSizes
+from .common.training import TextSizes, TextTask
 from .image_task import ImageTask
-from .text_task import TextSizes, TextTask
 
 __all__ = ["NETWORKS", "RESNET18_TRAIN", "Network", "blocks_to_compare", "build_network"]
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .checks import check_least
-from .text_task import NUM_BYTES, TextSizes, TextTask
+from .common.training import NUM_BYTES, TextSizes, TextTask
 from .training import DivergedError, Training, train
 
 __all__ = ["TextSettings", "final_loss"]

@@ -11,9 +11,9 @@ import torch
 from torch import Generator, Tensor
 
 from .checks import check_above, check_least
-from .descent import ScaledDescent, adam_mini_scale, adam_scale, blockwise_scale
+from .common.outcome import Claim, Outcome, Row, medians
+from .common.quadratics import ScaledDescent, adam_mini_scale, adam_scale, blockwise_scale
 from .drawing import lines_with_range
-from .outcome import Claim, Outcome, Row, medians
 from .quadratics import BlockQuadratic, check_condition, random_quadratic
 from .training_on_quadratics import ADAM_MINI, ADAMW, train_at_best_rate
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from lightning_adam_mini.factory import CAME, LAMB, SM3, Adafactor, AdamMini, AdamW, Lion, OptimizerFactory
 
 from .checks import check_above
+from .common.outcome import Claim, Outcome, Row, medians
+from .common.training import TextTask
 from .drawing import lines_with_range
-from .outcome import Claim, Outcome, Row, medians
 from .text_settings import TextSettings
-from .text_task import TextTask
 from .training import DivergedError, Training, train
 
 if TYPE_CHECKING:

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from lightning_adam_mini.blocks import Blocks
 from lightning_adam_mini.hessian import HessianOperator
-from lightning_adam_mini.hessian.block_diagonality import exact_scores
+from lightning_adam_mini.hessian.block_structure import exact_scores
 from lightning_adam_mini.hessian.exact import check_dense, dense_block
 
-from ..matrix_pictures import show_matrix, shrunk
+from ..hessian.matrix_pictures import show_matrix, shrunk
 from .bit_task import KINDS, BitSizes, Matrix, build, loss_of, matrices, windows
 from .checks import check_above
-from .outcome import Claim, Outcome, Row, medians
+from .common.outcome import Claim, Outcome, Row, medians
 from .training import Training, train
 
 if TYPE_CHECKING:

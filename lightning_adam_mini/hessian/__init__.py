@@ -1,7 +1,7 @@
 """Spectra of a model's Hessian, whole and block by block: why Adam works, and which blocks Adam-mini takes."""
 
 from lightning_adam_mini.hessian.advice import Advice, advise
-from lightning_adam_mini.hessian.block_diagonality import candidate_cuts, exact_scores
+from lightning_adam_mini.hessian.block_structure import candidate_cuts, exact_scores
 from lightning_adam_mini.hessian.blocks_of import ParameterBlock, block_of, blocks_of, parameter_blocks
 from lightning_adam_mini.hessian.common_grid import Scale
 from lightning_adam_mini.hessian.exact import DenseHessian, dense_block, dense_hessian
@@ -18,7 +18,7 @@ from lightning_adam_mini.hessian.quadrature import (
     quadrature,
 )
 from lightning_adam_mini.hessian.sketched_diagonality import sketched_scores
-from lightning_adam_mini.hessian.spectra import block_tridiagonals, model_tridiagonals
+from lightning_adam_mini.hessian.spectrum import block_tridiagonals, model_tridiagonals
 from lightning_adam_mini.hessian.trace import Estimate, RitzValues, block_traces, top_eigenvalues, trace
 
 __all__ = [

@@ -17,7 +17,7 @@ from functools import partial
 from torch import Tensor
 
 from lightning_adam_mini.blocks import Blocks, Kind
-from lightning_adam_mini.hessian.block_diagonality import Score, ZeroHessianError, candidate_cuts, exact_scores
+from lightning_adam_mini.hessian.block_structure import Score, ZeroHessianError, candidate_cuts, exact_scores
 from lightning_adam_mini.hessian.blocks_of import ParameterBlock
 from lightning_adam_mini.hessian.cut_advice import (
     KEEP,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from lightning_adam_mini.blocks import Blocks
-from lightning_adam_mini.hessian.block_diagonality import Score, best_cut, expected_share
+from lightning_adam_mini.hessian.block_structure import Score, best_cut, expected_share
 from lightning_adam_mini.hessian.fused_parts import Part, Rated, rate_in_parts
 from lightning_adam_mini.hessian.gradient_spread import Spread
 

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 
 from lightning_adam_mini.blocks import Blocks
-from lightning_adam_mini.hessian.block_diagonality import Score, ZeroHessianError, best_cut, candidate_cuts
+from lightning_adam_mini.hessian.block_structure import Score, ZeroHessianError, best_cut, candidate_cuts
 from lightning_adam_mini.hessian.blocks_of import ParameterBlock, blocks_of
 
 __all__ = ["MAX_PARTS", "Part", "Rated", "ScoreFunction", "find_parts", "rate_in_parts", "score_parts"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
-from lightning_adam_mini.hessian.evaluation import Leaves, LossOfParameters
+from lightning_adam_mini.hessian.loss import Leaves, LossOfParameters
 
 __all__ = ["BatchGradient", "GradientGraphs"]
 

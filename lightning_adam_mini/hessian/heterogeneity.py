@@ -22,7 +22,7 @@ from lightning_adam_mini.hessian.common_grid import Scale, as_scale, common_dens
 from lightning_adam_mini.hessian.lanczos import DEFAULT_BUDGET, Tridiagonal
 from lightning_adam_mini.hessian.operators import HessianOperator
 from lightning_adam_mini.hessian.quadrature import DEFAULT_PROBES, DEFAULT_SIGMA, DEFAULT_STEPS, SpectralDensity
-from lightning_adam_mini.hessian.spectra import block_tridiagonals
+from lightning_adam_mini.hessian.spectrum import block_tridiagonals
 
 __all__ = [
     "Heterogeneity",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_adam_mini.hessian.checks import check_steps
-from lightning_adam_mini.hessian.layout import dots as plain_dots
+from lightning_adam_mini.hessian.vectors import dots as plain_dots
 
 __all__ = ["DEFAULT_BUDGET", "Recurrence", "Tridiagonal", "choose", "lanczos", "vector_bytes"]
 

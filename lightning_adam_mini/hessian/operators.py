@@ -21,9 +21,9 @@ from lightning_adam_mini.hessian.checks import (
     check_model,
     check_vector,
 )
-from lightning_adam_mini.hessian.evaluation import LossOfParameters
 from lightning_adam_mini.hessian.gradient_graphs import GradientGraphs
-from lightning_adam_mini.hessian.layout import VectorLayout
+from lightning_adam_mini.hessian.loss import LossOfParameters
+from lightning_adam_mini.hessian.vectors import VectorLayout
 from lightning_adam_mini.hessian.wrapped import unwrap
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from lightning_adam_mini.hessian.layout import draw
+from lightning_adam_mini.hessian.vectors import draw
 
 __all__ = ["probe", "seed_of"]
 

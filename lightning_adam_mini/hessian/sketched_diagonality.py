@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_adam_mini.blocks import Blocks, Kind
-from lightning_adam_mini.hessian.block_diagonality import (
+from lightning_adam_mini.hessian.block_structure import (
     Score,
     check_cut,
     check_not_zero,

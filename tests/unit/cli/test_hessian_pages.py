@@ -12,7 +12,7 @@ pytest.importorskip("jinja2")
 
 from lightning_adam_mini.cli.hessian.pictures import draw_divergences, draw_hessians, drawn
 from lightning_adam_mini.cli.hessian.progress import tell_duration, tell_each
-from lightning_adam_mini.cli.hessian.results import Report, Table, text_table
+from lightning_adam_mini.cli.hessian.report import Report, Table, text_table
 from lightning_adam_mini.hessian.common_grid import Scale
 from lightning_adam_mini.hessian.heterogeneity import Heterogeneity
 from lightning_adam_mini.measure import describe_machine

@@ -15,12 +15,12 @@ pytest.importorskip("mlxtend")
 pytest.importorskip("timm")
 pytest.importorskip("transformers")
 
-from lightning_adam_mini.cli.matrix_pictures import shrunk
+from lightning_adam_mini.cli.hessian.matrix_pictures import shrunk
 from lightning_adam_mini.cli.studies import bit_task, heterogeneity, mlp_hessian
-from lightning_adam_mini.cli.studies.architectures import NetworkSizes
+from lightning_adam_mini.cli.studies.common.networks import NetworkSizes
+from lightning_adam_mini.cli.studies.common.study import load_study
 from lightning_adam_mini.cli.studies.eigenvalue_samples import sample_eigenvalues, sampled_blocks, write_samples
 from lightning_adam_mini.cli.studies.quadratic_cases import read_spectra
-from lightning_adam_mini.cli.studies.registry import load_study
 from lightning_adam_mini.cli.studies.six_networks import NETWORKS, blocks_to_compare, build_network
 from lightning_adam_mini.cli.studies.training import DivergedError
 from lightning_adam_mini.hessian import HessianOperator, Tridiagonal, compare_spectra

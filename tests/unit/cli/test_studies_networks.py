@@ -15,8 +15,8 @@ pytest.importorskip("matplotlib")
 
 from lightning_adam_mini.cli.studies import leave_x_out, sensitivity, trajectories
 from lightning_adam_mini.cli.studies.bagm import BAGM
+from lightning_adam_mini.cli.studies.common.training import TextSizes, TextTask
 from lightning_adam_mini.cli.studies.image_task import ScaledPerceptron
-from lightning_adam_mini.cli.studies.text_task import TextSizes, TextTask
 from lightning_adam_mini.cli.studies.training import DivergedError, Training, best_rate, train
 from study_outcomes import claims_of, outcome_of
 

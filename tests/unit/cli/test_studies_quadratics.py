@@ -9,7 +9,12 @@ pytest.importorskip("jsonargparse")
 pytest.importorskip("scipy")
 
 from lightning_adam_mini import AdamMini
-from lightning_adam_mini.cli.studies.descent import ScaledDescent, adam_mini_scale, adam_scale, blockwise_scale
+from lightning_adam_mini.cli.studies.common.quadratics import (
+    ScaledDescent,
+    adam_mini_scale,
+    adam_scale,
+    blockwise_scale,
+)
 from lightning_adam_mini.cli.studies.quadratic_cases import read_spectra
 from lightning_adam_mini.cli.studies.quadratics import random_quadratic
 from study_outcomes import claims_of, outcome_of

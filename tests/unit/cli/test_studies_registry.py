@@ -4,8 +4,8 @@ import pytest
 
 pytest.importorskip("jsonargparse")
 
-from lightning_adam_mini.cli.studies.outcome import Outcome, as_text, mean_and_spread, medians
-from lightning_adam_mini.cli.studies.registry import STUDIES, list_studies, load_study
+from lightning_adam_mini.cli.studies.common.outcome import Outcome, as_text, mean_and_spread, medians
+from lightning_adam_mini.cli.studies.common.study import STUDIES, list_studies, load_study
 
 
 @pytest.mark.parametrize("name", STUDIES)

@@ -10,7 +10,7 @@ from lightning_adam_mini import AdamMini
 from lightning_adam_mini.blocks import Blocks, Segment
 from lightning_adam_mini.hessian import HessianOperator
 from lightning_adam_mini.hessian.advice import advise
-from lightning_adam_mini.hessian.block_diagonality import Score, candidate_cuts, exact_scores
+from lightning_adam_mini.hessian.block_structure import Score, candidate_cuts, exact_scores
 from lightning_adam_mini.hessian.cut_advice import KEEP, advise_from_scores, advise_in_parts
 from lightning_adam_mini.hessian.fused_parts import find_parts, rate_in_parts, score_parts
 from lightning_adam_mini.hessian.gradient_spread import mean_square_gradients

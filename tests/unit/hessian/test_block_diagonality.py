@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_adam_mini.blocks import Blocks, Segment
 from lightning_adam_mini.hessian import HessianOperator, ParameterBlock
-from lightning_adam_mini.hessian.block_diagonality import candidate_cuts, exact_scores, tau
+from lightning_adam_mini.hessian.block_structure import candidate_cuts, exact_scores, tau
 from lightning_adam_mini.hessian.sketched_diagonality import sketched_scores
 
 SHAPE = (8, 3)

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from ..recipes import read_yaml
+from ...recipes import read_yaml
 from .outcome import Outcome
 
 __all__ = ["STUDIES", "Study", "find_study", "list_studies", "load_study"]
@@ -87,7 +87,7 @@ def load_study(name: str, changes: Sequence[str] = ()) -> Study:
     """
     path = find_study(name)
     recipe = _read(path)
-    module = importlib.import_module(f".{recipe['study']}", __package__)
+    module = importlib.import_module(f"..{recipe['study']}", __package__)
     values = dict(recipe["settings"])
     known = [field.name for field in fields(module.Settings)]
     for change in changes:

@@ -15,8 +15,8 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from ...tasks.data.standard_library import library_files
-from ...tasks.seeds import seed_of
+from ....tasks.data.standard_library import library_files
+from ....tasks.seeds import seed_of
 
 __all__ = ["NUM_BYTES", "TextSizes", "TextTask"]
 
@@ -57,7 +57,7 @@ class TextTask:
 
     def build(self, seed: int) -> nn.Module:
         """A model with random weights that depend on the seed alone."""
-        from ...tasks.llm.model import build_config, build_model
+        from ....tasks.llm.model import build_config, build_model
 
         options = {
             "vocab_size": NUM_BYTES,

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from lightning_adam_mini.hessian.advice import Advice, advise
-from lightning_adam_mini.hessian.block_diagonality import Score
+from lightning_adam_mini.hessian.block_structure import Score
 from lightning_adam_mini.hessian.cut_advice import CutAdvice
 from lightning_adam_mini.hessian.gradient_spread import mean_square_gradients
 
@@ -18,7 +18,7 @@ from .cuts import expressible_cuts, with_own_overrides
 from .memory import check_each
 from .problem import load_problem
 from .progress import tell_each
-from .results import Report, Table, head
+from .report import Report, Table, head
 from .selection import choose_blocks
 
 __all__ = ["run"]

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ...tasks.packages import require
-from .image_task import CLASSES
-from .text_task import NUM_BYTES
+from ....tasks.packages import require
+from ..image_task import CLASSES
+from .training import NUM_BYTES
 
 __all__ = ["ARCHITECTURES", "MASK", "SIDE", "NetworkSizes"]
 

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from .quadratics import BlockQuadratic
+from ..quadratics import BlockQuadratic
 
 __all__ = ["ScaledDescent", "adam_mini_scale", "adam_scale", "blockwise_scale"]
 
