@@ -10,7 +10,6 @@ from lightning_adam_mini.hessian import (
     HessianOperator,
     ParameterBlock,
     block_tridiagonals,
-    choose,
     lanczos,
     model_tridiagonals,
     parameter_blocks,
@@ -99,8 +98,6 @@ def test_the_start_is_left_as_it_was():
 
 def test_the_budget_decides():
     assert vector_bytes(100, 10, torch.float32) == 4000
-    assert choose(100, 10, torch.float32, budget_bytes=4000)
-    assert not choose(100, 10, torch.float32, budget_bytes=3999)
     matrix = symmetric(torch.arange(10.0))
     assert lanczos(matrix.mv, start_of(10), 4, budget_bytes=4 * 10 * 8).vectors is not None
     assert lanczos(matrix.mv, start_of(10), 4, budget_bytes=4 * 10 * 8 - 1).vectors is None
@@ -187,7 +184,7 @@ def test_the_recurrence_takes_four_copies_of_the_parameters():
     ("call", "message"),
     [
         (lambda op, blocks: model_tridiagonals(op, steps=100_000), "100000 Lanczos steps for the model"),
-        (lambda op, blocks: model_tridiagonals(op, steps=1, probes=0), "one random start"),
+        (lambda op, blocks: model_tridiagonals(op, steps=1, probes=0), "one random vector"),
         (lambda op, blocks: block_tridiagonals(op, blocks, steps=5), "5 Lanczos steps for hidden.bias.*use at most 4"),
         (lambda op, blocks: block_tridiagonals(op, [blocks[0]] * 2, steps=2), "two blocks have one name"),
     ],
