@@ -1,4 +1,4 @@
-"""`adam-mini study`: runs a study, tells its claims, and writes its table and picture."""
+"""`adam-mini study`: runs a study, logs its claims, and writes its table and picture."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> int:
         arguments: The command line after `study`.
 
     Returns:
-        0, also where a claim does not hold: that is a finding, told and saved.
+        0, also where a claim does not hold: that is a finding, which is logged and saved.
 
     Raises:
         ArgumentError: The command line is wrong.
@@ -61,8 +61,7 @@ def main(arguments: Sequence[str]) -> int:
     study = load_study(options.name, options.changes)
     folder = parser.folder(options.out or Path("runs/studies") / study.name)
 
-    from .common.outcome import as_text
-    from .files import prepare_folder, write_outcome
+    from .common.outcome import as_text, prepare_folder, write_outcome
 
     prepare_folder(folder, study.name)
     start = time.perf_counter()
