@@ -171,6 +171,7 @@ def _draw(rows: list[Row], figure: Figure) -> None:
         for box in boxes["boxes"]:
             box.set(facecolor=color, alpha=0.5)
         axes.plot([], [], color=color, label={"gd": "GD", "adam": "Adam, frozen v"}[method], linewidth=6, alpha=0.5)
-    axes.set_xticks(range(len(groups)), [f"case {case}\n{blocks}\n{name}" for case, blocks, name in groups])
+    labels = [f"case {case}\n{blocks}\n{name}" for case, blocks, name in groups]
+    axes.set_xticks(range(len(groups)), labels, fontsize=8)
     axes.set(yscale="log", ylabel="iterations to the tolerance")
     axes.legend()
