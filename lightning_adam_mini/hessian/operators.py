@@ -226,7 +226,7 @@ class HessianOperator:
                             _add_block_product(product, edge, leaves[block.parameter], block, vector)
                 total += gradient.weight
                 del gradient, edge
-        self.layout.all_reduce(flat)
+        self.layout.all_reduce(flat)  # all blocks together
         self._divide_(flat, total)
         for name, product in products.items():
             _check_finite(product, f"the product with block {name}")
@@ -234,7 +234,7 @@ class HessianOperator:
 
     def _divide_(self, product: Tensor, weight: float) -> None:
         """Turn the sum over batches into what `reduction` asks for."""
-        if self._total_weight is None:
+        if self._total_weight is None:  # the first product: all ranks are here, and later ones need no collective
             total = torch.tensor(weight, dtype=torch.float64, device=self.device)
             self.layout.all_reduce(total)
             self._total_weight = (weight, total.item())
