@@ -12,7 +12,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from lightning_adam_mini.hessian import Advice, advise, candidate_structures, dense_block, exact_scores
+from lightning_adam_mini.hessian import ModelAdvice, advise, candidate_structures, dense_block, exact_scores
 from lightning_adam_mini.hessian.advice import MatrixAdvice
 from lightning_adam_mini.hessian.block_structure import Score, mean_square_gradients, tau
 from lightning_adam_mini.hessian.exact import check_dense, dense_bytes
@@ -174,7 +174,7 @@ def _check_each(sizes: Mapping[str, int], options: Namespace) -> None:
         raise ValueError(f"--memory {options.memory_text}: {error}") from error
 
 
-def _advice_tables(found: Advice) -> list[ReportTable]:
+def _advice_tables(found: ModelAdvice) -> list[ReportTable]:
     rows = [
         [
             row.parameter,

@@ -1,6 +1,6 @@
 """Spectra of a model's Hessian, whole and block by block: why Adam works, and which blocks Adam-mini takes."""
 
-from lightning_adam_mini.hessian.advice import Advice, advise
+from lightning_adam_mini.hessian.advice import ModelAdvice, advise
 from lightning_adam_mini.hessian.block_structure import candidate_structures, exact_scores, sketched_scores
 from lightning_adam_mini.hessian.exact import DenseHessian, dense_block, dense_hessian
 from lightning_adam_mini.hessian.heterogeneity import Heterogeneity, Scale, compare_spectra, heterogeneity_of
@@ -25,10 +25,10 @@ from lightning_adam_mini.hessian.spectrum import (
 from lightning_adam_mini.hessian.vectors import ParameterBlock, block_of, blocks_of, parameter_blocks
 
 __all__ = [
-    "Advice",
     "DenseHessian",
     "HessianOperator",
     "Heterogeneity",
+    "ModelAdvice",
     "ParameterBlock",
     "Quadrature",
     "RitzValues",

@@ -43,9 +43,9 @@ from lightning_adam_mini.hessian.vectors import ParameterBlock, blocks_of
 
 __all__ = [
     "KEEP",
-    "Advice",
     "MatrixAdvice",
     "MatrixPart",
+    "ModelAdvice",
     "advise",
     "advise_from_parts",
     "advise_from_scores",
@@ -138,7 +138,7 @@ class MatrixAdvice:
 
 
 @dataclass(frozen=True, eq=False)
-class Advice:
+class ModelAdvice:
     """The advice for a model.
 
     Args:
@@ -184,7 +184,7 @@ def advise(
     seed: int = 0,
     budget_bytes: int = DEFAULT_DENSE_BUDGET,
     on_parameter: Callable[[str, int, int], None] | None = None,
-) -> Advice:
+) -> ModelAdvice:
     """Compare candidate block structures of every matrix, and of the parts of fused ones.
 
     Args:
@@ -237,7 +237,7 @@ def advise(
         if (runs := find_parts(structures, scores)) and (parts := score_parts(name, structures[runs], score)):
             row = advise_from_parts(row, runs, parts, structures, own)
         rows.append(row)
-    return Advice(tuple(rows))
+    return ModelAdvice(tuple(rows))
 
 
 def _dense_scores(operator: HessianOperator, parameter: str, budget_bytes: int) -> ScoreFunction:

@@ -14,7 +14,7 @@ import yaml
 from lightning_adam_mini.cli.hessian.command import main as hessian
 from lightning_adam_mini.cli.hessian.options import parse
 from lightning_adam_mini.cli.main import main as command
-from lightning_adam_mini.hessian.advice import Advice
+from lightning_adam_mini.hessian.advice import ModelAdvice
 from tiny_runs import RECIPE, write_recipe
 
 FUSED = "transformer.h.0.attn.c_attn.weight"
@@ -171,7 +171,7 @@ def test_less_data_than_asked_for_is_noted(small, caplog):
 
 
 def test_another_optimizer_gets_a_recipe_for_adam_mini(small, caplog, monkeypatch):
-    monkeypatch.setattr(Advice, "overrides", property(lambda advice: {"mlp": "element"}))
+    monkeypatch.setattr(ModelAdvice, "overrides", property(lambda advice: {"mlp": "element"}))
     run("advise", "--blocks", "*c_fc.weight", "--optimizer", "AdamW", "--out", "found")
     shown = caplog.text.partition("for the recipe:\n")[2].partition("\n\n")[0]
     advised = yaml.safe_load(shown)["optimizer"]

@@ -92,6 +92,21 @@ def test_sentences_are_aligned_to_the_left_with_their_heads(tmp_path):
     assert '<td class="text">short</td><td>22</td>' in text
 
 
+def test_a_logged_table_keeps_names_in_brackets_and_long_lines(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "lightning_adam_mini")
+    logging.getLogger("lightning_adam_mini").propagate = True
+    name = "transformer." * 30 + "weight[0]"
+    table = ReportTable("Blocks", ["block", "rows"], [[name, "8"], ["[red]:smile:", "1,024"]])
+    HessianReport(Namespace(out=tmp_path), {}, tables=[table]).log([tmp_path])
+    width = len(name)
+    assert caplog.messages[0].splitlines() == [
+        "Blocks",
+        f"{'block':<{width}}   rows",
+        f"{name}      8",
+        f"{'[red]:smile:':<{width}}  1,024",
+    ]
+
+
 @pytest.mark.parametrize(
     ("times", "lines"),
     [

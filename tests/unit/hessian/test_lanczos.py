@@ -140,6 +140,20 @@ def test_a_block_with_as_many_steps_as_rows_has_the_eigenvalues_of_its_slice():
     torch.testing.assert_close(torch.linalg.eigvalsh(found.matrix()), expected, rtol=1e-9, atol=1e-11)
 
 
+def test_a_block_that_ends_early_leaves_the_others_as_they_are():
+    """A parameter that the loss does not reach is done after one step."""
+    model, batches = build("tied")
+    operator = HessianOperator(model, classify, batches, dtype=torch.float64)
+    by_name = {block.name: block for block in parameter_blocks(model)}
+    chosen = [by_name[name] for name in ("unused.weight", "hidden.weight")]
+    together = block_tridiagonals(operator, chosen, steps=4, probes=2)
+    alone = block_tridiagonals(operator, chosen[1:], steps=4, probes=2)
+    assert [found.steps for found in together["unused.weight"]] == [1, 1]
+    for one, other in zip(together["hidden.weight"], alone["hidden.weight"], strict=True):
+        assert one.steps == 4
+        torch.testing.assert_close(one.matrix(), other.matrix(), rtol=1e-9, atol=1e-12)
+
+
 def test_blocks_that_do_not_fit_run_by_the_recurrence(caplog):
     model, batches = build("tied")
     operator = HessianOperator(model, classify, batches, dtype=torch.float64)

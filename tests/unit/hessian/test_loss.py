@@ -226,7 +226,7 @@ class Graph:
 
 def test_batches_are_found_in_many_forms():
     x, cpu = torch.ones(2), torch.device("cpu")
-    forms = [x, {"a": [x, 3]}, UserDict(a=x), (x, "text"), [x], Sample(x, "n"), Graph(x)]
+    forms = [x, {"a": [x, 3]}, UserDict(a=x), (x, "text"), [x], Sample(x, "n"), Graph(x), UserDict(a=[Sample(x, "n")])]
     for form in forms:
         placed = place(form, cpu, torch.float64)
         assert type(placed) is type(form)
