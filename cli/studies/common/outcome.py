@@ -9,7 +9,6 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,9 +110,9 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 def as_text(rows: Sequence[Row]) -> str:
     """Rows as an aligned table, numbers with four digits."""
-    num_texts = len(list(takewhile(lambda value: isinstance(value, str), rows[0].values())))
+    left = max((number for number, value in enumerate(rows[0].values(), 1) if isinstance(value, str)), default=1)
     cells = [[_cell(value) for value in row.values()] for row in rows]
-    return "\n".join(text_table([list(rows[0]), *cells], left=max(num_texts, 1)))
+    return "\n".join(text_table([list(rows[0]), *cells], left=left))
 
 
 def _cell(value: object) -> str:
