@@ -1,1 +1,1 @@
-"""`adam-mini hessian`: the Hessian of a recipe's model, its spectra by block, and which cut it asks for."""
+"""`adam-mini hessian`: the Hessian of a recipe's model, its spectra by block, and which block structure fits it."""

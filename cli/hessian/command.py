@@ -1,4 +1,4 @@
-"""`adam-mini hessian`: reads the command line, and leaves the work to one module for each command."""
+"""`adam-mini hessian`: reads the command line, and calls the function of the command."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Compute what is asked about a recipe's Hessian, and write it to a folder.
+    """Analyse a recipe's Hessian, and write the results to a folder.
 
     Args:
         arguments: The command line after `hessian`.
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> int:
 
     Raises:
         ArgumentError: The command line is wrong.
-        ValueError: There is no such recipe, checkpoint or block, the data are missing, or memory does not do.
+        ValueError: There is no such recipe, checkpoint or block, the data are missing, or memory does not suffice.
         OSError: The results cannot be written.
     """
     options = parse(arguments)
@@ -40,9 +40,9 @@ def main(arguments: Sequence[str]) -> int:
     if options.command in ("spectrum", "js"):
         from .spectra import run
     elif options.command == "exact":
-        from .exact import run
+        from .block_structure import run_exact as run
     else:
-        from .advise import run
+        from .block_structure import run_advise as run
     with cpu_threads(options.threads):
         run(options)
     return 0

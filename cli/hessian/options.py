@@ -16,14 +16,14 @@ __all__ = ["COMMANDS", "parse"]
 COMMANDS = {
     "spectrum": "Densities of eigenvalues of each block, by stochastic Lanczos quadrature.",
     "js": "The same, and how different they are: Jensen-Shannon divergences between all pairs of blocks.",
-    "exact": "Dense Hessians of small blocks, and how block-diagonal they are for each cut.",
-    "advise": "Which cut each matrix asks for, without regard to its name or type, as partition_overrides.",
+    "exact": "Dense Hessians of small blocks, and how block-diagonal they are for each block structure.",
+    "advise": "Which block structure each matrix needs, regardless of its name or type, as partition_overrides.",
 }
 DESCRIPTION = """{title} The loss is that of the recipe's task in eval mode, over the first batches of the
 training data; the weights are fresh ones as `fit` would start with, or those of a checkpoint. Options of `adam-mini
 fit`, such as --data.batch_size 8, change the recipe."""
 PASSED_ON = re.compile(r"--(model|data|optimizer)(\.|=|$)|--seed_everything(=|$)")
-"""Options of `fit` that change the model, its data or how it is cut."""
+"""Options of `fit` that change the model, its data or its partition."""
 WITHOUT_EFFECT = re.compile(r"--(trainer|schedule|checkpoint|performance)\b")
 
 

@@ -1,4 +1,4 @@
-"""Pictures: densities of spectra, divergences between blocks, and dense Hessians."""
+"""Pictures: densities of spectra, divergences between blocks, and dense Hessians, small enough for a page."""
 
 from __future__ import annotations
 
@@ -11,27 +11,26 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_adam_mini.hessian import SpectralDensity
 from lightning_adam_mini.hessian.heterogeneity import Heterogeneity
 
-from ..matrix_pictures import shrunk
-
-__all__ = ["draw_densities", "draw_divergences", "draw_hessians", "drawn"]
+__all__ = ["draw_densities", "draw_divergences", "draw_hessians", "drawn", "show_matrix", "shrunk"]
 
 T = TypeVar("T")
 
 COLUMNS = 4
 MOST_PANELS = 64
-"""A longer picture is not looked at, and some thousand rows of panels are more than an image can hold."""
+"""Nobody looks at a longer picture, and some thousand rows of panels are more than an image can hold."""
 MOST_LABELS, MOST_LETTERS = 96, 46
-MOST_PIXELS = 512
+MOST_PIXELS, DECADES = 512, 4
 FLOOR = 1e-10
-"""Below it a logarithmic axis shows rounding alone."""
+"""Below this, a logarithmic axis shows rounding alone."""
 
 
 def drawn(blocks: Mapping[str, T]) -> tuple[dict[str, T], str]:
-    """What a picture shows of many blocks: 64 at even distances, the first and the last among them.
+    """The blocks that a picture shows: 64 at even distances, the first and the last among them.
 
     Args:
         blocks: By name.
@@ -71,7 +70,7 @@ def draw_densities(densities: Mapping[str, SpectralDensity], *, logarithmic: boo
 def draw_divergences(found: Heterogeneity) -> Figure:
     """A heat map of the divergences between all pairs of blocks.
 
-    Colours go with the root of the divergence, from 0 to that of ln 2: models compare, and small ones are told apart.
+    Colours follow the root of the divergence, from 0 to that of ln 2, so that models compare and small values differ.
     """
     count = len(found.names)
     size = min(max(4.0, (0.32 if count <= 24 else 0.16) * count + 2.5), 18.0)
@@ -110,6 +109,28 @@ def draw_hessians(matrices: Mapping[str, Tensor]) -> Figure:
     return figure
 
 
+def shrunk(matrix: Tensor, most: int = 256) -> Tensor:
+    """Absolute values; of a large matrix the largest of each square, at most `most` to a side, so that lines stay."""
+    step = math.ceil(len(matrix) / most)
+    return F.max_pool2d(matrix.abs()[None, None], step, ceil_mode=True)[0, 0].float()
+
+
+def show_matrix(axes: Axes, values: Tensor, title: str) -> None:
+    """Draw values `(k, k)` in colours that span four decades below the largest one.
+
+    Args:
+        axes: Where.
+        values: Not negative; see `shrunk`.
+        title: Above the picture.
+    """
+    top = values.max().item() or 1.0
+    shown = (values / top).clamp(min=10.0**-DECADES).log10()
+    axes.imshow(shown.numpy(), vmin=-DECADES, vmax=0, cmap="magma", interpolation="nearest")
+    axes.set_title(f"{title}\nlargest {top:.1e}", fontsize=7)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
 def _panels(count: int, height: float) -> tuple[Figure, Sequence[Axes]]:
     columns = min(COLUMNS, count)
     rows = math.ceil(count / columns)
@@ -121,6 +142,6 @@ def _panels(count: int, height: float) -> tuple[Figure, Sequence[Axes]]:
 
 
 def _short(name: str) -> str:
-    """Both ends of a name: blocks may differ in either."""
+    """A name by both of its ends: blocks may differ in either."""
     name = name.removeprefix("model.")
     return name if len(name) <= MOST_LETTERS else f"{name[: MOST_LETTERS // 2 - 4]}...{name[-MOST_LETTERS // 2 - 1 :]}"

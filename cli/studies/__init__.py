@@ -1,1 +1,1 @@
-"""`adam-mini study`: the papers' claims about optimizers and Hessians as recipes, with pictures and tables."""
+"""The claims of the papers as small experiments, a module each."""

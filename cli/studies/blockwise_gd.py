@@ -1,6 +1,6 @@
-"""Block-wise gradient descent and BAGM beside Adam-mini and AdamW, each at its own best learning rate.
+"""Block-wise gradient descent and BAGM against Adam-mini and AdamW, each at its own best learning rate.
 
-All of them but AdamW and SGD have one step size a block; blocks are whole tensors, but in Adam-mini's own partition.
+All but AdamW and SGD have one step size a block; blocks are whole tensors, except in Adam-mini's own partition.
 """
 
 from __future__ import annotations
@@ -11,26 +11,24 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 from lightning_adam_mini.factory import AdamMini, AdamW
+from lightning_adam_mini.factory.base import TensorwiseOptimizer
 
-from .bagm import BAGM
-from .block_rates import gradient_sizes
-from .checks import check_above
-from .outcome import Claim, Outcome, Row, mean_and_spread
-from .text_settings import TextSettings, final_loss
-from .text_task import TextTask
-from .training import best_rate
+from .common.outcome import Claim, Outcome, Row, mean_and_spread
+from .common.study import check_above
+from .common.training import TextSettings, TextTask, best_rate, final_loss, gradient_sizes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Settings", "run"]
+__all__ = ["BAGM", "Settings", "run"]
 
 log = logging.getLogger(__name__)
 
@@ -44,13 +42,13 @@ Build = Callable[[nn.Module, float], Optimizer]
 
 @dataclass(frozen=True)
 class Settings(TextSettings):
-    """Sizes of the study. The mean of the first two seeds picks learning rates; the others are told.
+    """Sizes of the study. The mean of the first two seeds picks learning rates; the others are reported.
 
     Args:
         rates: Learning rates of all but SGD with one rate. Block-wise GD divides them by the size of a block's
             gradient; BAGM, whose momentum sums, takes a tenth of them.
         sgd_rates: As many learning rates of SGD with one rate.
-        probe_rate: Learning rate of the AdamW run that tells the sizes of gradients.
+        probe_rate: Learning rate of the AdamW run that measures the sizes of gradients.
     """
 
     rates: list[float]
@@ -62,7 +60,7 @@ class Settings(TextSettings):
         super().__post_init__()
         check_above(self, 0, "rates", "sgd_rates", "probe_rate")
         if len(self.seeds) < TUNING + 2:
-            raise ValueError("seeds must be at least four: two pick learning rates, the others tell a standard error")
+            raise ValueError("seeds must be at least four: two pick learning rates, the others give a standard error")
         if len(self.rates) != len(self.sgd_rates):
             raise ValueError("rates and sgd_rates must be as many, so that no optimizer is tuned more")
 
@@ -102,8 +100,54 @@ def run(settings: Settings) -> Outcome:
     return Outcome(rows, claims, partial(_draw, summary), summary=summary, size=(8, 3.5))
 
 
+class BAGM(TensorwiseOptimizer):
+    r"""Block-wise adaptive gradient with momentum; each parameter is one block.
+
+    .. math::
+        u \leftarrow \beta_2 u + (1-\beta_2) \operatorname{mean}(g^2), \qquad
+        m' \leftarrow \beta_1 m - \eta \sqrt{1-\beta_2^t} \frac{g}{\sqrt u + \epsilon}, \qquad
+        p \leftarrow p - \beta_1 m + (1 + \beta_1) m'
+
+    Gradients are taken at weights that look ahead, `p + beta1 m` (Zheng and Kwok 2019, "Blockwise Adaptivity: Faster
+    Training and Better Generalization in Deep Learning", with the details of MXNet's implementation). Unlike in
+    Adam-mini, the momentum is of normalised gradients, has no bias correction, and sums, so that a learning rate moves
+    weights `1 / (1 - beta1)` times as far.
+
+    Args:
+        params: Parameters or groups.
+        lr: Learning rate.
+        betas: Decay rates of the momentum and of the squared gradient.
+        eps: Added to the root of the second moment.
+        weight_decay: Coefficient of an L2 term of the gradient.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def update_(self, param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """See `TensorwiseOptimizer.update_`."""
+        beta1, beta2 = group["betas"]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(param)
+            state["exp_avg_sq"] = param.new_zeros(())
+        momentum, mean_square = state["momentum"], state["exp_avg_sq"]
+        grad = grad.add(param, alpha=group["weight_decay"])
+        mean_square.lerp_(grad.square().mean(), 1 - beta2)
+        lr = group["lr"] * (1 - beta2 ** float(state["step"])) ** 0.5
+        param.sub_(momentum, alpha=beta1)
+        momentum.mul_(beta1).sub_(grad * (lr / (mean_square.sqrt() + group["eps"])))
+        param.add_(momentum, alpha=1 + beta1)
+
+
 def _builders(sizes: dict[str, float]) -> dict[str, Build]:
-    """How each optimizer is made of a model and a learning rate. Momenta are averages, so that rates compare."""
+    """How each optimizer is built from a model and a learning rate. Momenta are averages, so that rates compare."""
 
     def blockwise(model: nn.Module, rate: float) -> Optimizer:
         groups = [{"params": [p], "lr": rate / sizes[name]} for name, p in model.named_parameters()]

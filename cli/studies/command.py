@@ -1,17 +1,18 @@
-"""`adam-mini study`: runs a study, tells its claims, and writes its table and picture."""
+"""`adam-mini study`: runs a study, logs its claims, and writes its table and picture."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import logging
 import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning_adam_mini.hints import require_package
+
 from ..arguments import Parser, cpu_threads
-from .registry import list_studies, load_study
+from .common.study import list_studies, load_study
 
 __all__ = ["main"]
 
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str]) -> int:
         arguments: The command line after `study`.
 
     Returns:
-        0, also where a claim does not hold: that is a finding, told and saved.
+        0, also where a claim does not hold: that is a finding, which is logged and saved.
 
     Raises:
         ArgumentError: The command line is wrong.
@@ -56,13 +57,11 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if options.threads < 1:
         parser.error(f"--threads {options.threads}: at least 1")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("a study needs matplotlib; install it with pip install 'lightning-adam-mini[app]'")
+    require_package("matplotlib", "a study")
     study = load_study(options.name, options.changes)
     folder = parser.folder(options.out or Path("runs/studies") / study.name)
 
-    from .files import prepare_folder, write_outcome
-    from .outcome import as_text
+    from .common.outcome import as_text, prepare_folder, write_outcome
 
     prepare_folder(folder, study.name)
     start = time.perf_counter()

@@ -1,7 +1,7 @@
 """Adam's diagonal and the condition number of one dense block (Zhang et al. 2024, "Why Transformers Need Adam").
 
 `tau = sum_i |H_ii| / sum_ij |H_ij|` says how diagonal H is, and `r = kappa(D H) / kappa(H)` what D = 1 / |H w| at
-random weights w does to it. Eigenvalues are fixed; eigenvectors turn from the axes away.
+random weights w does to it. Eigenvalues are fixed; eigenvectors turn away from the axes.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ import torch
 from scipy.stats import spearmanr
 from torch import Generator
 
-from lightning_adam_mini.hessian.block_diagonality import tau
+from lightning_adam_mini.hessian.block_structure import tau
 
-from .checks import check_above, check_least
-from .descent import ScaledDescent, adam_scale
-from .outcome import Claim, Outcome, Row, medians
-from .quadratics import BlockQuadratic, check_condition
+from .common.outcome import Claim, Outcome, Row, medians
+from .common.quadratics import BlockQuadratic, ScaledDescent, adam_scale, check_condition
+from .common.study import check_above, check_least
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

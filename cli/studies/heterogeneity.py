@@ -1,8 +1,8 @@
-"""How unlike the spectra of a network's blocks are at the start (Zhang et al. 2024, "Why Transformers Need Adam").
+"""How different the spectra of a network's blocks are at the start ("Why Transformers Need Adam", Zhang et al. 2024).
 
 JS0 is the mean Jensen-Shannon divergence between the spectra of all pairs of blocks. The papers print values that no
-such divergence can have, so the sum without the grid's spacing is told beside it; and since a divergence depends on the
-unit of the eigenvalues, three units are: none, the largest eigenvalue of all blocks, and that of each block.
+such divergence can have, so the sum without the grid's spacing is reported too; and since a divergence depends on the
+unit of the eigenvalues, there are three units: none, the largest eigenvalue of all blocks, and that of each block.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from lightning_adam_mini.hessian import (
     HessianOperator,
@@ -22,31 +24,37 @@ from lightning_adam_mini.hessian import (
     Scale,
     Tridiagonal,
     block_tridiagonals,
+    compare_spectra,
     quadrature,
 )
-from lightning_adam_mini.hessian.common_grid import MAX_POINTS
-from lightning_adam_mini.hessian.heterogeneity import compare_spectra
-from lightning_adam_mini.hessian.quadrature import DEFAULT_SIGMA
+from lightning_adam_mini.hessian.heterogeneity import MAX_POINTS
+from lightning_adam_mini.hessian.spectrum import DEFAULT_SIGMA
 
-from .architectures import NetworkSizes
-from .checks import check_above, check_least
-from .eigenvalue_samples import SAMPLED, sample_eigenvalues, sampled_blocks, write_samples
-from .network_order import CNNS, claims_of_order, claims_of_scales
-from .outcome import Outcome, Row, mean_and_spread
-from .quadratics import check_condition
-from .six_networks import NETWORKS, RESNET18_TRAIN, Network, blocks_to_compare, build_network
+from ...tasks.atomic_files import write_text
+from .common.networks import NETWORKS, RESNET18_TRAIN, Network, NetworkSizes, blocks_to_compare, build_network
+from .common.outcome import Claim, Outcome, Row, as_csv, mean_and_spread
+from .common.quadratics import check_condition
+from .common.study import check_above, check_least
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["UNITS", "Settings", "run"]
+__all__ = ["UNITS", "Settings", "run", "sample_eigenvalues", "sampled_blocks", "write_samples"]
 
 log = logging.getLogger(__name__)
 
+PAPER = "Why Transformers Need Adam, JS0"
+CNNS = ("ResNet18", "VGG16")
+OTHERS = ("MLP-Mixer", "BERT", "GPT-2", "ViT")
 UNITS = {"none": "as they are", "network": "by the network's largest", "block": "by the block's largest"}
 SCALES = {"none": Scale.RAW, "network": Scale.MODEL, "block": Scale.TOP}
 MOST_POINTS = 2**22
 """Points of a grid with which 50 blocks take some GB; beyond, sigma is not resolved, and a warning says so."""
+SAMPLED = {
+    "GPT-2": ("wte.weight", "h.2.attn.c_attn.weight[q]", "h.2.attn.c_attn.weight[v]", "h.2.mlp.c_fc.weight"),
+    "ResNet18": tuple(f"layer{stage}.0.conv1.weight" for stage in range(1, 5)),
+}
+"""Ends of the names of blocks: the embedding and three of the third layer, and a convolution of each stage."""
 Spectra = dict[str, list[Tridiagonal]]
 
 
@@ -56,7 +64,7 @@ class Settings(NetworkSizes):
 
     Args:
         seeds: Of weights, batches and starts.
-        networks: Names of `six_networks.NETWORKS`.
+        networks: Names of `NETWORKS`.
         steps: Lanczos steps; smaller blocks are left out.
         probes: Random starts of each block.
         spectra: Folder that eigenvalues of blocks of GPT-2 and ResNet18 are written to, of the first seed, as
@@ -97,7 +105,7 @@ class Settings(NetworkSizes):
 
 def run(settings: Settings) -> Outcome:
     """JS0 of each network, seed and unit."""
-    for name in settings.networks:  # what is not installed, and what is too small, is told before the work
+    for name in settings.networks:  # missing packages and networks that are too small are found before the work
         _blocks(name, build_network(name, settings, settings.seeds[0]), settings)
     rows: list[Row] = []
     for name in settings.networks:
@@ -110,12 +118,12 @@ def run(settings: Settings) -> Outcome:
                 write_samples(Path(settings.spectra).expanduser(), name, values)
         log.info("%s: JS0 %s", name, ", ".join(f"{row['js0']:.3f} ({row['unit']})" for row in rows[-len(UNITS) :]))
     summary = _means(rows)
-    claims = [claim for unit in UNITS for claim in claims_of_order(summary, unit)]
-    return Outcome(rows, claims + claims_of_scales(summary), partial(_draw, rows), size=(11, 7), summary=summary)
+    claims = [claim for unit in UNITS for claim in _claims_of_order(summary, unit)]
+    return Outcome(rows, claims + _claims_of_scales(summary), partial(_draw, rows), size=(11, 7), summary=summary)
 
 
 def _blocks(name: str, network: Network, settings: Settings) -> list[ParameterBlock]:
-    """The blocks that are compared, those whose eigenvalues are asked for among them."""
+    """The blocks that are compared; they must include those whose eigenvalues are asked for."""
     blocks = blocks_to_compare(network.model, settings.steps)
     if len(blocks) < 2:
         raise ValueError(f"{name} has {len(blocks)} blocks of {settings.steps} elements or more: give fewer steps")
@@ -159,6 +167,110 @@ def _means(rows: Sequence[Row]) -> list[Row]:
         line["ratio"] = statistics.median(row["largest"] / row["smallest_of_largest"] for row in own)
         found.append(line)
     return found
+
+
+def _claims_of_order(summary: Sequence[Row], unit: str) -> list[Claim]:
+    """What the papers say about the order, for the networks that were measured."""
+    lines = {line["network"]: line for line in summary if line["unit"] == unit}
+    cnns, others = ([name for name in names if name in lines] for names in (CNNS, OTHERS))
+    if not cnns or not others:
+        return []
+    js0 = {name: line["js0"] for name, line in lines.items()}
+    values = ", ".join(f"{name} {value:.3g}" for name, value in js0.items())
+    most = max(js0[name] for name in cnns)
+    claims = [
+        Claim(
+            f"unit {unit}: JS0 of every CNN is below that of each other network",
+            most < min(js0[name] for name in others),
+            values,
+            PAPER,
+        )
+    ]
+    if RESNET18_TRAIN in lines:
+        claims.append(
+            Claim(
+                f"unit {unit}: so it is for ResNet18 that normalises by the batch",
+                js0[RESNET18_TRAIN] < min(js0[name] for name in others),
+                values,
+            )
+        )
+    sums = {name: lines[name]["js0_sum"] for name in (*cnns, *others)}
+    claims.append(
+        Claim(
+            f"unit {unit}: the sum without spacing is 100 times smaller for CNNs than for each other network",
+            100 * max(sums[name] for name in cnns) <= min(sums[name] for name in others),
+            ", ".join(f"{name} {value:.3g}" for name, value in sums.items()),
+            PAPER,
+        )
+    )
+    return claims
+
+
+def _claims_of_scales(summary: Sequence[Row]) -> list[Claim]:
+    """Our own claim about what no unit changes: how far apart the largest eigenvalues of blocks are."""
+    ratios = {line["network"]: line["ratio"] for line in summary}
+    values = ", ".join(f"{name} {ratio:.3g}" for name, ratio in ratios.items())
+    cnns, others = ([ratios[name] for name in names if name in ratios] for names in (CNNS, OTHERS))
+    if not cnns or not others:
+        return []
+    text = (
+        "the sharpest block's largest eigenvalue over the flattest one's is 10 times smaller for CNNs than for others"
+    )
+    return [Claim(text, 10 * max(cnns) <= min(others), values)]
+
+
+def sample_eigenvalues(
+    tridiagonals: Mapping[str, Sequence[Tridiagonal]], *, count: int, condition_number: float
+) -> dict[str, list[float]]:
+    """Some eigenvalues of each block, all of them positive, as multiples of the smallest.
+
+    A block's are its largest one and evenly spaced quantiles of the density above 0. Adam's bound needs positive
+    definite blocks, and gradient descent some condition number: what lies below the largest of all blocks over
+    `condition_number`, as most of a network's spectrum does, is raised to that.
+
+    Args:
+        tridiagonals: By the name of the block.
+        count: Eigenvalues of each block.
+        condition_number: Largest of all blocks over the smallest.
+
+    Raises:
+        ValueError: A block has no positive eigenvalue.
+    """
+    found = {}
+    for name, some in tridiagonals.items():
+        measures = [quadrature(t) for t in some]
+        nodes = torch.cat([m.nodes for m in measures])
+        weights = torch.cat([m.weights for m in measures])[nodes > 0]
+        nodes = nodes[nodes > 0]
+        if not nodes.numel():
+            raise ValueError(f"{name} has no positive eigenvalue: leave it out")
+        order = nodes.argsort()
+        shares = weights[order].cumsum(0) / weights.sum()
+        places = (torch.arange(count - 1, dtype=torch.float64) + 0.5) / (count - 1)
+        at = torch.searchsorted(shares, places).clamp_(max=nodes.numel() - 1)
+        found[name] = torch.cat([nodes[order][at], nodes.max().unsqueeze(0)])
+    floor = max(values.max().item() for values in found.values()) / condition_number
+    return {name: (values / floor).clamp(min=1.0).tolist() for name, values in found.items()}
+
+
+def sampled_blocks(network: str, blocks: Iterable[str]) -> list[str]:
+    """Names of the blocks of a network whose eigenvalues are sampled.
+
+    Raises:
+        ValueError: One of them is not there.
+    """
+    names = list(blocks)
+    found = [next((name for name in names if name.endswith(end)), None) for end in SAMPLED[network]]
+    if None in found:
+        lost = SAMPLED[network][found.index(None)]
+        raise ValueError(f"{network}: {lost} is not among the blocks: give fewer steps, or spectra=null")
+    return [name for name in found if name is not None]
+
+
+def write_samples(folder: Path, network: str, eigenvalues: Mapping[str, Sequence[float]]) -> None:
+    """Write `gpt2.csv` or `resnet18.csv`, with the columns `block` and `eigenvalue` that `quadratic_cases` reads."""
+    rows = [{"block": name, "eigenvalue": f"{one:.6g}"} for name, values in eigenvalues.items() for one in values]
+    write_text(folder / f"{network.lower().replace('-', '')}.csv", as_csv(rows))
 
 
 def _draw(rows: list[Row], figure: Figure) -> None:

@@ -1,4 +1,4 @@
-"""Adam that leaves blocks to one learning rate each (Zhang et al. 2024, Adam-mini, Appendix A and Fig. 8).
+"""Adam with one learning rate each for some blocks (Zhang et al. 2024, Adam-mini, Appendix A and Fig. 8).
 
 A left-out block moves along its momentum with one rate for the whole block, found on a grid; all others are Adam's. If
 one good rate a block is enough, no block is worse for it.
@@ -19,12 +19,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .block_rates import gradient_sizes, matrices
-from .checks import check_above, check_least
-from .outcome import Claim, Outcome, Row, mean_and_spread
-from .text_settings import TextSettings, final_loss
-from .text_task import TextTask
-from .training import best_rate
+from .common.outcome import Claim, Outcome, Row, mean_and_spread
+from .common.study import check_above, check_least
+from .common.training import TextSettings, TextTask, best_rate, final_loss, gradient_sizes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,12 +36,12 @@ BETAS = (0.9, 0.95)
 
 @dataclass(frozen=True)
 class Settings(TextSettings):
-    """Sizes of the study. Rates are found on the first seed; differences are told of the others.
+    """Sizes of the study. Rates are found on the first seed; differences are reported for the others.
 
     Args:
-        adam_rates: Peak learning rates of Adam; that of the least mean loss over all seeds is what gains are to.
+        adam_rates: Peak learning rates of Adam; gains are measured from that of the least mean loss over all seeds.
         factors: A block's rate times the root mean square of its gradient, as multiples of Adam's rate.
-        more_out: How many blocks are left out together, beside one; each with its own rate of leaving one out.
+        more_out: How many blocks are left out together, in addition to one; each with its own rate of leaving one out.
         draws: Different random choices of blocks for each number of `more_out`.
     """
 
@@ -60,14 +57,14 @@ class Settings(TextSettings):
         check_least(self, 1, "draws")
         check_least(self, 2, "more_out")
         if len(self.seeds) < 2:
-            raise ValueError("seeds must be at least two: rates are found on the first and told of the others")
+            raise ValueError("seeds must be at least two: rates are found on the first and reported for the others")
 
 
 def run(settings: Settings) -> Outcome:
     """Loss of Adam minus that of leaving blocks out, for every block alone and for random choices of several."""
     task = TextTask(settings)
     tuning, *others = settings.seeds
-    names = matrices(task.build(tuning))
+    names = [name for name, parameter in task.build(tuning).named_parameters() if parameter.ndim > 1]
     draw = random.Random(tuning)
     choices = [choice for count in settings.more_out for choice in _choices(names, count, settings.draws, draw)]
     by_rate = {r: {seed: _loss(task, settings, seed, r, {}) for seed in settings.seeds} for r in settings.adam_rates}
@@ -92,10 +89,10 @@ def run(settings: Settings) -> Outcome:
         for seed in others:
             loss = _loss(task, settings, seed, adam_rate, {name: rates[name] for name in chosen})
             rows.append(_row(len(chosen), " + ".join(chosen), seed, (None, None, None), adam[seed], loss))
-    figures = {"adam_rate": adam_rate, "adam_loss": {str(r): list(losses.values()) for r, losses in by_rate.items()}}
+    values = {"adam_rate": adam_rate, "adam_loss": {str(r): list(losses.values()) for r, losses in by_rate.items()}}
     summary = _by_choice(rows)
     claims = [_claim(summary, 1, "tuned_gain"), *(_claim(summary, n, "gain") for n in (1, *settings.more_out))]
-    return Outcome(rows, claims, partial(_draw, summary), figures=figures, size=(9, 8), summary=summary)
+    return Outcome(rows, claims, partial(_draw, summary), values=values, size=(9, 8), summary=summary)
 
 
 def _choices(names: Sequence[str], count: int, draws: int, draw: random.Random) -> list[tuple[str, ...]]:
@@ -152,18 +149,18 @@ def _by_choice(rows: list[Row]) -> list[Row]:
     return found
 
 
-def _claim(summary: list[Row], count: int, figure: str) -> Claim:
+def _claim(summary: list[Row], count: int, gain: str) -> Claim:
     """The paper's: leaving out is never clearly worse. Clearly: by more than 2 % of a nat a byte."""
     own = [line for line in summary if line["left_out"] == count]
-    worst, best = (pick(own, key=lambda line: line[figure]) for pick in (min, max))
+    worst, best = (pick(own, key=lambda line: line[gain]) for pick in (min, max))
     measured = (
-        f"gain {worst[figure]:+.4f} ({worst['blocks']}) to {best[figure]:+.4f} ({best['blocks']}), median "
-        f"{statistics.median(line[figure] for line in own):+.4f}; "
-        f"{sum(line[figure] > 0 for line in own)} of {len(own)} choices gain"
+        f"gain {worst[gain]:+.4f} ({worst['blocks']}) to {best[gain]:+.4f} ({best['blocks']}), median "
+        f"{statistics.median(line[gain] for line in own):+.4f}; "
+        f"{sum(line[gain] > 0 for line in own)} of {len(own)} choices gain"
     )
-    where = "on the seed that the rates were found on" if figure == "tuned_gain" else "on other seeds"
+    where = "on the seed that the rates were found on" if gain == "tuned_gain" else "on other seeds"
     text = f"leave {count} out, {where}: no choice loses more than 0.02 nats to Adam"
-    return Claim(text, worst[figure] > -0.02, measured, PAPER)
+    return Claim(text, worst[gain] > -0.02, measured, PAPER)
 
 
 def _draw(summary: list[Row], figure: Figure) -> None:

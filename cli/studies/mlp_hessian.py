@@ -1,8 +1,8 @@
 """Dense Hessians of a perceptron with one hidden layer, and whether they fall into a block for each neuron.
 
-Collobert 2004 tells why they should: with cross entropy the blocks between two hidden neurons have a factor p (1 - p)
-that vanishes as the data are fitted. Zhang et al. 2024 (Adam-mini) see it at the start too, and the more so the more
-classes there are.
+Collobert 2004 explains why they should: with cross entropy the blocks between two hidden neurons have a factor
+p (1 - p) that vanishes as the data are fitted. Zhang et al. 2024 (Adam-mini) see it at the start too, more so with more
+classes.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
 
-from lightning_adam_mini.hessian.block_diagonality import Score
+from lightning_adam_mini.blocks import Blocks
+from lightning_adam_mini.hessian import HessianOperator, dense_hessian, exact_scores
+from lightning_adam_mini.hessian.block_structure import Score
 from lightning_adam_mini.hessian.exact import check_dense
 
-from ..matrix_pictures import show_matrix, shrunk
-from .checks import check_above, check_least
-from .image_task import CLASSES
-from .outcome import Claim, Outcome, Row, medians
-from .perceptron_task import BUDGET, HIDDEN, OUTPUT, PIXELS, digits, loss_of, noise, perceptron, score_neurons
-from .training import Training, train
+from ...tasks.data.sampling import seed_of
+from ..hessian.pictures import show_matrix, shrunk
+from .common.outcome import Claim, Outcome, Row, medians
+from .common.study import check_above, check_least
+from .common.training import CLASSES, ImageTask, train
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,7 +39,13 @@ log = logging.getLogger(__name__)
 
 PAPER = "Adam-mini paper, Hessians of a perceptron"
 DIGITS, NOISE = "digits", "normal noise"
+HIDDEN, OUTPUT = "hidden layer", "output layer"
 PANELS = 6
+SMALL = 7
+INPUTS = SMALL**2
+BUDGET = 2**32
+"""Bytes that a dense Hessian may take."""
+Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -79,8 +87,8 @@ class Settings:
             raise ValueError(f"two of parts {self.parts} are the same of {self.steps} steps: give more steps")
         if self.classes != sorted(self.classes):
             raise ValueError(f"classes must ascend, not {self.classes}")
-        sizes = {"the perceptron": PIXELS + CLASSES, "the hidden layer on noise": self.inputs}
-        check_dense([(name, self.hidden * size) for name, size in sizes.items()], BUDGET)
+        sizes = {"the perceptron": INPUTS + CLASSES, "the hidden layer on noise": self.inputs}
+        check_dense({name: self.hidden * size for name, size in sizes.items()}, BUDGET)
 
     def moments(self) -> dict[int, float]:
         """Parts by their number of steps."""
@@ -100,29 +108,77 @@ def run(settings: Settings) -> Outcome:
 
 
 def _on_digits(settings: Settings, seed: int, pictures: dict[float, Tensor]) -> list[Row]:
-    batch = digits(settings.images, seed)
-    model = perceptron(PIXELS, settings.hidden, CLASSES, seed)
+    batch = _digits(settings.images, seed)
+    model = _perceptron(INPUTS, settings.hidden, CLASSES, seed)
     moments = settings.moments()
     rows: list[Row] = []
 
     def measure(step: int) -> None:
         if step not in moments:
             return
-        loss, scores, matrix = score_neurons(model, batch)
+        loss, scores, matrix = _score_neurons(model, batch)
         log.info("seed %d, %d of %d steps: loss %.3f", seed, step, settings.steps, loss)
         rows.extend(_rows(seed, DIGITS, CLASSES, moments[step], loss, scores))
         pictures[moments[step]] = shrunk(matrix)
 
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.rate)
-    train(model, [optimizer], lambda _: loss_of(model, batch), Training(settings.steps, clip=None), measure)
+    train(model, [optimizer], lambda _: _loss_of(model, batch), steps=settings.steps, observe=measure)
     return rows
 
 
 def _on_noise(settings: Settings, seed: int, classes: int) -> list[Row]:
-    batch = noise(settings.samples, settings.inputs, classes, seed)
-    model = perceptron(settings.inputs, settings.hidden, classes, seed)
-    loss, scores, _ = score_neurons(model, batch, hidden_alone=True)
+    batch = _noise(settings.samples, settings.inputs, classes, seed)
+    model = _perceptron(settings.inputs, settings.hidden, classes, seed)
+    loss, scores, _ = _score_neurons(model, batch, hidden_alone=True)
     return _rows(seed, NOISE, classes, 0.0, loss, scores)
+
+
+def _perceptron(inputs: int, hidden: int, classes: int, seed: int) -> nn.Sequential:
+    """Two layers without biases, float64; smooth, so that the Hessian has no jumps."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(seed, "weights"))
+        layers = nn.Linear(inputs, hidden, bias=False), nn.Tanh(), nn.Linear(hidden, classes, bias=False)
+        return nn.Sequential(*layers).double()
+
+
+def _digits(count: int, seed: int) -> Batch:
+    """Digits shrunk to 7 by 7 pixels, `(count, 49)`, drawn with replacement, and their labels."""
+    images, labels = ImageTask(count).batch(seed, 0)
+    return F.avg_pool2d(images.view(-1, 1, 28, 28), 28 // SMALL).flatten(1).double(), labels
+
+
+def _noise(count: int, inputs: int, classes: int, seed: int) -> Batch:
+    """Standard normal inputs `(count, inputs)` and random labels."""
+    generator = Generator().manual_seed(seed_of(seed, "noise", classes))
+    values = torch.randn(count, inputs, generator=generator, dtype=torch.float64)
+    return values, torch.randint(classes, (count,), generator=generator)
+
+
+def _loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean cross entropy."""
+    inputs, labels = batch
+    return F.cross_entropy(model(inputs), labels)
+
+
+def _score_neurons(
+    model: nn.Sequential, batch: Batch, *, hidden_alone: bool = False
+) -> tuple[float, dict[str, Score], Tensor]:
+    """The loss; by layer, the score of one block per neuron; and the Hessian.
+
+    `hidden_alone` leaves out the output layer, which is by far the larger one with many classes.
+    """
+    weights = dict(zip((HIDDEN, OUTPUT), model.parameters(), strict=True))
+    weights[OUTPUT].requires_grad_(not hidden_alone)
+    matrix = dense_hessian(HessianOperator(model, _loss_of, [batch]), budget_bytes=BUDGET).matrix
+    found, start = {}, 0
+    for name, weight in weights.items():
+        if weight.requires_grad:
+            part = slice(start, start := start + weight.numel())
+            by_neuron = {"neuron": Blocks.rows(tuple(weight.shape), block_size=1)}
+            found[name] = exact_scores(matrix[part, part], by_neuron)["neuron"]
+    weights[OUTPUT].requires_grad_(True)
+    with torch.no_grad():
+        return float(_loss_of(model, batch)), found, matrix
 
 
 def _rows(seed: int, data: str, classes: int, part: float, loss: float, scores: Mapping[str, Score]) -> list[Row]:
@@ -141,16 +197,17 @@ def _claims(rows: Sequence[Row], settings: Settings) -> list[Claim]:
         for part in settings.parts:
             shares = _shares(rows, DIGITS, layer, part=part)
             expected = next(row["expected"] for row in rows if (row["data"], row["layer"]) == (DIGITS, layer))
-            measured = f"{_told(shares)}, by chance {expected:.3f}"
+            measured = f"{_median_and_range(shares)}, by chance {expected:.3f}"
             text = f"{layer}, {part:.0%} of the steps: neurons hold most of the squared norm on every seed"
             claims.append(Claim(text, min(shares) > 0.5, measured, PAPER))
     by_classes = [_shares(rows, NOISE, HIDDEN, classes=count) for count in settings.classes]
-    told = ", ".join(f"{count}: {_told(shares)}" for count, shares in zip(settings.classes, by_classes, strict=True))
+    pairs = zip(settings.classes, by_classes, strict=True)
+    measured = ", ".join(f"{count}: {_median_and_range(shares)}" for count, shares in pairs)
     if len(by_classes) > 1:
         text = "hidden layer, normal noise at the start: the share within neurons rises with the number of classes"
         middles = [statistics.median(shares) for shares in by_classes]
         holds = all(low < high for low, high in pairwise(middles))
-        claims.append(Claim(text, holds, told, PAPER))
+        claims.append(Claim(text, holds, measured, PAPER))
     return claims
 
 
@@ -162,7 +219,7 @@ def _shares(rows: Sequence[Row], data: str, layer: str, **where: float) -> list[
     ]
 
 
-def _told(shares: Sequence[float]) -> str:
+def _median_and_range(shares: Sequence[float]) -> str:
     return f"{statistics.median(shares):.2f} ({min(shares):.2f} to {max(shares):.2f})"
 
 

@@ -1,7 +1,7 @@
-"""Four quadratics with unlike and alike blocks (Zhang et al. 2024, "Why Transformers Need Adam", Cases 1 to 4).
+"""Four quadratics with heterogeneous and homogeneous blocks ("Why Transformers Need Adam", Cases 1 to 4).
 
-Cases 1 and 3 take eigenvalues of networks from files; cases 2 and 4 have nine eigenvalues in three blocks, the same
-ones in both, sorted into unlike blocks or dealt to alike ones.
+Zhang et al. 2024. Cases 1 and 3 take eigenvalues of networks from files; cases 2 and 4 have the same nine eigenvalues
+in three blocks, sorted into heterogeneous blocks or dealt to homogeneous ones.
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ from typing import TYPE_CHECKING
 
 from torch import Generator
 
-from .descent import ScaledDescent, adam_scale
-from .outcome import Claim, Outcome, Row, medians
-from .quadratics import check_condition, random_quadratic
+from .common.outcome import Claim, Outcome, Row, medians
+from .common.quadratics import ScaledDescent, adam_scale, check_condition, random_quadratic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["Settings", "read_spectra", "run"]
 
-UNLIKE, ALIKE = "unlike blocks", "alike blocks"
+HETEROGENEOUS, HOMOGENEOUS = "heterogeneous blocks", "homogeneous blocks"
 PAPER = "Why Transformers Need Adam, quadratic models"
 Spectra = list[list[float]]
 
@@ -38,21 +37,21 @@ class Settings:
         seeds: Of rotations and starts.
         top_eigenvalues: Largest eigenvalue of cases 2 and 4; a pair of cases for each.
         tolerance: Loss, relative to the first one, that iterations are counted to.
-        unlike_spectra: CSV with columns `block` and `eigenvalue` for case 1, a path or one beside the packaged recipes
-            (`heterogeneity` writes such files); None leaves case 1 out.
-        alike_spectra: The same for case 3.
+        heterogeneous_spectra: CSV with columns `block` and `eigenvalue` for case 1, a path or a file next to the
+            packaged recipes (`heterogeneity` writes such files); None leaves case 1 out.
+        homogeneous_spectra: The same for case 3.
     """
 
     seeds: list[int]
     top_eigenvalues: list[float]
     tolerance: float
-    unlike_spectra: str | None
-    alike_spectra: str | None
+    heterogeneous_spectra: str | None
+    homogeneous_spectra: str | None
 
     def __post_init__(self) -> None:
         """Check the numbers."""
         if not 0 < self.tolerance < 1:
-            raise ValueError(f"tolerance must lie between 0 and 1, not {self.tolerance}")
+            raise ValueError(f"tolerance must be between 0 and 1, not {self.tolerance}")
         if low := [top for top in self.top_eigenvalues if top < 103]:
             raise ValueError(f"top_eigenvalues must be at least 103, above the other two blocks, not {low[0]}")
         check_condition("top_eigenvalues", max(self.top_eigenvalues))
@@ -101,7 +100,7 @@ def read_spectra(path: str) -> Spectra:
 
 
 def _find(path: str) -> Path:
-    """The file of a path, else of that name beside the packaged recipes."""
+    """The file of a path, else of that name next to the packaged recipes."""
     given = Path(path).expanduser()
     packaged = Path(str(files("lightning_adam_mini.configs"))) / "studies" / path
     return packaged if packaged.is_file() and not given.is_file() else given
@@ -110,14 +109,16 @@ def _find(path: str) -> Path:
 def _cases(settings: Settings) -> list[tuple[int, str, str, Spectra]]:
     """Number, kind, name of the spectrum and eigenvalues by block."""
     cases: list[tuple[int, str, str, Spectra]] = []
-    if settings.unlike_spectra:
-        cases.append((1, UNLIKE, Path(settings.unlike_spectra).name, read_spectra(settings.unlike_spectra)))
-    if settings.alike_spectra:
-        cases.append((3, ALIKE, Path(settings.alike_spectra).name, read_spectra(settings.alike_spectra)))
+    if settings.heterogeneous_spectra:
+        path = settings.heterogeneous_spectra
+        cases.append((1, HETEROGENEOUS, Path(path).name, read_spectra(path)))
+    if settings.homogeneous_spectra:
+        path = settings.homogeneous_spectra
+        cases.append((3, HOMOGENEOUS, Path(path).name, read_spectra(path)))
     for top in settings.top_eigenvalues:
-        unlike = [[1.0, 2.0, 3.0], [99.0, 100.0, 101.0], [top - 2, top - 1, top]]
-        cases.append((2, UNLIKE, f"1 to {top:.12g}", unlike))
-        cases.append((4, ALIKE, f"1 to {top:.12g}", [list(column) for column in zip(*unlike, strict=True)]))
+        blocks = [[1.0, 2.0, 3.0], [99.0, 100.0, 101.0], [top - 2, top - 1, top]]
+        cases.append((2, HETEROGENEOUS, f"1 to {top:.12g}", blocks))
+        cases.append((4, HOMOGENEOUS, f"1 to {top:.12g}", [list(column) for column in zip(*blocks, strict=True)]))
     return cases
 
 
@@ -137,18 +138,18 @@ def _row(case: int, kind: str, name: str, seed: int, spectra: Spectra, tolerance
 
 
 def _claim(rows: list[Row], line: Row) -> Claim:
-    """Adam is 20 times as fast as gradient descent on unlike blocks, and about as fast on alike ones."""
+    """Adam is 20 times as fast as gradient descent on heterogeneous blocks, and about as fast on homogeneous ones."""
     own = [row for row in rows if (row["case"], row["spectrum"]) == (line["case"], line["spectrum"])]
     faster = sum(row["adam"] < row["gd"] for row in own)
     ratios = [row["gd"] / row["adam"] for row in own]
-    # Quantiles are of two numbers or more.
+    # quantiles() needs two numbers or more.
     low, _, high = statistics.quantiles(ratios * 2 if len(ratios) == 1 else ratios, n=4, method="inclusive")
     ratio = line["gd"] / line["adam"]
     measured = (
         f"median iterations GD {line['gd']:.0f}, Adam {line['adam']:.0f}; Adam faster on {faster} of {len(own)} seeds; "
         f"quartiles of GD / Adam {low:.2g} and {high:.2g}"
     )
-    if line["blocks"] == UNLIKE:
+    if line["blocks"] == HETEROGENEOUS:
         text, holds = "the median of Adam is at least 20 times as fast as GD", ratio >= 20
     else:
         text, holds = "the median of Adam is at most twice as fast as GD", ratio <= 2
@@ -170,6 +171,7 @@ def _draw(rows: list[Row], figure: Figure) -> None:
         for box in boxes["boxes"]:
             box.set(facecolor=color, alpha=0.5)
         axes.plot([], [], color=color, label={"gd": "GD", "adam": "Adam, frozen v"}[method], linewidth=6, alpha=0.5)
-    axes.set_xticks(range(len(groups)), [f"case {case}\n{blocks}\n{name}" for case, blocks, name in groups])
+    labels = [f"case {case}\n{blocks}\n{name}" for case, blocks, name in groups]
+    axes.set_xticks(range(len(groups)), labels, fontsize=8)
     axes.set(yscale="log", ylabel="iterations to the tolerance")
     axes.legend()

@@ -9,16 +9,11 @@ from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING
 
-from torch import nn
-from torch.optim import Optimizer
-
 from lightning_adam_mini.factory import AdamMini, AdamW, OptimizerFactory
 
-from .checks import check_above, check_least
-from .drawing import heat_map
-from .outcome import Claim, Outcome, Row, medians
-from .text_settings import TextSettings, final_loss
-from .text_task import TextTask
+from .common.outcome import Claim, Outcome, Row, heat_map, medians
+from .common.study import check_above, check_least
+from .common.training import TextSettings, TextTask, final_loss
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,13 +58,13 @@ def run(settings: Settings) -> Outcome:
     for name, rate in product(OPTIMIZERS, settings.rates):
         for beta2, eps, seed in product(settings.beta2s, settings.epss, settings.seeds):
             factory = OPTIMIZERS[name](lr=rate, betas=(0.9, beta2), eps=eps, weight_decay=0.0)
-            loss = final_loss(task, settings, seed, partial(_build, factory))
+            loss = _loss(task, settings, seed, factory)
             rows.append({"optimizer": name, "rate": rate, "beta2": beta2, "eps": eps, "seed": seed, "loss": loss})
         log.info("%s at rate %g done", name, rate)
     summary = medians(rows, ("optimizer", "rate", "beta2", "eps"), ("loss",))
     losses = {name: [line["loss"] for line in summary if line["optimizer"] == name] for name in OPTIMIZERS}
     share = {name: _share(own, settings.tolerance) for name, own in losses.items()}
-    told = ", ".join(f"{name} {100 * share[name]:.0f} % of cells, best {min(losses[name]):.3f}" for name in OPTIMIZERS)
+    best = ", ".join(f"{name} {100 * share[name]:.0f} % of cells, best {min(losses[name]):.3f}" for name in OPTIMIZERS)
     spans = ", ".join(f"{name} {statistics.median(own) - min(own):.3f}" for name, own in losses.items())
     at_best = {name: _at_best_rate(summary, name) for name in OPTIMIZERS}
     inner = ", ".join(f"{name} {max(at_best[name]) - min(at_best[name]):.3f}" for name in OPTIMIZERS)
@@ -77,7 +72,7 @@ def run(settings: Settings) -> Outcome:
         Claim(
             f"no fewer cells of Adam-mini than of AdamW, up to a tenth, are within {settings.tolerance:g} of its best",
             share["AdamMini"] >= share["AdamW"] - 0.1,
-            f"{told}; median minus best: {spans}",
+            f"{best}; median minus best: {spans}",
             PAPER,
         ),
         Claim(
@@ -90,8 +85,8 @@ def run(settings: Settings) -> Outcome:
     return Outcome(rows, claims, partial(_draw, summary, settings), summary=summary, size=(11, 6))
 
 
-def _build(factory: OptimizerFactory, model: nn.Module) -> list[Optimizer]:
-    return [factory.build(model)]
+def _loss(task: TextTask, settings: Settings, seed: int, factory: OptimizerFactory) -> float:
+    return final_loss(task, settings, seed, lambda model: [factory.build(model)])
 
 
 def _share(losses: list[float], tolerance: float) -> float:

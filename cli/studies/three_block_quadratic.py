@@ -8,14 +8,23 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
+from torch.optim import Optimizer
 
-from .checks import check_above, check_least
-from .descent import ScaledDescent, adam_mini_scale, adam_scale, blockwise_scale
-from .drawing import lines_with_range
-from .outcome import Claim, Outcome, Row, medians
-from .quadratics import BlockQuadratic, check_condition, random_quadratic
-from .training_on_quadratics import ADAM_MINI, ADAMW, train_at_best_rate
+from lightning_adam_mini import AdamMini
+from lightning_adam_mini.schedule import Schedule
+
+from .common.outcome import Claim, Outcome, Row, lines_with_range, medians
+from .common.quadratics import (
+    BlockQuadratic,
+    ScaledDescent,
+    adam_mini_scale,
+    adam_scale,
+    blockwise_scale,
+    check_condition,
+    random_quadratic,
+)
+from .common.study import check_above, check_least
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Settings", "run"]
 
 GD, BLOCKWISE, ADAM, MINI = "GD, one rate", "GD, a rate a block", "Adam, frozen v", "Adam-mini, frozen v"
+ADAM_MINI, ADAMW = "AdamMini", "torch AdamW"
 WORST_CASE, BEST = "2/(L+mu)", "best tried"
 PAPER = "Adam-mini paper, Figure 3"
 
@@ -53,7 +63,7 @@ class Settings:
         check_above(self, 0, "rates")
         every = [value for values in self.eigenvalues for value in values]
         if min(every) <= 0:
-            raise ValueError("eigenvalues must be positive: the loss has no minimum else")
+            raise ValueError("eigenvalues must be positive: otherwise the loss has no minimum")
         check_condition("eigenvalues", max(every) / min(every))
         if not 0 <= min(self.betas) <= max(self.betas) < 1:
             raise ValueError(f"betas must lie from 0 to below 1, not {self.betas}")
@@ -65,9 +75,7 @@ def run(settings: Settings) -> Outcome:
     curves: dict[tuple[str, str], list[Tensor]] = {}
     for seed in settings.seeds:
         problem = _draw_problem(settings, seed)
-        trained = train_at_best_rate(problem, settings.rates, settings.betas, settings.iterations)
-        real = [(method, BEST, *found) for method, found in trained.items()]
-        for method, rule, rate, losses in [*_closed(problem, settings), *real]:
+        for method, rule, rate, losses in [*_closed_form(problem, settings), *_trained(problem, settings)]:
             rows.append(_row(seed, "whole", method, rule, rate, losses))
             if rule == WORST_CASE or method in (GD, ADAM_MINI, ADAMW):  # the others' best rates are the same
                 curves.setdefault(("whole", f"{method}, {rule}"), []).append(losses)
@@ -97,8 +105,8 @@ def _draw_problem(settings: Settings, seed: int) -> BlockQuadratic:
     return random_quadratic([c[pick].tolist() for c, pick in zip(choices, picks, strict=True)], generator)
 
 
-def _closed(problem: BlockQuadratic, settings: Settings) -> list[tuple[str, str, float, Tensor]]:
-    """Method, rule of its rate, rate and losses of everything that has a fixed diagonal scale."""
+def _closed_form(problem: BlockQuadratic, settings: Settings) -> list[tuple[str, str, float, Tensor]]:
+    """Method, rule of its rate, rate and losses, for all methods with a fixed diagonal scale."""
     found = []
     scales = {GD: None, ADAM: adam_scale(problem), MINI: adam_mini_scale(problem), BLOCKWISE: blockwise_scale(problem)}
     for method, scale in scales.items():
@@ -107,6 +115,38 @@ def _closed(problem: BlockQuadratic, settings: Settings) -> list[tuple[str, str,
         for rule, rate in ((WORST_CASE, worst_case), (BEST, descent.best_rate(settings.iterations))):
             found.append((method, rule, rate, descent.losses(rate, settings.iterations)))
     return found
+
+
+def _trained(problem: BlockQuadratic, settings: Settings) -> list[tuple[str, str, float, Tensor]]:
+    """The same for real optimizers, whose second moments follow the gradients, at the rate of the least final loss."""
+    found = []
+    for method in (ADAM_MINI, ADAMW):
+        tried = {rate: _train(method, problem, rate, settings) for rate in settings.rates}
+        best = min(tried, key=lambda rate: float(tried[rate][-1]))
+        found.append((method, BEST, best, tried[best]))
+    return found
+
+
+def _train(method: str, problem: BlockQuadratic, rate: float, settings: Settings) -> Tensor:
+    """The loss before the first step and after each, `(iterations + 1,)`, infinite where it is not finite."""
+    module = nn.ParameterList(problem.start.clone().split(problem.sizes))
+    optimizer: Optimizer
+    if method == ADAM_MINI:
+        optimizer = AdamMini(module, lr=rate, betas=settings.betas, weight_decay=0.0, partition="default")
+    else:
+        optimizer = torch.optim.AdamW(module.parameters(), lr=rate, betas=settings.betas, weight_decay=0.0)
+    scheduler = Schedule(shape="cosine", warmup=0, floor=0.0).build(optimizer, settings.iterations)
+    hessians = [block.hessian for block in problem.blocks()]
+    losses = []
+    for step in range(settings.iterations + 1):
+        with torch.no_grad():
+            for parameter, hessian in zip(module, hessians, strict=True):
+                parameter.grad = hessian @ parameter
+            losses.append(sum((p @ p.grad for p in module), torch.zeros(())) / 2)
+        if step < settings.iterations:
+            optimizer.step()
+            scheduler.step()
+    return torch.stack(losses).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 def _row(seed: int, problem: str, method: str, rule: str, rate: float, losses: Tensor) -> Row:

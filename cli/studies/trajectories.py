@@ -11,12 +11,9 @@ from torch import Tensor, nn
 
 from lightning_adam_mini.factory import CAME, LAMB, SM3, Adafactor, AdamMini, AdamW, Lion, OptimizerFactory
 
-from .checks import check_above
-from .drawing import lines_with_range
-from .outcome import Claim, Outcome, Row, medians
-from .text_settings import TextSettings
-from .text_task import TextTask
-from .training import DivergedError, Training, train
+from .common.outcome import Claim, Outcome, Row, lines_with_range, medians
+from .common.study import check_above
+from .common.training import DivergedError, TextSettings, TextTask, train
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,7 +41,7 @@ class Settings(TextSettings):
         super().__post_init__()
         check_above(self, 0, "rate")
         if not 1 <= self.every <= self.steps:
-            raise ValueError(f"every must lie between 1 and steps ({self.steps}), not {self.every}")
+            raise ValueError(f"every must be between 1 and steps ({self.steps}), not {self.every}")
 
 
 def run(settings: Settings) -> Outcome:
@@ -66,7 +63,7 @@ def run(settings: Settings) -> Outcome:
 
 
 def _factories(rate: float) -> dict[str, OptimizerFactory]:
-    """Everything but AdamW; without weight decay, else as the factories have it."""
+    """All but AdamW, without weight decay; other options are the factories' defaults."""
     factories: dict[str, OptimizerFactory] = {
         MINI: AdamMini(),
         WHOLE: AdamMini(partition="default"),
@@ -91,7 +88,7 @@ def _trajectory(task: TextTask, settings: Settings, seed: int, factory: Optimize
 
     loss_of = partial(task.loss, model, seed)
     try:
-        train(model, [factory.build(model)], loss_of, Training(settings.steps, clip=1.0), keep)
+        train(model, [factory.build(model)], loss_of, steps=settings.steps, clip=1.0, observe=keep)
     except DivergedError as error:
         raise ValueError(f"{type(factory).__name__} at rate {settings.rate:g}: {error}") from error
     return seen, task.validation_loss(model)
@@ -105,7 +102,7 @@ def _row(name: str, seed: int, n: int, settings: Settings, distance: float, move
 
 
 def _claim(rows: list[Row], settings: Settings) -> Claim:
-    """That Adam-mini is nearest all along, on every seed."""
+    """That Adam-mini is nearest at every measurement, on every seed."""
     nearest: dict[str, int] = {}
     steps = sorted({row["step"] for row in rows if row["step"]})
     for seed in settings.seeds:
@@ -119,8 +116,8 @@ def _claim(rows: list[Row], settings: Settings) -> Claim:
         for name in dict.fromkeys(row["optimizer"] for row in rows if row["optimizer"] != "AdamW")
     }
     shares = ", ".join(f"{name} {count} of {total}" for name, count in nearest.items())
-    told = ", ".join(f"{name} {end:.2f}" for name, end in ends.items())
-    measured = f"nearest: {shares}; final distance over AdamW's own way, median of seeds: {told}"
+    relative = ", ".join(f"{name} {end:.2f}" for name, end in ends.items())
+    measured = f"nearest: {shares}; final distance over that of AdamW from the start, median of seeds: {relative}"
     return Claim("Adam-mini is nearest to AdamW at every measured step", nearest.get(MINI) == total, measured, PAPER)
 
 
@@ -130,8 +127,8 @@ def _nearer(rows: list[Row], others: tuple[str, ...]) -> Claim:
     ends = {(row["optimizer"], row["seed"]): row["distance"] for row in rows if row["step"] == last}
     wins = {o: sum(ends[MINI, s] < ends[o, s] for n, s in ends if n == MINI) for o in others}
     total = sum(name == MINI for name, _ in ends)
-    told = ", ".join(f"{name} on {count} of {total} seeds" for name, count in wins.items())
-    return Claim(f"Adam-mini ends nearer than {', '.join(others)}", set(wins.values()) == {total}, told, PAPER)
+    measured = ", ".join(f"{name} on {count} of {total} seeds" for name, count in wins.items())
+    return Claim(f"Adam-mini ends nearer than {', '.join(others)}", set(wins.values()) == {total}, measured, PAPER)
 
 
 def _draw(rows: list[Row], figure: Figure) -> None:

@@ -1,15 +1,15 @@
-"""Dense Hessians of small models and of small blocks, column by column from products with unit vectors."""
+"""Dense Hessians of small models and of small blocks, from products with unit vectors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_adam_mini.hessian.blocks_of import ParameterBlock
 from lightning_adam_mini.hessian.operators import HessianOperator
+from lightning_adam_mini.hessian.vectors import ParameterBlock
 
 __all__ = [
     "DEFAULT_DENSE_BUDGET",
@@ -22,9 +22,9 @@ __all__ = [
 ]
 
 DEFAULT_DENSE_BUDGET = 2**31
-"""Bytes that a dense matrix with what computes it may take: 2 GiB, which is 8,000 parameters in float64."""
+"""Bytes that a dense matrix and its computation may take: 2 GiB, which is 8,000 parameters in float64."""
 _CHUNK_BYTES = 2**25
-"""Of vectors that are multiplied at a time."""
+"""Bytes of the vectors that are multiplied at a time."""
 _COPIES = 4
 """The matrix, its transpose, and what scores it, each in float64."""
 
@@ -46,7 +46,7 @@ class DenseHessian:
 
 
 def dense_bytes(size: int) -> int:
-    """Bytes that a dense matrix of `size` rows takes with what computes and scores it."""
+    """Bytes that a dense matrix of `size` rows, its computation and its scores take."""
     return _COPIES * 8 * size * size
 
 
@@ -62,15 +62,14 @@ def dense_block(
     Args:
         operator: The Hessian; in float64 the matrix is symmetric to rounding.
         block: A parameter, or elements of one.
-        budget_bytes: That the work may take.
-        on_step: Called after some rows with their number and the number of all.
+        budget_bytes: For the whole computation.
+        on_step: Called after some rows with the number of rows so far and in all.
 
     Raises:
         ValueError: An unknown block, or one that does not fit the budget.
     """
     size = operator.block_size(block)
     _check_budget(block.name, size, budget_bytes, "give a block of it (a head, a row), or use the sketched scores")
-
     return _dense(block.name, block_columns(operator, block, torch.arange(size)), size, on_step)
 
 
@@ -82,12 +81,10 @@ def dense_hessian(
 ) -> DenseHessian:
     """The dense Hessian of all trainable parameters, in the order of `named_parameters()`; on one process.
 
-    Its principal blocks are those of `dense_block`, and what lies between them is the Hessian of several parameters.
-
     Args:
         operator: The Hessian.
-        budget_bytes: That the work may take.
-        on_step: Called after some rows with their number and the number of all.
+        budget_bytes: For the whole computation.
+        on_step: Called after some rows with the number of rows so far and in all.
 
     Raises:
         ValueError: The model does not fit the budget, or is sharded.
@@ -139,21 +136,21 @@ def _check_budget(name: str, size: int, budget_bytes: int, remedy: str) -> None:
     needed = dense_bytes(size)
     if needed > budget_bytes:
         raise ValueError(
-            f"a dense Hessian of {name}, which has {size:,} parameters, takes {needed / 1e9:.2f} GB with what computes "
-            f"it, and the budget is {budget_bytes / 1e9:.2f} GB: {remedy}, or raise the budget"
+            f"a dense Hessian of {name}, which has {size:,} parameters, takes {needed / 1e9:.2f} GB to compute, and "
+            f"the budget is {budget_bytes / 1e9:.2f} GB: {remedy}, or raise the budget"
         )
 
 
-def check_dense(sizes: Sequence[tuple[str, int]], budget_bytes: int) -> None:
-    """Refuse blocks that do not fit, before the first is computed.
+def check_dense(sizes: Mapping[str, int], budget_bytes: int) -> None:
+    """Reject blocks that do not fit, before the first is computed.
 
     Args:
-        sizes: Names and rows of blocks that are computed one after another.
-        budget_bytes: That each may take.
+        sizes: Rows by the name of the block; blocks are computed one after another.
+        budget_bytes: For the computation of each.
 
     Raises:
         ValueError: The largest does not fit.
     """
     if sizes:
-        name, size = max(sizes, key=lambda item: item[1])
+        name, size = max(sizes.items(), key=lambda item: item[1])
         _check_budget(name, size, budget_bytes, "give a block of it (a head, a row), or leave it out")

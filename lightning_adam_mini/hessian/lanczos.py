@@ -1,35 +1,34 @@
-"""The Lanczos recurrence for a symmetric operator: a small tridiagonal matrix that sees its spectrum."""
+"""The Lanczos recurrence for a symmetric operator: a small tridiagonal matrix with the same extreme eigenvalues."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from lightning_adam_mini.hessian.checks import check_steps
-from lightning_adam_mini.hessian.layout import dots as plain_dots
+from lightning_adam_mini.hessian.vectors import dots as plain_dots
 
-__all__ = ["DEFAULT_BUDGET", "Recurrence", "Tridiagonal", "choose", "lanczos", "vector_bytes"]
+__all__ = ["DEFAULT_BUDGET", "Recurrence", "Tridiagonal", "check_steps", "lanczos", "vector_bytes"]
 
 DEFAULT_BUDGET = 2**31
 """Bytes that kept vectors and graphs of gradients may take by default: 2 GiB."""
 _BREAKDOWN = 100
-"""Units of rounding of the largest entry so far below which the next entry counts as zero."""
+"""The next off-diagonal entry counts as zero below this many rounding units of the largest entry so far."""
 _WATCH_EVERY = 10
 """Steps between two measurements of lost orthogonality."""
 
 
 @dataclass(frozen=True, eq=False)
 class Tridiagonal:
-    """What `lanczos` found: `A V = V T + residual * v_next e_m^T`.
+    """The result of `lanczos`: `A V = V T + residual * v_next e_m^T`.
 
     Args:
         alphas: Diagonal of T, `(m,)`, float64 on the CPU.
-        betas: Beside the diagonal, `(m - 1,)`.
-        residual: Norm of what the last step left; 0 after a breakdown, where the eigenvalues of T are exact ones.
+        betas: Off-diagonal entries, `(m - 1,)`.
+        residual: Norm of the remainder of the last step; 0 after a breakdown, where the eigenvalues of T are exact.
         orthogonality: Largest measured |V^T V - I|: over all pairs where vectors were kept, else between the first
             vector and later ones, every 10 steps.
         vectors: `(m, n)`, the rows of V^T; None without reorthogonalisation.
@@ -62,30 +61,38 @@ def vector_bytes(steps: int, size: int, dtype: torch.dtype) -> int:
     return steps * size * dtype.itemsize
 
 
-def choose(steps: int, size: int, dtype: torch.dtype, *, budget_bytes: int = DEFAULT_BUDGET) -> bool:
-    """Whether the vectors of all steps fit a budget, so that full reorthogonalisation can be used.
+def check_steps(steps: int, sizes: Mapping[str, int]) -> None:
+    """Reject more Lanczos steps than a matrix has rows.
 
     Args:
         steps: Lanczos steps.
-        size: Elements of a vector (on one rank).
-        dtype: Of vectors.
-        budget_bytes: For the vectors of one start.
+        sizes: Rows by the name of the block.
+
+    Raises:
+        ValueError: Less than one step, or a block with fewer rows.
     """
-    return vector_bytes(steps, size, dtype) <= budget_bytes
+    if steps < 1:
+        raise ValueError(f"Lanczos needs at least one step, not {steps}")
+    small = {name: size for name, size in sizes.items() if size < steps}
+    if small:
+        name, size = min(small.items(), key=lambda item: item[1])
+        more = f" (and {len(small) - 1} more blocks)" if len(small) > 1 else ""
+        raise ValueError(f"{steps} Lanczos steps for {name}, which has {size} parameters{more}: use at most {size}")
 
 
 class Recurrence:
     """One start of Lanczos, advanced by products that the caller computes, so that several starts can share a pass.
 
-    In the order of Paige (1972). Where vectors are kept, each new one is made orthogonal twice to all before it ("twice
-    is enough", Parlett, The Symmetric Eigenvalue Problem, Sec. 6.9). Otherwise two vectors are kept beside the product.
+    Operations are in the order of Paige (1972). With reorthogonalisation, each new vector is made orthogonal twice to
+    all before it ("twice is enough", Parlett, The Symmetric Eigenvalue Problem, Sec. 6.9). Otherwise two vectors are
+    kept in addition to the product.
 
     Args:
-        start: A vector `(n,)`, or a function that gives the same one each time. A function saves memory: without
+        start: A vector `(n,)`, or a function that returns the same one each time. A function saves memory: without
             reorthogonalisation the start is needed again to measure the loss of orthogonality.
         steps: Steps to take.
         reorthogonalize: Keep all vectors and make each new one orthogonal to them.
-        dots: Inner products of rows with a vector, in float64; those of a sharded layout add over ranks.
+        dots: Inner products of rows with a vector, in float64; `VectorLayout.dots` sums them over ranks.
 
     Raises:
         ValueError: The start is zero or not finite.
@@ -128,7 +135,7 @@ class Recurrence:
             product: The operator times `vector`; it is overwritten.
 
         Returns:
-            A vector that is not needed any more, whose memory the next product may take; None where there is none.
+            A vector that is no longer needed, whose memory the next product may reuse; None where there is none.
         """
         unused: Tensor | None = None
         if self._before is not None:
@@ -155,7 +162,7 @@ class Recurrence:
         return unused
 
     def result(self) -> Tridiagonal:
-        """What was found in the steps so far.
+        """The tridiagonal matrix of the steps so far.
 
         Raises:
             ValueError: No step was taken.
@@ -201,13 +208,13 @@ def lanczos(
 
     Args:
         matvec: Takes a vector `(n,)` and returns a new one, which is overwritten.
-        start: The first vector, of any length; or a function that gives it, which saves memory (see `Recurrence`).
-        steps: Steps to take; fewer are where the operator has an invariant subspace.
+        start: The first vector, of any norm; or a function that returns it, which saves memory (see `Recurrence`).
+        steps: Steps to take; an invariant subspace ends them earlier.
         reorthogonalize: Keep all vectors, `steps * n`, and make each new one orthogonal to them. None does so where
-            they fit the budget; else the three-term recurrence runs, which keeps two vectors beside the product, finds
-            converged eigenvalues more than once, and reports how much orthogonality it lost.
+            they fit the budget; else the three-term recurrence runs, which keeps two vectors in addition to the
+            product, finds converged eigenvalues more than once, and reports how much orthogonality it lost.
         budget_bytes: For kept vectors, where `reorthogonalize` is None.
-        dots: Inner products, for vectors that are sharded; `VectorLayout.dots`.
+        dots: Inner products; `VectorLayout.dots` for sharded vectors.
 
     Raises:
         ValueError: Less than one step or more steps than rows, or a start that is zero or not finite.
@@ -215,9 +222,9 @@ def lanczos(
     if isinstance(start, Tensor):
         check_steps(steps, {"an operator": start.numel()})
         if reorthogonalize is None:
-            reorthogonalize = choose(steps, start.numel(), start.dtype, budget_bytes=budget_bytes)
+            reorthogonalize = vector_bytes(steps, start.numel(), start.dtype) <= budget_bytes
     elif reorthogonalize is None:
-        raise ValueError("give reorthogonalize=True or False where start is a function, or ask choose(...)")
+        raise ValueError("give reorthogonalize=True or False where start is a function")
     recurrence = Recurrence(start, steps, reorthogonalize=reorthogonalize, dots=dots)
     while not recurrence.is_done:
         recurrence.advance(matvec(recurrence.vector))

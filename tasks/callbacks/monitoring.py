@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_adam_mini.blocks import Kind
-from lightning_adam_mini.hessian.gradient_spread import spread_from, spread_sums
+from lightning_adam_mini.hessian.block_structure import spread_from, spread_sums
 from lightning_adam_mini.measure import optimizer_state_bytes, peak_flops, peak_memory_bytes
 from lightning_adam_mini.optim import AdamMini
 from lightning_adam_mini.partition import ParameterPartition, partition_module

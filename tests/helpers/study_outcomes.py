@@ -1,6 +1,6 @@
 """Studies run at sizes of seconds, and what they claim."""
 
-from lightning_adam_mini.cli.studies.registry import load_study
+from lightning_adam_mini.cli.studies.common.study import load_study
 
 
 def outcome_of(name, *changes):

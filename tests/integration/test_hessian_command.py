@@ -14,10 +14,10 @@ import yaml
 from lightning_adam_mini.cli.hessian.command import main as hessian
 from lightning_adam_mini.cli.hessian.options import parse
 from lightning_adam_mini.cli.main import main as command
-from lightning_adam_mini.hessian.advice import Advice
+from lightning_adam_mini.hessian.advice import ModelAdvice
 from tiny_runs import RECIPE, write_recipe
 
-CUT = "transformer.h.0.attn.c_attn.weight"
+FUSED = "transformer.h.0.attn.c_attn.weight"
 """Heads of 4 rows of 8 in queries and keys: blocks of 32 elements."""
 
 
@@ -42,7 +42,7 @@ def result(folder, name):
 
 
 def test_js_writes_spectra_pictures_and_a_page(small, caplog):
-    run("js", "--steps", 8, "--probes", 2, "--sigma", 0.01, "--whole")
+    run("js", "--steps", 8, "--probes", 2, "--sigma", 0.01, "--whole", "--blocks", "*attn*weight", "*c_fc.weight")
     out = small / "runs/hessian/tiny/js"
     found = result(out, "spectra.json")
     assert sorted(path.name for path in out.iterdir()) == [
@@ -54,11 +54,12 @@ def test_js_writes_spectra_pictures_and_a_page(small, caplog):
     ]
     names = found["js"]["names"]
     assert names == [name for name in found["blocks"] if name != "the whole model"]
-    assert f"model.{CUT}" in names
+    assert f"model.{FUSED}" in names
     assert found["blocks"]["the whole model"]["parameters"] == found["parameters"]
     assert all(len(start["nodes"]) == 8 for block in found["blocks"].values() for start in block["starts"])
     assert 0 < found["js"]["js0"] < math.log(2)
     assert found["js"]["js0_unnormalized"] == pytest.approx(found["js"]["js0"] / found["js"]["spacing"])
+    assert found["hardware"]["threads"] == torch.get_num_threads()
     assert {"recipe", "weights", "seed", "versions", "hardware", "precision", "command"} <= found.keys()
     page = (out / "report.html").read_text()
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
@@ -70,19 +71,19 @@ def test_js_writes_spectra_pictures_and_a_page(small, caplog):
 
 
 def test_the_spectrum_of_a_head_is_that_of_its_dense_hessian(small):
-    run("exact", "--blocks", f"{CUT}[0]", "--out", "dense")
-    run("spectrum", "--blocks", f"{CUT}[0]", "--steps", 32, "--probes", 1, "--precision", "float64", "--out", "slq")
-    dense = torch.load(small / "dense/hessians.pt")[f"model.{CUT}[0]"]
-    told = result(small / "dense", "exact.json")["blocks"][f"model.{CUT}[0]"]
-    (start,) = result(small / "slq", "spectra.json")["blocks"][f"model.{CUT}[0]"]["starts"]
+    run("exact", "--blocks", f"{FUSED}[0]", "--out", "dense")
+    run("spectrum", "--blocks", f"{FUSED}[0]", "--steps", 32, "--probes", 1, "--precision", "float64", "--out", "slq")
+    dense = torch.load(small / "dense/hessians.pt")[f"model.{FUSED}[0]"]
+    values = result(small / "dense", "exact.json")["blocks"][f"model.{FUSED}[0]"]
+    (start,) = result(small / "slq", "spectra.json")["blocks"][f"model.{FUSED}[0]"]["starts"]
     eigenvalues = torch.linalg.eigvalsh(dense)
     assert dense.shape == (32, 32)
-    assert told["eigenvalues"] == pytest.approx(eigenvalues.tolist(), abs=1e-12)
+    assert values["eigenvalues"] == pytest.approx(eigenvalues.tolist(), abs=1e-12)
     # The task's own loss casts logits to float32.
     scale = eigenvalues.abs().max().item()
     assert start["nodes"][-1] == pytest.approx(eigenvalues[-1].item(), abs=1e-4 * scale)
     assert start["nodes"][0] == pytest.approx(eigenvalues[0].item(), abs=1e-4 * scale)
-    assert told["asymmetry"] < 1e-6
+    assert values["asymmetry"] < 1e-6
 
 
 def test_exact_scores_matrices(small):
@@ -98,18 +99,20 @@ def test_advice_is_a_recipe_that_fit_takes(small):
     run("advise", "--blocks", "*attn*weight", "*c_fc.weight", "--method", "sketch", "--columns", 16, "--out", "advice")
     found = result(small / "advice", "advice.json")
     assert [row["parameter"] for row in found["parameters_advised"]] == [
-        f"model.{CUT}",
+        f"model.{FUSED}",
         "model.transformer.h.0.attn.c_proj.weight",
         "model.transformer.h.0.mlp.c_fc.weight",
     ]
-    assert all(row["cut"] in ("keep", "head", "row", "whole", "element") for row in found["parameters_advised"])
+    assert all(row["structure"] in ("keep", "head", "row", "whole", "element") for row in found["parameters_advised"])
     recipe = yaml.safe_load((small / "tiny.yaml").read_text())
     recipe["optimizer"]["init_args"]["partition_overrides"] = found["partition_overrides"]
     (small / "advised.yaml").write_text(yaml.safe_dump(recipe))
     assert command(["explain", "advised.yaml"]) == 0
 
 
-def test_a_checkpoint_has_another_spectrum(small):
+def test_a_checkpoint_has_another_spectrum(small, monkeypatch):
+    from lightning_adam_mini.tasks.checkpoints.saving import AtomicCheckpointIO
+
     assert command(["fit", "--config", "tiny.yaml", "--trainer.max_steps", "5"]) == 0
     options = ("--blocks", "*c_fc.weight", "--steps", 4, "--probes", 1, "--out")
     run("spectrum", *options, "fresh")
@@ -121,6 +124,11 @@ def test_a_checkpoint_has_another_spectrum(small):
     (block,) = last["blocks"]
     traces = [found["blocks"][block]["trace"] for found in (fresh, last, path)]
     assert len(set(traces)) == 3
+    load, averaged = AtomicCheckpointIO.load_checkpoint, {"current_model_state": {}}
+    monkeypatch.setattr(AtomicCheckpointIO, "load_checkpoint", lambda *a, **k: load(*a, **k) | averaged)
+    run("spectrum", *options, "averaged", "--ckpt_path", "last")
+    weights = result(small / "averaged", "spectra.json")["weights"]
+    assert weights == "averaged weights of step 5, runs/tiny/checkpoints/last.ckpt"
 
 
 def test_the_configuration_of_a_run_names_its_run(small):
@@ -134,42 +142,27 @@ def test_the_configuration_of_a_run_names_its_run(small):
     assert own["blocks"] == copied["blocks"]
 
 
-def test_averaged_weights_are_named(small, monkeypatch):
-    from lightning_adam_mini.tasks.checkpoints.saving import AtomicCheckpointIO
-
-    assert command(["fit", "--config", "tiny.yaml", "--trainer.max_steps", "5"]) == 0
-    load = AtomicCheckpointIO.load_checkpoint
-    averaged = {"current_model_state": {}}
-    monkeypatch.setattr(AtomicCheckpointIO, "load_checkpoint", lambda *a, **k: load(*a, **k) | averaged)
-    run("spectrum", "--blocks", "*c_fc.weight", "--steps", 4, "--probes", 1, "--ckpt_path", "last", "--out", "found")
-    weights = result(small / "found", "spectra.json")["weights"]
-    assert weights == "averaged weights of step 5, runs/tiny/checkpoints/last.ckpt"
-
-
-def test_flash_attention_is_told_and_replaced(small, caplog):
+def test_flash_attention_is_replaced_with_a_note(small, caplog):
     options = ("--blocks", "*c_fc.weight", "--steps", 4, "--probes", 1, "--out")
     run("spectrum", *options, "plain")
     assert "flash_attention_2" not in caplog.text
     run("spectrum", *options, "flash", "--model.attention", "flash_attention_2")
     assert "note: flash_attention_2 has no second derivatives" in caplog.text
     plain, flash = (result(small / name, "spectra.json")["blocks"] for name in ("plain", "flash"))
-    assert plain == flash
+    assert plain == flash, "the same command finds the same"
 
 
-def test_threads_are_those_asked_for_and_saved(small):
-    run("spectrum", "--blocks", "*c_fc.weight", "--steps", 4, "--probes", 1, "--threads", 2, "--out", "two")
-    run("spectrum", "--blocks", "*c_fc.weight", "--steps", 4, "--probes", 1, "--out", "own")
-    threads = [result(small / name, "spectra.json")["hardware"]["threads"] for name in ("two", "own")]
-    assert threads == [2, torch.get_num_threads()]
-
-
-def test_without_memory_the_recurrence_runs(small, caplog):
-    run("spectrum", "--blocks", "*c_fc.weight", "--steps", 4, "--probes", 1, "--memory", "0", "--out", "found")
+def test_threads_are_those_asked_for_and_without_memory_the_recurrence_runs(small, caplog):
+    own = torch.get_num_threads()
+    options = ("--blocks", "*c_fc.weight", "--steps", 4, "--probes", 1, "--memory", "0", "--out", "found")
+    run("spectrum", *options, "--threads", own + 1)
+    found = result(small / "found", "spectra.json")
+    assert (found["hardware"]["threads"], torch.get_num_threads()) == (own + 1, own)
     assert "three-term recurrence" in caplog.text
-    assert result(small / "found", "spectra.json")["memory"] == "0"
+    assert found["memory"] == "0"
 
 
-def test_less_data_than_asked_for_is_told(small, caplog):
+def test_less_data_than_asked_for_is_noted(small, caplog):
     options = ("--blocks", "*c_fc.weight", "--steps", "2", "--probes", "1", "--data.batch_size", "200")
     assert hessian(["spectrum", "tiny.yaml", "--batches", "1000", "--out", "found", *options]) == 0
     found = result(small / "found", "spectra.json")
@@ -178,10 +171,10 @@ def test_less_data_than_asked_for_is_told(small, caplog):
 
 
 def test_another_optimizer_gets_a_recipe_for_adam_mini(small, caplog, monkeypatch):
-    monkeypatch.setattr(Advice, "overrides", property(lambda advice: {"mlp": "element"}))
+    monkeypatch.setattr(ModelAdvice, "overrides", property(lambda advice: {"mlp": "element"}))
     run("advise", "--blocks", "*c_fc.weight", "--optimizer", "AdamW", "--out", "found")
-    told = caplog.text.partition("for the recipe:\n")[2].partition("\n\n")[0]
-    advised = yaml.safe_load(told)["optimizer"]
+    shown = caplog.text.partition("for the recipe:\n")[2].partition("\n\n")[0]
+    advised = yaml.safe_load(shown)["optimizer"]
     assert advised["class_path"] == "lightning_adam_mini.factory.AdamMini"
     assert advised["init_args"]["partition_overrides"] == result(small / "found", "advice.json")["partition_overrides"]
 
@@ -194,7 +187,7 @@ def test_advice_keeps_the_overrides_of_the_recipe(small):
     run("advise", "--blocks", "*c_fc.weight", "--out", "found")
     found = result(small / "found", "advice.json")
     (row,) = found["parameters_advised"]
-    assert row["cut"] == "row"
+    assert row["structure"] == "row"
     assert found["partition_overrides"].items() > overrides.items()
     recipe["optimizer"]["init_args"]["partition_overrides"] = found["partition_overrides"]
     (small / "advised.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
@@ -206,17 +199,17 @@ def test_spectra_outlive_divergences_that_fail(small):
 
     def loss(task, *_):
         weights = dict(task.named_parameters())
-        return weights[f"model.{CUT}"].sum() + weights["model.transformer.wpe.weight"].square().sum()
+        return weights[f"model.{FUSED}"].sum() + weights["model.transformer.wpe.weight"].square().sum()
 
     with pytest.MonkeyPatch.context() as patch:
         from lightning_adam_mini.tasks.llm import LanguageModel
 
         patch.setattr(LanguageModel, "training_step", loss)
-        options = ("--blocks", CUT, "*wpe.weight", "--steps", 4, "--probes", 1, "--scale", "top", "--out", "found")
+        options = ("--blocks", FUSED, "*wpe.weight", "--steps", 4, "--probes", 1, "--scale", "top", "--out", "found")
         with pytest.raises(ValueError, match=r"which is no unit.*; the spectra are in found/spectra\.json"):
             run("js", *options)
     found = result(small / "found", "spectra.json")
-    assert found["blocks"][f"model.{CUT}"]["trace"] == 0, linear
+    assert found["blocks"][f"model.{FUSED}"]["trace"] == 0, linear
     assert "js" not in found
 
 
@@ -235,12 +228,6 @@ def test_ctrl_c_leaves_no_half_of_a_file(small, monkeypatch):
     assert command(["hessian", "spectrum", "tiny.yaml", "--steps", "8", "--probes", "1", "--out", "found"]) == 130
     assert len(calls) == 3
     assert list((small / "found").iterdir()) == []
-
-
-def test_the_same_command_finds_the_same(small):
-    for out in ("first", "second"):
-        run("spectrum", "--blocks", "*c_fc.weight", "--steps", 4, "--probes", 2, "--out", out)
-    assert result(small / "first", "spectra.json")["blocks"] == result(small / "second", "spectra.json")["blocks"]
 
 
 def test_options_of_the_recipe_change_it(small):
@@ -287,15 +274,15 @@ def test_options_of_the_recipe_change_it(small):
         (["js", "tiny.yaml", "--ckpt_path", "last"], "no checkpoint in runs/tiny/checkpoints"),
         (["js", "tiny.yaml", "--data.path", "nothing.txt"], "nothing.txt"),
         (["spectrum", "tiny.yaml", "--blocks", "h.0.attn.c_attn.wight"], "close ones: .*c_attn.weight"),
-        (["spectrum", "tiny.yaml", "--blocks", "re:("], "no regular expression"),
-        (["spectrum", "tiny.yaml", "--blocks", f"{CUT}[999]"], "there is no block 999"),
-        (["spectrum", "tiny.yaml", "--blocks", f"{CUT}[0]", "--steps", "33"], r"use at most 32"),
+        (["spectrum", "tiny.yaml", "--blocks", "re:("], "not a regular expression"),
+        (["spectrum", "tiny.yaml", "--blocks", f"{FUSED}[999]"], "there is no block 999"),
+        (["spectrum", "tiny.yaml", "--blocks", f"{FUSED}[0]", "--steps", "33"], r"use at most 32"),
         (["spectrum", "tiny.yaml", "--steps", "100000"], "no matrix has 100000 elements"),
         (["exact", "tiny.yaml", "--memory", "1MB"], "--memory 1MB: a dense Hessian of model.transformer.wte.weight"),
         (["exact", "tiny.yaml", "--memory", "2.3MB", "--blocks", "*mlp.*weight"], "2 blocks take 0.00 GB together"),
         (["advise", "tiny.yaml", "--method", "exact", "--memory", "1MB"], "--memory 1MB: a dense Hessian of"),
         (["advise", "tiny.yaml", "--blocks", "*ln_1.weight"], "no rows or heads"),
-        (["advise", "tiny.yaml", "--blocks", f"{CUT}[0]"], "whole parameters"),
+        (["advise", "tiny.yaml", "--blocks", f"{FUSED}[0]"], "whole parameters"),
     ],
 )
 def test_bad_input_is_one_line(small, arguments, message):
@@ -317,7 +304,7 @@ def test_a_task_that_steps_by_itself_has_no_hessian(small, monkeypatch):
     from lightning_adam_mini.tasks.llm import LanguageModel
 
     monkeypatch.setattr(LanguageModel, "automatic_optimization", False)
-    with pytest.raises(ValueError, match="LanguageModel steps its optimizers by itself"):
+    with pytest.raises(ValueError, match="LanguageModel steps its optimizers in its training step"):
         run("js")
 
 

@@ -48,8 +48,8 @@ def whole(operator, vector):
     return torch.cat([part.flatten() for part in operator.layout.gather(vector).values()])
 
 
-def figures(operator, seed):
-    """What is compared; vectors are whole."""
+def compared(operator, seed):
+    """The values that must agree; vectors are whole."""
     vector = operator.layout.random(seed)
     block = ParameterBlock("block", next(iter(operator.layout.shapes)), torch.arange(3, 17))
     rows = torch.linspace(-1, 1, 14, dtype=operator.dtype)
@@ -69,7 +69,7 @@ def figures(operator, seed):
 
 def on_one(name, reduction):
     model, batches = model_and_batches(name)
-    return figures(HessianOperator(model, classify, batches, dtype=torch.float64, reduction=reduction), 4)
+    return compared(HessianOperator(model, classify, batches, dtype=torch.float64, reduction=reduction), 4)
 
 
 def on_ranks(rank, world, name, layout, reduction, forward_first):
@@ -81,7 +81,7 @@ def on_ranks(rank, world, name, layout, reduction, forward_first):
             classify(model, batches[0])
     group = dist.group.WORLD if layout == "group" else None
     operator = HessianOperator(model, classify, own, dtype=torch.float64, reduction=reduction, group=group)
-    found = figures(operator, 4)
+    found = compared(operator, 4)
     if layout in ("fsdp2", "hsdp"):
         assert operator.local_size < operator.size
         assert operator.product(operator.layout.random(0)).shape == (operator.local_size,)

@@ -12,10 +12,11 @@ import torch
 pytest.importorskip("jsonargparse")
 pytest.importorskip("matplotlib")
 
-from lightning_adam_mini.cli.studies import files, quadratic_cases
+from lightning_adam_mini.cli.studies import quadratic_cases
 from lightning_adam_mini.cli.studies.command import main
+from lightning_adam_mini.cli.studies.common import outcome
 
-CHANGES = ("seeds=[0,1]", "top_eigenvalues=[2000]", "unlike_spectra=null", "alike_spectra=null")
+CHANGES = ("seeds=[0,1]", "top_eigenvalues=[2000]", "heterogeneous_spectra=null", "homogeneous_spectra=null")
 QUICK = ("quadratic_cases", *(word for change in CHANGES for word in ("--set", change)))
 FILES = ["figure.png", "result.json", "table.csv"]
 
@@ -82,7 +83,7 @@ def test_what_ends_a_study_leaves_the_earlier_outcome(monkeypatch, error):
 def test_a_result_belongs_to_the_table_beside_it(monkeypatch):
     """Where writing ends between the files, no earlier result stands beside the new table."""
     main([*QUICK, "--out", "found"])
-    monkeypatch.setattr(files, "save_figure", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(outcome, "save_figure", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         main([*QUICK, "--set", "seeds=[7]", "--out", "found"])
     assert sorted(contents("found")) == ["figure.png", "table.csv"]
@@ -107,7 +108,7 @@ def test_files_of_something_else_are_left_alone(monkeypatch, name, text, message
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder that nobody can write to")
-def test_a_folder_that_takes_no_files_is_told_before_the_work(monkeypatch):
+def test_a_folder_that_takes_no_files_is_refused_before_the_work(monkeypatch):
     monkeypatch.setattr(quadratic_cases, "_row", lambda *_: pytest.fail("the work began"))
     with pytest.raises(OSError, match="/proc/self"):
         main([*QUICK, "--out", "/proc/self"])
@@ -116,7 +117,7 @@ def test_a_folder_that_takes_no_files_is_told_before_the_work(monkeypatch):
 def test_the_folder_is_named_after_the_recipe():
     Path("mine.yaml").write_text(
         "# My cases.\nstudy: quadratic_cases\nsettings: {seeds: [3], top_eigenvalues: [300], tolerance: 0.01,"
-        " unlike_spectra: null, alike_spectra: null}\n",
+        " heterogeneous_spectra: null, homogeneous_spectra: null}\n",
         "utf-8",
     )
     assert main(["mine.yaml"]) == 0
@@ -159,10 +160,10 @@ def test_every_study_on_text_draws(name):
         ([*QUICK, "--out", "taken"], "--out taken: this is a file; give a folder"),
         ([*QUICK, "--output", "x"], "no option --output; did you mean --out"),
         ([], "the following arguments are required: NAME"),
-        (["quadratic_cases", "--set", "unlike_spectra=missing.csv"], "missing.csv"),
+        (["quadratic_cases", "--set", "heterogeneous_spectra=missing.csv"], "missing.csv"),
     ],
 )
-def test_what_is_wrong_is_told_before_anything_is_written(arguments, message):
+def test_what_is_wrong_is_refused_before_anything_is_written(arguments, message):
     Path("taken").write_text("", "utf-8")
     with pytest.raises((ArgumentError, ValueError, OSError), match=message):
         main(arguments)

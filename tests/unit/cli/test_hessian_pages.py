@@ -11,10 +11,8 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
 from lightning_adam_mini.cli.hessian.pictures import draw_divergences, draw_hessians, drawn
-from lightning_adam_mini.cli.hessian.progress import tell_duration, tell_each
-from lightning_adam_mini.cli.hessian.results import Report, Table, text_table
-from lightning_adam_mini.hessian.common_grid import Scale
-from lightning_adam_mini.hessian.heterogeneity import Heterogeneity
+from lightning_adam_mini.cli.hessian.report import HessianReport, ReportTable, log_duration, log_each
+from lightning_adam_mini.hessian import Heterogeneity, Scale
 from lightning_adam_mini.measure import describe_machine
 
 
@@ -64,12 +62,14 @@ def test_a_picture_of_very_many_blocks_shows_some():
 
 def page(tmp_path, **options):
     settings = {"weights": "fresh", "parameters": 70_000, "sigma": 0.0031622776, "hardware": describe_machine()}
-    report = Report(Namespace(out=tmp_path, recipe="some.yaml"), {**settings, "versions": {"torch": "3"}}, **options)
+    report = HessianReport(
+        Namespace(out=tmp_path, recipe="some.yaml"), {**settings, "versions": {"torch": "3"}}, **options
+    )
     report.write("figures.json", {})
     return (tmp_path / "report.html").read_text("utf-8")
 
 
-def test_a_page_tells_settings_and_machine(tmp_path):
+def test_a_page_has_settings_and_machine(tmp_path):
     text = page(tmp_path)
     assert "<dt>parameters</dt><dd>70,000</dd>" in text
     assert "<dd>0.003162</dd>" in text
@@ -83,17 +83,28 @@ def test_code_in_a_note_keeps_its_lines(tmp_path):
     assert '<p class="note">a &lt; b</p>' in text
 
 
-def test_sentences_stand_to_the_left_with_their_heads(tmp_path):
-    table = Table("Reasons", ["parameter", "bytes", "reason"], [["a", "1", "long " * 12], ["b", "22", "short"]])
+def test_sentences_are_aligned_to_the_left_with_their_heads(tmp_path):
+    table = ReportTable(
+        "Reasons", ["parameter", "reason", "bytes"], [["a", "long " * 12, "1"], ["b", "short", "22"]], left=2
+    )
     text = page(tmp_path, tables=[table])
-    assert '<th>parameter</th><th>bytes</th><th class="text">reason</th>' in text
-    assert '<td>22</td><td class="text">short</td>' in text
-    assert text_table(table).splitlines()[1].startswith("parameter  bytes  reason")
-    assert text_table(table).splitlines()[3] == "b             22  short"
+    assert '<th>parameter</th><th class="text">reason</th><th>bytes</th>' in text
+    assert '<td class="text">short</td><td>22</td>' in text
 
 
-def test_a_table_without_rows():
-    assert text_table(Table("None", ["a", "b"], [])) == "None\na  b"
+def test_a_logged_table_keeps_names_in_brackets_and_long_lines(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "lightning_adam_mini")
+    logging.getLogger("lightning_adam_mini").propagate = True
+    name = "transformer." * 30 + "weight[0]"
+    table = ReportTable("Blocks", ["block", "rows"], [[name, "8"], ["[red]:smile:", "1,024"]])
+    HessianReport(Namespace(out=tmp_path), {}, tables=[table]).log([tmp_path])
+    width = len(name)
+    assert caplog.messages[0].splitlines() == [
+        "Blocks",
+        f"{'block':<{width}}   rows",
+        f"{name}      8",
+        f"{'[red]:smile:':<{width}}  1,024",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -105,22 +116,22 @@ def test_a_table_without_rows():
         ([0, 30, 60, 90], ["work: about 5.0 minutes in all"]),
     ],
 )
-def test_a_duration_is_told_once_and_where_it_is_long(times, lines, caplog):
+def test_a_long_duration_is_logged_once(times, lines, caplog):
     caplog.set_level(logging.INFO, "lightning_adam_mini")
     logging.getLogger("lightning_adam_mini").propagate = True
     ticks = iter(times)
-    tell = tell_duration("work", lambda: next(ticks))
+    update = log_duration("work", lambda: next(ticks))
     for done in range(1, len(times)):
-        tell(done, 10)
+        update(done, 10)
     assert caplog.messages == lines
 
 
 def test_what_is_over_has_no_duration(caplog):
     caplog.set_level(logging.INFO, "lightning_adam_mini")
     ticks = iter([0, 50, 100])
-    tell = tell_duration("work", lambda: next(ticks))
-    tell(0, 10)
-    tell(10, 10)
+    update = log_duration("work", lambda: next(ticks))
+    update(0, 10)
+    update(10, 10)
     assert caplog.messages == []
 
 
@@ -128,8 +139,8 @@ def test_each_piece_is_named_but_not_by_the_hundred(caplog):
     caplog.set_level(logging.INFO, "lightning_adam_mini")
     logging.getLogger("lightning_adam_mini").propagate = True
     seconds = [0.0]
-    tell = tell_each("work", [1, 1, 2], lambda: seconds[0])
+    update = log_each("work", [1, 1, 2], lambda: seconds[0])
     for number, time in enumerate((0, 0.5, 10), 1):
         seconds[0] = time
-        tell("abc"[number - 1], number, 3)
+        update("abc"[number - 1], number, 3)
     assert caplog.messages == ["1 of 3: a", "3 of 3: c", "work: about 20 seconds in all"]

@@ -1,4 +1,4 @@
-"""Blocks by patterns, and overrides of a partition beside those that a recipe has."""
+"""Blocks by patterns, and overrides of a partition next to those that a recipe has."""
 
 import pytest
 import torch
@@ -8,10 +8,14 @@ import tiny_models
 
 pytest.importorskip("jsonargparse")
 
-from lightning_adam_mini.cli.hessian.cuts import expressible_cuts, own_cuts, with_own_overrides
-from lightning_adam_mini.cli.hessian.selection import choose_blocks
+from lightning_adam_mini.cli.hessian.problem import (
+    choose_blocks,
+    expressible_structures,
+    own_structures,
+    with_own_overrides,
+)
 from lightning_adam_mini.factory import AdamMini
-from lightning_adam_mini.hessian.cut_advice import KEEP
+from lightning_adam_mini.hessian.advice import KEEP
 from lightning_adam_mini.partition import partition_module
 
 
@@ -65,7 +69,7 @@ def test_a_block_of_the_partition_has_its_elements():
         ("head.weight", "head.weight is the same tensor as table.weight, which goes by that name"),
         ("first.weight ", "'first.weight ': no trainable parameter of that name; close ones: first.weight"),
         ("", "'': no trainable parameter"),
-        ("re:(", "this is no regular expression"),
+        ("re:(", "this is not a regular expression"),
         ("first.weight[16]", "there is no block 16"),
     ],
 )
@@ -82,7 +86,7 @@ def test_a_model_without_a_matrix():
         names(least=25)
 
 
-def test_a_factored_cut_has_no_blocks_to_name():
+def test_a_factored_second_moment_has_no_blocks_to_name():
     with pytest.raises(ValueError, match="block"):
         choose_blocks(Tied(), ["first.weight[0]"], AdamMini(partition="factored"))
 
@@ -94,7 +98,7 @@ OWN = {"re:first\\..*": "row", "norm.bias": "element", "table.weight": "row"}
     ("advised", "kept"),
     [
         ({}, list(OWN)),
-        ({"re:^first\\.weight$": "element"}, list(OWN)),  # the pattern still cuts the bias
+        ({"re:^first\\.weight$": "element"}, list(OWN)),  # the pattern still matches the bias
         ({"re:^table\\.weight$": "whole"}, list(OWN)[:2]),
     ],
 )
@@ -102,14 +106,14 @@ def test_advice_stands_beside_the_overrides_of_the_recipe(advised, kept):
     model, factory = Tied(), AdamMini(partition="default", partition_overrides=OWN)
     found = with_own_overrides(model, factory, advised)
     assert list(found) == [*advised, *kept]
-    before = own_cuts(model, factory)
+    before = own_structures(model, factory)
     after = partition_module(model, "default", found)
     changed = {name for name in before if before[name] != after[name].blocks}
     assert changed == {key.removeprefix("re:^").removesuffix("$").replace("\\", "") for key in advised}
 
 
-def test_cuts_that_can_be_asked_for():
-    found = expressible_cuts(Tied(), AdamMini(partition="default", partition_overrides={"first.weight": "row"}))
+def test_structures_that_can_be_asked_for():
+    found = expressible_structures(Tied(), AdamMini(partition="default", partition_overrides={"first.weight": "row"}))
     assert list(found["first.weight"]) == ["keep", "row", "whole", "element"]
     assert found["first.weight"]["keep"] == found["first.weight"]["row"]
     assert found["table.weight"]["keep"] == found["table.weight"]["whole"]
@@ -118,10 +122,10 @@ def test_cuts_that_can_be_asked_for():
 
 def test_what_can_be_asked_for_is_what_the_override_does():
     model = tiny_models.llama()
-    found = expressible_cuts(model, AdamMini())
+    found = expressible_structures(model, AdamMini())
     assert set(found["model.layers.0.self_attn.q_proj.weight"]) == {KEEP, "head", "row", "whole", "element"}
     assert set(found["lm_head.weight"]) == {KEEP, "row", "whole", "element"}
-    for name, cuts in found.items():
-        for cut in cuts.keys() - {KEEP}:
-            partition = partition_module(model, overrides={f"re:^{name}$": cut})
-            assert partition[name].blocks == cuts[cut]
+    for name, structures in found.items():
+        for structure in structures.keys() - {KEEP}:
+            partition = partition_module(model, overrides={f"re:^{name}$": structure})
+            assert partition[name].blocks == structures[structure]

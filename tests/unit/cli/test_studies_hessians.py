@@ -15,14 +15,13 @@ pytest.importorskip("mlxtend")
 pytest.importorskip("timm")
 pytest.importorskip("transformers")
 
-from lightning_adam_mini.cli.matrix_pictures import shrunk
-from lightning_adam_mini.cli.studies import bit_task, heterogeneity, mlp_hessian
-from lightning_adam_mini.cli.studies.architectures import NetworkSizes
-from lightning_adam_mini.cli.studies.eigenvalue_samples import sample_eigenvalues, sampled_blocks, write_samples
+from lightning_adam_mini.cli.hessian.pictures import shrunk
+from lightning_adam_mini.cli.studies import heterogeneity, mlp_hessian, transformer_hessian
+from lightning_adam_mini.cli.studies.common.networks import NETWORKS, NetworkSizes, blocks_to_compare, build_network
+from lightning_adam_mini.cli.studies.common.study import load_study
+from lightning_adam_mini.cli.studies.common.training import DivergedError
+from lightning_adam_mini.cli.studies.heterogeneity import sample_eigenvalues, sampled_blocks, write_samples
 from lightning_adam_mini.cli.studies.quadratic_cases import read_spectra
-from lightning_adam_mini.cli.studies.registry import load_study
-from lightning_adam_mini.cli.studies.six_networks import NETWORKS, blocks_to_compare, build_network
-from lightning_adam_mini.cli.studies.training import DivergedError
 from lightning_adam_mini.hessian import HessianOperator, Tridiagonal, compare_spectra
 from study_outcomes import claims_of, outcome_of
 
@@ -74,7 +73,7 @@ def test_samples_are_written_as_quadratics_read_them(tmp_path):
     assert read_spectra(str(tmp_path / "gpt2.csv")) == [[1.0, 2.5], [3.0]]
 
 
-def test_a_block_that_is_to_be_sampled_and_is_not_there_is_told():
+def test_a_missing_block_that_is_to_be_sampled_is_refused():
     names = [f"layer{stage}.0.conv1.weight" for stage in (4, 2, 1)]
     with pytest.raises(ValueError, match=r"ResNet18: layer3.0.conv1.weight is not among the blocks: give fewer steps"):
         sampled_blocks("ResNet18", names)
@@ -94,7 +93,7 @@ def test_a_training_that_diverges_has_no_hessians():
         outcome_of("transformer_hessian", *sizes, "rate=1e200")
 
 
-def test_networks_that_are_too_small_are_told_before_the_work(monkeypatch):
+def test_networks_that_are_too_small_are_refused_before_the_work(monkeypatch):
     def work(*_):
         raise AssertionError("the work began")
 
@@ -108,7 +107,7 @@ def test_networks_that_are_too_small_are_told_before_the_work(monkeypatch):
             outcome_of("heterogeneity", *changes)
 
 
-def test_units_tell_scales_of_blocks_of_the_network_or_none():
+def test_units_of_the_block_of_the_network_and_none_differ():
     """A unit of its own hides that one block is sharper than the other; one of the network hides how sharp both are."""
     found = {}
     for scale in (1.0, 1e-5):
@@ -122,7 +121,7 @@ def test_units_tell_scales_of_blocks_of_the_network_or_none():
     assert max(found["block", 1.0], found["block", 1e-5]) < 1e-9
 
 
-def test_blocks_of_transformers_are_less_alike_than_those_of_cnns(tmp_path):
+def test_blocks_of_transformers_are_more_heterogeneous_than_those_of_cnns(tmp_path):
     networks = "networks=[ResNet18, VGG16, GPT-2]"
     outcome = outcome_of("heterogeneity", *SMALL, "seeds=[0]", networks, f"spectra={tmp_path}", "samples=4")
     assert claims_of(outcome, "unit none: JS0 of every CNN is below")[0].holds
@@ -141,12 +140,12 @@ def test_blocks_of_transformers_are_less_alike_than_those_of_cnns(tmp_path):
 
 def test_a_matrix_is_taken_with_its_outputs_first():
     settings = load_study("transformer_hessian", ["layers=1"]).settings
-    model = bit_task.build(settings, 0)
+    model = transformer_hessian.build(settings, 0)
     layer = model.transformer.h[0]
     query, key, value = layer.attn.c_attn.weight.T.chunk(3)
     expected = (query, key, value, layer.attn.c_proj.weight.T, layer.mlp.c_fc.weight.T, layer.mlp.c_proj.weight.T)
-    found = bit_task.matrices(model, settings)
-    assert [matrix.kind for matrix in found] == list(bit_task.KINDS)
+    found = transformer_hessian.matrices(model, settings)
+    assert [matrix.kind for matrix in found] == list(transformer_hessian.KINDS)
     for matrix, weight in zip(found, expected, strict=True):
         parameter = model.get_parameter(matrix.block.parameter)
         assert_close(parameter.flatten()[matrix.block.index].view(matrix.shape), weight)
@@ -156,10 +155,10 @@ def test_queries_and_keys_fall_into_heads_and_the_mlp_into_neurons():
     sizes = ("layers=1", "width=8", "heads=2", "bits=24", "context=6", "moments=[0, 10]", "seeds=[0]")
     outcome = outcome_of("transformer_hessian", *sizes)
     for kind in ("query", "key"):
-        assert claims_of(outcome, f"0 steps, {kind}: the cut by head")[0].holds
+        assert claims_of(outcome, f"0 steps, {kind}: blocks by head")[0].holds
     for kind in ("attention output", "MLP in", "MLP out"):
-        assert claims_of(outcome, f"0 steps, {kind}: the cut by neuron")[0].holds
-    expected = {row["cut"]: row["expected"] for row in outcome.rows if row["kind"] == "query"}
+        assert claims_of(outcome, f"0 steps, {kind}: blocks by neuron")[0].holds
+    expected = {row["structure"]: row["expected"] for row in outcome.rows if row["kind"] == "query"}
     assert expected == {"head": pytest.approx(1 / 2), "neuron": pytest.approx(1 / 8), "input": pytest.approx(1 / 8)}
     assert {row["steps"] for row in outcome.rows} == {0, 10}
 
@@ -213,7 +212,7 @@ def test_a_large_matrix_is_shrunk_by_the_largest_of_a_square():
         ("heterogeneity", "spectra=/dev/null", "spectra /dev/null: this is a file; give a folder"),
     ],
 )
-def test_what_is_wrong_is_told_in_one_line(name, change, message):
+def test_wrong_settings_are_refused_in_one_line(name, change, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_study(name, [change])
     assert "\n" not in str(caught.value)

@@ -14,10 +14,9 @@ pytest.importorskip("lightning")
 pytest.importorskip("matplotlib")
 
 from lightning_adam_mini.cli.studies import leave_x_out, sensitivity, trajectories
-from lightning_adam_mini.cli.studies.bagm import BAGM
-from lightning_adam_mini.cli.studies.image_task import ScaledPerceptron
-from lightning_adam_mini.cli.studies.text_task import TextSizes, TextTask
-from lightning_adam_mini.cli.studies.training import DivergedError, Training, best_rate, train
+from lightning_adam_mini.cli.studies.blockwise_gd import BAGM
+from lightning_adam_mini.cli.studies.common.training import DivergedError, TextSizes, TextTask, best_rate, train
+from lightning_adam_mini.cli.studies.heterogeneous_mlp import ScaledPerceptron
 from study_outcomes import claims_of, outcome_of
 
 SMALL = ("width=16", "layers=1", "heads=2", "context=16", "batch_size=8", "validation_windows=64")
@@ -98,7 +97,7 @@ def test_training_ends_where_the_loss_is_not_finite():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = lambda step: model(torch.ones(2)).sum() * (math.nan if step == 3 else 1)  # noqa: E731
     with pytest.raises(DivergedError, match="loss after 3 steps is nan; set a smaller rate"):
-        train(model, [optimizer], losses, Training(5, clip=None), seen.append)
+        train(model, [optimizer], losses, steps=5, observe=seen.append)
     assert seen == [0, 1, 2, 3]
 
 
@@ -106,7 +105,7 @@ def test_a_weight_that_the_last_step_loses_is_no_end_of_training():
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e38)
     with pytest.raises(DivergedError, match="a weight after 1 steps is not finite"):
-        train(model, [optimizer], lambda _: model(torch.ones(2)).sum() * 1e20, Training(1, clip=None))
+        train(model, [optimizer], lambda _: model(torch.ones(2)).sum() * 1e20, steps=1)
 
 
 def test_training_trains_with_every_optimizer_to_the_end_of_the_schedule():
@@ -114,7 +113,7 @@ def test_training_trains_with_every_optimizer_to_the_end_of_the_schedule():
     before = [parameter.detach().clone() for parameter in model.parameters()]
     optimizers = [torch.optim.SGD([parameter], lr=0.1) for parameter in model.parameters()]
     seen = []
-    train(model, optimizers, lambda _: model(torch.ones(2)).square().sum(), Training(4, clip=1.0), seen.append)
+    train(model, optimizers, lambda _: model(torch.ones(2)).square().sum(), steps=4, clip=1.0, observe=seen.append)
     assert seen == [0, 1, 2, 3, 4]
     assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(optimizer.param_groups[0]["lr"] == 0 for optimizer in optimizers)
@@ -127,7 +126,7 @@ def test_the_best_rate_and_whether_it_is_at_the_end_of_the_grid():
 
 
 @pytest.mark.slow
-def test_sgd_falls_where_layers_are_unlike_and_adam_does_not():
+def test_sgd_falls_where_layers_are_heterogeneous_and_adam_does_not():
     pytest.importorskip("mlxtend")
     sizes = ("seeds=[0,1]", "heterogeneity=[1,300]", "width=32", "steps=250", "batch_size=32")
     rates = ("sgd_rates=[0.01,0.03]", "adam_rates=[0.01,0.03]")
@@ -140,7 +139,7 @@ def test_sgd_falls_where_layers_are_unlike_and_adam_does_not():
 
 
 def test_one_rate_a_block_is_left_out_of_adam():
-    """With a factor of nearly 0 the left-out block does not train, and the loss tells."""
+    """With a factor of nearly 0 the left-out block does not train, and the loss shows it."""
     sizes = (*SMALL, "seeds=[0,1]", "steps=12", "more_out=[2]", "draws=1", "adam_rates=[0.03]")
     frozen, trained = (outcome_of("leave_x_out", *sizes, f"factors=[{factor}]") for factor in (1e-9, 1.0))
     head = [{row["blocks"]: row["gain"] for row in outcome.rows}["lm_head.weight"] for outcome in (frozen, trained)]
@@ -159,7 +158,7 @@ def test_choices_are_drawn_once_each_and_only_if_there_are_so_many():
         leave_x_out._choices(names, 2, 7, random.Random(0))
 
 
-def test_more_blocks_than_there_are_is_told_before_the_work(monkeypatch):
+def test_more_blocks_than_there_are_is_refused_before_the_work(monkeypatch):
     monkeypatch.setattr(leave_x_out, "final_loss", lambda *_: pytest.fail("the work began"))
     with pytest.raises(ValueError, match="more_out 50: there are fewer than 4 choices among 9 blocks"):
         outcome_of("leave_x_out", *SMALL, "more_out=[50]")
@@ -205,7 +204,7 @@ def test_the_last_step_is_measured_whatever_the_interval():
     assert line["distance"] == distance[5] != distance[4]
 
 
-def test_sensitivity_is_told_cell_by_cell():
+def test_sensitivity_is_measured_cell_by_cell():
     outcome = outcome_of(
         "sensitivity", *SMALL, "seeds=[0]", "steps=25", "rates=[0.0001,0.03]", "beta2s=[0.95]", "epss=[1e-8]"
     )

@@ -9,9 +9,14 @@ pytest.importorskip("jsonargparse")
 pytest.importorskip("scipy")
 
 from lightning_adam_mini import AdamMini
-from lightning_adam_mini.cli.studies.descent import ScaledDescent, adam_mini_scale, adam_scale, blockwise_scale
+from lightning_adam_mini.cli.studies.common.quadratics import (
+    ScaledDescent,
+    adam_mini_scale,
+    adam_scale,
+    blockwise_scale,
+    random_quadratic,
+)
 from lightning_adam_mini.cli.studies.quadratic_cases import read_spectra
-from lightning_adam_mini.cli.studies.quadratics import random_quadratic
 from study_outcomes import claims_of, outcome_of
 
 SPECTRA = [[1.0, 2.0, 3.0, 4.0], [90.0, 100.0]]
@@ -105,19 +110,19 @@ def test_three_blocks_want_a_rate_each():
         assert holding(outcome, f"block {block}, rate 2/(L+mu): 'GD, one rate' ends below 'Adam, frozen v'") == [True]
 
 
-def test_adam_is_fast_on_unlike_blocks_alone():
+def test_adam_is_fast_on_heterogeneous_blocks_alone():
     seeds = "seeds=[0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16]"
-    outcome = outcome_of("quadratic_cases", seeds, "unlike_spectra=null", "alike_spectra=null")
+    outcome = outcome_of("quadratic_cases", seeds, "heterogeneous_spectra=null", "homogeneous_spectra=null")
     assert [claim.holds for claim in outcome.claims] == [True] * 4
     lines = {(line["case"], line["spectrum"]): line for line in outcome.summary}
     for top in ("2000", "5000"):
-        unlike, alike = lines[2, f"1 to {top}"], lines[4, f"1 to {top}"]
-        assert unlike["condition_number"] == pytest.approx(alike["condition_number"])
-        assert alike["adam"] > 20 * unlike["adam"]
+        mixed, even = lines[2, f"1 to {top}"], lines[4, f"1 to {top}"]
+        assert mixed["condition_number"] == pytest.approx(even["condition_number"])
+        assert even["adam"] > 20 * mixed["adam"]
 
 
 def test_one_seed_has_no_quartiles_but_its_own_ratio():
-    outcome = outcome_of("quadratic_cases", "seeds=[4]", "top_eigenvalues=[2000]", "unlike_spectra=null")
+    outcome = outcome_of("quadratic_cases", "seeds=[4]", "top_eigenvalues=[2000]", "heterogeneous_spectra=null")
     for row, claim in zip(outcome.rows, outcome.claims, strict=True):
         ratio = f"{row['gd'] / row['adam']:.2g}"
         assert claim.measured.endswith(f"quartiles of GD / Adam {ratio} and {ratio}")
@@ -153,14 +158,19 @@ def test_packaged_spectra_of_networks():
 
 
 def test_spectra_of_networks_are_cases_1_and_3(tmp_path):
-    unlike, alike = tmp_path / "unlike.csv", tmp_path / "alike.csv"
-    unlike.write_text("block,eigenvalue\na,1\na,2\nb,1000\nb,1001\n", "utf-8")
-    alike.write_text("block,eigenvalue\na,1\na,1000\nb,2\nb,1001\n", "utf-8")
-    assert read_spectra(str(unlike)) == [[1.0, 2.0], [1000.0, 1001.0]]
-    changes = (f"unlike_spectra={unlike}", f"alike_spectra={alike}", "seeds=[0,1,2]", "top_eigenvalues=[2000]")
+    mixed, even = tmp_path / "mixed.csv", tmp_path / "even.csv"
+    mixed.write_text("block,eigenvalue\na,1\na,2\nb,1000\nb,1001\n", "utf-8")
+    even.write_text("block,eigenvalue\na,1\na,1000\nb,2\nb,1001\n", "utf-8")
+    assert read_spectra(str(mixed)) == [[1.0, 2.0], [1000.0, 1001.0]]
+    changes = (
+        f"heterogeneous_spectra={mixed}",
+        f"homogeneous_spectra={even}",
+        "seeds=[0,1,2]",
+        "top_eigenvalues=[2000]",
+    )
     outcome = outcome_of("quadratic_cases", *changes)
     assert [(line["case"], line["spectrum"]) for line in outcome.summary] == [
-        (1, "unlike.csv"), (3, "alike.csv"), (2, "1 to 2000"), (4, "1 to 2000"),
+        (1, "mixed.csv"), (3, "even.csv"), (2, "1 to 2000"), (4, "1 to 2000"),
     ]  # fmt: skip
 
 

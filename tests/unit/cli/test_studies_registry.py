@@ -1,18 +1,18 @@
-"""Recipes of studies: each packaged one loads, and what is wrong is told before any work."""
+"""Recipes of studies: each packaged one loads, and what is wrong is refused before any work."""
 
 import pytest
 
 pytest.importorskip("jsonargparse")
 
-from lightning_adam_mini.cli.studies.outcome import Outcome, as_text, mean_and_spread, medians
-from lightning_adam_mini.cli.studies.registry import STUDIES, list_studies, load_study
+from lightning_adam_mini.cli.studies.common.outcome import Outcome, as_text, mean_and_spread, medians
+from lightning_adam_mini.cli.studies.common.study import STUDIES, list_studies, load_study
 
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_has_a_recipe_that_loads(name):
     study = load_study(name)
     assert study.name == name
-    assert len(study.settings.seeds) > 1, "a study tells the spread"
+    assert len(study.settings.seeds) > 1, "a study reports the spread"
     title = list_studies()[name]
     assert title.endswith(".")
     assert len(title.split()) > 5
@@ -37,8 +37,8 @@ def test_changes_replace_what_the_recipe_says():
         ("quadratic_cases", "seeds=many", "wrong setting: .*seeds.*many"),
         ("quadratic_cases", "seeds=[]", "seeds is empty"),
         ("quadratic_cases", "seeds=[1,1]", "give each value once"),
-        ("quadratic_cases", "seeds=[-1]", r"seeds lie between 0 and 2\^63, not -1"),
-        ("quadratic_cases", "seeds=[99999999999999999999]", r"seeds lie between 0 and 2\^63"),
+        ("quadratic_cases", "seeds=[-1]", r"seeds must be between 0 and 2\^63, not -1"),
+        ("quadratic_cases", "seeds=[99999999999999999999]", r"seeds must be between 0 and 2\^63"),
         ("quadratic_cases", "top_eigenvalues=[1e17]", "top_eigenvalues: a condition number of 1e.17 is too large"),
         ("heterogeneous_mlp", "heterogeneity=[1, 1.0]", "give each value once"),
         ("diagonal_preconditioner", "angles=[0,.nan]", "angles is nan: give a finite number"),
@@ -66,7 +66,7 @@ def test_changes_replace_what_the_recipe_says():
         ("trajectories", "rate=0", "rate must be above 0, not 0"),
         ("trajectories", "heads=0", "heads must be at least 1, not 0"),
         ("trajectories", "width=30", "width 30 must be a multiple of 8, twice the heads"),
-        ("trajectories", "every=1000", "every must lie between 1 and steps"),
+        ("trajectories", "every=1000", "every must be between 1 and steps"),
         ("blockwise_gd", "sgd_rates=[0.1]", "as many"),
         ("blockwise_gd", "seeds=[0,1,2]", "seeds must be at least four"),
         ("sensitivity", "beta2s=[0.9,1]", "beta2s must be below 1, not 1"),
@@ -74,7 +74,7 @@ def test_changes_replace_what_the_recipe_says():
         ("sensitivity", "batch_size=-1", "batch_size must be at least 1"),
     ],
 )
-def test_what_is_wrong_is_told_in_one_line(name, change, message):
+def test_wrong_settings_are_refused_in_one_line(name, change, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_study(name, [change] if change else [])
     assert "\n" not in str(caught.value)
@@ -95,7 +95,7 @@ def test_a_recipe_that_is_none_is_refused(tmp_path, text, message):
         load_study(str(tmp_path / "own.yaml"))
 
 
-def test_values_with_a_place_each_may_be_alike():
+def test_values_of_a_tuple_may_repeat():
     changes = ["betas=[0.9,0.9]", "eigenvalues=[[1,1,2],[1,1,2]]"]
     settings = load_study("three_block_quadratic", changes).settings
     assert settings.betas == (0.9, 0.9)

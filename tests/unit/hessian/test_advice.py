@@ -9,11 +9,16 @@ import tiny_models
 from lightning_adam_mini import AdamMini
 from lightning_adam_mini.blocks import Blocks, Segment
 from lightning_adam_mini.hessian import HessianOperator
-from lightning_adam_mini.hessian.advice import advise
-from lightning_adam_mini.hessian.block_diagonality import Score, candidate_cuts, exact_scores
-from lightning_adam_mini.hessian.cut_advice import KEEP, advise_from_scores, advise_in_parts
-from lightning_adam_mini.hessian.fused_parts import find_parts, rate_in_parts, score_parts
-from lightning_adam_mini.hessian.gradient_spread import mean_square_gradients
+from lightning_adam_mini.hessian.advice import (
+    KEEP,
+    advise,
+    advise_from_parts,
+    advise_from_scores,
+    find_parts,
+    rate_parts,
+    score_parts,
+)
+from lightning_adam_mini.hessian.block_structure import Score, candidate_structures, exact_scores, mean_square_gradients
 
 DIM, HEADS, VOCAB = 32, 4, 8
 
@@ -71,7 +76,7 @@ def chains(seed=0, count=8, length=13):
 
 @pytest.fixture(scope="module")
 def blind():
-    """Advice at initialisation, with no cut that could be asked for."""
+    """Advice at initialisation, with nothing that could be asked for."""
     torch.manual_seed(0)
     operator = HessianOperator(Attention().double(), loss_of, [chains()])
     names = [f"{name}.weight" for name in ("first", "second", "fifth", "sixth")]
@@ -99,13 +104,13 @@ def test_a_fused_matrix_is_looked_at_in_parts(method):
     (row,) = advise(operator, {"fused.weight": own}, parameters=["fused.weight"], method=method).rows
     assert [part.best for part in row.parts] == [f"rows x {head}", f"rows x {head}", "rows x 1"]
     assert (row.best, row.structure, row.blocks) == (f"rows x {DIM}", KEEP, own[KEEP])
-    assert "unlike norms" in row.reason
+    assert "different norms" in row.reason
     assert row.is_clear
     assert row.information == pytest.approx(sum(part.scores[part.best].information for part in row.parts) / 3)
-    assert "the cut that it has tells the most" in row.reason
+    assert "its current structure has the most" in row.reason
     (unknown,) = advise(operator, {}, parameters=["fused.weight"], method=method).rows
     assert unknown.structure is None
-    assert "can express no cut" in unknown.reason
+    assert "cannot express a structure" in unknown.reason
 
 
 def test_heads_are_no_parts(blind):
@@ -113,48 +118,48 @@ def test_heads_are_no_parts(blind):
     assert not blind["second.weight"].parts
 
 
-def test_only_a_few_long_runs_of_unlike_norms_are_parts():
-    cuts = candidate_cuts((8, 8))
+def test_only_a_few_long_runs_of_different_norms_are_parts():
+    structures = candidate_structures((8, 8))
 
     def scores(by_norms):
-        return {name: Score(0.8, 0.125, 8, 64, by_norms) for name in cuts}
+        return {name: Score(0.8, 0.125, 8, 64, by_norms) for name in structures}
 
-    assert find_parts(cuts, scores(by_norms=0.125)) is None
+    assert find_parts(structures, scores(by_norms=0.125)) is None
     found = find_parts(
-        {name: blocks for name, blocks in cuts.items() if "4" in name}, {"rows x 4": scores(0.8)["rows x 4"]}
+        {name: blocks for name, blocks in structures.items() if "4" in name}, {"rows x 4": scores(0.8)["rows x 4"]}
     )
     assert found == "rows x 4"
     some = ("whole", "element", "rows x 1", "columns x 1")
-    assert find_parts(cuts, {name: scores(0.8)[name] for name in some}) is None
+    assert find_parts(structures, {name: scores(0.8)[name] for name in some}) is None
     many = Blocks.rows((18, 2), block_size=2)
     assert find_parts({"many": many}, {"many": scores(0.8)["whole"]}) is None
 
 
-def test_parts_are_cut_as_the_whole_is():
-    """A part's elements in their order, and what cuts of the whole are within it."""
+def test_a_structure_of_the_whole_is_found_within_its_parts():
+    """A part's elements in their order, and what structures of the whole are within it."""
     shape, size = (3, 12), 12
-    cut = Blocks.rows(shape, axis=1, block_size=4)
+    halves = Blocks.rows(shape, axis=1, block_size=4)
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(3 * size, 3 * size, generator=generator, dtype=torch.float64)
 
-    def score(block, cuts, num_parts=1):
+    def score(block, structures, num_parts=1):
         assert num_parts == 3
-        return exact_scores((matrix + matrix.T)[block.index][:, block.index], cuts)
+        return exact_scores((matrix + matrix.T)[block.index][:, block.index], structures)
 
-    parts = score_parts("weight", cut, score)
-    assert [part.cuts["whole"].shape for part in parts] == [(3, 4)] * 3
+    parts = score_parts("weight", halves, score)
+    assert [part.structures["whole"].shape for part in parts] == [(3, 4)] * 3
     assert parts[1].block.index.tolist() == [4, 5, 6, 7, 16, 17, 18, 19, 28, 29, 30, 31]
     for whole, name in (
         (Blocks.rows(shape, axis=1, block_size=2), "columns x 2"),
         (Blocks.rows(shape), "rows x 1"),
         (Blocks.whole(shape), "whole"),
-        (cut, "whole"),
+        (halves, "whole"),
         (Blocks.element(shape), "element"),
         (Blocks.segmented(shape, (Segment(4, 2), Segment(8, 2)), axis=1), "columns x 2"),
     ):
         expected = sum(part.scores[name].information for part in parts) / 3
-        assert rate_in_parts(parts, whole).information == pytest.approx(expected)
-    assert rate_in_parts(parts, Blocks.rows(shape, axis=1, block_size=3)) is None, "no cut of a part"
+        assert rate_parts(parts, whole).information == pytest.approx(expected)
+    assert rate_parts(parts, Blocks.rows(shape, axis=1, block_size=3)) is None, "no structure of a part"
 
 
 def test_the_sketch_sees_the_head_that_the_dense_hessian_sees(blind):
@@ -179,10 +184,14 @@ def test_overrides_are_what_adam_mini_takes():
         logits = model(input_ids=tokens, use_cache=False).logits
         return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
-    cuts = {name: cut.blocks for name, cut in partition_module(model).items()}
+    structures = {name: found.blocks for name, found in partition_module(model).items()}
     names = [name for name, p in model.named_parameters() if p.dim() > 1]
     expressible = {
-        name: {KEEP: cuts[name], "row": Blocks.rows(cuts[name].shape), "whole": Blocks.whole(cuts[name].shape)}
+        name: {
+            KEEP: structures[name],
+            "row": Blocks.rows(structures[name].shape),
+            "whole": Blocks.whole(structures[name].shape),
+        }
         for name in names
     }
     squares = mean_square_gradients(model, loss, [tokens])
@@ -202,21 +211,21 @@ def score(information_at, size=64, error=0.0):
 
 
 def of_scores(shares, expressible, error=0.0):
-    cuts = {name: candidate_cuts((8, 8))[name] for name in shares}
-    return advise_from_scores("weight", cuts, {n: score(s, error=error) for n, s in shares.items()}, expressible)
+    structures = {name: candidate_structures((8, 8))[name] for name in shares}
+    return advise_from_scores("weight", structures, {n: score(s, error=error) for n, s in shares.items()}, expressible)
 
 
 ROWS, COLUMNS = Blocks.rows((8, 8)), Blocks.rows((8, 8), axis=1)
 
 
-def test_what_cannot_be_asked_for_is_told():
+def test_what_cannot_be_asked_for_is_in_the_reason():
     found = of_scores({"rows x 1": 0.3, "columns x 1": 0.9}, {"row": ROWS})
     assert (found.best, found.structure) == ("columns x 1", "row")
     assert "no override expresses it" in found.reason
     assert of_scores({"rows x 1": 0.3, "columns x 1": 0.9}, {}).structure is None
 
 
-def test_a_cut_that_is_not_clearly_worse_is_kept():
+def test_a_structure_that_is_not_clearly_worse_is_kept():
     own = {KEEP: ROWS, "column": COLUMNS}
     shares = {"rows x 1": 0.5, "columns x 1": 0.52}
     assert of_scores(shares, own).structure == "column"
@@ -228,9 +237,9 @@ def test_a_cut_that_is_not_clearly_worse_is_kept():
 def test_noise_asks_for_one_block():
     generator = torch.Generator().manual_seed(1)
     draws = torch.randn(64, 64, generator=generator, dtype=torch.float64)
-    cuts = candidate_cuts((8, 8))
-    scores = exact_scores(torch.ones(64, 64, dtype=torch.float64) + 0.01 * (draws + draws.T), cuts)
-    found = advise_from_scores("weight", cuts, scores, {KEEP: ROWS, "whole": Blocks.whole((8, 8))})
+    structures = candidate_structures((8, 8))
+    scores = exact_scores(torch.ones(64, 64, dtype=torch.float64) + 0.01 * (draws + draws.T), structures)
+    found = advise_from_scores("weight", structures, scores, {KEEP: ROWS, "whole": Blocks.whole((8, 8))})
     assert (found.best, found.structure) == ("whole", "whole")
     assert "one block" in found.reason
 
@@ -272,21 +281,23 @@ def test_a_matrix_without_a_hessian_stays_as_it_is(method):
     assert second.scores["rows x 1"].information > 0
 
 
-def test_parts_without_cuts_of_their_own_change_nothing():
+def test_parts_without_structures_of_their_own_change_nothing():
     """Rows are the blocks of all, and those of the second half have larger entries."""
     shape = (8, 3)
     index = Blocks.rows(shape).block_index().flatten()
     inside = torch.where(index.unsqueeze(0) == index.unsqueeze(1), 1.0, 0.1).double()
     sizes = torch.where(index < 4, 1.0, 5.0)
     matrix = inside * sizes * sizes.unsqueeze(1)
-    cuts = candidate_cuts(shape)
-    scores = exact_scores(matrix, cuts)
-    row = advise_from_scores("weight", cuts, scores, {KEEP: cuts["rows x 1"], "whole": cuts["whole"]})
+    structures = candidate_structures(shape)
+    scores = exact_scores(matrix, structures)
+    row = advise_from_scores("weight", structures, scores, {KEEP: structures["rows x 1"], "whole": structures["whole"]})
     assert (row.best, row.structure) == ("rows x 1", KEEP)
-    into_parts = find_parts(cuts, scores)
-    assert into_parts in ("rows x 2", "rows x 4")
+    runs = find_parts(structures, scores)
+    assert runs in ("rows x 2", "rows x 4")
     parts = score_parts(
-        "weight", cuts[into_parts], lambda block, cuts, _: exact_scores(matrix[block.index][:, block.index], cuts)
+        "weight",
+        structures[runs],
+        lambda block, structures, _: exact_scores(matrix[block.index][:, block.index], structures),
     )
     assert {part.best for part in parts} == {"rows x 1"}
-    assert advise_in_parts(row, into_parts, parts, cuts, {KEEP: cuts["rows x 1"]}) is row
+    assert advise_from_parts(row, runs, parts, structures, {KEEP: structures["rows x 1"]}) is row

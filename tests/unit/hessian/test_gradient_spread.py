@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_adam_mini import AdamMini
 from lightning_adam_mini.blocks import Blocks, Segment
-from lightning_adam_mini.hessian.gradient_spread import mean_square_gradients, spread_from, spread_sums
+from lightning_adam_mini.hessian.block_structure import mean_square_gradients, spread_from, spread_sums
 from lightning_adam_mini.tasks.callbacks.monitoring import GradientSpread
 
-CUTS = {
+STRUCTURES = {
     "rows": Blocks.rows((6, 4)),
     "heads": Blocks.rows((6, 4), block_size=3),
     "columns": Blocks.rows((6, 4), axis=1),
@@ -36,9 +36,9 @@ def by_hand(blocks, squares):
     return within / (len(logs) - len(groups)), total / (len(logs) - 1)
 
 
-@pytest.mark.parametrize("name", CUTS)
+@pytest.mark.parametrize("name", STRUCTURES)
 def test_variances(name):
-    blocks = CUTS[name]
+    blocks = STRUCTURES[name]
     squares = torch.rand(blocks.shape, generator=torch.Generator().manual_seed(0)) + 1e-3
     squares.view(-1)[[0, 5, 6]] = 0
     found = spread_from(spread_sums(blocks, squares))
@@ -54,7 +54,7 @@ def test_rows_explain_what_lies_between_rows():
     assert spread_from(spread_sums(Blocks.rows((3, 5), axis=1), sizes.expand(3, 5))).explained < 0
 
 
-def test_cuts_without_meaning_explain_nothing_on_average():
+def test_blocks_without_meaning_explain_nothing_on_average():
     generator = torch.Generator().manual_seed(0)
     squares = torch.randn(2000, 40, generator=generator).square()
     found = spread_from(spread_sums(Blocks.rows((2000, 40)), squares))
@@ -79,7 +79,7 @@ def test_elements_have_no_spread_within_and_zeros_no_logarithm():
     assert math.isnan(empty.explained)
 
 
-def test_a_factored_cut_is_refused():
+def test_a_factored_second_moment_is_refused():
     with pytest.raises(ValueError, match="no blocks"):
         spread_sums(Blocks.factored((2, 3)), torch.ones(2, 3))
 
@@ -170,9 +170,9 @@ def test_the_callback_logs_the_spread_of_a_step_by_role():
     optimizer = module.recorded
     for step, metrics in rows.items():
         by_role = {}
-        for name, cut in optimizer.partition.items():
-            sums = spread_sums(cut.blocks, optimizer.steps[step][name].square())
-            by_role[cut.role.name] = by_role.get(cut.role.name, 0) + sums
+        for name, found in optimizer.partition.items():
+            sums = spread_sums(found.blocks, optimizer.steps[step][name].square())
+            by_role[found.role.name] = by_role.get(found.role.name, 0) + sums
         expected = {f"gradient_spread/{role}": spread_from(sums).within for role, sums in by_role.items()}
         assert {name: value for name, value in metrics.items() if "explained" not in name} == pytest.approx(expected)
 

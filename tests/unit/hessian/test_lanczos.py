@@ -10,7 +10,6 @@ from lightning_adam_mini.hessian import (
     HessianOperator,
     ParameterBlock,
     block_tridiagonals,
-    choose,
     lanczos,
     model_tridiagonals,
     parameter_blocks,
@@ -99,8 +98,6 @@ def test_the_start_is_left_as_it_was():
 
 def test_the_budget_decides():
     assert vector_bytes(100, 10, torch.float32) == 4000
-    assert choose(100, 10, torch.float32, budget_bytes=4000)
-    assert not choose(100, 10, torch.float32, budget_bytes=3999)
     matrix = symmetric(torch.arange(10.0))
     assert lanczos(matrix.mv, start_of(10), 4, budget_bytes=4 * 10 * 8).vectors is not None
     assert lanczos(matrix.mv, start_of(10), 4, budget_bytes=4 * 10 * 8 - 1).vectors is None
@@ -141,6 +138,20 @@ def test_a_block_with_as_many_steps_as_rows_has_the_eigenvalues_of_its_slice():
     positions = offsets(model)["embed.weight"] + block.index
     expected = torch.linalg.eigvalsh(known_hessian("tied")[positions][:, positions])
     torch.testing.assert_close(torch.linalg.eigvalsh(found.matrix()), expected, rtol=1e-9, atol=1e-11)
+
+
+def test_a_block_that_ends_early_leaves_the_others_as_they_are():
+    """A parameter that the loss does not reach is done after one step."""
+    model, batches = build("tied")
+    operator = HessianOperator(model, classify, batches, dtype=torch.float64)
+    by_name = {block.name: block for block in parameter_blocks(model)}
+    chosen = [by_name[name] for name in ("unused.weight", "hidden.weight")]
+    together = block_tridiagonals(operator, chosen, steps=4, probes=2)
+    alone = block_tridiagonals(operator, chosen[1:], steps=4, probes=2)
+    assert [found.steps for found in together["unused.weight"]] == [1, 1]
+    for one, other in zip(together["hidden.weight"], alone["hidden.weight"], strict=True):
+        assert one.steps == 4
+        torch.testing.assert_close(one.matrix(), other.matrix(), rtol=1e-9, atol=1e-12)
 
 
 def test_blocks_that_do_not_fit_run_by_the_recurrence(caplog):
@@ -187,7 +198,7 @@ def test_the_recurrence_takes_four_copies_of_the_parameters():
     ("call", "message"),
     [
         (lambda op, blocks: model_tridiagonals(op, steps=100_000), "100000 Lanczos steps for the model"),
-        (lambda op, blocks: model_tridiagonals(op, steps=1, probes=0), "one random start"),
+        (lambda op, blocks: model_tridiagonals(op, steps=1, probes=0), "one random vector"),
         (lambda op, blocks: block_tridiagonals(op, blocks, steps=5), "5 Lanczos steps for hidden.bias.*use at most 4"),
         (lambda op, blocks: block_tridiagonals(op, [blocks[0]] * 2, steps=2), "two blocks have one name"),
     ],

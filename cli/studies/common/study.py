@@ -1,8 +1,7 @@
-"""The studies by name, and the recipes of configs/studies that give their sizes."""
+"""The studies by name, the recipes of configs/studies with their sizes, and checks of their settings."""
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import math
 import re
@@ -16,11 +15,11 @@ import yaml
 
 from lightning_adam_mini.hints import did_you_mean
 
-from ..arguments import UsageError
-from ..recipes import read_yaml
+from ...arguments import UsageError
+from ...recipes import read_yaml
 from .outcome import Outcome
 
-__all__ = ["STUDIES", "Study", "find_study", "list_studies", "load_study"]
+__all__ = ["STUDIES", "Study", "check_above", "check_least", "find_study", "list_studies", "load_study"]
 
 STUDIES = (
     "three_block_quadratic",
@@ -35,8 +34,8 @@ STUDIES = (
     "transformer_hessian",
     "mlp_hessian",
 )
-"""Modules of this package. Each has `run(settings) -> Outcome` and a frozen dataclass `Settings`, with `seeds` among
-its fields and no defaults."""
+"""Modules of `studies`. Each has `run(settings) -> Outcome` and a frozen dataclass `Settings`, with `seeds` among its
+fields and no defaults."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Study:
     Args:
         name: Stem of the recipe.
         settings: An object of its `Settings`.
-        run: Makes the outcome of settings.
+        run: Computes the outcome from the settings.
     """
 
     name: str
@@ -90,7 +89,7 @@ def load_study(name: str, changes: Sequence[str] = ()) -> Study:
     """
     path = find_study(name)
     recipe = _read(path)
-    module = importlib.import_module(f".{recipe['study']}", __package__)
+    module = importlib.import_module(f"..{recipe['study']}", __package__)
     values = dict(recipe["settings"])
     known = [field.name for field in fields(module.Settings)]
     for change in changes:
@@ -103,8 +102,8 @@ def load_study(name: str, changes: Sequence[str] = ()) -> Study:
             raise ValueError(f"--set {change}: the value is no YAML: {' '.join(str(error).split())}") from error
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=2, cutoff=0.5) or known
-            raise ValueError(f"{recipe['study']} has no setting {key!r}; did you mean {', '.join(near)}?")
+            hint = did_you_mean(key, known, otherwise=f"; it has {', '.join(known)}", cutoff=0.5)
+            raise ValueError(f"{recipe['study']} has no setting {key!r}{hint}")
     if missing := [key for key in known if key not in values]:
         raise ValueError(f"{path}: settings lack {', '.join(missing)}; give them there or with --set")
     return Study(path.stem, _build(module.Settings, values), module.run)
@@ -133,28 +132,28 @@ def _build(settings_class: type, values: dict[str, Any]) -> Any:
     try:
         typed = parser.parse_object({"settings": values}).settings.as_dict()
     except ArgumentError as error:
-        told = re.sub(r"^.*?(?=Parser key)", "", " ".join(str(error).split())).replace("settings.", "")
-        raise ValueError(f"wrong setting: {told}") from error
+        line = re.sub(r"^.*?(?=Parser key)", "", " ".join(str(error).split())).replace("settings.", "")
+        raise ValueError(f"wrong setting: {line}") from error
     for key, value in typed.items():
         _check_value(key, value)
     if wrong := [seed for seed in typed["seeds"] if not 0 <= seed < 2**63]:
-        raise ValueError(f"seeds lie between 0 and 2^63, not {wrong[0]}")
+        raise ValueError(f"seeds must be between 0 and 2^63, not {wrong[0]}")
     return settings_class(**typed)
 
 
 def _check_value(key: str, value: Any) -> None:
-    """What no setting may be: not a number, infinite, empty, or a list of cases that has one twice."""
+    """Reject what no setting may be: NaN, infinite, empty, or a list of cases that has one twice."""
     for number in _numbers(key, value):
         if not math.isfinite(number):
             raise ValueError(f"{key} is {number}: give a finite number")
-    # A tuple, such as betas, has a place for each value, and lists of lists may be alike.
+    # A tuple, such as betas, may repeat a value, and so may a list of lists.
     is_cases = isinstance(value, list) and not isinstance(value[0], list)
     if is_cases and len(set(value)) < len(value):
         raise ValueError(f"{key} = {value}: give each value once")
 
 
 def _numbers(key: str, value: Any) -> Iterator[float]:
-    """All floats in a value, whatever lists they are in."""
+    """All floats in a value and in the lists within it."""
     if isinstance(value, float):
         yield value
     elif isinstance(value, list | tuple):
@@ -162,3 +161,30 @@ def _numbers(key: str, value: Any) -> Iterator[float]:
             raise ValueError(f"{key} is empty: give at least one value")
         for one in value:
             yield from _numbers(key, one)
+
+
+def check_least(settings: object, least: float, *names: str) -> None:
+    """Reject settings, numbers or lists of them, that are below a bound.
+
+    Args:
+        settings: Has the names as attributes.
+        least: The smallest number that is allowed.
+        names: Of settings.
+
+    Raises:
+        ValueError: One is smaller.
+    """
+    _check_bound(settings, names, lambda number: number >= least, f"at least {least:g}")
+
+
+def check_above(settings: object, bound: float, *names: str) -> None:
+    """The same for a bound that is itself not allowed."""
+    _check_bound(settings, names, lambda number: number > bound, f"above {bound:g}")
+
+
+def _check_bound(settings: object, names: tuple[str, ...], allows: Callable[[float], bool], words: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        for number in value if isinstance(value, list | tuple) else (value,):
+            if not allows(number):
+                raise ValueError(f"{name} must be {words}, not {number:g}")

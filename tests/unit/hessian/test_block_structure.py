@@ -1,4 +1,4 @@
-"""Scores of cuts: on matrices whose blocks are known, and the sketch against the dense ones."""
+"""Scores of block structures: on matrices whose blocks are known, and the sketch against the dense ones."""
 
 import math
 
@@ -8,8 +8,7 @@ from torch import nn
 
 from lightning_adam_mini.blocks import Blocks, Segment
 from lightning_adam_mini.hessian import HessianOperator, ParameterBlock
-from lightning_adam_mini.hessian.block_diagonality import candidate_cuts, exact_scores, tau
-from lightning_adam_mini.hessian.sketched_diagonality import sketched_scores
+from lightning_adam_mini.hessian.block_structure import candidate_structures, exact_scores, sketched_scores, tau
 
 SHAPE = (8, 3)
 WEIGHT = ParameterBlock("weight", "weight")
@@ -29,20 +28,20 @@ def masked(blocks, outside=0.0, seed=0):
 
 
 def best(matrix, shape=SHAPE):
-    scores = exact_scores(matrix, candidate_cuts(shape))
+    scores = exact_scores(matrix, candidate_structures(shape))
     return max(scores, key=lambda name: scores[name].information)
 
 
 def test_candidates_are_runs_that_divide_either_dimension():
-    names = list(candidate_cuts((6, 4)))
+    names = list(candidate_structures((6, 4)))
     assert names == ["whole", "rows x 1", "rows x 2", "rows x 3", "columns x 1", "columns x 2", "element"]
-    assert list(candidate_cuts((3,))) == ["whole", "rows x 1", "element"]
+    assert list(candidate_structures((3,))) == ["whole", "rows x 1", "element"]
 
 
-@pytest.mark.parametrize("name", [name for name in candidate_cuts(SHAPE) if name != "whole"])
+@pytest.mark.parametrize("name", [name for name in candidate_structures(SHAPE) if name != "whole"])
 @pytest.mark.parametrize("outside", [0.0, 0.05])
 def test_information_is_largest_at_the_blocks_of_the_matrix(name, outside):
-    assert best(masked(candidate_cuts(SHAPE)[name], outside)) == name
+    assert best(masked(candidate_structures(SHAPE)[name], outside)) == name
 
 
 def test_scores_of_a_small_matrix_by_hand():
@@ -54,16 +53,16 @@ def test_scores_of_a_small_matrix_by_hand():
     assert tau(matrix) == pytest.approx(2 / 3)
 
 
-def test_one_block_holds_everything_and_tells_nothing():
+def test_one_block_holds_everything_and_has_no_information():
     score = exact_scores(symmetric(), {"whole": Blocks.whole(SHAPE)})["whole"]
     assert (score.share, score.expected, score.num_blocks) == (1, 1, 1)
     assert score.information == score.noise == 0
 
 
 def test_noise_is_what_a_random_matrix_has():
-    cuts = candidate_cuts(SHAPE)
-    draws = [exact_scores(symmetric(seed), cuts) for seed in range(300)]
-    for name in cuts:
+    structures = candidate_structures(SHAPE)
+    draws = [exact_scores(symmetric(seed), structures) for seed in range(300)]
+    for name in structures:
         shares = torch.tensor([scores[name].share for scores in draws])
         expected = (draws[0][name].expected * 24 + 1) / 25
         assert shares.mean().item() == pytest.approx(expected, abs=4 * shares.std().item() / 300**0.5 + 1e-9)
@@ -76,7 +75,7 @@ def test_less_inside_than_expected_is_negative():
     assert exact_scores(matrix, {"rows": blocks})["rows"].information < 0
 
 
-def test_a_cut_of_another_shape_and_a_zero_matrix_are_refused():
+def test_a_structure_of_another_size_and_a_zero_matrix_are_refused():
     with pytest.raises(ValueError, match="24 rows"):
         exact_scores(symmetric(), {"rows": Blocks.rows((4, 3))})
     with pytest.raises(ValueError, match="is zero"):
@@ -101,14 +100,14 @@ def operator_of(matrix, shape=SHAPE):
 
 
 def test_the_sketch_agrees_with_the_dense_scores_in_expectation():
-    cuts = candidate_cuts(SHAPE)
-    matrix = masked(cuts["rows x 2"], outside=0.3)
-    # Columns of unlike norms, as those of a table of tokens.
+    structures = candidate_structures(SHAPE)
+    matrix = masked(structures["rows x 2"], outside=0.3)
+    # Columns of different norms, as those of a table of tokens.
     scales = torch.logspace(-2, 0, 24, dtype=torch.float64)
     matrix = scales.unsqueeze(1) * matrix * scales
-    exact = exact_scores(matrix, cuts)
+    exact = exact_scores(matrix, structures)
     operator, count = operator_of(matrix), 60
-    draws = [sketched_scores(operator, WEIGHT, cuts, columns=12, seed=seed) for seed in range(count)]
+    draws = [sketched_scores(operator, WEIGHT, structures, columns=12, seed=seed) for seed in range(count)]
     for name, score in exact.items():
         shares = torch.tensor([found[name].share for found in draws], dtype=torch.float64)
         assert draws[0][name].expected == pytest.approx(score.expected, rel=1e-12)
@@ -118,22 +117,22 @@ def test_the_sketch_agrees_with_the_dense_scores_in_expectation():
 
 
 def test_the_standard_error_is_that_of_repeated_sketches():
-    cuts = {"rows": Blocks.rows((40, 3))}
-    operator = operator_of(masked(cuts["rows"], outside=0.3), (40, 3))
-    found = [sketched_scores(operator, WEIGHT, cuts, columns=20, seed=seed)["rows"] for seed in range(40)]
+    structures = {"rows": Blocks.rows((40, 3))}
+    operator = operator_of(masked(structures["rows"], outside=0.3), (40, 3))
+    found = [sketched_scores(operator, WEIGHT, structures, columns=20, seed=seed)["rows"] for seed in range(40)]
     spread = torch.tensor([score.share for score in found]).std().item()
-    told = sum(score.standard_error for score in found) / len(found)
-    assert 0.6 < told / spread < 1.6
+    reported = sum(score.standard_error for score in found) / len(found)
+    assert 0.6 < reported / spread < 1.6
 
 
 def test_all_columns_give_the_exact_scores():
-    cuts = candidate_cuts(SHAPE) | {
+    structures = candidate_structures(SHAPE) | {
         "fused": Blocks.segmented(SHAPE, (Segment(4, 2), Segment(4, 1))),
         "columns of rows": Blocks.rows(SHAPE, axis=1, batch_axes=(0,)),
     }
     matrix = symmetric()
-    found = sketched_scores(operator_of(matrix), WEIGHT, cuts, columns=24)
-    for name, score in exact_scores(matrix, cuts).items():
+    found = sketched_scores(operator_of(matrix), WEIGHT, structures, columns=24)
+    for name, score in exact_scores(matrix, structures).items():
         assert found[name].share == pytest.approx(score.share, rel=1e-12), name
         assert found[name].expected == pytest.approx(score.expected, rel=1e-12), name
         assert found[name].standard_error == 0
@@ -145,16 +144,16 @@ def test_a_heavy_block_is_found_among_many():
     index = Blocks.rows(shape, block_size=4).block_index().flatten()
     scales = torch.where(index == 17, 1.0, 1e-3).double()
     matrix = masked(Blocks.rows(shape, block_size=4), outside=1e-3) * scales * scales.unsqueeze(1)
-    scores = sketched_scores(operator_of(matrix, shape), WEIGHT, candidate_cuts(shape), columns=16)
+    scores = sketched_scores(operator_of(matrix, shape), WEIGHT, candidate_structures(shape), columns=16)
     assert max(scores, key=lambda name: scores[name].information) == "rows x 4"
 
 
-def test_the_sketch_does_not_depend_on_chunks_and_other_cuts(monkeypatch):
-    cuts = candidate_cuts(SHAPE)
+def test_the_sketch_does_not_depend_on_chunks_and_other_structures(monkeypatch):
+    structures = candidate_structures(SHAPE)
     operator = operator_of(symmetric())
-    every = sketched_scores(operator, WEIGHT, cuts, columns=10)
+    every = sketched_scores(operator, WEIGHT, structures, columns=10)
     monkeypatch.setattr("lightning_adam_mini.hessian.exact._CHUNK_BYTES", 1)
-    some = sketched_scores(operator, WEIGHT, {"rows x 2": cuts["rows x 2"]}, columns=10, budget_bytes=0)
+    some = sketched_scores(operator, WEIGHT, {"rows x 2": structures["rows x 2"]}, columns=10, budget_bytes=0)
     assert 0 < every["rows x 2"].share < 1
     assert some["rows x 2"].share == pytest.approx(every["rows x 2"].share)
 
@@ -162,16 +161,16 @@ def test_the_sketch_does_not_depend_on_chunks_and_other_cuts(monkeypatch):
 def test_the_sketch_refuses_one_column_and_a_zero_hessian():
     operator = operator_of(torch.zeros(24, 24, dtype=torch.float64))
     with pytest.raises(ValueError, match="two columns"):
-        sketched_scores(operator, WEIGHT, candidate_cuts(SHAPE), columns=1)
+        sketched_scores(operator, WEIGHT, candidate_structures(SHAPE), columns=1)
     for columns in (2, 24):
         with pytest.raises(ValueError, match="is zero"):
-            sketched_scores(operator, WEIGHT, candidate_cuts(SHAPE), columns=columns)
+            sketched_scores(operator, WEIGHT, candidate_structures(SHAPE), columns=columns)
     with pytest.raises(ValueError, match="24 rows"):
         sketched_scores(operator, WEIGHT, {"rows": Blocks.rows((4, 3))})
 
 
-def test_unlike_norms_alone_are_no_blocks():
-    """A matrix whose entries are products of sizes tells nothing beyond them, however large one block's are."""
+def test_different_norms_alone_are_no_blocks():
+    """A matrix whose entries are products of sizes has no information beyond them, however large one block's are."""
     sizes = torch.tensor([1.0, 1, 1, 1, 30, 30, 30, 30], dtype=torch.float64)
     score = exact_scores(sizes * sizes.unsqueeze(1), {"halves": Blocks.rows((8, 1), block_size=4)})["halves"]
     assert score.share > 0.99

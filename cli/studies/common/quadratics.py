@@ -1,4 +1,6 @@
-"""Descent with a fixed diagonal scale on a quadratic, in closed form.
+"""Quadratics of random dense blocks with given eigenvalues, and descent on them with a fixed diagonal scale.
+
+The loss is `w H w / 2`; H has blocks on its diagonal alone, and there is no linear term.
 
 Gradient descent, block-wise gradient descent, Adam with a frozen second moment (beta1 = 0, beta2 = 1) and Adam-mini
 with a frozen one are all `w <- w - rate * D H w` with a diagonal D. With S = D^(1/2) H D^(1/2) = U diag(s) U^T the loss
@@ -8,13 +10,81 @@ after t iterations is `sum_i s_i (1 - rate s_i)^(2t) c_i^2 / 2`, c = U^T D^(-1/2
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor, nn
 
-from .quadratics import BlockQuadratic
+__all__ = [
+    "BlockQuadratic",
+    "ScaledDescent",
+    "adam_mini_scale",
+    "adam_scale",
+    "blockwise_scale",
+    "check_condition",
+    "random_quadratic",
+]
 
-__all__ = ["ScaledDescent", "adam_mini_scale", "adam_scale", "blockwise_scale"]
+MOST_CONDITION = 1e10
+"""Up to this, float64 has some digits of the smallest eigenvalue of a dense matrix, also with Adam's diagonal."""
+
+
+@dataclass(frozen=True)
+class BlockQuadratic:
+    """A quadratic and its first weights.
+
+    Args:
+        hessian: H, `(n, n)`, float64, symmetric and positive definite.
+        start: First weights, `(n,)`.
+        sizes: Lengths of the diagonal blocks; they sum to n.
+    """
+
+    hessian: Tensor
+    start: Tensor
+    sizes: tuple[int, ...]
+
+    @property
+    def gradient(self) -> Tensor:
+        """The gradient at the start, `(n,)`."""
+        return self.hessian @ self.start
+
+    def blocks(self) -> list[BlockQuadratic]:
+        """Each diagonal block as a problem of its own."""
+        ends = torch.tensor(self.sizes).cumsum(0).tolist()
+        parts = [slice(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
+        return [BlockQuadratic(self.hessian[p, p], self.start[p], (len(self.start[p]),)) for p in parts]
+
+
+def random_quadratic(spectra: Sequence[Sequence[float]], generator: Generator) -> BlockQuadratic:
+    """Blocks `Q diag(eigenvalues) Q^T` with Haar-distributed Q, started at standard normal weights.
+
+    Args:
+        spectra: Eigenvalues of each block.
+        generator: Draws Q and the start.
+    """
+    blocks = []
+    for eigenvalues in spectra:
+        # QR of normal numbers with the signs of R put right, which is Haar's measure (Mezzadri 2007, Sec. 5).
+        size = len(eigenvalues)
+        rotation = nn.init.orthogonal_(torch.empty(size, size, dtype=torch.float64), generator=generator)
+        block = rotation * torch.tensor(eigenvalues, dtype=torch.float64) @ rotation.T
+        blocks.append((block + block.T) / 2)
+    hessian = torch.block_diag(*blocks)
+    start = torch.randn(len(hessian), generator=generator, dtype=torch.float64)
+    return BlockQuadratic(hessian, start, tuple(map(len, blocks)))
+
+
+def check_condition(what: str, condition_number: float) -> None:
+    """Reject a condition number so large that rounding would decide.
+
+    Raises:
+        ValueError: It is above 1e10.
+    """
+    if condition_number > MOST_CONDITION:
+        raise ValueError(
+            f"{what}: a condition number of {condition_number:.2g} is too large for float64; give up to 1e10"
+        )
 
 
 class ScaledDescent:
@@ -57,7 +127,7 @@ class ScaledDescent:
         """Iterations until the loss is `relative` times the first one; the loss falls at any rate up to `2 / L`.
 
         Raises:
-            ValueError: The rate is 2 / L or more, where the loss does not fall to nothing.
+            ValueError: The rate is 2 / L or more, where the loss does not fall to zero.
         """
         if not 0 < rate < 2 / float(self.eigenvalues[-1]):
             raise ValueError(f"rate {rate} must be above 0 and below 2 / L = {2 / float(self.eigenvalues[-1]):.3g}")

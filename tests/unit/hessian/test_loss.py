@@ -13,7 +13,7 @@ import tiny_models
 from hessian_models import build, classify
 from lightning_adam_mini.blocks import Blocks
 from lightning_adam_mini.hessian import HessianOperator, ParameterBlock, block_of
-from lightning_adam_mini.hessian.batches import place, tensors_of
+from lightning_adam_mini.hessian.loss import place, tensors_of
 
 DATA = TensorDataset(torch.arange(12.0).view(6, 2))
 
@@ -58,7 +58,7 @@ def dropping():
         (lambda: product(nn.Linear(2, 1), square, iter(DATA)), "iterator.*list of batches"),
         (lambda: product(nn.Linear(2, 1), square, Shuffled()), "two passes over the data give different batches"),
         (lambda: product(nn.Linear(2, 1), square, []), "batches is empty"),
-        (lambda: product(nn.Linear(2, 1).requires_grad_(False), square, list(DATA)), "no parameter takes a gradient"),
+        (lambda: product(nn.Linear(2, 1).requires_grad_(False), square, list(DATA)), "no trainable parameter"),
         (lambda: product(nn.Linear(2, 1), lambda m, b: m(b[0]), list(DATA) * 2), None),
         (lambda: product(nn.Linear(2, 2), lambda m, b: m(b[0]), list(DATA)), r"not a tensor of shape \(2,\)"),
         (lambda: product(nn.Linear(2, 2), lambda m, b: 1.0, list(DATA)), "scalar tensor, not float"),
@@ -143,7 +143,7 @@ def test_wrong_positions(index, message):
         ParameterBlock("b", "weight", index)
 
 
-def test_a_block_that_a_cut_does_not_have():
+def test_a_block_that_does_not_exist():
     with pytest.raises(ValueError, match="blocks 0 to 3: there is no block 4"):
         block_of("w", Blocks.rows((4, 2)), 4)
     with pytest.raises(ValueError, match="no blocks to number"):
@@ -226,7 +226,7 @@ class Graph:
 
 def test_batches_are_found_in_many_forms():
     x, cpu = torch.ones(2), torch.device("cpu")
-    forms = [x, {"a": [x, 3]}, UserDict(a=x), (x, "text"), [x], Sample(x, "n"), Graph(x)]
+    forms = [x, {"a": [x, 3]}, UserDict(a=x), (x, "text"), [x], Sample(x, "n"), Graph(x), UserDict(a=[Sample(x, "n")])]
     for form in forms:
         placed = place(form, cpu, torch.float64)
         assert type(placed) is type(form)

@@ -1,0 +1,1 @@
+"""What the studies share: their settings, results, quadratics, networks, and small tasks that train in seconds."""
