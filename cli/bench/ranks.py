@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_adam_mini.optim.sharding import local
+from lightning_adam_mini.optim.distributed import local
 
 from ...tasks.parallel.sharding import shard_model
 from .models import WEIGHT_STD

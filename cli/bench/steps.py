@@ -19,7 +19,7 @@ from lightning_adam_mini.measure.collectives import count_collectives
 from lightning_adam_mini.measure.spread import ratio_of_pairs, spread_of
 from lightning_adam_mini.measure.timing import Seconds, choose_clock, interleave, time_call
 from lightning_adam_mini.measure.traffic import add_of_bytes, copy_of_bytes, step_traffic_bytes, stored_state_bytes
-from lightning_adam_mini.optim.sharding import local
+from lightning_adam_mini.optim.distributed import local
 
 from ..model_building import Source
 from .contenders import BASELINE, Contender, choose

@@ -14,7 +14,7 @@ from lightning_adam_mini.blocks import Blocks
 from lightning_adam_mini.convert.matching import Wanted, match
 from lightning_adam_mini.convert.saved import SavedBy, SavedParameter, saved_by, saved_parameters, whole
 from lightning_adam_mini.convert.second_moment import second_moment
-from lightning_adam_mini.optim import AdamMini, momentum_8bit
+from lightning_adam_mini.optim import AdamMini, quantized
 from lightning_adam_mini.optim.state import first_moment_dtype, saved_tensor, second_moment_dtype
 
 __all__ = ["Conversion", "convert"]
@@ -149,12 +149,12 @@ def _in_format(saved: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor
         scale = whole(scale)
         if dtype is torch.uint8:
             return {"exp_avg": exp_avg, "exp_avg_scale": scale}
-        return {"exp_avg": momentum_8bit.decode_tensor(exp_avg, scale).to(dtype)}
+        return {"exp_avg": quantized.decode_tensor(exp_avg, scale).to(dtype)}
     if dtype is not torch.uint8:
         return {"exp_avg": exp_avg}
     codes = torch.empty_like(exp_avg, dtype=torch.uint8)
-    scale = torch.empty(momentum_8bit.scale_shape(exp_avg.shape), dtype=torch.float32, device=exp_avg.device)
-    momentum_8bit.encode_tensor_(codes, scale, exp_avg)
+    scale = torch.empty(quantized.scale_shape(exp_avg.shape), dtype=torch.float32, device=exp_avg.device)
+    quantized.encode_tensor_(codes, scale, exp_avg)
     return {"exp_avg": codes, "exp_avg_scale": scale}
 
 

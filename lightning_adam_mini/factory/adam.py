@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_adam_mini import optim
 from lightning_adam_mini.factory.base import OptimizerFactory
-from lightning_adam_mini.optim.implementation import Implementation
+from lightning_adam_mini.optim.dispatch import Implementation
 from lightning_adam_mini.optim.state import first_moment_bytes, second_moment_dtype
 from lightning_adam_mini.partition import partition_module
 

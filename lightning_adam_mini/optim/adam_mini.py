@@ -14,15 +14,8 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from lightning_adam_mini.blocks import Blocks
-from lightning_adam_mini.optim.entries import Form, form_of, listed, named_parameters, parameter_of
-from lightning_adam_mini.optim.fingerprint import NO_STATE
-from lightning_adam_mini.optim.flat_state import FlatState, compress_state, expand_state
-from lightning_adam_mini.optim.formats import check_exp_avg_dtype, check_format, check_rounds_something
-from lightning_adam_mini.optim.fsdp1 import FlatRange, flat_ranges, whole_shapes
-from lightning_adam_mini.optim.groups import WeightDecayPolicy, decay_groups
-from lightning_adam_mini.optim.implementation import Implementation, Stepper, options_of
-from lightning_adam_mini.optim.parameter_view import ParameterView, check_memory
-from lightning_adam_mini.optim.sharding import (
+from lightning_adam_mini.optim.dispatch import Implementation, Stepper, options_of
+from lightning_adam_mini.optim.distributed import (
     is_dtensor,
     is_flattened,
     laid_out_as,
@@ -30,6 +23,14 @@ from lightning_adam_mini.optim.sharding import (
     shard_dtensor,
     share_square_sums,
 )
+from lightning_adam_mini.optim.entries import Form, form_of, listed, named_parameters, parameter_of
+from lightning_adam_mini.optim.fingerprint import NO_STATE
+from lightning_adam_mini.optim.flat_state import FlatState, compress_state, expand_state
+from lightning_adam_mini.optim.formats import check_exp_avg_dtype, check_format, check_rounds_something
+from lightning_adam_mini.optim.fsdp1 import FlatRange, flat_ranges, whole_shapes
+from lightning_adam_mini.optim.groups import WeightDecayPolicy, decay_groups
+from lightning_adam_mini.optim.parameter_view import ParameterView, check_memory
+from lightning_adam_mini.optim.params import check_gradient, check_group, check_not_flat, check_parameter, warn_user
 from lightning_adam_mini.optim.shards import Shard
 from lightning_adam_mini.optim.state import (
     check_is_state,
@@ -41,7 +42,6 @@ from lightning_adam_mini.optim.state import (
     steps_taken,
 )
 from lightning_adam_mini.optim.stochastic_rounding import MAX_STEP, UNCOUNTED, Rounding, dtensor_positions, name_seed
-from lightning_adam_mini.optim.validation import check_gradient, check_group, check_not_flat, check_parameter, warn_user
 from lightning_adam_mini.partition import (
     Layouts,
     ParameterPartition,

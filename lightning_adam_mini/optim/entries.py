@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_adam_mini.optim.sharding import is_dtensor
+from lightning_adam_mini.optim.distributed import is_dtensor
 
 __all__ = ["Form", "form_of", "listed", "named_parameters", "parameter_of"]
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_adam_mini.optim.momentum_8bit import check_placements, has_codes
-from lightning_adam_mini.optim.sharding import is_dtensor, is_flattened
+from lightning_adam_mini.optim.distributed import is_dtensor, is_flattened
+from lightning_adam_mini.optim.quantized import check_placements, has_codes
 
 __all__ = ["check_exp_avg_dtype", "check_format", "check_rounds_something"]
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_adam_mini.blocks import Blocks, Kind
-from lightning_adam_mini.optim.sharding import is_flat_vector, is_flattened
+from lightning_adam_mini.optim.distributed import is_flat_vector, is_flattened
 from lightning_adam_mini.optim.shards import Shard, flat_boxes
 
 if TYPE_CHECKING:

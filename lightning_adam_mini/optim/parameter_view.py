@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_adam_mini.blocks import Blocks, Kind, wide_dtype
-from lightning_adam_mini.optim.momentum_8bit import scale_shape
+from lightning_adam_mini.optim.quantized import scale_shape
 from lightning_adam_mini.optim.shards import Shard
 from lightning_adam_mini.optim.stochastic_rounding import Rounding
 
@@ -34,7 +34,7 @@ class ParameterView:
         moments: Second moments, one tensor for each of the state shapes of `shard.local_blocks`.
         exact: Sum squares themselves, as `Blocks.square_sums` says, and not squared norms.
         square_sums: Sums of squares of the gradient over all ranks, where blocks are split between ranks.
-        exp_avg_scale: Scales of a first moment in 8 bits, as `momentum_8bit` says.
+        exp_avg_scale: Scales of a first moment in 8 bits, as `quantized` says.
         rounding: The random bits of what is stored in bfloat16; None where it is rounded to nearest.
         name: Name of the parameter, for messages.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_adam_mini.blocks import Kind
-from lightning_adam_mini.optim import momentum_8bit
+from lightning_adam_mini.optim import quantized
 from lightning_adam_mini.optim.parameter_view import ParameterView
 from lightning_adam_mini.optim.rectangles import intersect, split, whole_box
 from lightning_adam_mini.optim.shards import Box, Shard
@@ -49,7 +49,7 @@ def apply_(tensor: ParameterView, options: StepOptions, *, step_size: float | Te
         noise = None if tensor.rounding is None else tensor.rounding.bits(box, step, device)
         _store_(box.view(tensor.param), param, noise)
         if tensor.exp_avg_scale is not None:
-            momentum_8bit.write_(tensor.exp_avg, tensor.exp_avg_scale, box, exp_avg.to(torch.float32))
+            quantized.write_(tensor.exp_avg, tensor.exp_avg_scale, box, exp_avg.to(torch.float32))
         else:
             _store_(box.view(tensor.exp_avg), exp_avg, None if noise is None else noise >> 16)
 
@@ -57,7 +57,7 @@ def apply_(tensor: ParameterView, options: StepOptions, *, step_size: float | Te
 def _exp_avg(tensor: ParameterView, box: Box) -> Tensor:
     """A copy of a slice of the first moment."""
     if tensor.exp_avg_scale is not None:
-        return momentum_8bit.read(tensor.exp_avg, tensor.exp_avg_scale, box)
+        return quantized.read(tensor.exp_avg, tensor.exp_avg_scale, box)
     return box.view(tensor.exp_avg).to(torch.promote_types(tensor.exp_avg.dtype, torch.float32), copy=True)
 
 
@@ -76,7 +76,7 @@ def _slices(tensor: ParameterView) -> Iterator[tuple[Box, tuple[Box, ...]]]:
             yield part, (Box(part.start, part.sizes, (0,) * len(part.sizes)),)
         return
     whole = whole_box(tensor.param.shape)
-    for box in split(whole, multiple=momentum_8bit.GROUP_SIZE):
+    for box in split(whole, multiple=quantized.GROUP_SIZE):
         found = (intersect(box, other) for other in (boxes if boxes is not None else (whole,)))
         yield box, tuple(piece for piece in found if piece is not None)
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from lightning_adam_mini.blocks import Blocks
-from lightning_adam_mini.optim import momentum_8bit
+from lightning_adam_mini.optim import quantized
+from lightning_adam_mini.optim.distributed import copy_global_, is_dtensor, local, place_moment
 from lightning_adam_mini.optim.fingerprint import NO_STATE, check_partition, saved_signatures
-from lightning_adam_mini.optim.sharding import copy_global_, is_dtensor, local, place_moment
+from lightning_adam_mini.optim.params import check_group
 from lightning_adam_mini.optim.shards import Shard
-from lightning_adam_mini.optim.validation import check_group
 from lightning_adam_mini.partition import ParameterPartition
 
 __all__ = [
@@ -55,7 +55,7 @@ def first_moment_dtype(shape: Sequence[int], dtype: torch.dtype, exp_avg_dtype: 
         dtype: Its dtype.
         exp_avg_dtype: What the user asked for: uint8 is for matrices that are not small, and None the parameter's.
     """
-    if exp_avg_dtype is torch.uint8 and not momentum_8bit.has_codes(shape):
+    if exp_avg_dtype is torch.uint8 and not quantized.has_codes(shape):
         return dtype
     return exp_avg_dtype or dtype
 
@@ -63,7 +63,7 @@ def first_moment_dtype(shape: Sequence[int], dtype: torch.dtype, exp_avg_dtype: 
 def first_moment_bytes(shape: Sequence[int], dtype: torch.dtype, exp_avg_dtype: torch.dtype | None) -> int:
     """Bytes of the first moment of a parameter, with its scales; the arguments are those of `first_moment_dtype`."""
     kept = first_moment_dtype(shape, dtype, exp_avg_dtype)
-    scales = math.prod(momentum_8bit.scale_shape(shape)) if kept is torch.uint8 else 0
+    scales = math.prod(quantized.scale_shape(shape)) if kept is torch.uint8 else 0
     return math.prod(shape) * kept.itemsize + scales * torch.float32.itemsize
 
 
@@ -79,7 +79,7 @@ def first_moment(state: Mapping[str, Tensor]) -> Tensor:
     exp_avg, scale = state["exp_avg"], state.get("exp_avg_scale")
     if scale is None:
         return exp_avg.to(torch.float32)
-    numbers = momentum_8bit.decode_tensor(local(exp_avg), local(scale))
+    numbers = quantized.decode_tensor(local(exp_avg), local(scale))
     return _laid_out_as(exp_avg, numbers)
 
 
@@ -100,8 +100,8 @@ def init_state(
         "exp_avg": torch.zeros_like(parameter, dtype=kept, memory_format=torch.preserve_format),
     }
     if kept is torch.uint8:
-        local(state["exp_avg"]).fill_(momentum_8bit.ZERO_CODE)
-        state["exp_avg_scale"] = momentum_8bit.init_scale(parameter)
+        local(state["exp_avg"]).fill_(quantized.ZERO_CODE)
+        state["exp_avg_scale"] = quantized.init_scale(parameter)
     for key, shape in (shard or Shard(blocks)).local_blocks.state_shapes.items():
         moment = torch.zeros(shape, dtype=moment_dtype, device=parameter.device)
         state[key] = place_moment(moment, parameter, blocks, key) if is_dtensor(parameter) else moment
@@ -128,7 +128,7 @@ def restore_state(state: Mapping[str, Tensor], saved: Mapping[str, Any]) -> None
         return
     numbers = _laid_out_as(exp_avg, torch.empty_like(local(exp_avg), dtype=torch.float32))
     copy_global_(numbers, tensors["exp_avg"])
-    momentum_8bit.encode_tensor_(local(exp_avg), local(state["exp_avg_scale"]), local(numbers))
+    quantized.encode_tensor_(local(exp_avg), local(state["exp_avg_scale"]), local(numbers))
 
 
 def fits_parameter(
@@ -317,7 +317,7 @@ def _check_parameter_state(saved: Mapping[str, Any], parameter: Tensor, name: st
     check_keys(saved, name, blocks)
     expected: dict[str, tuple[int, ...]] = {"step": (), "exp_avg": tuple(parameter.shape), **blocks.state_shapes}
     if "exp_avg_scale" in saved:
-        expected["exp_avg_scale"] = momentum_8bit.scale_shape(parameter.shape)
+        expected["exp_avg_scale"] = quantized.scale_shape(parameter.shape)
     for key, shape in expected.items():
         is_elementwise = key == "exp_avg_sq" and getattr(saved[key], "shape", None) == parameter.shape
         source = "AdamW, or from another partition" if is_elementwise else "another partition"

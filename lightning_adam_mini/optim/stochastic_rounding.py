@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_adam_mini.optim.sharding import local_positions
+from lightning_adam_mini.optim.distributed import local_positions
 from lightning_adam_mini.optim.shards import Box
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_adam_mini.optim.sharding import is_dtensor, is_flattened, local
+from lightning_adam_mini.optim.distributed import is_dtensor, is_flattened, local
 
 __all__ = ["AveragedTensors"]
 

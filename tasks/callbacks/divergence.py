@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_adam_mini.optim.sharding import local
+from lightning_adam_mini.optim.distributed import local
 
 __all__ = ["DivergenceError", "StopOnDivergence"]
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import tiny_models
 from lightning_adam_mini import AdamMini, Blocks
-from lightning_adam_mini.optim import momentum_8bit
+from lightning_adam_mini.optim import quantized
 from lightning_adam_mini.optim.kernels import build, cpu, formats
 from lightning_adam_mini.optim.kernels.memory import Memory, address
 from lightning_adam_mini.optim.parameter_view import ParameterView
@@ -355,7 +355,7 @@ def test_other_memory_gives_the_result_of_the_reference(event, implementation):
 @pytest.fixture
 def _fresh():
     """What is made once in a process is made anew."""
-    caches = [momentum_8bit.values, momentum_8bit.bins, formats._codebook, cpu._whole_piece, cpu._box_pieces]
+    caches = [quantized.values, quantized.bins, formats._codebook, cpu._whole_piece, cpu._box_pieces]
     for cache in caches:
         cache.cache_clear()
     yield

@@ -16,9 +16,9 @@ from lightning_adam_mini import AdamMini, Blocks, explain, factory
 from lightning_adam_mini.blocks import Segment
 from lightning_adam_mini.convert import from_adamw, repartition, to_adamw
 from lightning_adam_mini.measure import optimizer_state_bytes
-from lightning_adam_mini.optim import foreach, momentum_8bit, rectangles, update
-from lightning_adam_mini.optim.momentum_8bit import decode, encode, values
+from lightning_adam_mini.optim import foreach, quantized, rectangles, update
 from lightning_adam_mini.optim.parameter_view import ParameterView
+from lightning_adam_mini.optim.quantized import decode, encode, values
 from lightning_adam_mini.optim.shards import Shard
 from lightning_adam_mini.optim.state import first_moment, init_state
 from lightning_adam_mini.optim.step_options import StepOptions
@@ -78,7 +78,7 @@ def assert_quantised(found, exact, name=None):
 def test_the_values_are_those_of_the_paper():
     assert len(values()) == 256
     torch.testing.assert_close(values().double(), map_of_the_paper(), rtol=1e-7, atol=0)
-    assert values()[momentum_8bit.ZERO_CODE] == 0
+    assert values()[quantized.ZERO_CODE] == 0
 
 
 @pytest.mark.parametrize("width", [1, 100, 128, 129, 256, 300])
@@ -152,11 +152,11 @@ def test_steps_are_those_of_a_model_in_float64(updated, tolerances):
     for step in range(4):
         with_gradients(tensors, step)
         for name, tensor in zip(BLOCKS, tensors, strict=True):
-            decoded = momentum_8bit.decode_tensor(tensor.exp_avg, tensor.exp_avg_scale).double()
+            decoded = quantized.decode_tensor(tensor.exp_avg, tensor.exp_avg_scale).double()
             exp_avg, param = naive_step(tensor, decoded, tensor.moments)
             updated(tensor, OPTIONS)
             torch.testing.assert_close(tensor.param.double(), param, **tolerances[torch.float32], msg=name)
-            stored = momentum_8bit.decode_tensor(tensor.exp_avg, tensor.exp_avg_scale).double()
+            stored = quantized.decode_tensor(tensor.exp_avg, tensor.exp_avg_scale).double()
             assert_quantised(stored, exp_avg, name)
 
 

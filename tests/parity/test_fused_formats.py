@@ -12,8 +12,8 @@ from lightning_adam_mini import AdamMini, Blocks
 from lightning_adam_mini.blocks import Segment
 from lightning_adam_mini.optim import update
 from lightning_adam_mini.optim.kernels import cpu
-from lightning_adam_mini.optim.momentum_8bit import decode_tensor
 from lightning_adam_mini.optim.parameter_view import ParameterView
+from lightning_adam_mini.optim.quantized import decode_tensor
 from lightning_adam_mini.optim.shards import Shard
 from lightning_adam_mini.optim.state import first_moment, init_state
 from lightning_adam_mini.optim.step_options import StepOptions

@@ -7,9 +7,9 @@ import torch
 
 from lightning_adam_mini import Blocks
 from lightning_adam_mini.optim import foreach, update
+from lightning_adam_mini.optim.distributed import share_square_sums
 from lightning_adam_mini.optim.kernels import cpu
 from lightning_adam_mini.optim.parameter_view import ParameterView
-from lightning_adam_mini.optim.sharding import share_square_sums
 from lightning_adam_mini.optim.shards import Shard, flat_boxes, grid_boxes
 from lightning_adam_mini.optim.state import init_state
 from lightning_adam_mini.optim.step_options import StepOptions

@@ -31,7 +31,7 @@ FORMATS = {
 
 @pytest.fixture(autouse=True)
 def _matrices_are_never_small(monkeypatch):
-    monkeypatch.setattr("lightning_adam_mini.optim.momentum_8bit.MIN_ELEMENTS", 16)
+    monkeypatch.setattr("lightning_adam_mini.optim.quantized.MIN_ELEMENTS", 16)
 
 
 def optimizer_of(model, options, partition="transformer"):

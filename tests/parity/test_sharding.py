@@ -101,7 +101,7 @@ def test_the_reference_trains_as_on_one_process(partition, layout):
 
 def without_reduction(rank, *arguments):
     """Ranks that keep their sums of squares to themselves."""
-    with mock.patch("lightning_adam_mini.optim.sharding.dist.all_reduce"):
+    with mock.patch("lightning_adam_mini.optim.distributed.dist.all_reduce"):
         return train_on_ranks(rank, *arguments)
 
 

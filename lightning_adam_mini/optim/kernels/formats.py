@@ -14,10 +14,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lightning_adam_mini.optim import momentum_8bit
+from lightning_adam_mini.optim import quantized
 from lightning_adam_mini.optim.kernels.memory import address
-from lightning_adam_mini.optim.momentum_8bit import GROUP_SIZE
 from lightning_adam_mini.optim.parameter_view import ParameterView
+from lightning_adam_mini.optim.quantized import GROUP_SIZE
 
 __all__ = ["PLAIN", "TASK_LENGTH", "Formats", "groups_fit", "refusal", "slice_length_of"]
 
@@ -126,6 +126,6 @@ def slice_length_of(param: Tensor) -> int:
 @cache
 def _codebook() -> array[int]:
     """The kernel's `Codebook`, as 32-bit words that stay where they are."""
-    values = momentum_8bit.values(torch.device("cpu"))
-    first, middles = momentum_8bit.bins(torch.device("cpu"))
+    values = quantized.values(torch.device("cpu"))
+    first, middles = quantized.bins(torch.device("cpu"))
     return array("i", [*values.view(torch.int32).tolist(), *middles.view(torch.int32).tolist(), *first.tolist()])

@@ -212,7 +212,7 @@ FORMATS = {
 
 @pytest.fixture(params=FORMATS)
 def options(request, monkeypatch):
-    monkeypatch.setattr("lightning_adam_mini.optim.momentum_8bit.MIN_ELEMENTS", 16)
+    monkeypatch.setattr("lightning_adam_mini.optim.quantized.MIN_ELEMENTS", 16)
     return {"partition": "transformer", "lr": 1e-2, "stochastic_rounding": True, **FORMATS[request.param]}
 
 

@@ -11,7 +11,7 @@ from warnings import warn
 import torch
 from torch import Tensor
 
-from lightning_adam_mini.optim.sharding import is_dtensor, is_flattened
+from lightning_adam_mini.optim.distributed import is_dtensor, is_flattened
 from lightning_adam_mini.optim.stochastic_rounding import UNCOUNTED
 
 _INTERNAL = ("lightning_adam_mini", "torch")

@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_adam_mini.optim.distributed import is_dtensor, local
 from lightning_adam_mini.optim.rectangles import split, whole_box
-from lightning_adam_mini.optim.sharding import is_dtensor, local
 from lightning_adam_mini.optim.shards import Box
 
 if TYPE_CHECKING:
