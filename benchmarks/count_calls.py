@@ -123,6 +123,7 @@ def measure() -> dict[str, dict[str, int]]:
         ("foreach", {"foreach": True}),
         ("fused", {"fused": True}),
     ):
+        found[f"AdamW, {name}"] = count_step(lambda m, o=options: AdamW(m.parameters(), **o))  # type: ignore[misc]
     return found
 
 

@@ -88,7 +88,9 @@ def _wanted(optimizer: Optimizer) -> tuple[Wanted, dict[str, tuple[Tensor, Block
         flat = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         cuts = optimizer.partition
         parameters = {name: (p, cut.blocks) for (name, cut), p in zip(cuts.items(), flat, strict=True)}
-        order = [(cut.name, cut.blocks.shape) for cut in optimizer._cuts.values()]  # the model's, with what is frozen
+        order = [
+            (cut.name, cut.blocks.shape) for cut in optimizer._table.partitions()
+        ]  # the model's, with what is frozen
         named = True
     else:
         known = [group.get("param_names") for group in optimizer.param_groups]

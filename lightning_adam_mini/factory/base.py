@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_adam_mini.optim.distributed import is_dtensor, is_flattened
-from lightning_adam_mini.optim.groups import WeightDecayPolicy, decay_groups
+from lightning_adam_mini.optim.params import WeightDecayPolicy, decay_groups
 from lightning_adam_mini.partition import ParameterPartition, partition_module
 
 __all__ = ["OptimizerFactory", "from_pytorch_optimizer", "require"]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lightning_adam_mini.measure.explanation_table import render
 from lightning_adam_mini.measure.explanation_warnings import find_warnings
 from lightning_adam_mini.measure.memory import adamw_state_bytes
-from lightning_adam_mini.optim.formats import check_exp_avg_dtype
 from lightning_adam_mini.optim.params import check_parameter
+from lightning_adam_mini.optim.quantized import check_exp_avg_dtype
 from lightning_adam_mini.optim.state import first_moment_bytes, second_moment_dtype
 from lightning_adam_mini.partition import (
     ModuleLayout,

@@ -1,33 +1,33 @@
-"""Which code takes the step: the reference, lists of tensors, or kernels."""
+"""Which code takes the step: the reference, lists of tensors, or kernels; and what is kept between steps."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
-from operator import is_
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from itertools import chain, compress
+from operator import attrgetter, is_
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_adam_mini.optim import foreach, update
-from lightning_adam_mini.optim.parameter_view import ParameterView, extent
-from lightning_adam_mini.optim.step_options import StepOptions
+from lightning_adam_mini.optim.kernels.memory import Memory
+from lightning_adam_mini.optim.params import extent
+from lightning_adam_mini.optim.update import ParameterView, Update, foreach_updates, reference_
 
-if TYPE_CHECKING:
-    from lightning_adam_mini.optim.kernels.group import GroupPlan
-
-__all__ = ["Implementation", "Stepper", "options_of"]
+__all__ = ["Dispatch", "GroupPlan", "Implementation"]
 
 Implementation = Literal["reference", "foreach", "fused"]
 
 _KERNEL_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
+_grad = attrgetter("grad")
 
 
-class Stepper:
-    """Takes the steps of parameter groups by one implementation, or by the best that runs where the tensors are.
+class Dispatch:
+    """Chooses the implementation for each parameter: what was asked for, or the best that runs where the tensors are.
 
     Where nothing is asked for, that is the C kernel on the CPU if there is a compiler, and `foreach` elsewhere. The
-    Triton kernels run where they are asked for.
+    Triton kernels run only where they are asked for.
 
     Args:
         requested: What the user asks for; None to choose.
@@ -41,13 +41,6 @@ class Stepper:
             names = ", ".join(map(repr, get_args(Implementation)))
             raise ValueError(f"implementation must be {names} or None, not {requested!r}")
         self.requested = requested
-        self._plans: dict[int, GroupPlan] = {}
-        self._stepped: list[Tensor] = []  # the keys and values of the state that the plans are of
-        self._states: list[Mapping[str, Tensor]] = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles make plans of their own."""
-        return {"requested": self.requested, "_plans": {}, "_stepped": [], "_states": []}
 
     def check(self, parameters: Iterable[Tensor], *, capturable: bool) -> None:
         """Check that the implementation that was asked for can take the steps of these parameters.
@@ -65,98 +58,127 @@ class Stepper:
             return
         for device, dtype in sorted({(p.device, p.dtype) for p in parameters}, key=str):
             if reason := _refusal(device, dtype, capturable=capturable):
-                instead = self._best(device, dtype, capturable=capturable)
+                instead = _best(device, dtype, capturable=capturable)
                 raise ValueError(
                     f"implementation='fused' cannot run here: {reason}. Leave it out, and {instead!r} runs instead"
                 )
 
-    def on(self, parameter: Tensor, *, capturable: bool) -> Implementation:
-        """What takes the steps of a parameter where it is now."""
-        return self.requested or self._best(parameter.device, parameter.dtype, capturable=capturable)
+    def choose(self, parameter: Tensor, *, capturable: bool) -> Implementation:
+        """The implementation for a parameter on the device where it is now."""
+        return self.requested or _best(parameter.device, parameter.dtype, capturable=capturable)
 
-    def square_sums(self, tensor: ParameterView) -> tuple[Tensor, ...]:
-        """Sums of squares over this rank's part of a parameter, by what takes its steps."""
-        if tensor.param.is_cpu and not tensor.exact and self.on(tensor.param, capturable=False) == "fused":
+    def square_sums(self, view: ParameterView) -> tuple[Tensor, ...]:
+        """Sums of squares over this rank's part of a parameter, by the implementation that takes its steps."""
+        if view.param.is_cpu and not view.exact and self.choose(view.param, capturable=False) == "fused":
             from lightning_adam_mini.optim.kernels import cpu
 
-            return cpu.square_sums(tensor) or tensor.local_square_sums()
-        return tensor.local_square_sums()
+            return cpu.square_sums(view) or view.local_square_sums()
+        return view.local_square_sums()
 
-    def ready(
-        self,
-        groups: Sequence[Mapping[str, Any]],
-        state: Mapping[Tensor, Mapping[str, Tensor]],
-        *,
-        apart_from: Container[int] = (),
-    ) -> dict[int, tuple[list[Tensor], list[int]] | None]:
-        """Gradients of groups that can be stepped as they were last; None for one that has to be looked at anew.
+    def updates(self, views: Sequence[ParameterView], *, capturable: bool) -> list[Update]:
+        """The updates that together take one step of these views, all of which have a gradient.
 
-        Nothing is written: the steps of all groups are checked before the first is taken.
-
-        Args:
-            groups: Their parameters and options.
-            state: State of the optimizer.
-            apart_from: Numbers of groups that are to be looked at anew.
+        Nothing is written before the first of them is called.
         """
-        # Identities in the order of the dict: looking up each parameter would cost a third of all checks.
-        if self._plans and not (
-            len(state) == len(self._states)
-            and all(map(is_, state, self._stepped))
-            and all(map(is_, state.values(), self._states))
-        ):
-            self._plans.clear()
-        found = {}
-        for number, group in enumerate(groups):
-            plan = None if number in apart_from or group["capturable"] else self._plans.get(number)
-            found[number] = None if plan is None else plan.gradients(group["params"])
-            if plan is None or found[number] is None:
-                self._plans.pop(number, None)
+        chosen: dict[tuple[str, Implementation], list[ParameterView]] = {}
+        entangled = _entangled(views)
+        for place, view in enumerate(views):
+            how = "reference" if place in entangled else self.choose(view.param, capturable=capturable)
+            chosen.setdefault((view.param.device.type, how), []).append(view)
+        found: list[Update] = []
+        for (device_type, how), members in chosen.items():
+            if how == "fused" and device_type == "cuda":
+                from lightning_adam_mini.optim.kernels import gpu
+
+                found.append(partial(gpu.update_, members, capturable=capturable))
+            elif how == "fused" and device_type == "cpu" and not capturable:
+                from lightning_adam_mini.optim.kernels import cpu
+
+                found += cpu.updates(members)
+            elif how == "reference" or capturable:
+                found.append(partial(reference_, members, capturable=capturable))
+            else:
+                found += foreach_updates(members)
         return found
 
-    def repeat(self, number: int, options: StepOptions, gradients: tuple[list[Tensor], list[int]]) -> None:
-        """Take a group's step as the last one was taken, with what `ready` gave."""
-        self._plans[number].step(options, gradients)
 
-    def take(
-        self,
-        tensors: Sequence[ParameterView],
-        group: Mapping[str, Any],
-        *,
-        number: int | None = None,
-        state: Mapping[Tensor, Mapping[str, Tensor]] | None = None,
-    ) -> None:
-        """Take a step of some of a group's parameters, which have gradients.
+class GroupPlan:
+    """The views and updates of a parameter group, which are kept as long as they are about the same tensors.
+
+    Args:
+        params: Parameters of the group.
+        views: Those of them that have a gradient, in the same order.
+        updates: What takes their steps.
+    """
+
+    def __init__(self, params: Sequence[Tensor], views: Sequence[ParameterView], updates: Sequence[Update]) -> None:
+        self.views, self.updates = views, updates
+        self._params = list(params)
+        self._is_kept = False
+
+    def keep(self, state: Mapping[Tensor, Any]) -> bool:
+        """Note what the plan depends on, and return whether another step may use it.
+
+        That needs whole parameters in CPU or CUDA memory, which they share with nothing else, and with dicts of tensors
+        as states.
 
         Args:
-            tensors: The parameters.
-            group: Options of the group.
-            number: Of the group, if `tensors` are all of it: then `repeat` may take its next step.
-            state: State of the optimizer, in that case.
+            state: State of the optimizer.
         """
-        capturable = group["capturable"]
-        by_device: dict[tuple[str, Implementation], list[ParameterView]] = {}
-        entangled = _entangled(tensors)
-        for place, tensor in enumerate(tensors):
-            how = "reference" if place in entangled else self.on(tensor.param, capturable=capturable)
-            by_device.setdefault((tensor.param.device.type, how), []).append(tensor)
-        for (device_type, how), here in by_device.items():
-            _update(here, group, how, device_type)
-        if number is None:
-            return
-        self._plans.pop(number, None)
-        if by_device.keys() == {("cpu", "fused")} and not capturable:
-            from lightning_adam_mini.optim.kernels.group import GroupPlan
+        self._has_grad = [parameter.grad is not None for parameter in self._params]
+        self._members = list(compress(self._params, self._has_grad))
+        if len(self._members) != len(self.views) or _entangled(self.views):
+            return False
+        for member, view in zip(self._members, self.views, strict=True):
+            is_plain = view.param is member and view.grad is member.grad and view.is_whole and not view.shard.groups
+            if not (is_plain and (member.is_cpu or member.is_cuda)):
+                return False
+            own = state[member]
+            if not isinstance(own, dict) or not all(isinstance(value, Tensor) for value in own.values()):
+                return False
+        self._states = [state[member] for member in self._members]
+        self._values = list(chain.from_iterable(map(dict.values, self._states)))
+        self._memory = Memory(self._members, self._values)
+        self._memory_of_grads = Memory(list(map(_grad, self._members)))
+        self._is_kept = True
+        return True
 
-            assert state is not None
-            plan = GroupPlan.of(group["params"], state, tensors)
-            if plan is not None:
-                self._plans[number] = plan
-                self._stepped, self._states = list(state), list(state.values())
+    def holds(self, params: Sequence[Tensor], state: Mapping[Tensor, Any]) -> bool:
+        """Whether nothing but numbers and the gradients' addresses has changed; if so, the views get the new gradients.
 
-    def _best(self, device: torch.device, dtype: torch.dtype, *, capturable: bool) -> Implementation:
-        if capturable:
-            return "reference"
-        return "fused" if device.type == "cpu" and _refusal(device, dtype, capturable=False) is None else "foreach"
+        Args:
+            params: Parameters of the group now.
+            state: State of the optimizer now.
+        """
+        if not self._is_kept or len(params) != len(self._params) or not all(map(is_, params, self._params)):
+            return False
+        all_grads = list(map(_grad, params))
+        if [grad is not None for grad in all_grads] != self._has_grad:
+            return False
+        if not all(map(is_, map(state.get, self._members), self._states)):
+            return False
+        values = list(chain.from_iterable(map(dict.values, self._states)))
+        if len(values) != len(self._values) or not all(map(is_, values, self._values)):
+            return False
+        if not self._memory.is_in_place(self._members, values):
+            return False
+        grads = list(compress(all_grads, self._has_grad))
+        if self._memory_of_grads.addresses(grads, apart_from=self._memory) is None:
+            return False
+        for view, grad in zip(self.views, grads, strict=True):
+            view.grad = grad
+        return True
+
+    def release(self) -> None:
+        """Keep no gradient alive."""
+        for view in self.views:
+            view.grad = None
+
+
+def _best(device: torch.device, dtype: torch.dtype, *, capturable: bool) -> Implementation:
+    if capturable:
+        return "reference"
+    return "fused" if device.type == "cpu" and _refusal(device, dtype, capturable=False) is None else "foreach"
 
 
 def _refusal(device: torch.device, dtype: torch.dtype, *, capturable: bool) -> str | None:
@@ -178,23 +200,16 @@ def _refusal(device: torch.device, dtype: torch.dtype, *, capturable: bool) -> s
     return gpu.unavailable(device)
 
 
-def options_of(group: Mapping[str, Any]) -> StepOptions:
-    """The scalars of a group's next step."""
-    lr = group["lr"] if group["capturable"] else float(group["lr"])
-    beta1, beta2 = group["betas"]
-    return StepOptions(lr, beta1, beta2, group["eps"], group["weight_decay"], group["maximize"])
+def _entangled(views: Sequence[ParameterView]) -> set[int]:
+    """Places of parameters that overlap in memory with other parameters or with gradients: these are stepped in turn.
 
-
-def _entangled(tensors: Sequence[ParameterView]) -> set[int]:
-    """Places in the list of parameters that lie in memory where others do, or gradients: these take turns.
-
-    Whole ranges are compared, so that what lies between the elements of another counts too.
+    Whole ranges are compared, including the gaps between elements.
     """
     ranges = sorted(
-        (start, start + extent(memory) * memory.itemsize, memory is tensor.param, place)
-        for place, tensor in enumerate(tensors)
-        if not tensor.param.is_meta
-        for memory in (tensor.param, tensor.grad)
+        (start, start + extent(memory) * memory.itemsize, memory is view.param, place)
+        for place, view in enumerate(views)
+        if not view.param.is_meta
+        for memory in (view.param, view.grad)
         if memory is not None and (start := memory.data_ptr()) and memory.numel()
     )
     found: set[int] = set()
@@ -206,20 +221,3 @@ def _entangled(tensors: Sequence[ParameterView]) -> set[int]:
         last = max(last, (end, place))
         last_written = max(last_written, (end, place)) if is_written else last_written
     return found
-
-
-def _update(tensors: Sequence[ParameterView], group: Mapping[str, Any], how: Implementation, device_type: str) -> None:
-    options, capturable = options_of(group), group["capturable"]
-    if how == "fused" and device_type == "cuda":
-        from lightning_adam_mini.optim.kernels import gpu
-
-        gpu.update_(tensors, options, capturable=capturable)
-    elif how == "fused" and device_type == "cpu" and not capturable:
-        from lightning_adam_mini.optim.kernels import cpu
-
-        cpu.update_(tensors, options)
-    elif how == "reference" or capturable:
-        for tensor in tensors:
-            update.update_(tensor, options, capturable=capturable)
-    else:
-        foreach.update_(tensors, options)

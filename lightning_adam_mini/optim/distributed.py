@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import Placement
 
-    from lightning_adam_mini.optim.parameter_view import ParameterView
+    from lightning_adam_mini.optim.update import ParameterView
 
 __all__ = [
     "copy_global_",

@@ -15,9 +15,9 @@ from lightning_adam_mini import AdamMini, Blocks
 from lightning_adam_mini.optim import quantized
 from lightning_adam_mini.optim.kernels import build, cpu, formats
 from lightning_adam_mini.optim.kernels.memory import Memory, address
-from lightning_adam_mini.optim.parameter_view import ParameterView
 from lightning_adam_mini.optim.shards import Shard
 from lightning_adam_mini.optim.state import init_state
+from lightning_adam_mini.optim.update import ParameterView
 from ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
@@ -217,8 +217,7 @@ def replaced(module, optimizer, parameter):
 
 def insides(optimizer):
     """All that an optimizer knows, and which tensors its states are."""
-    followed = ("_cuts", "_forms", "_shards", "_roundings", "_plain_names", "_names")
-    kept = {name: copy.copy(getattr(optimizer, name)) for name in followed}
+    kept = dict(optimizer._table.known), copy.copy(optimizer._table.names)
     states = {parameter: {key: id(value) for key, value in own.items()} for parameter, own in optimizer.state.items()}
     return kept, states, [dict(group) for group in optimizer.param_groups]
 

@@ -10,48 +10,96 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import compress
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_adam_mini.blocks import Blocks, Kind
-from lightning_adam_mini.optim import foreach, update
 from lightning_adam_mini.optim.kernels import formats
 from lightning_adam_mini.optim.kernels.build import library, unavailable
 from lightning_adam_mini.optim.kernels.formats import Formats, groups_fit, slice_length_of
 from lightning_adam_mini.optim.kernels.layout import Layout, box_layout, is_same_layout, layout
 from lightning_adam_mini.optim.kernels.plan import Entry, Mode, Plan, Spans
-from lightning_adam_mini.optim.parameter_view import ParameterView
 from lightning_adam_mini.optim.shards import Box
-from lightning_adam_mini.optim.step_options import StepOptions
+from lightning_adam_mini.optim.update import ParameterView, StepOptions, Update, accumulate_, foreach_updates
 
-__all__ = ["is_laid_out_as", "laid_out_as", "square_sums", "supports", "unavailable", "update_", "whole_entry"]
+__all__ = [
+    "is_laid_out_as",
+    "laid_out_as",
+    "square_sums",
+    "supports",
+    "unavailable",
+    "update_",
+    "updates",
+    "whole_entry",
+]
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _NONE = StepOptions(lr=0.0, beta1=0.0, beta2=0.0, eps=0.0, weight_decay=0.0)
 _Shape = tuple[int, ...]
+_grad = attrgetter("grad")
 
 
-def update_(tensors: Sequence[ParameterView], options: StepOptions) -> None:
+def update_(views: Sequence[ParameterView], options: StepOptions) -> None:
     """One step of Adam-mini on many tensors, in place.
 
     Args:
-        tensors: Parameters with their gradients, blocks and states.
+        views: Parameters with their gradients, blocks and states.
         options: Scalars of this step, `lr` a number.
     """
-    entries: list[Entry] = []
+    for update in updates(views):
+        update(options)
+
+
+def updates(views: Sequence[ParameterView]) -> list[Update]:
+    """The updates of `update_`, which may be kept as long as the views are.
+
+    Raises:
+        ValueError: A tensor's memory is not what the kernel would take it for.
+    """
+    whole: list[ParameterView] = []
+    sharded: list[ParameterView] = []
     others: list[ParameterView] = []
-    for tensor in tensors:
-        if supports(tensor) is not None:
-            others.append(tensor)
-        elif tensor.is_whole and tensor.square_sums is None:
-            entries.append(whole_entry(tensor))
+    for view in views:
+        if supports(view) is not None:
+            others.append(view)
         else:
-            entries += _sharded_entries(tensor, options)
-    if entries:
+            (whole if view.is_whole and view.square_sums is None else sharded).append(view)
+    found: list[Update] = [WholeTensors(whole)] if whole else []
+    found += [partial(_sharded_, sharded)] if sharded else []
+    return found + foreach_updates(others)
+
+
+class WholeTensors:
+    """Whole tensors that take their steps in one call of the kernel, whose plan is made once.
+
+    Args:
+        views: Tensors that the kernel supports, with the gradients of the first step.
+    """
+
+    def __init__(self, views: Sequence[ParameterView]) -> None:
+        self._views = views
+        grads = [view.grad for view in views if view.grad is not None]
+        is_copied = [not is_laid_out_as(view.param, grad) for view, grad in zip(views, grads, strict=True)]
+        self._copied = list(compress(range(len(views)), is_copied))
+        self._plan = Plan([whole_entry(view) for view in views])
+
+    def __call__(self, options: StepOptions) -> None:
+        """Take one step with the gradients that the views hold."""
+        grads: list[Any] = list(map(_grad, self._views))
+        for number in self._copied:
+            grads[number] = laid_out_as(self._views[number].param, grads[number])
+        self._plan.step(options, list(map(Tensor.data_ptr, grads)))
+
+
+def _sharded_(views: Sequence[ParameterView], options: StepOptions) -> None:
+    """One step of tensors whose second moments and denominators torch makes."""
+    if entries := [entry for view in views for entry in _sharded_entries(view, options)]:
         Plan(entries).step(options)
-    foreach.update_(others, options)
 
 
 def supports(tensor: ParameterView) -> str | None:
@@ -127,7 +175,7 @@ def _sharded_entries(tensor: ParameterView, options: StepOptions) -> list[Entry]
     tensor.step.add_(1)
     if tensor.square_sums is None and (sums := square_sums(tensor)) is not None:
         tensor.square_sums = sums
-    update.accumulate_(tensor, options.beta2)
+    accumulate_(tensor, options.beta2)
     denominators = tensor.moments[0].sqrt().div_(options.root(tensor.step.item())).add_(options.eps)
     return [_entry(tensor, Mode.DENOMINATOR, piece, (denominators,), box) for piece, box in _pieces(tensor) or ()]
 

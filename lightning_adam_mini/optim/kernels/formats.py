@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lightning_adam_mini.optim import quantized
 from lightning_adam_mini.optim.kernels.memory import address
-from lightning_adam_mini.optim.parameter_view import ParameterView
 from lightning_adam_mini.optim.quantized import GROUP_SIZE
+from lightning_adam_mini.optim.update import ParameterView
 
 __all__ = ["PLAIN", "TASK_LENGTH", "Formats", "groups_fit", "refusal", "slice_length_of"]
 

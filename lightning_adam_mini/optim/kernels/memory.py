@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage
 
-from lightning_adam_mini.optim.parameter_view import extent, lies_in_its_storage, shares_own_memory
+from lightning_adam_mini.optim.params import extent, lies_in_its_storage, shares_own_memory
 
 try:  # compares dtypes, devices, shapes and strides of a list in one call, a tenth of the time of doing it here
     from torch._C._dynamo.guards import TensorGuards

@@ -21,7 +21,7 @@ from lightning_adam_mini.optim.kernels.build import library
 from lightning_adam_mini.optim.kernels.formats import PLAIN, Formats
 from lightning_adam_mini.optim.kernels.layout import Layout
 from lightning_adam_mini.optim.kernels.memory import address
-from lightning_adam_mini.optim.step_options import StepOptions
+from lightning_adam_mini.optim.update import StepOptions
 
 __all__ = ["Entry", "Mode", "Plan", "Spans"]
 

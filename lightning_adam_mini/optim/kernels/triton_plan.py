@@ -12,7 +12,7 @@ from lightning_adam_mini.blocks import Kind
 from lightning_adam_mini.optim.kernels.layout import Layout, box_layout, is_same_layout, layout
 from lightning_adam_mini.optim.kernels.triton_launches import Alike, Launch, make_launches
 from lightning_adam_mini.optim.kernels.triton_tables import Work, contiguous_work, elementwise_work, tiled_work
-from lightning_adam_mini.optim.parameter_view import ParameterView
+from lightning_adam_mini.optim.update import ParameterView
 
 __all__ = ["DTYPES", "Plan", "is_aligned", "make_plan", "plan_key", "refusal"]
 
