@@ -78,8 +78,8 @@ class _SquareFrames(TorchDispatchMode):
     frames: tuple[CodeType, ...] = ()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(function)
-        if not self.frames and any(word in name for word in ("square", "pow.Tensor_Scalar", "vector_norm")):
+        words = ("square", "pow.Tensor_Scalar", "norm.Scalar", "vector_norm")
+        if not self.frames and any(word in str(function) for word in words):
             frame, codes = sys._getframe(1), []
             while frame is not None and frame.f_code.co_qualname != "AdamMini.step":
                 if frame.f_code.co_filename.startswith(PACKAGE):

@@ -154,7 +154,7 @@ class Blocks:
         """Shape of one value a row: `shape` with size 1 on the reduced axes."""
         return self._kept_shape(1 if self.axis is None else self.shape[self.axis])
 
-    @property
+    @cached_property
     def cuts_rows(self) -> bool:
         """Whether every block is one row."""
         return self.kind is Kind.MEAN and bool(self.segments) and all(s.block_size == 1 for s in self.segments)
@@ -226,9 +226,9 @@ class Blocks:
         """
         if self.kind is Kind.ELEMENT:
             return (tensor.to(wide_dtype(tensor.device)).square(),)
-        row_sums = self.row_square_sums(tensor, exact=exact)
+        row_sums = sum_square(tensor, self._reduced_axes, exact=exact)
         if self.kind is Kind.MEAN:
-            return (self.block_sums(row_sums),)
+            return (row_sums if self._keeps_rows else self.block_sums(row_sums),)
         assert self.axis is not None
         columns = [
             sum_square(part, axes, exact=exact).reshape(self._column_shape()) for _, part, axes in self._parts(tensor)
@@ -237,17 +237,18 @@ class Blocks:
 
     def row_square_sums(self, tensor: Tensor, *, exact: bool = False) -> Tensor:
         """Sums of the squares over the reduced axes, which stay with size 1; `tensor` may be any part of the whole."""
-        return sum_square(tensor, self._reduced_axes(), exact=exact)
+        return sum_square(tensor, self._reduced_axes, exact=exact)
 
     def row_sums(self, tensor: Tensor, *, dtype: torch.dtype) -> Tensor:
         """Sums over the reduced axes, which stay with size 1, in `dtype`; of a cut into blocks."""
-        axes = self._reduced_axes()
+        axes = self._reduced_axes
         return tensor.sum(axes, keepdim=True, dtype=dtype) if axes else tensor.to(dtype)
 
     def block_sums(self, row_sums: Tensor) -> Tensor:
         """Sums a block from sums a row: `(..., R, ...)` to `(..., B, ...)`, segment after segment."""
-        if self.axis is None or self.cuts_rows:
+        if self._keeps_rows:
             return row_sums
+        assert self.axis is not None
         sums = []
         for segment, part, axes in self._parts(row_sums):
             if self._spans_repeats(segment):
@@ -261,16 +262,11 @@ class Blocks:
         """Divide sums, one tensor for each of `state_shapes`, by the numbers of elements they were taken over."""
         if self.kind is Kind.ELEMENT:
             return sums
-        width = max(math.prod(self.shape[a] for a in self._reduced_axes()), 1)
-        if self.axis is None:
-            return (sums[0] / width,)
+        width, sizes, counts = self._counts
         if self.kind is Kind.MEAN:
-            sizes = [self._num_blocks(segment) for segment in self.segments]
-            counts = [max(segment.block_size * width, 1) for segment in self.segments]
-            return (_divide(sums[0], self.axis, sizes, counts),)
+            return (sums[0] / width if self._keeps_rows else _divide(sums[0], self.axis, sizes, counts),)
         rows, columns = sums
-        counts = [max(segment.length * self.repeats, 1) for segment in self.segments]
-        return rows / width, _divide(columns, self.axis, [1] * len(self.segments), counts)
+        return rows / width, _divide(columns, self.axis, sizes, counts)
 
     def second_moment(self, *moments: Tensor) -> Tensor:
         """Expand kept moments so that they broadcast against the tensor.
@@ -286,7 +282,10 @@ class Blocks:
 
     def root_second_moment(self, *moments: Tensor) -> Tensor:
         """The square root of `second_moment`, as a new tensor; roots are taken before anything is expanded."""
-        return self._product([factor.sqrt() for factor in self.factors(*moments)])
+        if self.kind is Kind.FACTORED:
+            return self._product([factor.sqrt() for factor in self.factors(*moments)])
+        root = moments[0].sqrt()
+        return root if self._keeps_rows or self.kind is Kind.ELEMENT else self.expand_rows(root)
 
     def factors(self, *moments: Tensor) -> Sequence[Tensor]:
         """Tensors whose product, expanded, is the second moment: the moments; or rows over their mean, and columns."""
@@ -323,8 +322,26 @@ class Blocks:
     def _num_blocks(self, segment: Segment) -> int:
         return 1 if self._spans_repeats(segment) else self.repeats * (segment.length // max(segment.block_size, 1))
 
+    @cached_property
     def _reduced_axes(self) -> tuple[int, ...]:
         return tuple(a for a in range(len(self.shape)) if a != self.axis and a not in self.batch_axes)
+
+    @cached_property
+    def _keeps_rows(self) -> bool:
+        """Whether one value per row is one value per block."""
+        return self.axis is None or self.cuts_rows
+
+    @cached_property
+    def _counts(self) -> tuple[int, list[int], list[int]]:
+        """Elements of a row; for each segment, how many values are kept, and the elements that each stands for."""
+        width = max(math.prod(self.shape[a] for a in self._reduced_axes), 1)
+        if self.kind is Kind.FACTORED:
+            return width, [1] * len(self.segments), [max(s.length * self.repeats, 1) for s in self.segments]
+        return (
+            width,
+            [self._num_blocks(s) for s in self.segments],
+            [max(s.block_size * width, 1) for s in self.segments],
+        )
 
     def _kept_shape(self, cut_size: int) -> tuple[int, ...]:
         """`shape` with the cut axis replaced by `cut_size` and the reduced axes by 1."""
@@ -349,8 +366,9 @@ class Blocks:
 
     def expand_rows(self, blocks: Tensor) -> Tensor:
         """Repeat each block's value over its rows: `(..., B, ...)` to `(..., R, ...)`."""
-        if self.axis is None or self.cuts_rows:
+        if self._keeps_rows:
             return blocks
+        assert self.axis is not None
         rows, start = [], 0
         for segment in self.segments:
             count = self._num_blocks(segment)
@@ -366,14 +384,17 @@ class Blocks:
         return torch.cat(rows, self.axis + 1).flatten(self.axis, self.axis + 1)
 
 
+SMALL_ELEMENTS = 2**16
+"""Elements that are squared in `wide_dtype` at once: the calls would cost more than they save."""
 SLICE_ELEMENTS = 2**18
 """Elements that are squared at a time: a float32 temporary of 1 MiB, which stays in the cache."""
 
 
-def _divide(tensor: Tensor, axis: int, sizes: Sequence[int], divisors: Sequence[int]) -> Tensor:
+def _divide(tensor: Tensor, axis: int | None, sizes: Sequence[int], divisors: Sequence[int]) -> Tensor:
     """Divide consecutive parts of `tensor` along `axis` by a number each."""
     if len(set(divisors)) == 1:
         return tensor / divisors[0]
+    assert axis is not None
     parts = [part / divisor for part, divisor in zip(tensor.split(list(sizes), axis), divisors, strict=True)]
     return torch.cat(parts, axis)
 
@@ -399,8 +420,12 @@ def sum_square(tensor: Tensor, axes: tuple[int, ...], *, exact: bool = False) ->
         Sums in `wide_dtype`; they are infinite or not a number where the tensor is.
     """
     wide = wide_dtype(tensor.device)
-    if not axes or not tensor.numel():
-        return tensor.to(wide).square().sum(axes, keepdim=True) if axes else tensor.to(wide).square()
+    if not axes:
+        return tensor.to(wide).square()
+    if tensor.numel() <= SMALL_ELEMENTS:
+        if exact or not tensor.numel():
+            return tensor.to(wide).square().sum(axes, keepdim=True)
+        return torch.linalg.vector_norm(tensor, dim=axes, keepdim=True, dtype=wide).square_()
     if exact:
         return _sum_slices(tensor, axes, wide)
     narrow = torch.promote_types(tensor.dtype, torch.float32)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from lightning_adam_mini.optim.dispatch import Dispatch, GroupPlan, Implementation
+from lightning_adam_mini.optim.dispatch import Dispatch, Implementation, StepPlan
 from lightning_adam_mini.optim.distributed import laid_out_as, local, share_square_sums
 from lightning_adam_mini.optim.fsdp1 import compress_state, expand_state, flat_ranges, whole_shapes
 from lightning_adam_mini.optim.params import (
@@ -153,7 +153,7 @@ class AdamMini(Optimizer):
         self.exp_avg_dtype = exp_avg_dtype
         self.stochastic_rounding = stochastic_rounding
         self._dispatch = Dispatch(implementation)
-        self._plans: dict[int, GroupPlan] = {}
+        self._plan: StepPlan | None = None
         self._table = ParameterTable(module, exp_avg_dtype=exp_avg_dtype, stochastic_rounding=stochastic_rounding)
 
         if module is not None:
@@ -264,62 +264,43 @@ class AdamMini(Optimizer):
             ValueError: A gradient that is sparse, complex, or not of its parameter's shape, device and layout; a
                 parameter that has changed its shape after it took steps; or one that this optimizer does not know.
         """
-        _check_capture(self)
+        plan = self._plan
+        if plan is None or not plan.is_on_cpu:  # the check costs a fifth of a small step
+            _check_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         # Whatever may be refused, in any group, comes before the first write.
         options = [StepOptions.of(group) for group in self.param_groups]
-        plans, past_counting = self._ready_plans()
-        for plan, scalars in zip(plans, options, strict=True):
-            for update in plan.updates:
+        past_counting = self._groups_past_counting() if self.stochastic_rounding else ()
+        if plan is None or past_counting or not plan.holds(self.param_groups, self.state):
+            plan = self._make_plan()
+            is_kept = not past_counting and plan.keep(self.param_groups, self.state)
+            self._plan = plan if is_kept else None
+        for updates, scalars in zip(plan.updates, options, strict=True):
+            for update in updates:
                 update(scalars)
-            plan.release()
+        plan.release()
         for group in past_counting:
             group[UNCOUNTED] = group.get(UNCOUNTED, 0) + 1
         return loss
 
-    def _ready_plans(self) -> tuple[list[GroupPlan], list[dict[str, Any]]]:
-        """What takes the next step of each group, and the groups whose steps float32 cannot count any more.
-
-        A plan of the last step is taken again where it holds; all other groups are looked at anew.
-        """
-        plans, past_counting = self._plans, []
-        for number, group in enumerate(self.param_groups):
-            if self.stochastic_rounding and self._is_past_counting(group, group["params"]):
-                past_counting.append(group)
-                plans.pop(number, None)
-            elif number in plans and not plans[number].holds(group["params"], self.state):
-                del plans[number]
-        ready = {number: plans[number] for number in range(len(self.param_groups)) if number in plans}
-        if len(ready) < len(self.param_groups):
-            made = self._make_plans([number for number in range(len(self.param_groups)) if number not in ready])
-            ready |= made
-            for number, plan in made.items():
-                group = self.param_groups[number]
-                is_counted = not any(group is other for other in past_counting)
-                if is_counted and not group["capturable"] and plan.keep(self.state):
-                    plans[number] = plan
-        return [ready[number] for number in range(len(self.param_groups))], past_counting
-
-    def _make_plans(self, numbers: list[int]) -> dict[int, GroupPlan]:
-        """Plans of groups, made anew; nothing is written, and a new state takes the place of one that does not fit."""
+    def _make_plan(self) -> StepPlan:
+        """Look at all parameters anew; nothing is written, and a new state takes the place of one that does not fit."""
         with self._unchanged_if_refused():
             self._table.follow(self.param_groups, self.state)
-            made = {}
-            for number in numbers:
-                group = self.param_groups[number]
-                members = [p for p in group["params"] if p.grad is not None or self._shares(p)]
-                made[number] = [self._view(parameter, group) for parameter in members]
-            share_square_sums([view for views in made.values() for view in views], self._dispatch.square_sums)
-            plans = {}
-            for number, views in made.items():
-                group = self.param_groups[number]
-                with_grad = [view for view in views if view.grad is not None]
-                updates = self._dispatch.updates(with_grad, capturable=group["capturable"])
-                plans[number] = GroupPlan(group["params"], with_grad, updates)
-        return plans
+            views = [
+                [self._view(p, group) for p in group["params"] if p.grad is not None or self._shares(p)]
+                for group in self.param_groups
+            ]
+            share_square_sums([view for members in views for view in members], self._dispatch.square_sums)
+            views = [[view for view in members if view.grad is not None] for members in views]
+            updates = [
+                self._dispatch.updates(members, capturable=group["capturable"])
+                for members, group in zip(views, self.param_groups, strict=True)
+            ]
+        return StepPlan(views, updates)
 
     @_disable_dynamo
     @torch.no_grad()
@@ -415,9 +396,9 @@ class AdamMini(Optimizer):
                     self.state.pop(parameter, None)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles keep besides torch's own; they make their own plans."""
+        """What copies and pickles keep besides torch's own; they make their own plan."""
         kept = ("exp_avg_dtype", "stochastic_rounding", "_dispatch", "_table", "_strategy_of_unknown")
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}, "_plans": {}}
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}, "_plan": None}
 
     @contextmanager
     def _unchanged_if_refused(self) -> Iterator[None]:
@@ -493,6 +474,9 @@ class AdamMini(Optimizer):
             plain_name = self._table[parameter].plain_name
             return replace(rounding, seed=name_seed(plain_name, group.get(UNCOUNTED, 0)))
         return rounding
+
+    def _groups_past_counting(self) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if self._is_past_counting(group, group["params"])]
 
     def _is_past_counting(self, group: Mapping[str, Any], parameters: Iterable[Tensor]) -> bool:
         """Whether a parameter has taken more steps than float32 counts, so that `step` no longer tells steps apart."""

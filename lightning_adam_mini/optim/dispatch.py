@@ -15,11 +15,12 @@ from lightning_adam_mini.optim.kernels.memory import Memory
 from lightning_adam_mini.optim.params import extent
 from lightning_adam_mini.optim.update import ParameterView, Update, foreach_updates, reference_
 
-__all__ = ["Dispatch", "GroupPlan", "Implementation"]
+__all__ = ["Dispatch", "Implementation", "StepPlan"]
 
 Implementation = Literal["reference", "foreach", "fused"]
 
 _KERNEL_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
+Groups = Sequence[Mapping[str, Any]]
 _grad = attrgetter("grad")
 
 
@@ -102,76 +103,81 @@ class Dispatch:
         return found
 
 
-class GroupPlan:
-    """The views and updates of a parameter group, which are kept as long as they are about the same tensors.
+class StepPlan:
+    """The views of all parameters with their updates, which are kept as long as all tensors are the same.
 
     Args:
-        params: Parameters of the group.
-        views: Those of them that have a gradient, in the same order.
-        updates: What takes their steps.
+        views: For each parameter group, the views of parameters with a gradient.
+        updates: For each group, what takes a step of its views.
     """
 
-    def __init__(self, params: Sequence[Tensor], views: Sequence[ParameterView], updates: Sequence[Update]) -> None:
-        self.views, self.updates = views, updates
-        self._params = list(params)
-        self._is_kept = False
+    def __init__(self, views: Sequence[Sequence[ParameterView]], updates: Sequence[Sequence[Update]]) -> None:
+        self.updates = updates
+        self.is_on_cpu = False
+        """Whether all parameters are known to be on the CPU, where no graph is captured."""
+        self._views = [view for members in views for view in members]
+        self._has_overlaps = any(_entangled(members) for members in views)
 
-    def keep(self, state: Mapping[Tensor, Any]) -> bool:
-        """Note what the plan depends on, and return whether another step may use it.
+    def keep(self, groups: Groups, state: Mapping[Tensor, Any]) -> bool:
+        """Note what the plan depends on; return whether the next step may use it.
 
-        That needs whole parameters in CPU or CUDA memory, which they share with nothing else, and with dicts of tensors
-        as states.
+        Views and gradients must be those of whole parameters in CPU or CUDA memory, which share it with nothing else,
+        and states dicts of tensors.
 
         Args:
+            groups: Parameter groups of the optimizer.
             state: State of the optimizer.
         """
+        self._sizes = [len(group["params"]) for group in groups]
+        self._params: list[Tensor] = [parameter for group in groups for parameter in group["params"]]
         self._has_grad = [parameter.grad is not None for parameter in self._params]
-        self._members = list(compress(self._params, self._has_grad))
-        if len(self._members) != len(self.views) or _entangled(self.views):
+        members = self._members = list(compress(self._params, self._has_grad))
+        if len(members) != len(self._views) or self._has_overlaps or any(group["capturable"] for group in groups):
             return False
-        for member, view in zip(self._members, self.views, strict=True):
-            is_plain = view.param is member and view.grad is member.grad and view.is_whole and not view.shard.groups
-            if not (is_plain and (member.is_cpu or member.is_cuda)):
-                return False
+        for member, view in zip(members, self._views, strict=True):
+            is_itself = view.param is member and view.grad is member.grad and view.is_whole and not view.shard.groups
             own = state[member]
-            if not isinstance(own, dict) or not all(isinstance(value, Tensor) for value in own.values()):
+            is_plain = isinstance(own, dict) and all(isinstance(value, Tensor) for value in own.values())
+            if not (is_itself and is_plain and (member.is_cpu or member.is_cuda)):
                 return False
-        self._states = [state[member] for member in self._members]
+        self._states = [state[member] for member in members]
         self._values = list(chain.from_iterable(map(dict.values, self._states)))
-        self._memory = Memory(self._members, self._values)
-        self._memory_of_grads = Memory(list(map(_grad, self._members)))
-        self._is_kept = True
+        self._memory, self._memory_of_grads = Memory(members, self._values), Memory(list(map(_grad, members)))
+        self.is_on_cpu = all(member.is_cpu for member in members)
         return True
 
-    def holds(self, params: Sequence[Tensor], state: Mapping[Tensor, Any]) -> bool:
-        """Whether nothing but numbers and the gradients' addresses has changed; if so, the views get the new gradients.
+    def holds(self, groups: Groups, state: Mapping[Tensor, Any]) -> bool:
+        """Whether only numbers and the gradients' addresses have changed; if so, the views get the new gradients.
 
         Args:
-            params: Parameters of the group now.
-            state: State of the optimizer now.
+            groups: Parameter groups of the optimizer.
+            state: State of the optimizer.
         """
-        if not self._is_kept or len(params) != len(self._params) or not all(map(is_, params, self._params)):
+        lists = [group["params"] for group in groups]
+        params = list(chain.from_iterable(lists))
+        if list(map(len, lists)) != self._sizes or not all(map(is_, params, self._params)):
             return False
         all_grads = list(map(_grad, params))
         if [grad is not None for grad in all_grads] != self._has_grad:
             return False
-        if not all(map(is_, map(state.get, self._members), self._states)):
-            return False
         values = list(chain.from_iterable(map(dict.values, self._states)))
-        if len(values) != len(self._values) or not all(map(is_, values, self._values)):
-            return False
-        if not self._memory.is_in_place(self._members, values):
+        if not (
+            all(map(is_, map(state.get, self._members), self._states))
+            and len(values) == len(self._values)
+            and all(map(is_, values, self._values))
+            and self._memory.is_in_place(self._members, values)
+        ):
             return False
         grads = list(compress(all_grads, self._has_grad))
         if self._memory_of_grads.addresses(grads, apart_from=self._memory) is None:
             return False
-        for view, grad in zip(self.views, grads, strict=True):
+        for view, grad in zip(self._views, grads, strict=True):
             view.grad = grad
         return True
 
     def release(self) -> None:
         """Keep no gradient alive."""
-        for view in self.views:
+        for view in self._views:
             view.grad = None
 
 

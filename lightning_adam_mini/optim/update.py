@@ -27,7 +27,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from lightning_adam_mini.blocks import Blocks, Kind, wide_dtype
+from lightning_adam_mini.blocks import SMALL_ELEMENTS, Blocks, Kind, wide_dtype
 from lightning_adam_mini.optim import quantized
 from lightning_adam_mini.optim.params import DTYPES, check_memory, memory_problem
 from lightning_adam_mini.optim.shards import Box, Shard, intersect, split, whole_box
@@ -190,7 +190,8 @@ class ParameterView:
     def pieces(self, root: float | Tensor, eps: float) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
         """Pieces of the parameter and of its first moment with their denominators `sqrt(v) / root + eps`."""
         if self.is_whole or self.blocks.kind is not Kind.FACTORED:
-            return self.split(self.blocks.root_second_moment(*self.moments).div_(root).add_(eps))
+            denom = self.blocks.root_second_moment(*self.moments).div_(root).add_(eps)
+            return [(self.param, self.exp_avg, denom)] if self.is_whole else self.split(denom)
         roots = self.shard.factored_roots(self.moments)  # one piece at a time: all have the size of the parameter
         return ((box.view(self.param), box.view(self.exp_avg), r.div_(root).add_(eps)) for box, r in roots)
 
@@ -321,8 +322,7 @@ def _blocks_within_rows(view: ParameterView) -> Callable[[torch.Size], Blocks] |
 
 # Lists of tensors
 
-NORM_ELEMENTS = 2**16
-"""Elements of a block whose norm is taken in float64 at once; torch may copy it to float64 first."""
+_ONE = torch.tensor(1.0, dtype=torch.float32, device="cpu")
 
 
 def foreach_(views: Sequence[ParameterView], options: StepOptions) -> None:
@@ -362,7 +362,7 @@ def foreach_updates(views: Sequence[ParameterView]) -> list[Update]:
 def _is_small_block(view: ParameterView) -> bool:
     """Whether a tensor is one small block."""
     is_block = view.blocks.kind is Kind.MEAN and view.blocks.num_values == 1
-    return is_block and view.is_whole and view.square_sums is None and 0 < view.param.numel() <= NORM_ELEMENTS
+    return is_block and view.is_whole and view.square_sums is None and 0 < view.param.numel() <= SMALL_ELEMENTS
 
 
 @dataclass(frozen=True)
@@ -398,7 +398,8 @@ def _foreach_list_(tensors: ForeachList, options: StepOptions) -> None:
     """The lines of `reference_` on lists."""
     params, exp_avgs = tensors.params, tensors.exp_avgs
     grads: Any = [view.grad for view in tensors.views]
-    torch._foreach_add_(tensors.steps, 1)
+    # As in torch's optimizers: a number would become a tensor again for each step of the list.
+    torch._foreach_add_(tensors.steps, 1 if tensors.steps[0].is_cuda else _ONE)
     steps = [step.item() for step in tensors.steps]
     scalars = {step: (-float(options.step_size(step)), options.root(step)) for step in set(steps)}
     step_sizes, roots = zip(*[scalars[step] for step in steps], strict=True)

@@ -246,7 +246,7 @@ FOREIGN = {
     ),
     "another partition": (
         lambda: (m := model(), AdamMini(m, partition="transformer")),
-        "another partition: '0.weight' has the blocks 'mean a0 5/1' in the state and 'mean' here; .* or convert the state",
+        "'0.weight' has the blocks 'mean a0 5/1' in the state and 'mean' here; .* or convert the state",
     ),
     "a factored partition": (
         lambda: (m := model(), AdamMini(m, partition="factored")),
