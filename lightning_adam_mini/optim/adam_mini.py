@@ -295,9 +295,8 @@ class AdamMini(Optimizer):
                 for group in self.param_groups
             ]
             share_square_sums([view for members in views for view in members], self._dispatch.square_sums)
-            views = [[view for view in members if view.grad is not None] for members in views]
             updates = [
-                self._dispatch.updates(members, capturable=group["capturable"])
+                self._dispatch.updates([v for v in members if v.grad is not None], capturable=group["capturable"])
                 for members, group in zip(views, self.param_groups, strict=True)
             ]
         return StepPlan(views, updates)

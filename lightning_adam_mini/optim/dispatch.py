@@ -107,15 +107,17 @@ class StepPlan:
     """The views of all parameters with their updates, which are kept as long as all tensors are the same.
 
     Args:
-        views: For each parameter group, the views of parameters with a gradient.
-        updates: For each group, what takes a step of its views.
+        views: For each parameter group, the views of parameters with a gradient, and of those whose sums of squares
+            other ranks wait for.
+        updates: For each group, what takes a step of the views with a gradient.
     """
 
     def __init__(self, views: Sequence[Sequence[ParameterView]], updates: Sequence[Sequence[Update]]) -> None:
         self.updates = updates
         self.is_on_cpu = False
         """Whether all parameters are known to be on the CPU, where no graph is captured."""
-        self._views = [view for members in views for view in members]
+        self._views = [view for members in views for view in members if view.grad is not None]
+        self._communicates = any(view.shard.groups for members in views for view in members)
         self._has_overlaps = any(_entangled(members) for members in views)
 
     def keep(self, groups: Groups, state: Mapping[Tensor, Any]) -> bool:
@@ -132,10 +134,10 @@ class StepPlan:
         self._params: list[Tensor] = [parameter for group in groups for parameter in group["params"]]
         self._has_grad = [parameter.grad is not None for parameter in self._params]
         members = self._members = list(compress(self._params, self._has_grad))
-        if len(members) != len(self._views) or self._has_overlaps or any(group["capturable"] for group in groups):
-            return False
+        if self._communicates or self._has_overlaps or any(group["capturable"] for group in groups):
+            return False  # a rank without gradients, too, takes part in each step's all-reduce
         for member, view in zip(members, self._views, strict=True):
-            is_itself = view.param is member and view.grad is member.grad and view.is_whole and not view.shard.groups
+            is_itself = view.param is member and view.grad is member.grad and view.is_whole
             own = state[member]
             is_plain = isinstance(own, dict) and all(isinstance(value, Tensor) for value in own.values())
             if not (is_itself and is_plain and (member.is_cpu or member.is_cuda)):
