@@ -212,7 +212,7 @@ def check_gradient(name: str, parameter: Tensor, grad: Tensor) -> None:
 
 
 def warn_user(message: str) -> None:
-    """Warn at the line that called the library, whatever of torch lies between."""
+    """Warn at the line that called the library, skipping frames of torch in between."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INTERNAL:
         frame, level = frame.f_back, level + 1

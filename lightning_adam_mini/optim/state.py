@@ -119,7 +119,7 @@ def init_state(
 
 
 def saved_tensor(value: Any) -> Tensor:
-    """A saved tensor where it lies, or a saved number: whatever torch's default device is, which may be meta."""
+    """A saved tensor, or a saved number as a CPU tensor, since torch's default device may be meta."""
     return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
 
 
