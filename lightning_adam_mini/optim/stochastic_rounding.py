@@ -1,9 +1,9 @@
 """Stochastic rounding to bfloat16, with random bits that are a function of what is rounded.
 
-A float32 number is between two numbers of bfloat16. It becomes the one farther from zero with a probability equal to its
-distance from the other, in units of their spacing. What is stored is then right on average: a bfloat16 weight follows
-steps far below half of its spacing, which rounding to nearest drops (Gupta et al. 2015, "Deep Learning with Limited Numerical
-Precision", Sec. 3).
+A float32 number is between two numbers of bfloat16. It becomes the one farther from zero with a probability equal to
+its distance from the other, in units of their spacing. What is stored is then right on average: a bfloat16 weight
+follows steps far below half of its spacing, which rounding to nearest drops (Gupta et al. 2015, "Deep Learning with
+Limited Numerical Precision", Sec. 3).
 
 The bits come from a hash of the parameter's name, the step and the element, not from a generator. So a resumed run is
 the same run, and nothing depends on how a parameter is sharded, in which slices or threads it is updated, or on the

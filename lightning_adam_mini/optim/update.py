@@ -18,6 +18,7 @@ one element is AdamW.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -353,26 +354,28 @@ def foreach_updates(views: Sequence[ParameterView]) -> list[Update]:
         else:
             assert view.grad is not None
             dtypes = (view.param.dtype, view.grad.dtype, view.exp_avg.dtype, view.moments[0].dtype)
-            lists[view.param.device, *dtypes, view.blocks.kind, _is_small_block(view)].append(view)
-    updates: list[Update] = [partial(_foreach_list_, ForeachList.of(members)) for members in lists.values()]
+            update = _small_blocks_ if _is_small_block(view) else _foreach_list_
+            lists[update, view.param.device, *dtypes, view.blocks.kind].append(view)
+    updates: list[Update] = [partial(key[0], ForeachList.of(members)) for key, members in lists.items()]  # type: ignore[arg-type]
     updates += [partial(slices_, sliced)] if sliced else []
     return updates + ([partial(reference_, single)] if single else [])
 
 
 def _is_small_block(view: ParameterView) -> bool:
-    """Whether a tensor is one small block."""
+    """Whether a tensor is one small block on the CPU, whose second moment may be a number of the host."""
     is_block = view.blocks.kind is Kind.MEAN and view.blocks.num_values == 1
-    return is_block and view.is_whole and view.square_sums is None and 0 < view.param.numel() <= SMALL_ELEMENTS
+    is_number = view.param.is_cpu and view.param.dtype in (torch.float32, torch.float64)
+    is_here = view.is_whole and view.square_sums is None and 0 < view.param.numel() <= SMALL_ELEMENTS
+    return is_block and is_number and is_here and view.exp_avg.dtype == view.param.dtype
 
 
 @dataclass(frozen=True)
 class ForeachList:
-    """Tensors of one device, dtype and kind of blocks that take their steps together, as lists.
+    """Tensors of one device, dtype and kind of blocks that are updated together.
 
     Args:
         views: The tensors.
         params, exp_avgs, moments, steps: Their parts.
-        counts: Elements of each tensor, where each is one small block; else None.
         is_whole: Whether none of them consists of rectangles.
     """
 
@@ -381,46 +384,50 @@ class ForeachList:
     exp_avgs: list[Tensor]
     moments: list[Tensor]
     steps: list[Tensor]
-    counts: list[int] | None
     is_whole: bool
 
     @classmethod
     def of(cls, views: list[ParameterView]) -> ForeachList:
         """The list of these tensors."""
-        counts = [view.param.numel() for view in views] if _is_small_block(views[0]) else None
         moments = [view.moments[0] for view in views]
         params, exp_avgs = [view.param for view in views], [view.exp_avg for view in views]
-        is_whole = all(view.is_whole for view in views)
-        return cls(views, params, exp_avgs, moments, [view.step for view in views], counts, is_whole)
+        return cls(views, params, exp_avgs, moments, [v.step for v in views], all(v.is_whole for v in views))
+
+    def next_step_(self, options: StepOptions) -> tuple[list[float], list[float]]:
+        """Count a step; return the step size and the root of the second bias correction of each tensor."""
+        # As in torch's optimizers: a number would become a tensor again for each step of the list.
+        torch._foreach_add_(self.steps, 1 if self.steps[0].is_cuda else _ONE)
+        steps = [step.item() for step in self.steps]
+        scalars = {step: (float(options.step_size(step)), options.root(step)) for step in set(steps)}
+        return [scalars[step][0] for step in steps], [scalars[step][1] for step in steps]
+
+    def first_moments_(self, grads: list[Tensor], options: StepOptions) -> None:
+        """Weight decay and the first moments."""
+        if options.maximize:
+            grads = list(torch._foreach_neg(grads))
+        if grads[0].dtype != self.exp_avgs[0].dtype:
+            grads = [grad.to(self.exp_avgs[0].dtype) for grad in grads]
+        if options.weight_decay != 0:
+            torch._foreach_mul_(self.params, options.shrink)
+        torch._foreach_lerp_(self.exp_avgs, grads, 1 - options.beta1)
 
 
 def _foreach_list_(tensors: ForeachList, options: StepOptions) -> None:
     """The lines of `reference_` on lists."""
-    params, exp_avgs = tensors.params, tensors.exp_avgs
-    grads: Any = [view.grad for view in tensors.views]
-    # As in torch's optimizers: a number would become a tensor again for each step of the list.
-    torch._foreach_add_(tensors.steps, 1 if tensors.steps[0].is_cuda else _ONE)
-    steps = [step.item() for step in tensors.steps]
-    scalars = {step: (-float(options.step_size(step)), options.root(step)) for step in set(steps)}
-    step_sizes, roots = zip(*[scalars[step] for step in steps], strict=True)
-
+    params, exp_avgs, views = tensors.params, tensors.exp_avgs, tensors.views
+    grads: Any = [view.grad for view in views]
+    sizes, roots = tensors.next_step_(options)
     denoms = _foreach_denominators_(tensors, grads, options.beta2)
     torch._foreach_div_(denoms, roots)
     torch._foreach_add_(denoms, options.eps)
-    if options.maximize:
-        grads = torch._foreach_neg(grads)
-    if grads[0].dtype != exp_avgs[0].dtype:
-        grads = [grad.to(exp_avgs[0].dtype) for grad in grads]
-    if options.weight_decay != 0:
-        torch._foreach_mul_(params, options.shrink)
-    torch._foreach_lerp_(exp_avgs, grads, 1 - options.beta1)
+    tensors.first_moments_(grads, options)
     if not tensors.is_whole:
-        pieces = [view.split(denom) for view, denom in zip(tensors.views, denoms, strict=True)]
-        step_sizes = tuple(size for size, parts in zip(step_sizes, pieces, strict=True) for _ in parts)
-        if not step_sizes:
+        pieces = [view.split(denom) for view, denom in zip(views, denoms, strict=True)]
+        sizes = [size for size, parts in zip(sizes, pieces, strict=True) for _ in parts]
+        if not sizes:
             return
         params, exp_avgs, denoms = map(list, zip(*(piece for parts in pieces for piece in parts), strict=True))
-    torch._foreach_addcdiv_(params, exp_avgs, denoms, step_sizes)
+    torch._foreach_addcdiv_(params, exp_avgs, denoms, [-size for size in sizes])
 
 
 def _foreach_denominators_(tensors: ForeachList, grads: list[Tensor], beta2: float) -> list[Tensor]:
@@ -430,16 +437,33 @@ def _foreach_denominators_(tensors: ForeachList, grads: list[Tensor], beta2: flo
     if views[0].blocks.kind is Kind.ELEMENT:
         torch._foreach_addcmul_(moments, grads, grads, 1 - beta2)
         return list(torch._foreach_sqrt(moments))
-    if tensors.counts is not None:
-        norms = torch._foreach_norm(grads, 2, dtype=wide_dtype(moments[0].device))
-        torch._foreach_addcmul_(moments, norms, norms, [(1 - beta2) / count for count in tensors.counts])
-        return list(torch._foreach_sqrt(moments))
     means = []
     for view in views:
         (mean,) = view.blocks.means(*(view.square_sums or view.local_square_sums()))
         means.append(mean.to(moments[0].dtype))
     torch._foreach_add_(moments, means, alpha=1 - beta2)
     return [view.blocks.root_second_moment(moment) for view, moment in zip(views, moments, strict=True)]
+
+
+def _small_blocks_(tensors: ForeachList, options: StepOptions) -> None:
+    """The lines of `reference_` on CPU tensors of one small block each.
+
+    Half of the time of a step of small tensors is in the calls of operations on one-element tensors, so the second
+    moments are numbers of the host here.
+    """
+    grads: Any = [view.grad for view in tensors.views]
+    sizes, roots = tensors.next_step_(options)
+    norms = torch._foreach_norm(grads, 2, dtype=torch.float64)
+    tensors.first_moments_(grads, options)
+    beta2, largest = options.beta2, torch.finfo(tensors.params[0].dtype).max
+    parts = zip(tensors.params, tensors.exp_avgs, tensors.moments, norms, sizes, roots, strict=True)
+    for param, exp_avg, moment, norm, size, root in parts:
+        square = norm.item() * norm.item()  # a power that overflows would raise
+        value = beta2 * moment.item() + (1 - beta2) * (square / param.numel())
+        moment.fill_(math.inf if value > largest else value)  # torch refuses finite numbers that overflow
+        value = moment.item()  # as it is rounded
+        denom = (math.sqrt(value) if value >= 0 else math.nan) / root + options.eps
+        param.add_(exp_avg, alpha=-(math.inf if denom <= size / largest else size / denom))
 
 
 # 8-bit first moments and stochastic rounding, slice by slice

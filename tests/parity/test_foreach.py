@@ -145,6 +145,25 @@ def test_no_weight_decay(tolerances):
     assert_same(tensors, others, tolerances)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [0.0, 1e-30, 1e25, 1e200, float("inf"), float("nan")])
+@pytest.mark.parametrize("eps", [0.0, 1e-8])
+def test_small_blocks_whose_numbers_leave_their_range(value, eps, dtype, tolerances):
+    """Numbers of the host raise where tensors become infinite or not a number."""
+    found = []
+    for step in (update.reference_, update.foreach_):
+        param, blocks = torch.ones(3, 2, dtype=dtype), Blocks.whole((3, 2))
+        state = init_state(param, blocks, exp_avg_dtype=None, capturable=False)
+        moments = (state["exp_avg_sq"],)
+        grad = torch.full((3, 2), value, dtype=torch.float64).to(dtype)
+        view = ParameterView(param, grad, Shard(blocks), state["step"], state["exp_avg"], moments)
+        for _ in range(2):
+            step([view], replace(OPTIONS, eps=eps))
+        found.append((param, state["exp_avg"], *moments))
+    for expected, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, expected, **tolerances[dtype], equal_nan=True)
+
+
 def test_nothing_to_update():
     update.foreach_([], OPTIONS)
 
