@@ -26,7 +26,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from children import measure, save, tell
 from lightning_adam_mini import AdamMini, partition_module
-from lightning_adam_mini.optim.sharding import local, shard_dtensor
+from lightning_adam_mini.optim.distributed import local, shard_dtensor
 
 LLAMA_2 = {
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},

@@ -393,6 +393,8 @@ def _divide(tensor: Tensor, axis: int | None, sizes: Sequence[int], divisors: Se
 
 RUN_LENGTH = 256
 """Squares that one float32 norm adds up, in eight or more partial sums: few enough for 1e-6."""
+SMALL_ELEMENTS = 2**16
+"""Elements whose squares are summed in `wide_dtype` at once: further calls would cost more than they save."""
 SLICE_ELEMENTS = 2**18
 """Elements that are squared at a time: a float32 temporary of 1 MiB, which stays in the cache."""
 FEW_SLICES = 16
@@ -424,6 +426,8 @@ def sum_square(tensor: Tensor, axes: tuple[int, ...], *, exact: bool = False) ->
         return tensor.to(wide).square()
     if not tensor.numel() or (exact and tensor.numel() <= SLICE_ELEMENTS):
         return tensor.to(wide).square().sum(axes, keepdim=True)
+    if not exact and tensor.numel() <= SMALL_ELEMENTS:
+        return torch.linalg.vector_norm(tensor, dim=axes, keepdim=True, dtype=wide).square_()
     if exact:
         return _sum_slices(tensor, axes, wide, wide)
     narrow = torch.promote_types(tensor.dtype, torch.float32)

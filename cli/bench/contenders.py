@@ -15,7 +15,7 @@ from torch.optim import AdamW, Optimizer
 from lightning_adam_mini import factory
 from lightning_adam_mini.hints import did_you_mean
 from lightning_adam_mini.optim.adam_mini import AdamMini
-from lightning_adam_mini.optim.implementation import Implementation
+from lightning_adam_mini.optim.dispatch import Implementation
 
 from ..arguments import UsageError
 from ..messages import quiet

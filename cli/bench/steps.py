@@ -28,7 +28,7 @@ from lightning_adam_mini.measure.timing import (
     spread_of,
     time_call,
 )
-from lightning_adam_mini.optim.sharding import local
+from lightning_adam_mini.optim.distributed import local
 
 from ...tasks.parallel.sharding import shard_model
 from ..models import SOURCES, Source

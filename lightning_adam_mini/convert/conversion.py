@@ -21,7 +21,7 @@ from lightning_adam_mini.convert.saved_states import (
     whole,
 )
 from lightning_adam_mini.convert.second_moments import second_moment
-from lightning_adam_mini.optim import AdamMini, momentum_8bit
+from lightning_adam_mini.optim import AdamMini, quantized
 from lightning_adam_mini.optim.state import first_moment_dtype, saved_tensor, second_moment_dtype
 
 __all__ = ["Conversion", "convert", "from_adam_mini_package", "from_adamw", "repartition", "to_adamw"]
@@ -96,7 +96,7 @@ def _wanted(optimizer: Optimizer) -> tuple[Wanted, dict[str, tuple[Tensor, Block
         partition = optimizer.partition
         parameters = {name: (p, found.blocks) for (name, found), p in zip(partition.items(), flat, strict=True)}
         # In the model's order, with frozen parameters.
-        order = [(found.name, found.blocks.shape) for found in optimizer._cuts.values()]
+        order = [(found.name, found.blocks.shape) for found in optimizer._table.partitions()]
         named = True
     else:
         known = [group.get("param_names") for group in optimizer.param_groups]
@@ -157,12 +157,12 @@ def _in_format(saved: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor
         scale = whole(scale)
         if dtype is torch.uint8:
             return {"exp_avg": exp_avg, "exp_avg_scale": scale}
-        return {"exp_avg": momentum_8bit.decode_tensor(exp_avg, scale).to(dtype)}
+        return {"exp_avg": quantized.decode_tensor(exp_avg, scale).to(dtype)}
     if dtype is not torch.uint8:
         return {"exp_avg": exp_avg}
     codes = torch.empty_like(exp_avg, dtype=torch.uint8)
-    scale = torch.empty(momentum_8bit.scale_shape(exp_avg.shape), dtype=torch.float32, device=exp_avg.device)
-    momentum_8bit.encode_tensor_(codes, scale, exp_avg)
+    scale = torch.empty(quantized.scale_shape(exp_avg.shape), dtype=torch.float32, device=exp_avg.device)
+    quantized.encode_tensor_(codes, scale, exp_avg)
     return {"exp_avg": codes, "exp_avg_scale": scale}
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_adam_mini.optim.sharding import is_dtensor
+from lightning_adam_mini.optim.distributed import is_dtensor
 from lightning_adam_mini.optim.state import saved_tensor
 
 __all__ = ["SavedBy", "SavedParameter", "Wanted", "match", "saved_by", "saved_parameters", "whole"]

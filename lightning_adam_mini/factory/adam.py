@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_adam_mini import optim
 from lightning_adam_mini.factory.base import OptimizerFactory
 from lightning_adam_mini.measure.memory import adam_mini_state_bytes, adamw_state_bytes
-from lightning_adam_mini.optim.implementation import Implementation
+from lightning_adam_mini.optim.dispatch import Implementation
 from lightning_adam_mini.partition import partition_module
 
 __all__ = ["Adam", "AdamMini", "AdamW", "PartitionName", "StructureName"]

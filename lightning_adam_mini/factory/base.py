@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_adam_mini.hints import require_package
-from lightning_adam_mini.optim.groups import WeightDecayPolicy, decay_groups
-from lightning_adam_mini.optim.sharding import is_dtensor, is_flattened
+from lightning_adam_mini.optim.distributed import is_dtensor, is_flattened
+from lightning_adam_mini.optim.params import WeightDecayPolicy, decay_groups
 from lightning_adam_mini.partition import ParameterPartition, partition_module
 
 __all__ = ["OptimizerFactory", "RuleOptimizer", "TensorwiseOptimizer", "from_pytorch_optimizer", "require"]

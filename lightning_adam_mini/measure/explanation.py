@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lightning_adam_mini.blocks import Kind
 from lightning_adam_mini.measure.explanation_table import collapse_names, render
 from lightning_adam_mini.measure.memory import adam_mini_state_bytes, adamw_state_bytes
-from lightning_adam_mini.optim.formats import check_exp_avg_dtype
-from lightning_adam_mini.optim.validation import check_parameter
+from lightning_adam_mini.optim.params import check_parameter
+from lightning_adam_mini.optim.quantized import check_exp_avg_dtype
 from lightning_adam_mini.partition import (
     ModuleLayout,
     ParameterPartition,

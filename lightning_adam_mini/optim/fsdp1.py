@@ -1,16 +1,18 @@
-"""FullyShardedDataParallel, the first FSDP: ranges of flattened parameters.
+"""FSDP1 (`FullyShardedDataParallel`): ranges of flattened parameters, and the states that its checkpoints know.
 
-It flattens the parameters of each wrapped module into one vector and gives each rank a range of it, so that a rank's
+FSDP1 flattens the parameters of each wrapped module into one vector and gives each rank a range of it, so that a rank's
 part of a matrix may begin and end in the middle of a row. With `use_orig_params=True` the optimizer sees these parts as
-one-dimensional parameters. Which elements they are is known to the wrapper alone, in private attributes of torch: they
-are read here and nowhere else.
+one-dimensional parameters. Only the wrapper knows which elements they are, in private attributes of torch, which this
+module alone reads. Its checkpoints hold only states of the shape of a rank's part, so second moments are saved expanded
+to one value per element.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,18 +20,29 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_adam_mini.blocks import Blocks, Kind
-from lightning_adam_mini.optim.sharding import is_flat_vector, is_flattened
+from lightning_adam_mini.optim.distributed import is_flat_vector, is_flattened
 from lightning_adam_mini.optim.shards import Shard, flat_boxes
+from lightning_adam_mini.optim.state import check_keys, saved_tensor, second_moment_dtype
+from lightning_adam_mini.partition import ParameterPartition
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["FlatRange", "flat_ranges", "whole_shapes"]
+__all__ = [
+    "FlatRange",
+    "FlatState",
+    "compress_moments",
+    "compress_state",
+    "expand_moments",
+    "expand_state",
+    "flat_ranges",
+    "whole_shapes",
+]
 
 
 @dataclass(frozen=True)
 class FlatRange:
-    """The elements of a flattened parameter that lie on this rank.
+    """The elements of a flattened parameter that this rank holds.
 
     Args:
         shape: Shape of the whole parameter.
@@ -44,7 +57,7 @@ class FlatRange:
     group: ProcessGroup
 
     def shard(self, blocks: Blocks, device_type: str) -> Shard:
-        """This rank's part of the parameter, of which it keeps the whole second moment unless that is element-wise."""
+        """This rank's part of the parameter; the rank keeps the whole second moment unless that is element-wise."""
         if blocks.kind is Kind.ELEMENT:
             return Shard(Blocks.element((self.stop - self.start,)))
         groups = (self.group,) if dist.get_world_size(self.group) > 1 else ()
@@ -52,7 +65,7 @@ class FlatRange:
 
 
 def flat_ranges(module: nn.Module) -> dict[Tensor, FlatRange]:
-    """The ranges of all parameters of a model that FSDP has flattened; none where it is not wrapped.
+    """The ranges of all parameters of a model that FSDP1 has flattened; none where the model is not wrapped.
 
     Args:
         module: The model, wrapped.
@@ -91,18 +104,18 @@ def flat_ranges(module: nn.Module) -> dict[Tensor, FlatRange]:
             f"torch {torch.__version__} keeps the ranges of FSDP's parameters in another way than this package knows "
             f"({error}); shard the model with fully_shard (FSDP2)"
         ) from error
-    lost = [name for name, p in module.named_parameters() if is_flattened(p) and p not in found]
-    if lost:
+    unwrapped = [name for name, p in module.named_parameters() if is_flattened(p) and p not in found]
+    if unwrapped:
         raise ValueError(
-            f"{lost[0]}: FSDP has flattened this parameter, and its wrapper lies outside of the module given; pass the "
-            "whole wrapped model to AdamMini, or shard it with fully_shard (FSDP2)"
+            f"{unwrapped[0]}: FSDP has flattened this parameter, and its wrapper is outside of the module given; pass "
+            "the whole wrapped model to AdamMini, or shard it with fully_shard (FSDP2)"
         )
     return ranges
 
 
 @contextmanager
 def whole_shapes(ranges: Mapping[Tensor, FlatRange]) -> Iterator[None]:
-    """Show each parameter in its whole shape, without memory for it, to whoever looks at shapes alone."""
+    """Give each parameter its whole shape, without memory for it, to code that reads shapes only."""
     parts = {parameter: parameter.data for parameter in ranges}
     try:
         for parameter, flat in ranges.items():
@@ -111,3 +124,123 @@ def whole_shapes(ranges: Mapping[Tensor, FlatRange]) -> Iterator[None]:
     finally:
         for parameter, part in parts.items():
             parameter.data = part
+
+
+@dataclass(frozen=True)
+class FlatState:
+    """The state of a flattened parameter whose second moments have another shape than this rank's part.
+
+    Args:
+        number: Of the parameter in a saved state.
+        part: This rank's part of the parameter, of one dimension.
+        partition: Its name and blocks.
+        shard: The block structure of this rank's part.
+        state: The state that the optimizer keeps; None for a frozen parameter.
+    """
+
+    number: int
+    part: Tensor
+    partition: ParameterPartition
+    shard: Shard
+    state: Mapping[str, Tensor] | None
+
+    @property
+    def keys(self) -> list[str]:
+        """Keys of the second moments."""
+        return list(self.partition.blocks.state_shapes)
+
+
+def expand_state(state_dict: dict[str, Any], flat: Iterable[FlatState]) -> dict[str, Any]:
+    """A state dict in which second moments of flattened parameters have one value per element."""
+    state = dict(state_dict["state"])
+    for one in flat:
+        moments = {key: state[one.number][key] for key in one.keys}
+        state[one.number] = {**state[one.number], **expand_moments(one.shard, moments, one.part)}
+    return {**state_dict, "state": state}
+
+
+def compress_state(state_dict: dict[str, Any], flat: Sequence[FlatState]) -> dict[str, Any]:
+    """Undo `expand_state`; the ranks that share a parameter take part together.
+
+    Raises:
+        ValueError: A parameter's saved state comes from another optimizer or partition.
+    """
+    state = dict(state_dict["state"])
+    for one in flat:
+        if one.number in state:
+            check_keys(state[one.number], one.partition.name, one.partition.blocks)
+    expanded = []
+    for one in flat:
+        like: dict[str, Any] = {"dtype": second_moment_dtype(one.part), "device": one.part.device}
+        saved = state.get(one.number)  # none where this rank's part is empty
+        expanded.append(
+            {
+                key: one.part.new_zeros(one.part.shape, dtype=like["dtype"])
+                if saved is None
+                else saved_tensor(saved[key]).reshape(-1).to(**like)
+                for key in one.keys
+            }
+        )
+    moments = compress_moments([one.shard for one in flat], expanded)
+    for one, own, is_saved in zip(flat, moments, _saved_somewhere(flat, state), strict=True):
+        if is_saved:
+            begun = one.state or {
+                "step": torch.zeros((), dtype=torch.float32, device="cpu"),
+                "exp_avg": torch.zeros_like(one.part),
+            }
+            state[one.number] = {**begun, **state.get(one.number, {}), **own}
+    return {**state_dict, "state": state}
+
+
+def _saved_somewhere(flat: Sequence[FlatState], state: Mapping[Any, Any]) -> list[bool]:
+    """Whether any rank has a saved state of each parameter; frozen ones have none."""
+    saved = [one.number in state for one in flat]
+    for group in dict.fromkeys(group for one in flat for group in one.shard.groups):
+        members = [index for index, one in enumerate(flat) if group in one.shard.groups]
+        flags = torch.tensor(
+            [float(saved[index]) for index in members], dtype=torch.float32, device=flat[members[0]].shard.device_type
+        )
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
+        for index, flag in zip(members, flags.tolist(), strict=True):
+            saved[index] = flag > 0
+    return saved
+
+
+def expand_moments(shard: Shard, moments: Mapping[str, Tensor], part: Tensor) -> dict[str, Tensor]:
+    """Second moments with one value for each element of this rank's part, a tensor of one dimension."""
+    assert shard.boxes is not None
+    expanded = {}
+    for key, moment in moments.items():
+        values = moment.new_empty(part.shape)
+        for number, box in enumerate(shard.boxes):
+            box.view(values).copy_(box.within(shard.expand(key, moment, number)).expand(box.sizes))
+        expanded[key] = values
+    return expanded
+
+
+def compress_moments(shards: Iterable[Shard], expanded: Iterable[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Second moments from their expanded form; each rank of a group also gets the values of blocks on other ranks."""
+    shards, results = list(shards), []
+    for shard, moments in zip(shards, expanded, strict=True):
+        results.append({key: _compress(shard, key, values) for key, values in moments.items()})
+    for group in dict.fromkeys(group for shard in shards for group in shard.groups):
+        parts = [p for shard, r in zip(shards, results, strict=True) if group in shard.groups for p in r.values()]
+        bucket = torch.cat([part.flatten() for part in parts])
+        dist.all_reduce(bucket, op=dist.ReduceOp.MAX, group=group)  # no second moment is negative
+        for part, values in zip(parts, bucket.split([part.numel() for part in parts]), strict=True):
+            part.copy_(values.view_as(part))
+    return results
+
+
+def _compress(shard: Shard, key: str, values: Tensor) -> Tensor:
+    """Each block's value where this rank has one of its elements, else zero."""
+    assert shard.boxes is not None
+    moment = values.new_zeros(shard.local_blocks.state_shapes[key])
+    numbers = torch.arange(prod(moment.shape), device=values.device).view(moment.shape)
+    for index, box in enumerate(shard.boxes):
+        target = box.within(shard.expand(key, numbers, index))  # which value of the moment each row or column is
+        shared = [dim for dim, size in enumerate(target.shape) if size == 1]
+        view = box.view(values)
+        view = view.amax(shared, keepdim=True) if shared else view
+        moment.view(-1)[target.flatten()] = view.flatten()
+    return moment

@@ -1,29 +1,33 @@
-"""The state of one parameter: made, checked and restored.
+"""The state of a parameter: how it is made, checked, saved and restored.
 
-Keys: `step` (float32, no dimensions), `exp_avg` (the parameter's shape) and the second moments that its blocks name. A
-first moment in 8 bits has codes under `exp_avg` and their scales under `exp_avg_scale`.
+Keys: `step` (float32, no dimensions), `exp_avg` (the parameter's shape) and the second moments that its blocks name. An
+8-bit first moment has codes under `exp_avg` and their scales under `exp_avg_scale`.
+
+A saved state names the block structure of each parameter, so that it is not loaded into another partition. Shapes alone
+do not tell: a fused matrix of queries, keys and values keeps as many numbers in one order of its rows as in another. So
+each group saves the signatures of its parameters (`Blocks.signature`), joined by `; `, as `partition`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_adam_mini.blocks import Blocks
-from lightning_adam_mini.optim import momentum_8bit
-from lightning_adam_mini.optim.fingerprint import NO_STATE, check_partition, saved_signatures
-from lightning_adam_mini.optim.sharding import copy_global_, is_dtensor, local, place_moment
+from lightning_adam_mini.optim import quantized
+from lightning_adam_mini.optim.distributed import copy_global_, is_dtensor, local, place_moment
+from lightning_adam_mini.optim.params import check_group
 from lightning_adam_mini.optim.shards import Shard
-from lightning_adam_mini.optim.validation import check_group
-from lightning_adam_mini.partition import ParameterPartition
 
 __all__ = [
+    "NO_STATE",
     "check_is_state",
     "check_keys",
+    "check_partition",
     "check_state",
     "first_moment",
     "first_moment_bytes",
@@ -31,14 +35,20 @@ __all__ = [
     "fits_parameter",
     "init_state",
     "is_laid_out_as",
+    "partition_changes",
     "restore_state",
+    "saved_signatures",
     "saved_tensor",
     "second_moment_dtype",
     "steps_taken",
 ]
 
+NO_STATE = "none"
+"""Replaces the signature of a parameter that had no state when its group was saved, as frozen ones have none."""
 _FIRST_MOMENT = ("exp_avg", "exp_avg_scale")
 _INTEGERS = (torch.int64, torch.int32, torch.int16)
+_NUM_NAMED = 3
+"""Parameters that a message names."""
 _DAMAGED = "Load another checkpoint, or start the optimizer afresh from the weights alone"
 
 
@@ -55,7 +65,7 @@ def first_moment_dtype(shape: Sequence[int], dtype: torch.dtype, exp_avg_dtype: 
         dtype: Its dtype.
         exp_avg_dtype: What the user asked for: uint8 is for matrices that are not small, and None the parameter's.
     """
-    if exp_avg_dtype is torch.uint8 and not momentum_8bit.has_codes(shape):
+    if exp_avg_dtype is torch.uint8 and not quantized.has_codes(shape):
         return dtype
     return exp_avg_dtype or dtype
 
@@ -63,7 +73,7 @@ def first_moment_dtype(shape: Sequence[int], dtype: torch.dtype, exp_avg_dtype: 
 def first_moment_bytes(shape: Sequence[int], dtype: torch.dtype, exp_avg_dtype: torch.dtype | None) -> int:
     """Bytes of the first moment of a parameter, with its scales; the arguments are those of `first_moment_dtype`."""
     kept = first_moment_dtype(shape, dtype, exp_avg_dtype)
-    scales = math.prod(momentum_8bit.scale_shape(shape)) if kept is torch.uint8 else 0
+    scales = math.prod(quantized.scale_shape(shape)) if kept is torch.uint8 else 0
     return math.prod(shape) * kept.itemsize + scales * torch.float32.itemsize
 
 
@@ -79,7 +89,7 @@ def first_moment(state: Mapping[str, Tensor]) -> Tensor:
     exp_avg, scale = state["exp_avg"], state.get("exp_avg_scale")
     if scale is None:
         return exp_avg.to(torch.float32)
-    numbers = momentum_8bit.decode_tensor(local(exp_avg), local(scale))
+    numbers = quantized.decode_tensor(local(exp_avg), local(scale))
     return _laid_out_as(exp_avg, numbers)
 
 
@@ -100,8 +110,8 @@ def init_state(
         "exp_avg": torch.zeros_like(parameter, dtype=kept, memory_format=torch.preserve_format),
     }
     if kept is torch.uint8:
-        local(state["exp_avg"]).fill_(momentum_8bit.ZERO_CODE)
-        state["exp_avg_scale"] = momentum_8bit.init_scale(parameter)
+        local(state["exp_avg"]).fill_(quantized.ZERO_CODE)
+        state["exp_avg_scale"] = quantized.init_scale(parameter)
     for key, shape in (shard or Shard(blocks)).local_blocks.state_shapes.items():
         moment = torch.zeros(shape, dtype=moment_dtype, device=parameter.device)
         state[key] = place_moment(moment, parameter, blocks, key) if is_dtensor(parameter) else moment
@@ -109,7 +119,7 @@ def init_state(
 
 
 def saved_tensor(value: Any) -> Tensor:
-    """A saved tensor where it lies, or a saved number: whatever torch's default device is, which may be meta."""
+    """A saved tensor, or a saved number as a CPU tensor, since torch's default device may be meta."""
     return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
 
 
@@ -128,7 +138,7 @@ def restore_state(state: Mapping[str, Tensor], saved: Mapping[str, Any]) -> None
         return
     numbers = _laid_out_as(exp_avg, torch.empty_like(local(exp_avg), dtype=torch.float32))
     copy_global_(numbers, tensors["exp_avg"])
-    momentum_8bit.encode_tensor_(local(exp_avg), local(state["exp_avg_scale"]), local(numbers))
+    quantized.encode_tensor_(local(exp_avg), local(state["exp_avg_scale"]), local(numbers))
 
 
 def fits_parameter(
@@ -195,19 +205,19 @@ def check_is_state(state_dict: object, *, is_wrapped: bool = False) -> None:
 def check_state(
     state_dict: Mapping[str, Any],
     param_groups: Sequence[Mapping[str, Any]],
-    cuts: Mapping[Tensor, ParameterPartition],
+    names: Sequence[str],
     options: Iterable[str],
     *,
-    saved_blocks: Callable[[Tensor], Blocks],
+    saved_blocks: Sequence[Blocks],
 ) -> None:
     """Check that a saved state fits the parameters and their blocks, and that its groups have the same `options`.
 
     Args:
         state_dict: The saved state.
         param_groups: Groups of the optimizer.
-        cuts: Its parameters and their roles.
+        names: Names of its parameters, group after group.
         options: Hyperparameters that each saved group must have.
-        saved_blocks: The blocks that name the shapes of a parameter's saved second moments.
+        saved_blocks: The blocks that say the shapes of each parameter's saved second moments.
 
     Raises:
         ValueError: With the first parameter that differs and what the state may come from.
@@ -231,7 +241,6 @@ def check_state(
             check_group(saved_group)
         except ValueError as error:
             raise ValueError(f"group {number} of the optimizer state: {error}. {_DAMAGED}") from error
-    names = [cuts[parameter].name for group in param_groups for parameter in group["params"]]
     parameters = [parameter for group in param_groups for parameter in group["params"]]
     numbers = [number for group in saved_groups for number in group["params"]]
     if extra := [number for number in state_dict["state"] if number not in set(numbers)]:
@@ -247,9 +256,11 @@ def check_state(
             _check_shape(name, "exp_avg", saved["exp_avg"], tuple(parameter.shape), "another model")
     check_partition(saved_groups, param_groups, names)
     signatures = saved_signatures(saved_groups)
-    for name, parameter, saved, signature in zip(names, parameters, states, signatures, strict=True):
+    for name, parameter, saved, signature, blocks in zip(
+        names, parameters, states, signatures, saved_blocks, strict=True
+    ):
         if saved is not None:
-            _check_parameter_state(saved, parameter, name, saved_blocks(parameter))
+            _check_parameter_state(saved, parameter, name, blocks)
         elif signature not in (None, NO_STATE) and parameter.requires_grad and parameter.numel():
             raise ValueError(f"the optimizer state has none of {name!r}: it is not complete. {_DAMAGED}")
 
@@ -317,7 +328,7 @@ def _check_parameter_state(saved: Mapping[str, Any], parameter: Tensor, name: st
     check_keys(saved, name, blocks)
     expected: dict[str, tuple[int, ...]] = {"step": (), "exp_avg": tuple(parameter.shape), **blocks.state_shapes}
     if "exp_avg_scale" in saved:
-        expected["exp_avg_scale"] = momentum_8bit.scale_shape(parameter.shape)
+        expected["exp_avg_scale"] = quantized.scale_shape(parameter.shape)
     for key, shape in expected.items():
         is_elementwise = key == "exp_avg_sq" and getattr(saved[key], "shape", None) == parameter.shape
         source = "AdamW, or from another partition" if is_elementwise else "another partition"
@@ -333,3 +344,72 @@ def _check_shape(name: str, key: str, saved: object, shape: tuple[int, ...], sou
             " Continue with the optimizer, model and partition that saved it, convert the state "
             "(`adam-mini convert`), or start the optimizer afresh from the weights alone"
         )
+
+
+# The partition that a state was saved with
+
+
+def partition_changes(
+    saved_groups: Sequence[Mapping[str, Any]], own_groups: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> dict[str, tuple[str, str]]:
+    """The saved and the present signature of each parameter whose block structure has changed.
+
+    Args:
+        saved_groups: `param_groups` of a saved state; groups without `partition`, of older states, are not compared.
+        own_groups: `param_groups` of the optimizer.
+        names: Names of the parameters, group after group.
+
+    Raises:
+        ValueError: Groups of other numbers of parameters.
+    """
+    signatures = saved_signatures(saved_groups)
+    now = [signature for group in own_groups for signature in group["partition"].split("; ") if group["params"]]
+    before = zip(names, signatures, now, strict=True)
+    return {name: (old, new) for name, old, new in before if old is not None and old not in (new, NO_STATE)}
+
+
+def saved_signatures(saved_groups: Sequence[Mapping[str, Any]]) -> list[str | None]:
+    """The signature of each parameter of a saved state, `NO_STATE` or, where the groups have none, None.
+
+    Raises:
+        ValueError: A group has another number of signatures than of parameters.
+    """
+    signatures: list[str | None] = []
+    for number, group in enumerate(saved_groups):
+        size, saved = len(group["params"]), group.get("partition")
+        if saved is None or not size:
+            signatures += [None] * size
+            continue
+        found = saved.split("; ") if isinstance(saved, str) else []
+        if len(found) != size:
+            raise ValueError(
+                f"group {number} of the optimizer state has the blocks of {len(found)} parameters, here it has "
+                f"{size}: it belongs to another model, or to other parameter groups"
+            )
+        signatures += found
+    return signatures
+
+
+def check_partition(
+    saved_groups: Sequence[Mapping[str, Any]], own_groups: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> None:
+    """Refuse a state that was saved with another partition.
+
+    Args:
+        saved_groups: `param_groups` of a saved state; groups without `partition`, of older states, are accepted.
+        own_groups: `param_groups` of the optimizer.
+        names: Names of the parameters, group after group.
+
+    Raises:
+        ValueError: With the parameters that differ, their saved and present blocks, and how to convert the state.
+    """
+    changes = partition_changes(saved_groups, own_groups, names)
+    if not changes:
+        return
+    named = list(changes.items())[:_NUM_NAMED]
+    listed = "; ".join(f"{name!r} has the blocks {old!r} in the state and {new!r} here" for name, (old, new) in named)
+    more = f", and {len(changes) - _NUM_NAMED} more" if len(changes) > _NUM_NAMED else ""
+    raise ValueError(
+        f"the optimizer state has another partition: {listed}{more}. Continue with the partition that saved "
+        "it, or convert the state: lightning_adam_mini.convert.repartition(state, optimizer), or `adam-mini convert`"
+    )

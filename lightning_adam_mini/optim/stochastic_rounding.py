@@ -1,13 +1,13 @@
 """Stochastic rounding to bfloat16, with random bits that are a function of what is rounded.
 
-A float32 number lies between two numbers of bfloat16, and becomes the farther from zero with the probability of its
-distance from the nearer to zero. What is stored is then right on average: a weight of bfloat16 follows steps far below
-half of its spacing, which rounding to nearest drops (Gupta et al. 2015, "Deep Learning with Limited Numerical
-Precision", Sec. 3).
+A float32 number is between two numbers of bfloat16. It becomes the one farther from zero with a probability equal to
+its distance from the other, in units of their spacing. What is stored is then right on average: a bfloat16 weight
+follows steps far below half of its spacing, which rounding to nearest drops (Gupta et al. 2015, "Deep Learning with
+Limited Numerical Precision", Sec. 3).
 
-The bits come from a hash of the parameter's name, the step and the element, and from no generator. So a run that is
-resumed is the same run, and nothing depends on how a parameter is sharded, in which slices or threads it is updated, or
-on the device. All numbers are unsigned and of 32 bits, sums and products modulo 2^32:
+The bits come from a hash of the parameter's name, the step and the element, not from a generator. So a resumed run is
+the same run, and nothing depends on how a parameter is sharded, in which slices or threads it is updated, or on the
+device. All numbers are unsigned and of 32 bits, sums and products modulo 2^32:
 
     mix(x):  x ^= x >> 16;  x *= 0x7feb352d;  x ^= x >> 15;  x *= 0x846ca68b;  x ^= x >> 16
 
@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_adam_mini.optim.sharding import local_positions
+from lightning_adam_mini.optim.distributed import local_positions
 from lightning_adam_mini.optim.shards import Box
 
 if TYPE_CHECKING:
@@ -55,12 +55,12 @@ _GOLDEN = 0x9E3779B9
 
 @dataclass(frozen=True, eq=False)
 class Rounding:
-    """How the elements of one parameter on this rank get their random bits.
+    """The random bits of the elements of one parameter on this rank.
 
     Args:
         seed: Of the parameter, `name_seed`.
         shape: Shape of the whole parameter; of a flattened range, that of the range.
-        positions: For each axis, where each position of the local tensor lies in the whole (int64); None where the
+        positions: For each axis, the global position of each local position (int64); None where the
             local tensor is the whole, or a range.
         start: Number of the first element of a flattened range.
     """
@@ -152,7 +152,7 @@ def round_to_bfloat16(numbers: Tensor, noise: Tensor) -> Tensor:
 
 
 def dtensor_positions(param: DTensor) -> tuple[Tensor, ...]:
-    """For each axis, where each position of this rank's part lies in the whole (int64, on the CPU)."""
+    """For each axis, the global positions of this rank's part (int64, on the CPU)."""
     return tuple(local_positions(param, axis) for axis in range(param.dim()))
 
 

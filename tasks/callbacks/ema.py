@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_adam_mini.optim.sharding import is_dtensor, is_flattened, local
+from lightning_adam_mini.optim.distributed import is_dtensor, is_flattened, local
 
 __all__ = ["AveragedTensors", "WeightEMA"]
 

@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from lightning_adam_mini.optim.sharding import local
+from lightning_adam_mini.optim.distributed import local
 
 __all__ = ["DivergenceError", "GracefulInterrupt", "StopOnDivergence", "requeue"]
 

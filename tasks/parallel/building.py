@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_adam_mini.optim.sharding import is_dtensor
+from lightning_adam_mini.optim.distributed import is_dtensor
 
 from .fsdp1 import prepare_fsdp1
 from .sharding import checkpoint_activations, shard_model

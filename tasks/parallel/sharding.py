@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_adam_mini.optim.sharding import is_dtensor, laid_out_as, local
+from lightning_adam_mini.optim.distributed import is_dtensor, laid_out_as, local
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lightning_adam_mini.optim.sharding import is_dtensor
+from lightning_adam_mini.optim.distributed import is_dtensor
 
 from ..checkpoints.saving import AtomicFolderCheckpoint
 from .sharding import sync_gradients

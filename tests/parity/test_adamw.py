@@ -9,7 +9,7 @@ from torch.optim import lr_scheduler
 
 import tiny_models
 from lightning_adam_mini import AdamMini
-from lightning_adam_mini.optim.implementation import Implementation
+from lightning_adam_mini.optim.dispatch import Implementation
 from lightning_adam_mini.optim.kernels import cpu
 
 IMPLEMENTATIONS = get_args(Implementation)

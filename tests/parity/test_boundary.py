@@ -12,12 +12,12 @@ from torch import nn
 
 import tiny_models
 from lightning_adam_mini import AdamMini, Blocks
-from lightning_adam_mini.optim import momentum_8bit
+from lightning_adam_mini.optim import quantized
 from lightning_adam_mini.optim.kernels import build, cpu, cpu_plan
 from lightning_adam_mini.optim.kernels.layout import Memory, address
-from lightning_adam_mini.optim.parameter_view import ParameterView
 from lightning_adam_mini.optim.shards import Shard
 from lightning_adam_mini.optim.state import init_state
+from lightning_adam_mini.optim.update import ParameterView
 from ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
@@ -217,8 +217,7 @@ def replaced(module, optimizer, parameter):
 
 def insides(optimizer):
     """All that an optimizer knows, and which tensors its states are."""
-    followed = ("_cuts", "_forms", "_shards", "_roundings", "_plain_names", "_names")
-    kept = {name: copy.copy(getattr(optimizer, name)) for name in followed}
+    kept = dict(optimizer._table.known), copy.copy(optimizer._table.names)
     states = {parameter: {key: id(value) for key, value in own.items()} for parameter, own in optimizer.state.items()}
     return kept, states, [dict(group) for group in optimizer.param_groups]
 
@@ -355,7 +354,7 @@ def test_other_memory_gives_the_result_of_the_reference(event, implementation):
 @pytest.fixture
 def _fresh():
     """What is made once in a process is made anew."""
-    caches = [momentum_8bit.values, momentum_8bit.bins, cpu_plan._codebook, cpu._whole_piece, cpu._box_pieces]
+    caches = [quantized.values, quantized.bins, cpu_plan._codebook, cpu._whole_piece, cpu._box_pieces]
     for cache in caches:
         cache.cache_clear()
     yield

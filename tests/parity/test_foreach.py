@@ -10,11 +10,10 @@ from torch import nn
 import tiny_models
 from lightning_adam_mini import AdamMini, Blocks
 from lightning_adam_mini.blocks import Segment
-from lightning_adam_mini.optim import cache_blocked, foreach, update
-from lightning_adam_mini.optim.parameter_view import ParameterView
+from lightning_adam_mini.optim import update
 from lightning_adam_mini.optim.shards import Shard
 from lightning_adam_mini.optim.state import init_state
-from lightning_adam_mini.optim.step_options import StepOptions
+from lightning_adam_mini.optim.update import ParameterView, StepOptions
 
 OPTIONS = StepOptions(lr=1e-2, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.1)
 FUSED = (Segment(4, 2), Segment(2, 2), Segment(2, 1))
@@ -86,7 +85,7 @@ def assert_same(first, second, tolerances):
             torch.testing.assert_close(x, y, **tolerances[a.param.dtype], msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("slice_elements", [cache_blocked.SLICE_ELEMENTS, 5])
+@pytest.mark.parametrize("slice_elements", [update.SLICE_ELEMENTS, 5])
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "exp_avg_dtype"),
@@ -99,15 +98,15 @@ def assert_same(first, second, tolerances):
     ],
 )
 def test_foreach_equals_the_reference(dtype, exp_avg_dtype, maximize, slice_elements, tolerances, monkeypatch):
-    monkeypatch.setattr(cache_blocked, "SLICE_ELEMENTS", slice_elements)
+    monkeypatch.setattr(update, "SLICE_ELEMENTS", slice_elements)
     tensors = parameter_views(dtype, exp_avg_dtype)
     others = copy.deepcopy(tensors)
     start = [tensor.param.clone() for tensor in tensors]
     for step in range(10):
         grads = list(gradients(tensors, step))
         for tensor in with_gradients(tensors, grads):
-            update.update_(tensor, replace(OPTIONS, maximize=maximize))
-        foreach.update_(with_gradients(others, grads), replace(OPTIONS, maximize=maximize))
+            update.reference_([tensor], replace(OPTIONS, maximize=maximize))
+        update.foreach_(with_gradients(others, grads), replace(OPTIONS, maximize=maximize))
     assert_same(tensors, others, tolerances)
     for before, tensor in zip(start, tensors, strict=True):
         assert tensor.param.isfinite().all()
@@ -129,8 +128,8 @@ def test_gradients_of_another_dtype(grad_dtype, tolerances):
     for _ in range(3):
         grads = [torch.randn_like(t.param).to(grad_dtype) for t in tensors]
         for tensor in with_gradients(tensors, grads):
-            update.update_(tensor, OPTIONS)
-        foreach.update_(with_gradients(others, grads), OPTIONS)
+            update.reference_([tensor], OPTIONS)
+        update.foreach_(with_gradients(others, grads), OPTIONS)
     for a, b in zip(tensors, others, strict=True):
         torch.testing.assert_close(a.param, b.param, **tolerances[torch.float64])
 
@@ -141,13 +140,32 @@ def test_no_weight_decay(tolerances):
     options = replace(OPTIONS, weight_decay=0.0)
     grads = list(gradients(tensors, 1))
     for tensor in with_gradients(tensors, grads):
-        update.update_(tensor, options)
-    foreach.update_(with_gradients(others, grads), options)
+        update.reference_([tensor], options)
+    update.foreach_(with_gradients(others, grads), options)
     assert_same(tensors, others, tolerances)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [0.0, 1e-30, 1e25, 1e200, float("inf"), float("nan")])
+@pytest.mark.parametrize("eps", [0.0, 1e-8])
+def test_small_blocks_whose_numbers_leave_their_range(value, eps, dtype, tolerances):
+    """Numbers of the host raise where tensors become infinite or not a number."""
+    found = []
+    for step in (update.reference_, update.foreach_):
+        param, blocks = torch.ones(3, 2, dtype=dtype), Blocks.whole((3, 2))
+        state = init_state(param, blocks, exp_avg_dtype=None, capturable=False)
+        moments = (state["exp_avg_sq"],)
+        grad = torch.full((3, 2), value, dtype=torch.float64).to(dtype)
+        view = ParameterView(param, grad, Shard(blocks), state["step"], state["exp_avg"], moments)
+        for _ in range(2):
+            step([view], replace(OPTIONS, eps=eps))
+        found.append((param, state["exp_avg"], *moments))
+    for expected, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, expected, **tolerances[dtype], equal_nan=True)
+
+
 def test_nothing_to_update():
-    foreach.update_([], OPTIONS)
+    update.foreach_([], OPTIONS)
 
 
 class Mixed(nn.Module):
@@ -191,6 +209,6 @@ def test_a_step_with_another_order_of_the_blocks_shows(tolerances):
     )
     grads = list(gradients(tensors, 1 if (number + 1) % 3 else 2))
     for tensor in with_gradients(tensors, grads):
-        update.update_(tensor, OPTIONS)
-    foreach.update_(with_gradients(others, grads), OPTIONS)
+        update.reference_([tensor], OPTIONS)
+    update.foreach_(with_gradients(others, grads), OPTIONS)
     assert not torch.allclose(tensors[number].param, others[number].param, **tolerances[torch.float32])

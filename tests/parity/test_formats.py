@@ -16,13 +16,12 @@ from lightning_adam_mini import AdamMini, Blocks, explain, factory
 from lightning_adam_mini.blocks import Segment
 from lightning_adam_mini.convert import from_adamw, repartition, to_adamw
 from lightning_adam_mini.measure import optimizer_state_bytes
-from lightning_adam_mini.optim import foreach, momentum_8bit, rectangles, update
-from lightning_adam_mini.optim.momentum_8bit import decode, encode, values
-from lightning_adam_mini.optim.parameter_view import ParameterView
+from lightning_adam_mini.optim import quantized, shards, update
+from lightning_adam_mini.optim.quantized import decode, encode, values
 from lightning_adam_mini.optim.shards import Shard
 from lightning_adam_mini.optim.state import first_moment, init_state
-from lightning_adam_mini.optim.step_options import StepOptions
 from lightning_adam_mini.optim.stochastic_rounding import Rounding
+from lightning_adam_mini.optim.update import ParameterView, StepOptions
 
 OPTIONS = StepOptions(lr=1e-2, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.1)
 FUSED = (Segment(40, 20), Segment(20, 20), Segment(20, 1))
@@ -78,7 +77,7 @@ def assert_quantised(found, exact, name=None):
 def test_the_values_are_those_of_the_paper():
     assert len(values()) == 256
     torch.testing.assert_close(values().double(), map_of_the_paper(), rtol=1e-7, atol=0)
-    assert values()[momentum_8bit.ZERO_CODE] == 0
+    assert values()[quantized.ZERO_CODE] == 0
 
 
 @pytest.mark.parametrize("width", [1, 100, 128, 129, 256, 300])
@@ -146,17 +145,17 @@ def naive_step(tensor, exp_avg, moments):
     return exp_avg, param - 1e-2 * exp_avg / (1 - 0.8**step) / (root + 1e-6)
 
 
-@pytest.mark.parametrize("updated", [update.update_, lambda t, options: foreach.update_([t], options)])
+@pytest.mark.parametrize("updated", [update.reference_, update.foreach_])
 def test_steps_are_those_of_a_model_in_float64(updated, tolerances):
     tensors = parameter_views()
     for step in range(4):
         with_gradients(tensors, step)
         for name, tensor in zip(BLOCKS, tensors, strict=True):
-            decoded = momentum_8bit.decode_tensor(tensor.exp_avg, tensor.exp_avg_scale).double()
+            decoded = quantized.decode_tensor(tensor.exp_avg, tensor.exp_avg_scale).double()
             exp_avg, param = naive_step(tensor, decoded, tensor.moments)
-            updated(tensor, OPTIONS)
+            updated([tensor], OPTIONS)
             torch.testing.assert_close(tensor.param.double(), param, **tolerances[torch.float32], msg=name)
-            stored = momentum_8bit.decode_tensor(tensor.exp_avg, tensor.exp_avg_scale).double()
+            stored = quantized.decode_tensor(tensor.exp_avg, tensor.exp_avg_scale).double()
             assert_quantised(stored, exp_avg, name)
 
 
@@ -167,11 +166,11 @@ def test_slices_make_no_difference(monkeypatch):
         with_gradients(tensors, step)
         with_gradients(others, step)
         for tensor in tensors:
-            update.update_(tensor, replace(OPTIONS, maximize=True))
+            update.reference_([tensor], replace(OPTIONS, maximize=True))
         with monkeypatch.context() as patch:
-            patch.setattr(rectangles, "SLICE_ELEMENTS", 100)
+            patch.setattr(shards, "SLICE_ELEMENTS", 100)
             for tensor in others:
-                update.update_(tensor, replace(OPTIONS, maximize=True))
+                update.reference_([tensor], replace(OPTIONS, maximize=True))
     for name, a, b in zip(BLOCKS, tensors, others, strict=True):
         assert torch.equal(a.exp_avg, b.exp_avg), name
         assert torch.equal(a.exp_avg_scale, b.exp_avg_scale), name
@@ -198,7 +197,7 @@ def is_tensor(value):
 
 @pytest.mark.parametrize("is_rounded", [False, True])
 def test_no_temporary_has_the_size_of_the_parameter(is_rounded, monkeypatch):
-    monkeypatch.setattr(rectangles, "SLICE_ELEMENTS", 1024)
+    monkeypatch.setattr(shards, "SLICE_ELEMENTS", 1024)
     monkeypatch.setattr(update, "accumulate_", lambda tensor, beta2: None)  # it is the same for every format
     tensors = parameter_views(torch.bfloat16 if is_rounded else torch.float32)
     for step in range(2):  # the first makes the tables
@@ -206,7 +205,7 @@ def test_no_temporary_has_the_size_of_the_parameter(is_rounded, monkeypatch):
         for name, tensor in zip(BLOCKS, tensors, strict=True):
             tensor.rounding = Rounding(1, tensor.blocks.shape) if is_rounded else None
             with Largest() as largest:
-                update.update_(tensor, OPTIONS)
+                update.reference_([tensor], OPTIONS)
             assert step == 0 or 0 < largest.elements < tensor.param.numel() / 2, name
 
 

@@ -12,10 +12,9 @@ from lightning_adam_mini import Blocks
 from lightning_adam_mini.blocks import Segment
 from lightning_adam_mini.optim import update
 from lightning_adam_mini.optim.kernels import cpu
-from lightning_adam_mini.optim.parameter_view import ParameterView
 from lightning_adam_mini.optim.shards import Shard, flat_boxes
 from lightning_adam_mini.optim.state import init_state
-from lightning_adam_mini.optim.step_options import StepOptions
+from lightning_adam_mini.optim.update import ParameterView, StepOptions
 from random_blocks import cuts
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
@@ -73,7 +72,7 @@ def steps(tensors, others, count, *, step=cpu.update_, **options):
     for _ in range(count):
         grads = [tiny_models.random_gradient(t.param) for t in tensors]
         for tensor, grad in zip(tensors, grads, strict=True):
-            update.update_(replace(tensor, grad=grad), replace(OPTIONS, **options))
+            update.reference_([replace(tensor, grad=grad)], replace(OPTIONS, **options))
         step([replace(t, grad=grad) for t, grad in zip(others, grads, strict=True)], replace(OPTIONS, **options))
 
 
@@ -116,7 +115,7 @@ def test_bfloat16_is_the_float32_step_rounded_once(name, dtype, exp_avg_dtype):
         grad = tiny_models.random_gradient(tensor.param)
         exact = replace(copy_of(tensor), **in_float32(tensor, grad))
         before = exact.param.clone()
-        update.update_(exact, OPTIONS)
+        update.reference_([exact], OPTIONS)
         cpu.update_([replace(tensor, grad=grad)], OPTIONS)
         rounding = {torch.bfloat16: 2**-8, torch.float32: 1e-5}
         torch.testing.assert_close(tensor.exp_avg.float(), exact.exp_avg, rtol=rounding[exp_avg_dtype], atol=1e-6)
@@ -208,7 +207,7 @@ def test_gradients_in_another_order(axis):
     tensor = parameter_view(Blocks.rows((40, 30), axis=axis))
     other = copy_of(tensor)
     grad = torch.randn(30, 40).mT
-    update.update_(replace(tensor, grad=grad), OPTIONS)
+    update.reference_([replace(tensor, grad=grad)], OPTIONS)
     cpu.update_([replace(other, grad=grad)], OPTIONS)
     assert_same(tensor, other, tolerances={"rtol": 1e-5, "atol": 1e-6})
 
@@ -272,7 +271,7 @@ def test_a_gradient_that_is_not_a_number_reaches_its_block_alone(name, dtype):
     grad[place] = float("nan")
     cpu.update_([replace(tensor, grad=grad)], OPTIONS)
     exact = parameter_view(blocks)
-    update.update_(replace(exact, grad=grad.float()), OPTIONS)
+    update.reference_([replace(exact, grad=grad.float())], OPTIONS)
     assert torch.equal(tensor.param.isnan(), exact.param.isnan())
     assert torch.equal(tensor.exp_avg.isnan(), exact.exp_avg.isnan())
 
@@ -292,7 +291,7 @@ def test_small_squares_are_not_lost_beside_large_ones():
 
 @given(cuts(kinds=("mean",)), st.data())
 def test_rectangles_of_a_flattened_parameter(blocks, data):
-    """As a rank of the first FSDP has them, whose sums of squares come from elsewhere."""
+    """As a rank of FSDP1 has them; the sums of squares come from elsewhere."""
     size = torch.Size(blocks.shape).numel()
     start = data.draw(st.integers(0, size))
     stop = data.draw(st.integers(start, size))
@@ -308,7 +307,7 @@ def test_rectangles_of_a_flattened_parameter(blocks, data):
         if found is not None:
             for x, y in zip(found, replace(tensor, grad=grad).local_square_sums(), strict=True):
                 torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
-        update.update_(replace(tensor, grad=grad, square_sums=sums), OPTIONS)
+        update.reference_([replace(tensor, grad=grad, square_sums=sums)], OPTIONS)
         cpu.update_([replace(other, grad=grad, square_sums=sums)], OPTIONS)
     assert_same(tensor, other, tolerances={"rtol": 1e-5, "atol": 1e-6})
 
@@ -321,6 +320,6 @@ def test_sums_of_all_ranks_are_taken_as_they_are(name):
     (sums,) = replace(tensor, grad=grad).local_square_sums()
     (found,) = cpu.square_sums(replace(other, grad=grad))
     torch.testing.assert_close(found, sums, rtol=1e-5, atol=1e-6)
-    update.update_(replace(tensor, grad=grad, square_sums=(3 * sums,)), OPTIONS)
+    update.reference_([replace(tensor, grad=grad, square_sums=(3 * sums,))], OPTIONS)
     cpu.update_([replace(other, grad=grad, square_sums=(3 * sums,))], OPTIONS)
     assert_same(tensor, other, tolerances=LARGE_TOLERANCES)

@@ -6,20 +6,19 @@ import pytest
 import torch
 
 from lightning_adam_mini import Blocks
-from lightning_adam_mini.optim import foreach, update
+from lightning_adam_mini.optim import update
+from lightning_adam_mini.optim.distributed import share_square_sums
 from lightning_adam_mini.optim.kernels import cpu
-from lightning_adam_mini.optim.parameter_view import ParameterView
-from lightning_adam_mini.optim.sharding import share_square_sums
 from lightning_adam_mini.optim.shards import Shard, flat_boxes, grid_boxes
 from lightning_adam_mini.optim.state import init_state
-from lightning_adam_mini.optim.step_options import StepOptions
 from lightning_adam_mini.optim.stochastic_rounding import Rounding
+from lightning_adam_mini.optim.update import ParameterView, StepOptions
 from ranks import run_ranks
 
 OPTIONS = StepOptions(lr=1e-3, beta1=0.9, beta2=0.5, eps=1e-8, weight_decay=0.0)
 STEPS = {
-    "reference": lambda tensor: update.update_(replace(tensor, exact=True), OPTIONS),
-    "foreach": lambda tensor: foreach.update_([tensor], OPTIONS),
+    "reference": lambda tensor: update.reference_([replace(tensor, exact=True)], OPTIONS),
+    "foreach": lambda tensor: update.foreach_([tensor], OPTIONS),
     "fused": lambda tensor: cpu.update_([tensor], OPTIONS),
 }
 implementations = pytest.mark.parametrize("implementation", STEPS)

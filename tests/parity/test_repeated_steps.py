@@ -8,8 +8,8 @@ from torch import nn
 
 import tiny_models
 from lightning_adam_mini import AdamMini
+from lightning_adam_mini.optim.dispatch import StepPlan
 from lightning_adam_mini.optim.kernels import cpu
-from lightning_adam_mini.optim.kernels.group import GroupPlan
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
@@ -56,7 +56,7 @@ def other_options(module, optimizer):
 
 def one_more_parameter(module, optimizer):
     if len(optimizer.param_groups) == 2:
-        with pytest.warns(UserWarning, match="was not told"):
+        with pytest.warns(UserWarning, match="does not know what"):
             optimizer.add_param_group({"params": [("late", module.late)]})
 
 
@@ -67,8 +67,8 @@ EVENTS += (another_without_gradient, other_options, one_more_parameter)
 @pytest.mark.parametrize("event", EVENTS)
 def test_a_repeated_step_sees_what_has_changed(event, tolerances, monkeypatch):
     repeated = []
-    step = GroupPlan.step
-    monkeypatch.setattr(GroupPlan, "step", lambda *a: repeated.append(True) or step(*a))
+    holds = StepPlan.holds
+    monkeypatch.setattr(StepPlan, "holds", lambda *a: repeated.append(holds(*a)) or repeated[-1])
     module = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))
     module.late = nn.Parameter(torch.zeros(3))
     trained = list(module.named_parameters())[1:]

@@ -31,7 +31,7 @@ FORMATS = {
 
 @pytest.fixture(autouse=True)
 def _matrices_are_never_small(monkeypatch):
-    monkeypatch.setattr("lightning_adam_mini.optim.momentum_8bit.MIN_ELEMENTS", 16)
+    monkeypatch.setattr("lightning_adam_mini.optim.quantized.MIN_ELEMENTS", 16)
 
 
 def optimizer_of(model, options, partition="transformer"):
@@ -49,8 +49,7 @@ def train(model, optimizer, start, stop):
             grad = torch.randint(-3, 4, cut.blocks.shape, generator=generator).to(parameter.dtype)
             if isinstance(parameter, DTensor):
                 grad = distribute_tensor(grad, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            elif parameter in optimizer._ranges:
-                flat = optimizer._ranges[parameter]
+            elif (flat := optimizer._table[parameter].flat_range) is not None:
                 grad = grad.flatten()[flat.start : flat.stop]
             parameter.grad = grad
         optimizer.step()
@@ -152,7 +151,7 @@ def refused_on_rank(rank):
     columns(300, [Replicate()], 2, exp_avg_dtype=torch.uint8)
     columns(300, [Shard(1)], 2, exp_avg_dtype=torch.bfloat16)
     model = lay_out(build("gpt2"), "fsdp1", 2)[0]
-    with pytest.raises(ValueError, match=r"the first FSDP flattens this parameter.*take exp_avg_dtype=torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"FSDP1 flattens this parameter.*take exp_avg_dtype=torch.bfloat16"):
         optimizer_of(model, {"exp_avg_dtype": torch.uint8})
     return True
 

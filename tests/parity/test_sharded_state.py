@@ -145,7 +145,7 @@ def test_parameters_that_are_swapped_for_shards_train_as_on_one_process(partitio
 
 
 def thaw(model, layout, *, frozen):
-    """Freeze or unfreeze the second layer and the table; the first FSDP wants a wrapped unit to be of one kind."""
+    """Freeze or unfreeze the second layer and the table; FSDP1 wants a wrapped unit to be of one kind."""
     for name, parameter in model.named_parameters():
         if "layers.1" in name or ("embed_tokens" in name and layout != "fsdp1"):
             parameter.requires_grad_(not frozen)

@@ -101,7 +101,7 @@ def test_the_reference_trains_as_on_one_process(partition, layout):
 
 def without_reduction(rank, *arguments):
     """Ranks that keep their sums of squares to themselves."""
-    with mock.patch("lightning_adam_mini.optim.sharding.dist.all_reduce"):
+    with mock.patch("lightning_adam_mini.optim.distributed.dist.all_reduce"):
         return train_on_ranks(rank, *arguments)
 
 
@@ -247,6 +247,27 @@ def distribute_rank(placement):
     here = torch.zeros(4, 3, dtype=torch.bool)
     here.chunk(2, placement.dim)[1].fill_(True)
     return here
+
+
+def steps_without_a_gradient_on_one_rank(rank, with_bias):
+    """Three steps, in which the first rank has no gradient of the matrix, and perhaps a bias of its own."""
+    mesh = init_device_mesh("cpu", (2,))
+    model = torch.nn.Linear(3, 4, bias=with_bias)
+    model.weight = torch.nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
+    optimizer = AdamMini(model, lr=0.1, partition="default", weight_decay_policy="all")
+    for _ in range(3):
+        if rank == 1:
+            model.weight.grad = distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)], src_data_rank=None)
+        if with_bias:
+            model.bias.grad = torch.ones(4)
+        optimizer.step()
+    return optimizer.state[model.weight]["step"].item()
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_rank_that_never_has_a_gradient_takes_part_in_every_step(with_bias):
+    """It keeps no plan of a step without communication, for which the other rank would wait in vain."""
+    assert run_ranks(2, steps_without_a_gradient_on_one_rank, with_bias) == [3, 3]
 
 
 def test_a_parameter_without_a_gradient_anywhere_is_left_alone():

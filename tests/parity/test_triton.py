@@ -24,11 +24,10 @@ from lightning_adam_mini import Blocks
 from lightning_adam_mini.blocks import Kind, Segment
 from lightning_adam_mini.optim import update
 from lightning_adam_mini.optim.kernels import gpu, triton_plan
-from lightning_adam_mini.optim.parameter_view import ParameterView
 from lightning_adam_mini.optim.shards import Shard, flat_boxes, grid_boxes
 from lightning_adam_mini.optim.state import init_state
-from lightning_adam_mini.optim.step_options import StepOptions
 from lightning_adam_mini.optim.stochastic_rounding import Rounding
+from lightning_adam_mini.optim.update import ParameterView, StepOptions
 from random_blocks import cuts
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -136,7 +135,7 @@ def rounded(tensor, dtype):
 def reference_step(tensor, options, **more):
     """The reference in float32 or wider, rounded once per step as the kernels do."""
     wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in (tensor.param, tensor.grad, tensor.exp_avg)]
-    update.update_(replace(tensor, param=wide[0], grad=wide[1], exp_avg=wide[2]), options, **more)
+    update.reference_([replace(tensor, param=wide[0], grad=wide[1], exp_avg=wide[2])], options, **more)
     tensor.param.copy_(rounded(wide[0], tensor.param.dtype))
     tensor.exp_avg.copy_(rounded(wide[2], tensor.exp_avg.dtype))
 
@@ -254,7 +253,7 @@ def test_gradients_in_another_memory_order(device, tolerances):
     for _ in range(2):
         grads = [torch.randn_like(t.param).mT.contiguous().mT for t in tensors]
         for tensor in with_gradients(tensors, grads):
-            update.update_(tensor, OPTIONS)
+            update.reference_([tensor], OPTIONS)
         gpu.update_(with_gradients(others, grads), OPTIONS)
     assert_same(("rows", "element"), tensors, others, tolerances)
 
@@ -344,7 +343,7 @@ def test_sharded_tensors(device, tolerances):
             tensors[name], others[name] = (
                 replace(t, grad=grad.clone(), square_sums=sums) for t in (tensor, others[name])
             )
-            update.update_(tensors[name], OPTIONS)
+            update.reference_([tensors[name]], OPTIONS)
         gpu.update_(list(others.values()), OPTIONS)
     assert_same(tensors, tensors.values(), others.values(), tolerances)
     plan = gpu.make_plan(list(others.values()), torch.device(device))
@@ -405,7 +404,7 @@ def test_other_blocks_of_the_same_tensor_show(device, tolerances):
         copy.deepcopy(tensor), shard=Shard(Blocks.rows((6, 24))), moments=(torch.zeros(6, 1, device=device),)
     )
     grad = torch.randn_like(tensor.param)
-    update.update_(replace(tensor, grad=grad), OPTIONS)
+    update.reference_([replace(tensor, grad=grad)], OPTIONS)
     gpu.update_([replace(other, grad=grad)], OPTIONS)
     assert not torch.allclose(tensor.param, other.param, **tolerances[torch.float32])
 
@@ -476,7 +475,7 @@ def test_a_captured_step(tensor_lr, tolerances):
 
     for grads in (first, first, second, first):
         for tensor in with_gradients(tensors, grads):
-            update.update_(tensor, options, capturable=True)
+            update.reference_([tensor], options, capturable=True)
     assert_same(names, tensors, others, tolerances)
 
 

@@ -8,12 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_adam_mini.blocks import Kind
-from lightning_adam_mini.optim.flat_state import compress_moments, expand_moments
-from lightning_adam_mini.optim.parameter_view import ParameterView
+from lightning_adam_mini.optim.fsdp1 import compress_moments, expand_moments
 from lightning_adam_mini.optim.shards import Shard, flat_boxes, grid_boxes
 from lightning_adam_mini.optim.state import init_state
-from lightning_adam_mini.optim.step_options import StepOptions
-from lightning_adam_mini.optim.update import update_
+from lightning_adam_mini.optim.update import ParameterView, StepOptions, update_
 from random_blocks import cuts
 
 OPTIONS = StepOptions(lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)

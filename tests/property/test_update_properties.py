@@ -9,11 +9,10 @@ from torch import nn
 
 from lightning_adam_mini import AdamMini, Blocks
 from lightning_adam_mini.measure import adamw_state_bytes, optimizer_state_bytes
-from lightning_adam_mini.optim import foreach, update
-from lightning_adam_mini.optim.parameter_view import ParameterView
+from lightning_adam_mini.optim import update
 from lightning_adam_mini.optim.shards import Shard
 from lightning_adam_mini.optim.state import init_state
-from lightning_adam_mini.optim.step_options import StepOptions
+from lightning_adam_mini.optim.update import ParameterView, StepOptions
 from lightning_adam_mini.partition import STRATEGIES
 from tiny_models import SeparateAttention
 
@@ -30,9 +29,9 @@ def three_steps(blocks, param, grads, implementation="reference", **options):
     for grad in grads:
         tensor = ParameterView(param, grad.clone(), Shard(blocks), state["step"], state["exp_avg"], moments)
         if implementation == "foreach":
-            foreach.update_([tensor], replace(OPTIONS, **options))
+            update.foreach_([tensor], replace(OPTIONS, **options))
         else:
-            update.update_(tensor, replace(OPTIONS, **options))
+            update.reference_([tensor], replace(OPTIONS, **options))
     return param
 
 

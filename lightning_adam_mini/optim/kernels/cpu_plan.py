@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from lightning_adam_mini.blocks import Blocks
-from lightning_adam_mini.optim import momentum_8bit
+from lightning_adam_mini.optim import quantized
 from lightning_adam_mini.optim.kernels.build import library
 from lightning_adam_mini.optim.kernels.layout import Layout, address, run_starts
-from lightning_adam_mini.optim.momentum_8bit import GROUP_SIZE
-from lightning_adam_mini.optim.parameter_view import ParameterView
-from lightning_adam_mini.optim.step_options import StepOptions
+from lightning_adam_mini.optim.quantized import GROUP_SIZE
+from lightning_adam_mini.optim.update import ParameterView, StepOptions
 
 __all__ = ["Entry", "Formats", "Mode", "Plan", "Spans", "format_refusal", "groups_fit", "slice_length_of"]
 
@@ -190,8 +189,8 @@ def slice_length_of(param: Tensor) -> int:
 @cache
 def _codebook() -> array[int]:
     """The C struct `Codebook` as 32-bit words; cached, since the kernel keeps its address."""
-    values = momentum_8bit.values(torch.device("cpu"))
-    first, middles = momentum_8bit.bins(torch.device("cpu"))
+    values = quantized.values(torch.device("cpu"))
+    first, middles = quantized.bins(torch.device("cpu"))
     return array("i", [*values.view(torch.int32).tolist(), *middles.view(torch.int32).tolist(), *first.tolist()])
 
 

@@ -18,11 +18,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from lightning_adam_mini.optim import update
 from lightning_adam_mini.optim.kernels.layout import address
 from lightning_adam_mini.optim.kernels.triton_plan import TritonPlan, make_plan, plan_key, refusal
-from lightning_adam_mini.optim.parameter_view import ParameterView
-from lightning_adam_mini.optim.step_options import StepOptions
+from lightning_adam_mini.optim.update import ParameterView, StepOptions, accumulate_, reference_
 
 __all__ = ["supports", "unavailable", "update_"]
 
@@ -73,13 +71,13 @@ def update_(tensors: Sequence[ParameterView], options: StepOptions, *, capturabl
     for device, here in by_device.items():
         prepared = _prepare(here, device) if _runs_on(device) else None
         for number in range(len(here)) if prepared is None else prepared.plan.left:
-            update.update_(here[number], options, capturable=capturable)
+            reference_([here[number]], options, capturable=capturable)
         if prepared is None or not prepared.plan.taken:
             continue
         taken = [here[number] for number in prepared.plan.taken]
         torch._foreach_add_([tensor.step for tensor in taken], 1)
         for number in prepared.plan.summed:
-            update.accumulate_(here[number], options.beta2)
+            accumulate_(here[number], options.beta2)
         arguments: dict[str, Tensor | float] = {
             "scalars": _scalars(taken, options, device, capturable=capturable),
             "beta2": options.beta2,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, UntypedStorage
 
 from lightning_adam_mini.blocks import Blocks, Kind
-from lightning_adam_mini.optim.parameter_view import extent, lies_in_its_storage, shares_own_memory
+from lightning_adam_mini.optim.params import extent, lies_in_its_storage, shares_own_memory
 from lightning_adam_mini.optim.shards import Box
 
 try:  # compares dtypes, devices, shapes and strides of a list in one call, in a tenth of the time that Python takes

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_adam_mini.blocks import Kind
 from lightning_adam_mini.optim.kernels.layout import Layout, box_layout, is_same_layout, layout, run_starts
-from lightning_adam_mini.optim.parameter_view import ParameterView
+from lightning_adam_mini.optim.update import ParameterView
 
 __all__ = ["TritonPlan", "make_plan", "plan_key", "refusal"]
 

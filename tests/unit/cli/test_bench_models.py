@@ -12,7 +12,7 @@ from lightning_adam_mini.cli.bench import contenders, steps
 from lightning_adam_mini.cli.bench.contenders import BASELINE, choose
 from lightning_adam_mini.cli.models import Source
 from lightning_adam_mini.cli.runnable_models import choose_device, give_memory, trained_bytes
-from lightning_adam_mini.optim.implementation import Implementation
+from lightning_adam_mini.optim.dispatch import Implementation
 
 
 def on_meta(build):

@@ -13,7 +13,7 @@ from lightning_adam_mini import AdamMini, partition_module
 from lightning_adam_mini.blocks import Blocks, Kind, Segment
 from lightning_adam_mini.convert import from_adam_mini_package, from_adamw, repartition, to_adamw
 from lightning_adam_mini.convert.second_moments import block_means, blocks_of_signature
-from lightning_adam_mini.optim.fingerprint import check_partition
+from lightning_adam_mini.optim.state import check_partition
 
 OPTIONS = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8}
 PARTITIONS = ["transformer", "transformer_early", "factored", "default", "element"]
@@ -468,11 +468,14 @@ def test_another_partition_is_told():
     num_changes = sum(cuts[0][name].blocks != cuts[1][name].blocks for name in names)
     with pytest.raises(ValueError, match="adam-mini convert") as told:
         check_partition(saved, own, names)
-    assert "'transformer.wte.weight' was cut 'mean a0 11/1' and is cut 'factored a0 11/11'" in str(told.value)
+    assert "'transformer.wte.weight' has the blocks 'mean a0 11/1' in the state and 'factored a0 11/11' here" in str(
+        told.value
+    )
     assert f", and {num_changes - 3} more. Continue" in str(told.value)
     _, own, _ = fingerprint(partition_overrides={"transformer.wpe.weight": "whole"})
     with pytest.raises(
-        ValueError, match=r"partition: 'transformer.wpe.weight' was cut 'mean a0 5/1' and is cut 'mean'\."
+        ValueError,
+        match=r"partition: 'transformer.wpe.weight' has the blocks 'mean a0 5/1' in the state and 'mean' here\.",
     ):
         check_partition(saved, own, names)
 
@@ -481,6 +484,6 @@ def test_another_number_of_parameters_is_told():
     saved, own, names = fingerprint()
     saved[0]["partition"] += "; element"
     with pytest.raises(
-        ValueError, match="group 0 of the optimizer state has the cuts of 11 parameters, here it has 10"
+        ValueError, match="group 0 of the optimizer state has the blocks of 11 parameters, here it has 10"
     ):
         check_partition(saved, own, names)

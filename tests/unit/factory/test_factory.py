@@ -17,7 +17,7 @@ import tiny_models
 from lightning_adam_mini import factory
 from lightning_adam_mini.factory import adam, muon
 from lightning_adam_mini.measure import optimizer_state_bytes
-from lightning_adam_mini.optim.groups import WeightDecayPolicy
+from lightning_adam_mini.optim.params import WeightDecayPolicy
 from lightning_adam_mini.partition.strategies import STRATEGIES, Structure
 from tiny_models import gpt2
 

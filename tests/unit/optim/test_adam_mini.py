@@ -278,7 +278,7 @@ def test_a_parameter_that_thaws_keeps_its_role():
 def test_a_parameter_that_nobody_knows_is_cut_as_unknown_ones_are(strategy, num_values, group):
     optimizer = AdamMini(model(), partition=strategy)
     added = parameter(2, 3)
-    with pytest.warns(UserWarning, match="was not told what parameter 5 do: they are cut"):
+    with pytest.warns(UserWarning, match="does not know what parameter 5 do: their block structure is"):
         optimizer.add_param_group(group(added))
     assert optimizer.state[added]["exp_avg_sq"].numel() == num_values
     assert optimizer.partition["parameter 5"].role.name == "other"
@@ -286,7 +286,7 @@ def test_a_parameter_that_nobody_knows_is_cut_as_unknown_ones_are(strategy, num_
 
 def test_an_added_parameter_keeps_the_name_it_comes_with():
     optimizer = AdamMini(model())
-    with pytest.warns(UserWarning, match="was not told what mine do"):
+    with pytest.warns(UserWarning, match="does not know what mine do"):
         optimizer.add_param_group({"params": [("mine", parameter())]})
     assert "mine" in optimizer.partition
 
@@ -338,7 +338,7 @@ def test_options_of_groups_are_checked_too(option):
     with pytest.raises(ValueError, match=name):
         AdamMini([{"params": [parameter()], **option}], partition="default")
     optimizer = AdamMini([parameter()], partition="default")
-    with pytest.raises(ValueError, match=name), pytest.warns(UserWarning, match="was not told"):
+    with pytest.raises(ValueError, match=name), pytest.warns(UserWarning, match="does not know what"):
         optimizer.add_param_group({"params": [parameter()], **option})
     assert len(optimizer.param_groups) == 1
 
@@ -355,7 +355,7 @@ shared = parameter()
         ("weights", "not an entry of type str"),
         ([{"lr": 1.0}], "not an entry of type dict"),
         ([(shared, "name")], "not an entry of type tuple"),
-        ([shared, {"params": [parameter()]}], "parameters beside groups; put them in a group of their own"),
+        ([shared, {"params": [parameter()]}], "parameters and groups; put the parameters in a group too"),
         ([{"params": [shared]}, {"params": [shared]}], "more than one parameter group"),
         ([("a", shared), ("a", parameter(3))], "two parameters have the name 'a'"),
         ([{"params": [("a", shared)]}, {"params": [("a", parameter(3))]}], "two parameters have the name 'a'"),
@@ -375,7 +375,7 @@ def test_strategies_by_role_need_the_model():
 
 @pytest.mark.parametrize(
     ("attribute", "message"),
-    [("_fsdp_flattened", "its wrapper lies outside of the module given"), ("_is_flat_param", "use_orig_params=True")],
+    [("_fsdp_flattened", "its wrapper is outside of the module given"), ("_is_flat_param", "use_orig_params=True")],
 )
 def test_flattened_parameters_need_their_wrapper(attribute, message):
     module = model()

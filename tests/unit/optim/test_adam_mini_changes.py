@@ -280,7 +280,7 @@ def test_parameters_that_are_replaced_in_another_order_are_refused():
         layer.weight = nn.Parameter(layer.weight.detach().clone())
     optimizer.param_groups[0]["params"] = [module[1].weight, module[0].weight]
     tiny_models.set_gradients(module)
-    assert_refused(optimizer, module, "1.weight of the model stands in the place of 0.weight in param_groups")
+    assert_refused(optimizer, module, "1.weight of the model is in the place of 0.weight in param_groups")
 
 
 def test_parameters_that_are_replaced_after_their_order_has_changed():

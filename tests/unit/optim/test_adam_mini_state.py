@@ -246,11 +246,11 @@ FOREIGN = {
     ),
     "another partition": (
         lambda: (m := model(), AdamMini(m, partition="transformer")),
-        "another partition: '0.weight' was cut 'mean a0 5/1' and is cut 'mean'; .* or convert the state",
+        "'0.weight' has the blocks 'mean a0 5/1' in the state and 'mean' here; .* or convert the state",
     ),
     "a factored partition": (
         lambda: (m := model(), AdamMini(m, partition="factored")),
-        "another partition: '0.weight' was cut 'factored a0 5/5' and is cut 'mean'",
+        "another partition: '0.weight' has the blocks 'factored a0 5/5' in the state and 'mean' here",
     ),
     "another model": (
         lambda: (m := with_other_shapes(), AdamMini(m)),
@@ -420,7 +420,10 @@ DAMAGES = {
         "group 1 .*: steps_uncounted must be a number of steps, not '2'",
     ),
     "m is sparse": (with_state("exp_avg", lambda m: m.to_sparse()), "exp_avg of '1.weight' is torch.sparse_coo, not a"),
-    "cuts": (with_option("partition", 3), "group 1 of the optimizer state has the cuts of 0 parameters, here it has 3"),
+    "cuts": (
+        with_option("partition", 3),
+        "group 1 of the optimizer state has the blocks of 0 parameters, here it has 3",
+    ),
 }
 
 
@@ -538,7 +541,7 @@ def test_a_pickled_optimizer_trains_on(partition):
     steps(module, optimizer, start=1)
     steps(other, read, start=1)
     assert_same_parameters(module, other)
-    with pytest.warns(UserWarning, match="was not told"):
+    with pytest.warns(UserWarning, match="does not know what"):
         read.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
 
 
@@ -626,7 +629,9 @@ def test_a_state_of_as_many_numbers_in_another_order_is_refused():
     _, optimizer = trained()
     saved = optimizer.state_dict()
     saved["param_groups"][0]["partition"] = "mean a1 4/1; " + saved["param_groups"][0]["partition"].partition("; ")[2]
-    with pytest.raises(ValueError, match=r"another partition: '0\.weight' was cut 'mean a1 4/1' and is cut"):
+    with pytest.raises(
+        ValueError, match=r"another partition: '0\.weight' has the blocks 'mean a1 4/1' in the state and"
+    ):
         optimizer.load_state_dict(saved)
 
 

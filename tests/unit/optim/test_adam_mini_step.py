@@ -11,7 +11,7 @@ from torch.optim import lr_scheduler
 
 import tiny_models
 from lightning_adam_mini import AdamMini
-from lightning_adam_mini.optim.implementation import Implementation
+from lightning_adam_mini.optim.dispatch import Implementation
 
 IMPLEMENTATIONS = get_args(Implementation)
 PARTITIONS = ["transformer", "transformer_early", "factored", "default", "element"]

@@ -10,9 +10,8 @@ from torch import nn
 
 import tiny_models
 from lightning_adam_mini import AdamMini
-from lightning_adam_mini.optim import rectangles
-from lightning_adam_mini.optim.rectangles import split, whole_box
-from lightning_adam_mini.optim.shards import flat_boxes
+from lightning_adam_mini.optim import shards
+from lightning_adam_mini.optim.shards import flat_boxes, split, whole_box
 from lightning_adam_mini.optim.stochastic_rounding import Rounding, name_seed, random_bits, round_to_bfloat16
 
 CPU = torch.device("cpu")
@@ -212,7 +211,7 @@ FORMATS = {
 
 @pytest.fixture(params=FORMATS)
 def options(request, monkeypatch):
-    monkeypatch.setattr("lightning_adam_mini.optim.momentum_8bit.MIN_ELEMENTS", 16)
+    monkeypatch.setattr("lightning_adam_mini.optim.quantized.MIN_ELEMENTS", 16)
     return {"partition": "transformer", "lr": 1e-2, "stochastic_rounding": True, **FORMATS[request.param]}
 
 
@@ -260,7 +259,7 @@ def test_implementations_agree(options, changed):
 def test_slices_make_no_difference(options, monkeypatch):
     first, second = model(), model()
     steps(first, AdamMini(first, **options), 3)
-    monkeypatch.setattr(rectangles, "SLICE_ELEMENTS", 128)
+    monkeypatch.setattr(shards, "SLICE_ELEMENTS", 128)
     assert max(len(list(split(whole_box(p.shape)))) for p in second.parameters()) > 1
     steps(second, AdamMini(second, **options), 3)
     assert_same(first, second)

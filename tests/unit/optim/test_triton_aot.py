@@ -13,9 +13,9 @@ import torch
 
 from lightning_adam_mini import Blocks
 from lightning_adam_mini.optim.kernels.triton_plan import make_plan
-from lightning_adam_mini.optim.parameter_view import ParameterView
 from lightning_adam_mini.optim.shards import Shard
 from lightning_adam_mini.optim.state import init_state
+from lightning_adam_mini.optim.update import ParameterView
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")

@@ -1,4 +1,4 @@
-"""First moments in 8 bits: a code an element, and a float32 scale for each 128 elements.
+"""8-bit first moments: a code per element and a float32 scale per 128 elements; and the checks of stored formats.
 
 Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization": each group of elements is divided by its largest
 magnitude (Sec. 2.1), and what is left, in [-1, 1], becomes the nearest of 256 values (Sec. 1.3, dynamic tree
@@ -13,14 +13,14 @@ do not depend on how axis 0 is sharded or on the order in memory.
     code  = the smallest c with m / scale <= middle[c]      middle[c] = (value[c] + value[c + 1]) / 2, float32
     m     = value[code] * scale
 
-A group of zeros has the scale 0. One with an element that is not finite decodes to what is not finite, so that a run
-that diverges is seen to.
+A group of zeros has the scale 0. A group with an element that is not finite decodes to values that are not finite, so
+that a diverging run stays visible.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -28,9 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_adam_mini.optim.rectangles import split, whole_box
-from lightning_adam_mini.optim.sharding import is_dtensor, local
-from lightning_adam_mini.optim.shards import Box
+from lightning_adam_mini.optim.distributed import is_dtensor, is_flattened, local
+from lightning_adam_mini.optim.shards import Box, split, whole_box
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -40,7 +39,9 @@ __all__ = [
     "MIN_ELEMENTS",
     "ZERO_CODE",
     "bins",
-    "check_placements",
+    "check_exp_avg_dtype",
+    "check_format",
+    "check_rounds_something",
     "decode",
     "decode_tensor",
     "encode",
@@ -56,9 +57,11 @@ __all__ = [
 GROUP_SIZE = 128
 """Elements that share a scale."""
 MIN_ELEMENTS = 4096
-"""Smaller tensors are not worth it: biases and norm scales are few, and their momentum matters."""
+"""Smaller tensors keep their dtype: biases and norm scales are few, and their momentum matters."""
 ZERO_CODE = 127
 """The code of zero."""
+_ROUNDED = (torch.float32, torch.bfloat16)
+"""Dtypes that stochastic rounding works on."""
 
 
 def has_codes(shape: Sequence[int]) -> bool:
@@ -166,7 +169,7 @@ def init_scale(param: Tensor) -> Tensor:
     )
 
 
-def check_placements(name: str, param: DTensor) -> None:
+def _check_placements(name: str, param: DTensor) -> None:
     """Check that each rank has whole groups of a sharded parameter, so that its scales are sharded as it is.
 
     Args:
@@ -217,3 +220,79 @@ def _from_bits(bits: Tensor) -> Tensor:
     """Float32 numbers of 32 bits, given as int64."""
     signed = torch.where(bits < 2**31, bits, bits - 2**32)
     return signed.to(torch.int32).view(torch.float32)
+
+
+# Checks of the formats in which first moments and parameters are stored
+
+
+def check_exp_avg_dtype(exp_avg_dtype: object, *, stochastic_rounding: bool = False) -> None:
+    """Check the dtype of first moments.
+
+    Raises:
+        ValueError: No dtype that first moments can have, or none that stochastic rounding goes with.
+    """
+    if exp_avg_dtype is None or exp_avg_dtype is torch.uint8:
+        return
+    if not (isinstance(exp_avg_dtype, torch.dtype) and exp_avg_dtype.is_floating_point):
+        raise ValueError(
+            f"exp_avg_dtype must be a floating dtype, such as torch.bfloat16, torch.uint8 for 8 bits, or None, not "
+            f"{exp_avg_dtype!r}"
+        )
+    if stochastic_rounding and exp_avg_dtype not in _ROUNDED:
+        raise ValueError(
+            f"stochastic_rounding takes first moments in float32, bfloat16 or uint8, not {exp_avg_dtype}; choose one "
+            "of these, or leave stochastic_rounding out"
+        )
+
+
+def check_format(
+    name: str,
+    parameter: Tensor,
+    shape: Sequence[int],
+    *,
+    exp_avg_dtype: torch.dtype | None,
+    stochastic_rounding: bool,
+) -> None:
+    """Check that a parameter can be stored as asked.
+
+    Args:
+        name: Its name.
+        parameter: The parameter, or this rank's part of it.
+        shape: Shape of the whole parameter.
+        exp_avg_dtype: As for `AdamMini`.
+        stochastic_rounding: As for `AdamMini`.
+
+    Raises:
+        ValueError: It is sharded so that groups of 8-bit codes are split, or has a dtype that is not rounded.
+    """
+    if stochastic_rounding and parameter.dtype not in _ROUNDED:
+        raise ValueError(
+            f"{name}: stochastic_rounding takes parameters in float32 or bfloat16, not {parameter.dtype}; train with "
+            "bfloat16 parameters (model.bfloat16(), or precision bf16-true), or leave stochastic_rounding out"
+        )
+    if exp_avg_dtype is not torch.uint8 or not has_codes(shape):
+        return
+    if is_dtensor(parameter):
+        _check_placements(name, parameter)
+    elif is_flattened(parameter) and tuple(parameter.shape) != tuple(shape):
+        raise ValueError(
+            f"{name}: FSDP1 flattens this parameter, which splits the groups of elements that 8-bit first "
+            "moments share a scale in; take exp_avg_dtype=torch.bfloat16, or shard the model with fully_shard (FSDP2)"
+        )
+
+
+def check_rounds_something(dtypes: Iterable[torch.dtype]) -> None:
+    """Check that stochastic rounding has something to round.
+
+    Args:
+        dtypes: Dtypes of all parameters and first moments.
+
+    Raises:
+        ValueError: None is bfloat16.
+    """
+    if torch.bfloat16 not in set(dtypes):
+        raise ValueError(
+            "stochastic_rounding rounds what is stored in bfloat16, and no parameter or first moment is: train with "
+            "bfloat16 parameters (model.bfloat16() before the optimizer is built, or precision bf16-true), take "
+            "exp_avg_dtype=torch.bfloat16, or leave stochastic_rounding out"
+        )

@@ -1,10 +1,10 @@
 """Sharded parameters: from the placements of a DTensor to a `Shard`, and sums of squares across ranks.
 
-One rule serves FSDP2, HSDP, tensor parallelism and their products. A mesh dimension that shards an axis along which
-every block lies whole on a rank - the rows of a row cut, the experts of a batched one, any axis of an element-wise cut
-- shards the second moment too. Along any other the second moment is replicated, and each rank adds its part of the
-sums of squares to those of the others. All parameters share one all-reduce for each mesh dimension and step, so the
-update costs a latency and a few bytes a block; where no block is split there is none.
+One rule serves FSDP2, HSDP, tensor parallelism and their products. A mesh dimension may shard an axis without splitting
+a block: the rows of row blocks, the experts of batched blocks, any axis of element-wise ones. It then shards the second
+moment too. Along any other axis the second moment is replicated, and each rank adds its part of the sums of squares to
+those of the others. All parameters share one all-reduce per mesh dimension and step, so the update costs a latency and
+a few bytes per block; where no block is split there is no communication.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import Placement
 
-    from lightning_adam_mini.optim.parameter_view import ParameterView
+    from lightning_adam_mini.optim.update import ParameterView
 
 __all__ = [
     "copy_global_",
@@ -43,17 +43,17 @@ Run = tuple[int, int, int]
 
 
 def is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether a tensor is a DTensor; told by its mesh, since importing the class takes half a second."""
+    """Whether a tensor is a DTensor, judged by its mesh, since importing the class takes half a second."""
     return hasattr(tensor, "device_mesh")
 
 
 def is_flattened(tensor: Tensor) -> bool:
-    """Whether a tensor is a parameter of the first FSDP: a part of one, or the flat vector itself."""
+    """Whether a tensor is a parameter of FSDP1: a part of one, or the flat vector itself."""
     return getattr(tensor, "_fsdp_flattened", False) or is_flat_vector(tensor)
 
 
 def is_flat_vector(tensor: Tensor) -> bool:
-    """Whether a tensor is the vector into which the first FSDP has flattened the parameters of a module."""
+    """Whether a tensor is the vector into which FSDP1 has flattened the parameters of a module."""
     return getattr(tensor, "_is_flat_param", False)
 
 
@@ -63,14 +63,14 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def laid_out_as(param: Tensor, grad: Tensor) -> Tensor:
-    """A gradient laid out as its parameter is: itself, where it is already."""
+    """A gradient with the placements of its parameter; the gradient itself if it has them already."""
     if is_dtensor(param) and is_dtensor(grad) and grad.placements != param.placements:
         return grad.redistribute(placements=param.placements)
     return grad
 
 
 def _moment_placements(param: DTensor, blocks: Blocks) -> tuple[Placement, ...]:
-    """Where the second moment of a parameter lies: sharded as the parameter, or replicated, by mesh dimension."""
+    """Placements of the second moment: for each mesh dimension, sharded as the parameter or replicated."""
     from torch.distributed.tensor import Replicate
 
     kept = _axes_of_whole_blocks(blocks)
@@ -83,10 +83,10 @@ def shard_dtensor(name: str, param: DTensor, blocks: Blocks) -> Shard:
     Args:
         name: Name of the parameter, for messages.
         param: The parameter.
-        blocks: How the whole parameter is cut.
+        blocks: Block structure of the whole parameter.
 
     Raises:
-        ValueError: A placement that keeps partial sums on the ranks.
+        ValueError: A placement that holds partial sums on the ranks.
     """
     mesh = param.device_mesh
     if any(placement.is_partial() for placement in param.placements):
@@ -100,7 +100,7 @@ def shard_dtensor(name: str, param: DTensor, blocks: Blocks) -> Shard:
     split = [i for i, p in enumerate(param.placements) if _sharded_axis(p) in sharded - kept]
     groups = tuple(mesh.get_group(i) for i in split if mesh.size(i) > 1)
     local_shape = local(param).shape
-    frame = _cut_down(blocks, {axis: local_shape[axis] for axis in sharded & kept})
+    local_blocks = _restrict(blocks, {axis: local_shape[axis] for axis in sharded & kept})
     runs: list[Sequence[Run]] = []
     for axis, size in enumerate(blocks.shape):
         if axis in sharded - kept:
@@ -108,11 +108,11 @@ def shard_dtensor(name: str, param: DTensor, blocks: Blocks) -> Shard:
         else:
             runs.append([(0, 0, local_shape[axis] if axis in sharded else size)])
     reduced = set(range(len(blocks.shape))) - {blocks.axis, *blocks.batch_axes}
-    if blocks.kind is Kind.MEAN and sharded - kept <= reduced:  # all rows of the frame are here, if not all of each
-        return Shard(frame, None, groups, mesh.device_type)
+    if blocks.kind is Kind.MEAN and sharded - kept <= reduced:  # all rows are here, if not all of each
+        return Shard(local_blocks, None, groups, mesh.device_type)
     if blocks.kind is Kind.FACTORED and not sharded - kept:
-        return Shard(frame, None, groups, mesh.device_type)
-    return Shard(frame, grid_boxes(runs), groups, mesh.device_type)
+        return Shard(local_blocks, None, groups, mesh.device_type)
+    return Shard(local_blocks, grid_boxes(runs), groups, mesh.device_type)
 
 
 def place_moment(values: Tensor, param: DTensor, blocks: Blocks, key: str) -> DTensor:
@@ -121,7 +121,7 @@ def place_moment(values: Tensor, param: DTensor, blocks: Blocks, key: str) -> DT
     Args:
         values: This rank's part.
         param: The parameter that it belongs to.
-        blocks: How the whole parameter is cut.
+        blocks: Block structure of the whole parameter.
         key: Key of the state.
     """
     from torch.distributed.tensor import DTensor
@@ -133,7 +133,7 @@ def place_moment(values: Tensor, param: DTensor, blocks: Blocks, key: str) -> DT
 
 
 def copy_global_(target: Tensor, source: Tensor) -> None:
-    """Copy a tensor into another of the same global shape, however each is laid out; a plain one is on all ranks."""
+    """Copy a tensor into another of the same global shape, whatever the placements; a plain tensor is on all ranks."""
     if is_dtensor(target):
         from torch.distributed.tensor import distribute_tensor
 
@@ -148,7 +148,7 @@ def copy_global_(target: Tensor, source: Tensor) -> None:
 
 
 def share_square_sums(
-    tensors: Sequence[ParameterView], local_square_sums: Callable[[ParameterView], tuple[Tensor, ...]]
+    views: Sequence[ParameterView], local_square_sums: Callable[[ParameterView], tuple[Tensor, ...]]
 ) -> None:
     """Add up sums of squares over the ranks that share blocks: one all-reduce for each group of ranks.
 
@@ -156,33 +156,33 @@ def share_square_sums(
     gradient of one (a shard of it may be empty here, or an expert unused), it is zeros on this rank.
 
     Args:
-        tensors: The parameters.
+        views: The parameters.
         local_square_sums: Sums over this rank's part of one.
     """
-    shared = [tensor for tensor in tensors if tensor.shard.groups]
+    shared = [view for view in views if view.shard.groups]
     if not shared:
         return
-    for tensor in shared:
-        tensor.square_sums = local_square_sums(tensor)
-    # Offloaded parameters lie on the CPU, and their group may know GPUs alone.
+    for view in shared:
+        view.square_sums = local_square_sums(view)
+    # Offloaded parameters are on the CPU, while their process group may support GPUs alone.
     present = torch.ones(len(shared), dtype=torch.float64, device=shared[0].shard.device_type)
-    is_one_missing = any(tensor.grad is None for tensor in shared)
+    is_one_missing = any(view.grad is None for view in shared)
     if is_one_missing:
-        has_grad = [tensor.grad is not None for tensor in shared]
+        has_grad = [view.grad is not None for view in shared]
         present.copy_(torch.tensor(has_grad, dtype=torch.float64, device="cpu"))
-    for group in dict.fromkeys(group for tensor in shared for group in tensor.shard.groups):
-        members = [tensor for tensor in shared if group in tensor.shard.groups]
-        parts = [part for tensor in members for part in tensor.square_sums or ()]
+    for group in dict.fromkeys(group for view in shared for group in view.shard.groups):
+        members = [view for view in shared if group in view.shard.groups]
+        parts = [part for view in members for part in view.square_sums or ()]
         bucket = torch.cat([present, *(part.flatten().to(present.device) for part in parts)])
         dist.all_reduce(bucket, group=group)
         present, *sums = bucket.split([len(shared), *(part.numel() for part in parts)])
         reduced = iter([s.view_as(part).to(part) for s, part in zip(sums, parts, strict=True)])
-        for tensor in members:
-            tensor.square_sums = tuple(next(reduced) for _ in tensor.square_sums or ())
+        for view in members:
+            view.square_sums = tuple(next(reduced) for _ in view.square_sums or ())
     if is_one_missing:  # only then does the host wait for the device
-        for tensor, count in zip(shared, present.tolist(), strict=True):
-            if tensor.grad is None and count > 0:
-                tensor.grad = torch.zeros_like(tensor.param)
+        for view, count in zip(shared, present.tolist(), strict=True):
+            if view.grad is None and count > 0:
+                view.grad = torch.zeros_like(view.param)
 
 
 def _sharded_axis(placement: Placement) -> int | None:
@@ -203,8 +203,8 @@ def _axes_of_whole_blocks(blocks: Blocks) -> set[int]:
     return axes
 
 
-def _cut_down(blocks: Blocks, sizes: dict[int, int]) -> Blocks:
-    """The same cut with other sizes of axes along which blocks are whole."""
+def _restrict(blocks: Blocks, sizes: dict[int, int]) -> Blocks:
+    """The same block structure with other sizes of axes whose sharding splits no block."""
     if not sizes:
         return blocks
     shape = tuple(sizes.get(axis, size) for axis, size in enumerate(blocks.shape))
@@ -215,7 +215,7 @@ def _cut_down(blocks: Blocks, sizes: dict[int, int]) -> Blocks:
 
 
 def _runs(param: DTensor, axis: int) -> list[Run]:
-    """Runs of consecutive positions along `axis` that lie on this rank: (global start, local start, length)."""
+    """Runs of consecutive positions along `axis` that this rank holds: (global start, local start, length)."""
     here = local_positions(param, axis)
     if not len(here):
         return []
@@ -224,10 +224,10 @@ def _runs(param: DTensor, axis: int) -> list[Run]:
 
 
 def local_positions(param: DTensor, axis: int) -> Tensor:
-    """Where each position of this rank's part along `axis` lies in the whole parameter (int64, on the CPU).
+    """The global position of each position of this rank's part along `axis` (int64, on the CPU).
 
-    The positions themselves are distributed as the parameter is, without communication, which is right for uneven and
-    strided shards alike.
+    The positions themselves are distributed as the parameter is, without communication, which works for both uneven and
+    strided shards.
     """
     from torch.distributed.tensor import Replicate, distribute_tensor
 
