@@ -354,9 +354,11 @@ def foreach_updates(views: Sequence[ParameterView]) -> list[Update]:
         else:
             assert view.grad is not None
             dtypes = (view.param.dtype, view.grad.dtype, view.exp_avg.dtype, view.moments[0].dtype)
-            update = _small_blocks_ if _is_small_block(view) else _foreach_list_
-            lists[update, view.param.device, *dtypes, view.blocks.kind].append(view)
-    updates: list[Update] = [partial(key[0], ForeachList.of(members)) for key, members in lists.items()]  # type: ignore[arg-type]
+            lists[view.param.device, *dtypes, view.blocks.kind, _is_small_block(view)].append(view)
+    updates: list[Update] = []
+    for members in lists.values():
+        update = _small_blocks_ if _is_small_block(members[0]) else _foreach_list_
+        updates.append(partial(update, ForeachList.of(members)))
     updates += [partial(slices_, sliced)] if sliced else []
     return updates + ([partial(reference_, single)] if single else [])
 

@@ -11,7 +11,7 @@ from lightning_adam_mini.blocks import Kind
 from lightning_adam_mini.optim.fsdp1 import compress_moments, expand_moments
 from lightning_adam_mini.optim.shards import Shard, flat_boxes, grid_boxes
 from lightning_adam_mini.optim.state import init_state
-from lightning_adam_mini.optim.update import ParameterView, StepOptions, update_
+from lightning_adam_mini.optim.update import ParameterView, StepOptions, reference_
 from random_blocks import cuts
 
 OPTIONS = StepOptions(lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
@@ -77,7 +77,7 @@ def test_parts_are_updated_as_the_whole(case, seed):
     state = init_state(param, blocks, exp_avg_dtype=None, capturable=False)
     moments = tuple(state[key] for key in blocks.state_shapes)
     before = param.clone()
-    update_(ParameterView(param, grad, Shard(blocks), state["step"], state["exp_avg"], moments), OPTIONS)
+    reference_([ParameterView(param, grad, Shard(blocks), state["step"], state["exp_avg"], moments)], OPTIONS)
     sums = blocks.square_sums(grad)
     for shard, part, part_grad, expected in zip(shards, divide(before), divide(grad), divide(param), strict=True):
         part = part.clone()
@@ -90,7 +90,7 @@ def test_parts_are_updated_as_the_whole(case, seed):
             tuple(torch.zeros_like(moment) for moment in moments),
             square_sums=sums,
         )
-        update_(tensor, OPTIONS)
+        reference_([tensor], OPTIONS)
         torch.testing.assert_close(part, expected, rtol=1e-12, atol=1e-12)
         assert all(torch.allclose(own, whole) for own, whole in zip(tensor.moments, moments, strict=True))
 
