@@ -391,10 +391,10 @@ def _divide(tensor: Tensor, axis: int | None, sizes: Sequence[int], divisors: Se
 # Sums of squares. A float32 sum over a large block would lose small squares, and float64 squares would take twice the
 # time and memory. So float32 adds only a few squares one after the other, and float64 adds the sums of these.
 
+SMALL_ELEMENTS = 2**16
+"""Elements of a tensor that is squared in `wide_dtype` at once: for it, more calls would cost more than they save."""
 RUN_LENGTH = 256
 """Squares that one float32 norm adds up, in eight or more partial sums: few enough for 1e-6."""
-SMALL_ELEMENTS = 2**16
-"""Elements whose squares are summed in `wide_dtype` at once: further calls would cost more than they save."""
 SLICE_ELEMENTS = 2**18
 """Elements that are squared at a time: a float32 temporary of 1 MiB, which stays in the cache."""
 FEW_SLICES = 16
@@ -424,9 +424,9 @@ def sum_square(tensor: Tensor, axes: tuple[int, ...], *, exact: bool = False) ->
     wide = wide_dtype(tensor.device)
     if not axes:
         return tensor.to(wide).square()
-    if not tensor.numel() or (exact and tensor.numel() <= SLICE_ELEMENTS):
-        return tensor.to(wide).square().sum(axes, keepdim=True)
-    if not exact and tensor.numel() <= SMALL_ELEMENTS:
+    if tensor.numel() <= SMALL_ELEMENTS:
+        if exact or not tensor.numel():
+            return tensor.to(wide).square().sum(axes, keepdim=True)
         return torch.linalg.vector_norm(tensor, dim=axes, keepdim=True, dtype=wide).square_()
     if exact:
         return _sum_slices(tensor, axes, wide, wide)

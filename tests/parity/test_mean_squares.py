@@ -42,7 +42,7 @@ def mean_squares(blocks, grad):
         return [(total / grad.numel()).view([1] * grad.dim())]
     squares = grad.double().square()
     if blocks.kind == "mean":
-        rows = blocks.row_sums(squares, dtype=torch.float64)
+        rows = squares.sum(blocks._reduced_axes, keepdim=True)
         return [blocks.block_sums(rows) / (grad.numel() // blocks.num_values)]
     return [squares.mean(1 - blocks.axis, keepdim=True), squares.mean(blocks.axis, keepdim=True)]
 

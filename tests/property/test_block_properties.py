@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from contextlib import nullcontext
 from unittest import mock
 
 import torch
@@ -46,8 +47,9 @@ def positions_by_block(blocks):
 
 
 def mean_square(blocks, tensor, slice_elements=None):
-    """The means in float64; where squares are summed in slices, slices have `slice_elements`."""
-    with mock.patch.object(blocks_module, "SLICE_ELEMENTS", slice_elements or blocks_module.SLICE_ELEMENTS):
+    """The means in float64; with `slice_elements`, the tensor is squared in slices of so many elements."""
+    limits = {"SMALL_ELEMENTS": 0, "SLICE_ELEMENTS": slice_elements} if slice_elements else {}
+    with mock.patch.multiple(blocks_module, **limits) if limits else nullcontext():
         return blocks.mean_square(tensor, dtype=torch.float64)
 
 

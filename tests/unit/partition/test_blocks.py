@@ -88,6 +88,7 @@ def test_squares_of_narrow_numbers_are_summed_in_the_wide_dtype(dtype):
 @pytest.mark.parametrize("axes", [(0,), (1,), (0, 1), (0, 2), (0, 1, 2)])
 def test_sums_of_squares_of_many_slices(axes, exact, dtype, monkeypatch):
     """The last slice is shorter."""
+    monkeypatch.setattr(blocks_module, "SMALL_ELEMENTS", 0)
     monkeypatch.setattr(blocks_module, "SLICE_ELEMENTS", 60)
     tensor = torch.randn(11, 7, 3).to(dtype)
     found = sum_square(tensor, axes, exact=exact)
