@@ -107,3 +107,25 @@ def test_each_domain_takes_its_own_data_and_no_other(domain):
                     with pytest.raises(ValueError, match=rf"{task.__name__} takes .*; give --data \w+"):
                         task.check_data(checking, given)
         assert taken
+
+
+@pytest.mark.parametrize(
+    ("domain", "name", "given", "fixed"),
+    [
+        ("vision", "Mnist5k", "predict_path", "channels"),
+        ("vision", "ImageFolders", "num_workers", "channels"),
+        ("diffusion", "DigitImages", "val_images", "flip"),
+        ("diffusion", "CelebA", "flip", "channels"),
+    ],
+)
+def test_options_of_the_base_class_are_those_that_a_data_set_does_not_fix(domain, name, given, fixed):
+    """On the command line, where the settings of loaders come from the signature of the base class."""
+    jsonargparse = pytest.importorskip("jsonargparse")
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(getattr(import_module(f"lightning_adam_mini.tasks.{domain}.data"), name), "data")
+    options = parser.get_defaults().data
+    assert given in options
+    assert "kwargs" not in options
+    assert fixed not in options
+    with pytest.raises(jsonargparse.ArgumentError, match=fixed):
+        parser.parse_args([f"--data.{fixed}=1"])
