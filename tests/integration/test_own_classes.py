@@ -98,7 +98,7 @@ EARLY = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_
         (
             ["--model", "MODULE.Without"],
             1,
-            "MODULE.Without has no option 'optimizer', so --optimizer would change noth",
+            "MODULE.Without has no option 'optimizer', so --optimizer would have no ef",
         ),
         (["--model.width", "null"], 2, "model.width must be a whole number, not null"),
         (["--checkpoint.monitor", "val_acc"], 1, "checkpoint monitors 'val_acc', which Line does not log; it logs"),
