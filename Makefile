@@ -26,10 +26,10 @@ help: ## List the targets
 
 install: $(STAMP) ## Create .venv with every domain and the development tools
 
-$(STAMP): pyproject.toml setup.py
+$(STAMP): pyproject.toml setup.py $(wildcard tasks/*/requirements.txt)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --editable '.[llm,vision,diffusion,graph,dev]'
+	$(BIN)/python -m pip install --editable '.[domains,dev]'
 	touch $@
 
 fit: install ## Train the small GPT-2 recipe; ARGS="--trainer.max_steps 100" adds options
