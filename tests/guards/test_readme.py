@@ -50,6 +50,7 @@ def find_unknown_flags(words: list[str], help_text: str) -> list[str]:
 
 @pytest.mark.parametrize("command", TRAINING, ids=str)
 def test_documented_trainings_parse(command: Command, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT / command.folder)
     subcommand, *options = command.words[1:]
     status = call([subcommand, *options, "--print_config"], monkeypatch)
     printed = capsys.readouterr()

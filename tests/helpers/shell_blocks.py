@@ -17,10 +17,11 @@ TRAINER_SUBCOMMANDS = {"fit", "validate", "test", "predict"}
 
 @dataclass(frozen=True)
 class Command:
-    """One simple command: its words, and where a reader finds it."""
+    """One simple command: its words, where a reader finds it, and the folder that the reader is in."""
 
     words: tuple[str, ...]
     place: str
+    folder: str = "."
 
     @property
     def program(self) -> str:
@@ -41,11 +42,13 @@ def commands_in(markdown: str, place: str) -> list[Command]:
     """The simple commands of all shell blocks: pipes, lists and `VAR=value` in front are taken apart."""
     found = []
     for block in FENCE.finditer(markdown):
-        typed = ""
+        typed, folder = "", "."
         for line in block.group(1).replace("\\\n", " ").splitlines():
             typed += line.strip().removeprefix("$ ")
             try:
-                found.extend(Command(words, place) for words in _split(typed))
+                for words in _split(typed):
+                    folder = words[1] if words[0] == "cd" else folder
+                    found.append(Command(words, place, folder))
             except ValueError:  # a quotation goes on in the next line
                 typed += "\n"
             else:

@@ -72,7 +72,7 @@ def test_the_page_shows_the_kept_results():
         row.pop("model"): memory_tables.Figures(**{key: row[key] for key in row if key != "config"})
         for row in json.loads(RESULTS.read_text())["rows"]
     }
-    of_one_process, _, _ = PAGE.read_text().partition("## Smaller first moments")
+    of_one_process, _, _ = PAGE.read_text().partition("## 8-bit and bfloat16 first moments")
     on_page = "\n".join(re.findall(r"^\|.*", of_one_process, re.MULTILINE))
     assert on_page == memory_tables.tables(rows).replace("\n\n", "\n")
     assert RESULTS.with_suffix(".md").read_text() == memory_tables.tables(rows) + "\n"

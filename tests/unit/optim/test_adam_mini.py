@@ -218,7 +218,7 @@ def test_a_frozen_matrix_that_cannot_be_cut_is_trained_as_by_adamw():
     assert weight not in optimizer.state
     module.attention.qkv.requires_grad_(True)
     tiny_models.set_gradients(module)
-    with pytest.warns(UserWarning, match="attention.qkv.weight was frozen .* as by AdamW now.*partition_layouts"):
+    with pytest.warns(UserWarning, match="attention.qkv.weight was frozen .* as by AdamW now.*partition_overrides"):
         optimizer.step()
     assert optimizer.state[weight]["exp_avg_sq"].shape == weight.shape
     with warnings.catch_warnings():

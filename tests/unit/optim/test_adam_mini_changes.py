@@ -93,7 +93,7 @@ def test_a_tensor_of_other_dimensions_before_the_first_step():
     unrolled(module)
     module[1].weight.grad = torch.ones(12)
     assert_refused(
-        optimizer, module, r"1.weight had the shape \(3, 4\) and has \(12,\), of which its blocks are not known"
+        optimizer, module, r"1.weight had the shape \(3, 4\) and has \(12,\), for which its blocks are not known"
     )
 
 

@@ -237,7 +237,7 @@ def test_faces_without_annotations_get_a_fixed_part(tmp_path, caplog):
     write_celeba(tmp_path, annotations=False)
     with caplog.at_level("INFO"):
         data = ready(CelebA(str(tmp_path), num_workers=0))
-    assert caplog.text.count("no list_eval_partition.txt: 11 images for training and 1 for validation") == 1
+    assert caplog.text.count("no list_eval_partition.txt: 11 images for training, 1 for validation, by hash") == 1
     assert data._opened.val.paths == ready(CelebA(str(tmp_path), num_workers=0))._opened.val.paths
 
 
