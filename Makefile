@@ -9,20 +9,25 @@ STAMP   := $(VENV)/.installed
 PYTEST  := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal
 FOLDERS := lightning_adam_mini tasks cli configs
 TYPES   := build/types
-# The slow tests of what breaks most easily and costs users most: several processes, checkpoints, resumed runs.
-DISTRIBUTED := tests/parity/test_sharding.py tests/parity/test_sharded_formats.py tests/parity/test_sharded_state.py \
-	$(addprefix tests/integration/test_,checkpoints.py ddp.py faults.py hessian_sharded.py layouts.py nodes.py resume.py \
-	sharded_checkpoints.py sharded_fit.py)
+# What breaks most easily and costs users most: several processes, checkpoints, resumed runs, measurements. CI runs the
+# slow tests of these files too.
+IN_CI   := $(addprefix tests/parity/test_,sharding.py sharded_formats.py sharded_state.py fused.py) \
+	$(addprefix tests/integration/test_,bench.py checkpoints.py compare.py convert.py ddp.py diffusion.py explain.py \
+	faults.py graph.py hessian_command.py hessian_sharded.py layouts.py nodes.py resume.py run_meaning.py \
+	sharded_checkpoints.py sharded_fit.py vision.py) \
+	$(addprefix tests/unit/,cli/test_compare_runner.py cli/test_studies_hessians.py hessian/test_lanczos.py \
+	measure/test_activations.py tasks/test_llm_data_stdlib.py tasks/test_parallel_sharding.py) \
+	tests/property/test_partition_properties.py
 
 SHELL       := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install fit test test-distributed test-all lint format wheel clean
+.PHONY: help install fit test test-ci test-all lint format wheel clean
 
 help: ## List the targets
 	@echo 'usage: make TARGET [ARGS="..."] [PYTHON=python3] [WORKERS=2]'
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 install: $(STAMP) ## Create .venv with every domain and the development tools
 
@@ -38,8 +43,8 @@ fit: install ## Train the small GPT-2 recipe; ARGS="--trainer.max_steps 100" add
 test: install ## Run the fast tests, about six minutes on two cores; ARGS="-k blocks" selects
 	$(PYTEST) -m 'not slow and not gpu' $(ARGS)
 
-test-distributed: install ## Run the slow tests of distributed training, checkpoints and resuming
-	$(PYTEST) -m 'slow and not gpu' $(DISTRIBUTED) $(ARGS)
+test-ci: install ## Run the slow tests that CI runs too: several processes, checkpoints, resuming, measurements
+	$(PYTEST) -m 'slow and not gpu' $(IN_CI) $(ARGS)
 
 test-all: install ## Run every test, the slow ones too, and on a GPU where there is one
 	$(PYTEST) $(ARGS)

@@ -7,8 +7,9 @@ import shlex
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
+
+from lightning_adam_mini.hints import require_package
 
 from ..arguments import Parser, check_place
 from .analysis import load_comparison
@@ -142,11 +143,8 @@ def _print_commands(grid: Grid, out: Path) -> None:
 
 
 def _require_packages() -> None:
-    missing = [name for name in ("filelock", "scipy") if find_spec(name) is None]
-    if missing:
-        raise ValueError(
-            f"compare needs the package {missing[0]}; install it with pip install 'lightning-adam-mini[app]'"
-        )
+    for name in ("filelock", "scipy"):
+        require_package(name, "compare")
 
 
 def _check_out(out: Path) -> None:

@@ -17,8 +17,8 @@ from ..recipes import find_recipe, list_recipes, read_yaml
 from .spec import (
     ComparisonPlan,
     OptimizerChoice,
+    choose_from,
     command_of,
-    did_you_mean,
     merge,
     own_weight_decay,
     parse_optimizers,
@@ -222,7 +222,7 @@ def expand(plan: ComparisonPlan, out: Path | None = None) -> Grid:
     choices = {choice.label: choice for choice in parse_optimizers(plan.optimizers)}
     for label in plan.lrs_of:
         if label not in choices:
-            raise ValueError(f"--lr-of {label}: no optimizer has this label; {did_you_mean(label, choices)}")
+            raise ValueError(f"--lr-of {label}: no optimizer has this label{choose_from(label, choices)}")
     lrs = {
         (name, label): _resolve_lrs(plan.lrs_of.get(label, plan.lrs), recipe, f"--lr-of {label}")
         for name, recipe in recipes.items()
@@ -234,8 +234,8 @@ def expand(plan: ComparisonPlan, out: Path | None = None) -> Grid:
             raise ValueError(f"{name}: each optimizer must get the same number of learning rates, not {counts}")
     _check_common(plan.common)
     if plan.reference is not None and plan.reference not in choices:
-        hint = did_you_mean(plan.reference, choices)
-        raise ValueError(f"--reference {plan.reference}: no optimizer has this label; {hint}")
+        hint = choose_from(plan.reference, choices)
+        raise ValueError(f"--reference {plan.reference}: no optimizer has this label{hint}")
     default = next((label for label, choice in choices.items() if choice.name == "AdamW"), next(iter(choices), ""))
     return Grid(plan=plan, recipes=recipes, optimizers=choices, lrs=lrs, reference=plan.reference or default)
 

@@ -15,6 +15,8 @@ from queue import SimpleQueue
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from lightning_adam_mini.hints import require_package
+
 from .grid import Grid
 from .job import Job
 from .process import GRACE_SECONDS, Interruption
@@ -185,13 +187,9 @@ class ClusterLauncher:
         Raises:
             ValueError: submitit is missing, or refuses an option.
         """
-        try:
-            import submitit
-        except ImportError as error:
-            raise ValueError(
-                "--launcher submitit needs the package submitit; install it with "
-                "pip install 'lightning-adam-mini[cluster]'"
-            ) from error
+        require_package("submitit", "--launcher submitit", extra="cluster")
+        import submitit
+
         options = {
             "timeout_min": 24 * 60,
             "name": "adam-mini",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -16,6 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
+from lightning_adam_mini.hints import did_you_mean
+
 from ...tasks.atomic_files import write_json
 from ..arguments import Parser
 
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 __all__ = [
     "ComparisonPlan",
     "OptimizerChoice",
+    "choose_from",
     "command_of",
-    "did_you_mean",
     "merge",
     "own_weight_decay",
     "parse_optimizers",
@@ -337,8 +338,8 @@ def parse_optimizers(items: Sequence[str]) -> tuple[OptimizerChoice, ...]:
         known = [each.name for each in fields(_factory(choice.name))]
         for option, _ in choice.options:
             if (name := option.partition(".")[0]) not in known:
-                hint = did_you_mean(name, known)
-                raise ValueError(f"--optimizers {choice.label}: {choice.name} has no option {name!r}; {hint}")
+                hint = choose_from(name, known)
+                raise ValueError(f"--optimizers {choice.label}: {choice.name} has no option {name!r}{hint}")
     folders: dict[str, str] = {}
     for choice in choices:
         if (other := folders.setdefault(choice.folder.casefold(), choice.label)) != choice.label:
@@ -414,13 +415,13 @@ def _factory(name: str) -> type[OptimizerFactory]:
     known = [name for name in factory.__all__ if _is_concrete(getattr(factory, name))]
     if module in ("", factory.__name__):
         if cls_name not in known:
-            raise ValueError(f"--optimizers {name}: there is no such optimizer; {did_you_mean(name, known)}")
+            raise ValueError(f"--optimizers {name}: there is no such optimizer{choose_from(name, known)}")
         cls = getattr(factory, cls_name)
     else:
         try:
             cls = getattr(import_module(module), cls_name)
         except (ImportError, AttributeError):
-            raise ValueError(f"--optimizers {name}: there is no such class; {did_you_mean(cls_name, known)}") from None
+            raise ValueError(f"--optimizers {name}: there is no such class{choose_from(cls_name, known)}") from None
         if not _is_concrete(cls):
             raise ValueError(f"--optimizers {name}: it is no OptimizerFactory; choose from {', '.join(known)}")
     chosen: type[OptimizerFactory] = cls
@@ -433,10 +434,6 @@ def _is_concrete(cls: object) -> bool:
     return isinstance(cls, type) and issubclass(cls, OptimizerFactory) and not isabstract(cls)
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Similar names, as the end of a message."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=2) or [
-        other for other in known if other.casefold() == name.casefold()
-    ]
-    return f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(known)}"
+def choose_from(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: similar names, or all."""
+    return did_you_mean(name, known, otherwise=f"; choose from {', '.join(sorted(known))}", count=2)

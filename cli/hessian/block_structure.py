@@ -21,7 +21,7 @@ from ...tasks.atomic_files import replacing
 from ...tasks.checkpoints.files import write_file
 from .pictures import draw_hessians, drawn
 from .problem import choose_blocks, expressible_structures, load_problem, with_own_overrides
-from .report import HessianReport, ReportTable, common_settings, log_duration, log_each
+from .report import HessianReport, PageTable, common_settings, log_duration, log_each
 
 __all__ = ["run_advise", "run_exact"]
 
@@ -93,7 +93,7 @@ def run_exact(options: Namespace) -> None:
             }
     columns = ["block", "parameters", "largest", "smallest", "positive", "tau", "asymmetry"]
     note = "tau: absolute diagonal over all absolute entries. Asymmetry: of the matrix as computed, which is rounding."
-    report.tables.append(ReportTable("Dense Hessians", columns, rows, note))
+    report.tables.append(PageTable("Dense Hessians", columns, rows, note))
     if scores_of:
         best = [
             [name, structure, f"{s.share:.3f}", f"{s.expected:.4f}", f"{s.contrast:.1f}", f"{s.information:.3f}"]
@@ -102,7 +102,7 @@ def run_exact(options: Namespace) -> None:
         ]
         columns = ["parameter", "structure", "share inside", "share of entries", "contrast", "information, nats"]
         title = "The three block structures with the most information"
-        report.tables.append(ReportTable(title, columns, best, left=2))
+        report.tables.append(PageTable(title, columns, best, left=2))
     shown, part = drawn(dense)
     caption = f"Absolute entries of the dense Hessians, each up to its 99th percentile{part}"
     report.pictures["hessians"] = (caption, draw_hessians(shown))
@@ -174,7 +174,7 @@ def _check_each(sizes: Mapping[str, int], options: Namespace) -> None:
         raise ValueError(f"--memory {options.memory_text}: {error}") from error
 
 
-def _advice_tables(found: ModelAdvice) -> list[ReportTable]:
+def _advice_tables(found: ModelAdvice) -> list[PageTable]:
     rows = [
         [
             row.parameter,
@@ -198,8 +198,8 @@ def _advice_tables(found: ModelAdvice) -> list[ReportTable]:
     )
     reasons = [[row.parameter, row.reason] for row in found.rows]
     return [
-        ReportTable("Advice", columns, rows, note),
-        ReportTable("Reasons", ["parameter", "reason"], reasons, left=2),
+        PageTable("Advice", columns, rows, note),
+        PageTable("Reasons", ["parameter", "reason"], reasons, left=2),
     ]
 
 

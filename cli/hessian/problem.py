@@ -7,7 +7,6 @@ from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
@@ -24,6 +23,7 @@ from lightning_adam_mini.factory import AdamMini, OptimizerFactory
 from lightning_adam_mini.hessian import HessianOperator, ParameterBlock, block_of, blocks_of
 from lightning_adam_mini.hessian.advice import KEEP
 from lightning_adam_mini.hessian.loss import place
+from lightning_adam_mini.hints import did_you_mean
 from lightning_adam_mini.partition import Structure, partition_module
 from lightning_adam_mini.partition.inference import infer_roles
 from lightning_adam_mini.partition.strategies import partition_parameter
@@ -318,9 +318,8 @@ def _matching(pattern: str, names: Sequence[str], others: Mapping[str, str]) -> 
         if other := next(iter(_matches(pattern, list(others))), None):
             raise ValueError(f"--blocks {pattern!r}: {other} {others[other]}")
         forms = [form for name in names for form in _forms(name)]
-        close = get_close_matches(pattern, forms, n=3, cutoff=0.4)
-        hint = f"close ones: {', '.join(close)}" if close else f"the first ones: {', '.join(names[:3])}"
-        raise ValueError(f"--blocks {pattern!r}: no trainable parameter of that name; {hint}")
+        hint = did_you_mean(pattern, forms, otherwise=f"; there are {', '.join(names[:3])}, ...", cutoff=0.4)
+        raise ValueError(f"--blocks {pattern!r}: no trainable parameter of that name{hint}")
     return found
 
 

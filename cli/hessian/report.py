@@ -23,7 +23,7 @@ from .problem import Problem
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["HessianReport", "ReportTable", "common_settings", "log_duration", "log_each"]
+__all__ = ["HessianReport", "PageTable", "common_settings", "log_duration", "log_each"]
 
 log = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"
@@ -32,7 +32,7 @@ _MEASURED, _LONG, _APART = 5.0, 20.0, 1.0
 
 
 @dataclass(frozen=True)
-class ReportTable:
+class PageTable:
     """A table of texts.
 
     Args:
@@ -64,7 +64,7 @@ class HessianReport:
 
     options: Namespace
     settings: Mapping[str, Any]
-    tables: list[ReportTable] = field(default_factory=list)
+    tables: list[PageTable] = field(default_factory=list)
     pictures: dict[str, tuple[str, Figure]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 

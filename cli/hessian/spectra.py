@@ -24,7 +24,7 @@ from lightning_adam_mini.hessian.lanczos import check_steps
 
 from .pictures import draw_densities, draw_divergences, drawn
 from .problem import choose_blocks, load_problem
-from .report import HessianReport, ReportTable, common_settings, log_duration
+from .report import HessianReport, PageTable, common_settings, log_duration
 
 __all__ = ["run"]
 
@@ -79,7 +79,7 @@ def run(options: Namespace) -> None:
     report.log(report.write("spectra.json", values))
 
 
-def _table(found: Mapping[str, list[Tridiagonal]], sizes: Mapping[str, int]) -> ReportTable:
+def _table(found: Mapping[str, list[Tridiagonal]], sizes: Mapping[str, int]) -> PageTable:
     rows = []
     for name, some in found.items():
         quadratures = [quadrature(t) for t in some]
@@ -98,7 +98,7 @@ def _table(found: Mapping[str, list[Tridiagonal]], sizes: Mapping[str, int]) -> 
         )
     columns = ["block", "parameters", "largest", "smallest", "trace", "root mean square", "lost orthogonality"]
     note = "Largest and smallest eigenvalues that Lanczos found; the trace with its standard error over starts."
-    return ReportTable("Spectra", columns, rows, note)
+    return PageTable("Spectra", columns, rows, note)
 
 
 def _own_density(some: list[Tridiagonal]) -> SpectralDensity:
@@ -151,7 +151,7 @@ def _add_divergences(report: HessianReport, found: Heterogeneity, spectra: Mappi
     ]
     note = f"Eigenvalues: {found.scale}; blur {found.sigma:.3g}; spacing of the grid {found.spacing:.3g}."
     report.tables.append(
-        ReportTable("Heterogeneity of the blocks (JS0 if the weights are fresh)", ["JS", "value"], rows, note)
+        PageTable("Heterogeneity of the blocks (JS0 if the weights are fresh)", ["JS", "value"], rows, note)
     )
     report.pictures["js"] = ("Divergences between the spectra of blocks", draw_divergences(found))
     if found.scale == "raw":

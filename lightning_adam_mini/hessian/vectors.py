@@ -10,7 +10,6 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_adam_mini.blocks import Blocks
+from lightning_adam_mini.hints import did_you_mean
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -292,11 +292,8 @@ def check_block_names(names: Iterable[str], known: Iterable[str]) -> None:
     available = list(known)
     for name in names:
         if name not in available:
-            close = get_close_matches(name, available, n=3, cutoff=0.4) or available[:3]
-            raise ValueError(
-                f"there is no trainable parameter {name!r} (tied ones go by their first name); close ones: "
-                f"{', '.join(close)}"
-            )
+            hint = did_you_mean(name, available, otherwise=f"; it has {', '.join(available[:3])}, ...", cutoff=0.4)
+            raise ValueError(f"there is no trainable parameter {name!r} (tied ones go by their first name){hint}")
 
 
 def check_vector(name: str, vector: Tensor, size: int, dtype: torch.dtype, *, rows: bool = False) -> None:

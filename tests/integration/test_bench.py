@@ -218,6 +218,7 @@ def test_what_is_wrong_in_one_line(arguments, code, told, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not apart.args[0], reason="once, outside of that process")
 def test_threads_are_set_before_torch_is_loaded():
     """The command starts itself again with OpenMP's variables; a wrong command line costs no start of torch."""
@@ -234,6 +235,7 @@ def test_threads_are_set_before_torch_is_loaded():
     assert result["threads"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not apart.args[0], reason="this is the process")
 def test_in_a_process_of_its_own():
     assert_passes_apart(__file__)

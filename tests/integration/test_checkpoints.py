@@ -54,7 +54,14 @@ def leftovers(folder):
     return list(folder.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize(("signum", "accumulate"), [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGTERM, 1)])
+@pytest.mark.parametrize(
+    ("signum", "accumulate"),
+    [
+        (signal.SIGINT, 1),
+        pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_ends_the_run_after_its_step(work_dir, capsys, signum, accumulate):
     options = [*TO_20, "--trainer.accumulate_grad_batches", accumulate]
     handler = signal.getsignal(signum)
@@ -90,6 +97,7 @@ def test_ctrl_c_outside_of_training(work_dir, monkeypatch, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ctrl_c_as_the_user_types_it(work_dir):
     process = start("fit", "--config", "tiny.yaml", "--run_dir", "run", "--trainer.max_steps", 100_000)
     out, err = interrupt_in_training(process, work_dir / "run")
@@ -138,6 +146,7 @@ def test_a_full_disk_while_saving(work_dir, capsys):
     assert_same_state(checkpoint("run"), checkpoint("whole"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_logging(work_dir, capsys):
     """The row that was cut off is lost, and no other."""
     assert run("fit", "--run_dir", "run", "--schedule.horizon", 20) == 0
@@ -155,6 +164,7 @@ def test_a_full_disk_while_logging(work_dir, capsys):
     assert list(metrics["train_loss"]) == list(metrics["tokens_per_second"]) == list(range(2, 21, 2))
 
 
+@pytest.mark.slow
 def test_a_file_that_is_no_checkpoint(work_dir, capsys):
     assert run("fit", "--run_dir", "run") == 0
     path = work_dir / "run" / "checkpoints" / "last.ckpt"
@@ -198,6 +208,7 @@ def assert_all_refuse(path, told, capsys):
         assert str(path) in line
 
 
+@pytest.mark.slow
 def test_no_command_takes_a_damaged_checkpoint(work_dir, capsys):
     assert run("fit", "--run_dir", "run") == 0
     path = Path("run/checkpoints/last.ckpt")
@@ -231,6 +242,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.slow
 def test_a_second_fit_in_a_run_folder_is_refused_and_others_are_not(work_dir, capsys):
     assert run("fit", "--run_dir", "run") == 0
     before = (work_dir / "run" / "metrics.jsonl").read_text()
@@ -296,6 +308,7 @@ def test_a_small_disk_is_told_wherever_it_is_full(work_dir, capsys):
             subprocess.run(["umount", "--lazy", "disk"], check=True)
 
 
+@pytest.mark.slow
 def test_the_bar_of_a_resumed_run_ends_with_it(work_dir, capsys):
     """Lightning would set the batches so far against the steps that are left."""
     bar = ["--trainer.enable_progress_bar", True, "--trainer.accumulate_grad_batches", 2]
@@ -316,6 +329,7 @@ OTHERS = [
 ]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_something_else(work_dir, capsys):
     assert run("fit", "--run_dir", "run") == 0
     before = checkpoint("run")
@@ -348,6 +362,7 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_over(work_dir):
     assert checkpoint("run")["global_step"] == 10
 
 
+@pytest.mark.slow
 def test_a_folder_with_a_run_is_not_written_over(work_dir, capsys):
     assert run("fit", "--run_dir", "one") == 0
     assert run("fit", "--run_dir", "other") == 0

@@ -75,6 +75,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.slow
 def test_the_check_sees_what_a_run_would_meet(work_dir):
     fit = ["fit", "--config", "tiny.yaml"]
     for options, expected in REFUSED:

@@ -14,6 +14,7 @@ TWO = ["--trainer.strategy", "ddp", "--trainer.devices", 2, "--data.batch_size",
 ONE = ["--data.batch_size", 8]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(work_dir):
     """Sums of gradients come in another order, so weights agree to rounding: measured 3e-14."""
     process = start("fit", "--config", "tiny.yaml", *SAME, *TWO)

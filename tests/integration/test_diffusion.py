@@ -83,6 +83,7 @@ def test_a_run_leaves_samples_and_figures(folder):
     assert list(read_metrics("run")["test_pca_frechet"]) == [6]
 
 
+@pytest.mark.slow
 def test_samples_are_rare_where_asked_for(folder):
     options = ["--run_dir", "run", "--trainer.val_check_interval", 1, "--model.sample_every", 4]
     assert run("fit", *options, "--trainer.max_steps", 2, "--schedule.horizon", 6) == 0
@@ -93,6 +94,7 @@ def test_samples_are_rare_where_asked_for(folder):
     assert not (folder / "none/samples").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--model.ema_decay", "null", "--model.min_snr_gamma", 5]])
 def test_a_resumed_run_equals_one_that_never_stopped(folder, options):
     """Dropout, noise, timesteps, the order of images and the average of the weights, to the last bit."""
@@ -111,6 +113,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(folder, options):
             assert {at: read_metrics(f"from-{step}")[name][at] for at in expected} == expected
 
 
+@pytest.mark.slow
 def test_samples_take_nothing_from_the_training(folder):
     for name, options in {
         "with": [],
@@ -120,6 +123,7 @@ def test_samples_take_nothing_from_the_training(folder):
     assert_same_state(checkpoint("with"), checkpoint("without"))
 
 
+@pytest.mark.slow
 def test_new_images_are_those_of_their_seeds(folder):
     assert run("fit", "--run_dir", "run") == 0
     written = []

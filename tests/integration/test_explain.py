@@ -509,6 +509,7 @@ def test_a_reader_that_stops_early(monkeypatch):
         show("text")
 
 
+@pytest.mark.slow
 def test_a_model_of_70_billion_parameters_takes_no_memory(folder):
     """In a process of its own: less than 2 GB, most of it for torch and transformers."""
     write_json(folder / "config.json", LLAMA3_70B)

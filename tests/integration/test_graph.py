@@ -128,6 +128,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(sampling, first, folder):
         assert metrics[1]["val_accuracy"][step] == accuracy
 
 
+@pytest.mark.slow
 def test_the_best_so_far_survives_a_resume(folder):
     """With a learning rate that spoils the weights after the first part, the best is that of the first part."""
     assert run("fit", "--run_dir", "cut", "--trainer.max_steps", 20, "--schedule.horizon", 20) == 0
@@ -143,6 +144,7 @@ def test_the_best_so_far_survives_a_resume(folder):
     assert [after["test_accuracy_at_best"][step] for step in (22, 24)] == [0.125, 0.125]
 
 
+@pytest.mark.slow
 def test_seeds_change_the_start_and_leave_the_split(folder):
     losses = []
     for seed in (0, 0, 1):

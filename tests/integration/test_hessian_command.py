@@ -110,6 +110,7 @@ def test_advice_is_a_recipe_that_fit_takes(small):
     assert command(["explain", "advised.yaml"]) == 0
 
 
+@pytest.mark.slow
 def test_a_checkpoint_has_another_spectrum(small, monkeypatch):
     from lightning_adam_mini.tasks.checkpoints.saving import AtomicCheckpointIO
 
@@ -131,6 +132,7 @@ def test_a_checkpoint_has_another_spectrum(small, monkeypatch):
     assert weights == "averaged weights of step 5, runs/tiny/checkpoints/last.ckpt"
 
 
+@pytest.mark.slow
 def test_the_configuration_of_a_run_names_its_run(small):
     assert command(["fit", "--config", "tiny.yaml", "--trainer.max_steps", "5", "--run_dir", "mine"]) == 0
     shutil.copy("mine/config.yaml", "copy.yaml")
@@ -273,7 +275,7 @@ def test_options_of_the_recipe_change_it(small):
         (["js", "tiny.yaml", "--blocks", "*c_fc.weight"], "js compares blocks"),
         (["js", "tiny.yaml", "--ckpt_path", "last"], "no checkpoint in runs/tiny/checkpoints"),
         (["js", "tiny.yaml", "--data.path", "nothing.txt"], "nothing.txt"),
-        (["spectrum", "tiny.yaml", "--blocks", "h.0.attn.c_attn.wight"], "close ones: .*c_attn.weight"),
+        (["spectrum", "tiny.yaml", "--blocks", "h.0.attn.c_attn.wight"], "did you mean .*c_attn.weight"),
         (["spectrum", "tiny.yaml", "--blocks", "re:("], "not a regular expression"),
         (["spectrum", "tiny.yaml", "--blocks", f"{FUSED}[999]"], "there is no block 999"),
         (["spectrum", "tiny.yaml", "--blocks", f"{FUSED}[0]", "--steps", "33"], r"use at most 32"),

@@ -89,6 +89,7 @@ def on_ranks(rank, world, name, layout, reduction, forward_first):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "layout", "world", "reduction", "forward_first"),
     [

@@ -181,6 +181,7 @@ def test_a_layout_trains_as_one_process(layout):
     assert loss == pytest.approx(expected_loss, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ALL)
 def test_gradients_are_clipped_by_their_norm(layout):
     weights, _ = train(layout, gradient_clip_val=0.3)
@@ -188,12 +189,14 @@ def test_gradients_are_clipped_by_their_norm(layout):
     assert distance(weights, alone()[0]) > 100 * WITHIN, "nothing was clipped"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ALL)
 def test_gradients_are_accumulated(layout):
     weights, _ = train(layout, accumulate_grad_batches=2)
     assert distance(weights, alone(accumulate_grad_batches=2)[0]) < WITHIN
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ALL)
 def test_bfloat16(layout):
     """To the accuracy of the precision."""
@@ -202,6 +205,7 @@ def test_bfloat16(layout):
     assert loss != alone()[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", each("ddp", "fsdp2", "hsdp", "tp", "fsdp2 x tp"))
 def test_weights_are_averaged(layout):
     features = (("average", 0.8),)
@@ -217,6 +221,7 @@ def test_fsdp1_averages_no_weights():
         train("fsdp1", (("average", 0.8),))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ALL)
 def test_activations_are_computed_again(layout):
     """By the model's option, which every layout has; strategies of this package have one of their own."""
@@ -227,6 +232,7 @@ def test_activations_are_computed_again(layout):
         assert distance(train(layout, of_strategy=(("activation_checkpointing", True),))[0], alone()[0]) < WITHIN
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", OURS)
 def test_weights_are_drawn_in_shards(layout):
     """Ranks never hold the model whole, and still begin with the weights of one process."""
@@ -236,6 +242,7 @@ def test_weights_are_drawn_in_shards(layout):
     assert distance(weights, alone()[0]) > 100 * WITHIN, "they were not drawn in shards"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", each("ddp", "fsdp2", "hsdp", "fsdp1"))
 def test_a_network_of_convolutions(layout):
     features = (("network", "convolutions"),)
@@ -243,6 +250,7 @@ def test_a_network_of_convolutions(layout):
     assert distance(weights, alone(features)[0]) < WITHIN
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", each("ddp", "fsdp2", "hsdp", "tp", "fsdp2 x tp"))
 def test_a_checkpoint_goes_on_in_one_process(layout, tmp_path):
     train(layout, folder=tmp_path, steps=STEPS // 2)
@@ -252,6 +260,7 @@ def test_a_checkpoint_goes_on_in_one_process(layout, tmp_path):
     assert distance(found, alone()[0]) < WITHIN
 
 
+@pytest.mark.slow
 def test_a_run_of_the_first_fsdp_goes_on(tmp_path):
     """There alone: its second moments have the shapes of parameters, until `adam-mini convert` makes means of them."""
     train("fsdp1", folder=tmp_path, steps=STEPS // 2)

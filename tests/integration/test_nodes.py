@@ -57,6 +57,7 @@ def assert_trained_as_one(*options):
     assert two["optimizer_states"][0]["param_groups"] == one["optimizer_states"][0]["param_groups"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "strategy", "devices"),
     [

@@ -45,6 +45,7 @@ def test_resumed_after_a_step(work_dir, options, steps):
             assert set(resumed[name]) - set(expected) <= {step}, "a validation may come again"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("validated", [True, False], ids=["after validation", "between validations"])
 def test_resumed_at_the_end_of_a_run(work_dir, validated):
     options = ["--schedule.horizon", 20, "--trainer.val_check_interval", 5 if validated else 7]
@@ -58,6 +59,7 @@ def test_resumed_at_the_end_of_a_run(work_dir, validated):
         assert read_metrics("parts")[name].items() >= read_metrics("whole")[name].items()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save_at_epoch_end", ["true", "false"])
 def test_resumed_at_the_end_of_an_epoch(work_dir, save_at_epoch_end):
     """Runs that epochs end, as in vision: validation comes with the end of each."""
@@ -73,6 +75,7 @@ def test_resumed_at_the_end_of_an_epoch(work_dir, save_at_epoch_end):
         assert read_metrics("parts")[name] == read_metrics("whole")[name]
 
 
+@pytest.mark.slow
 def test_the_newest_numbered_folder_is_continued(work_dir):
     for _ in range(2):
         assert run("fit", "--schedule.horizon", 20) == 0
@@ -108,6 +111,7 @@ def test_a_start_that_failed_leaves_no_configuration(work_dir):
     assert sorted(path.name for path in (work_dir / "run").glob("config*")) == ["config.yaml"]
 
 
+@pytest.mark.slow
 def test_another_learning_rate_warns_and_is_not_used(work_dir):
     horizon = ["--schedule.horizon", 20]
     assert run("fit", "--run_dir", "whole", *TO_20) == 0

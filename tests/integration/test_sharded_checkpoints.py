@@ -192,6 +192,7 @@ def test_a_full_disk_on_one_rank_is_told_by_all_and_spoils_nothing(saved, rank):
     assert read(saved)["global_step"] == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [slow(0), 1])
 def test_a_rank_killed_while_it_saves(saved, whole, rank):
     """The others end at once, the old checkpoint continues exactly, and what is half written goes."""

@@ -138,6 +138,7 @@ def test_moments_of_elements_have_the_bits_of_the_reference(maximize):
     torch.testing.assert_close(tensor.param, other.param, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 @given(st.lists(cuts(), min_size=1, max_size=4), st.booleans())
 def test_random_cuts_over_fifty_steps(blocks, maximize):
     torch.manual_seed(0)

@@ -59,12 +59,12 @@ def run_on_ranks(rank, folder, layout, world, partition, options):
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        (("fsdp2", 4), ("fsdp2", 1)),
-        (("fsdp2", 1), ("fsdp2", 2)),
+        pytest.param(("fsdp2", 4), ("fsdp2", 1), marks=pytest.mark.slow),
+        pytest.param(("fsdp2", 1), ("fsdp2", 2), marks=pytest.mark.slow),
         (("fsdp2", 2), ("fsdp2", 3)),
         pytest.param(("hsdp", 4), ("fsdp2", 3), marks=pytest.mark.slow),
-        ((None, 1), ("fsdp2", 2)),
-        (("fsdp2", 3), (None, 1)),
+        pytest.param((None, 1), ("fsdp2", 2), marks=pytest.mark.slow),
+        pytest.param(("fsdp2", 3), (None, 1), marks=pytest.mark.slow),
         pytest.param(("fsdp2 x tp", 4), ("fsdp2", 2), marks=pytest.mark.slow),
         pytest.param(("fsdp2", 2), ("tp", 2), marks=pytest.mark.slow),
     ],
@@ -171,6 +171,7 @@ def train_frozen_first(rank, layout, world, dcp, like):
     return whole_parameters(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dcp", [False, True])
 @pytest.mark.parametrize("layout", ["fsdp2", "fsdp1"])
 def test_frozen_parameters_that_train_later_under(layout, dcp):

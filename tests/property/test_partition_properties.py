@@ -436,6 +436,7 @@ def test_every_element_lies_in_one_block(tree, strategy):
             assert sizes.sum() == parameter.numel()
 
 
+@pytest.mark.slow
 @settings(many, max_examples=15)  # each partitions a model once for every parameter
 @given(any_trees, strategies)
 def test_frozen_parameters_have_a_problem_only_where_training_them_would_raise(tree, strategy):

@@ -738,7 +738,7 @@ TWO_LONG_RUNS = (*ONE_RUN[:4], "1e-4", "1e-3", "--seeds", "1", "--set", "trainer
 
 
 @pytest.mark.parametrize(
-    "signum", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM, signal.SIGKILL]
+    "signum", [signal.SIGTERM, *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGINT, signal.SIGKILL))]
 )
 def test_a_stop_leaves_no_process_and_the_next_start_goes_on(comparing, tmp_path, signum):
     process, folders = start_compare(tmp_path, *TWO_LONG_RUNS)

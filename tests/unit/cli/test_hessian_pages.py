@@ -11,7 +11,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
 from lightning_adam_mini.cli.hessian.pictures import draw_divergences, draw_hessians, drawn
-from lightning_adam_mini.cli.hessian.report import HessianReport, ReportTable, log_duration, log_each
+from lightning_adam_mini.cli.hessian.report import HessianReport, PageTable, log_duration, log_each
 from lightning_adam_mini.hessian import Heterogeneity, Scale
 from lightning_adam_mini.measure import describe_machine
 
@@ -84,7 +84,7 @@ def test_code_in_a_note_keeps_its_lines(tmp_path):
 
 
 def test_sentences_are_aligned_to_the_left_with_their_heads(tmp_path):
-    table = ReportTable(
+    table = PageTable(
         "Reasons", ["parameter", "reason", "bytes"], [["a", "long " * 12, "1"], ["b", "short", "22"]], left=2
     )
     text = page(tmp_path, tables=[table])
@@ -96,7 +96,7 @@ def test_a_logged_table_keeps_names_in_brackets_and_long_lines(tmp_path, caplog)
     caplog.set_level(logging.INFO, "lightning_adam_mini")
     logging.getLogger("lightning_adam_mini").propagate = True
     name = "transformer." * 30 + "weight[0]"
-    table = ReportTable("Blocks", ["block", "rows"], [[name, "8"], ["[red]:smile:", "1,024"]])
+    table = PageTable("Blocks", ["block", "rows"], [[name, "8"], ["[red]:smile:", "1,024"]])
     HessianReport(Namespace(out=tmp_path), {}, tables=[table]).log([tmp_path])
     width = len(name)
     assert caplog.messages[0].splitlines() == [

@@ -67,7 +67,7 @@ def test_a_block_of_the_partition_has_its_elements():
         ("second.weight", "second.weight is frozen, and the Hessian is that of trainable parameters"),
         ("second*[0]", "second.weight is frozen"),
         ("head.weight", "head.weight is the same tensor as table.weight, which goes by that name"),
-        ("first.weight ", "'first.weight ': no trainable parameter of that name; close ones: first.weight"),
+        ("first.weight ", "'first.weight ': no trainable parameter of that name; did you mean first.weight"),
         ("", "'': no trainable parameter"),
         ("re:(", "this is not a regular expression"),
         ("first.weight[16]", "there is no block 16"),

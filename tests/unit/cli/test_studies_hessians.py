@@ -121,6 +121,7 @@ def test_units_of_the_block_of_the_network_and_none_differ():
     assert max(found["block", 1.0], found["block", 1e-5]) < 1e-9
 
 
+@pytest.mark.slow
 def test_blocks_of_transformers_are_more_heterogeneous_than_those_of_cnns(tmp_path):
     networks = "networks=[ResNet18, VGG16, GPT-2]"
     outcome = outcome_of("heterogeneity", *SMALL, "seeds=[0]", networks, f"spectra={tmp_path}", "samples=4")

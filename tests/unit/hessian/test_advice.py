@@ -249,7 +249,7 @@ def test_noise_asks_for_one_block():
     [
         ({"method": "guess"}, "'auto', 'exact' or 'sketch'"),
         ({"method": "exact", "budget_bytes": 1000}, "raise the budget"),
-        ({"parameters": ["fist.weight"]}, "close ones: first.weight"),
+        ({"parameters": ["fist.weight"]}, "did you mean first.weight"),
         ({"parameters": []}, "no trainable matrix"),
     ],
 )

@@ -210,6 +210,7 @@ def test_bad_requests_are_refused(call, message):
         call(HessianOperator(model, classify, batches), blocks)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not apart.args[0], reason="this is the process")
 def test_in_a_process_of_its_own():
     assert_passes_apart(__file__)

@@ -104,7 +104,7 @@ def test_a_product_that_is_not_finite():
 def test_an_unknown_parameter_names_the_close_ones():
     model, batches = build("tied")
     operator = HessianOperator(model, classify, batches)
-    with pytest.raises(ValueError, match=r"no trainable parameter 'hidden.wieght'.*close ones: hidden.weight"):
+    with pytest.raises(ValueError, match=r"no trainable parameter 'hidden.wieght'.*did you mean hidden.weight"):
         operator.block_size(ParameterBlock("a", "hidden.wieght"))
     with pytest.raises(ValueError, match=r"no trainable parameter 'head\.weight'"):
         operator.block_size(ParameterBlock("a", "head.weight"))

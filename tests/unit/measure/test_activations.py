@@ -113,6 +113,7 @@ def test_views_and_released_tensors_count_once():
     assert memory.peak == 4000
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not apart.args[0], reason="this is the process")
 def test_in_a_process_of_its_own():
     assert_passes_apart(__file__)

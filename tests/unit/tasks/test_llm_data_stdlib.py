@@ -26,6 +26,7 @@ def stdlib(cache_dir):
     return data
 
 
+@pytest.mark.slow
 def test_corpus(stdlib):
     texts = [text for _, text in stdlib.documents()]
     num_bytes = sum(len(text.encode()) for text in texts)

@@ -92,6 +92,7 @@ def divided(rank, make, sizes, options=None):
     return train(model, data_rank=rank // tensor, data_ranks=data_ranks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "sizes"),
     [
@@ -115,6 +116,7 @@ def test_ranks_train_as_one(make, sizes):
         assert their_norms == pytest.approx(norms, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_tables_that_do_not_divide_lie_whole_on_each_rank():
     options = {"vocab_size": 47, "tie_word_embeddings": True}
     weights, _ = train(llama(**options))
@@ -179,6 +181,7 @@ def _initialised(rank, seed, sizes):
     return {name: whole(tensor) for name, tensor in model.state_dict().items()}, tied, sums, logits.detach()
 
 
+@pytest.mark.slow
 def test_weights_drawn_in_shards_do_not_depend_on_the_ranks():
     """As many distinct numbers as elements: no two ranks draw the same for their parts."""
     layouts = [{"shard": 1}, {"shard": 3}, {"shard": 2, "tensor": 2}]
