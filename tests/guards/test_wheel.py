@@ -65,6 +65,7 @@ def test_the_wheel_holds_nothing_else(wheel):
     assert not surplus
 
 
+@pytest.mark.slow
 def test_the_wheel_imports_outside_the_checkout(python, tmp_path):
     modules = f"{PACKAGE}, {PACKAGE}.tasks.llm, {PACKAGE}.cli, {PACKAGE}.configs"
     show = f"import {modules}; print(*[module.__file__ for module in ({modules})])"

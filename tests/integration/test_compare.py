@@ -17,6 +17,7 @@ from lightning_adam_mini.cli.main import main
 from tiny_runs import RECIPE, assert_same_state, checkpoint, error_line, start
 
 
+@pytest.mark.slow
 def test_a_grid_from_the_command_to_the_report(work_dir, capsys):
     options = ["--optimizers", "AdamMini:partition_overrides.value=whole", "--lr", "x1", "1e30", "--seeds", "1"]
     assert main(["compare", "tiny.yaml", *options, "--out", "out", "--jobs", "1"]) == 0

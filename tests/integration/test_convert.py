@@ -259,6 +259,7 @@ def sharded_step(rank, config, source, target):
         torch.save(rest, target / "meta.pt")
 
 
+@pytest.mark.slow
 def test_a_sharded_run_continues_from_a_folder_and_one_process_from_its_own(work_dir, trained):
     """Through the functions of Lightning's strategy, on two ranks."""
     from lightning.fabric.strategies import model_parallel  # noqa: F401 - before the ranks are forked

@@ -70,6 +70,7 @@ def test_state_bytes_are_the_optimizers_own(work_dir):
     assert 0.5 * adamw < own < 0.56 * adamw
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_trains(work_dir, name):
     lr = {"SGD": 0.3, "Lion": 2e-3, "LAMB": 0.1}.get(name, 1e-2)
@@ -94,6 +95,7 @@ def test_two_runs_in_a_row_take_two_folders(work_dir):
     assert len(read_metrics("runs/tiny")["val_loss"]) == len(read_metrics("runs/tiny-2")["val_loss"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

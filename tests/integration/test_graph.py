@@ -105,6 +105,7 @@ def test_validation_test_and_prediction_of_a_checkpoint(trained, monkeypatch, ca
     capsys.readouterr()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sampling", "first"), [("full", 5), ("parts", 10), ("parts", 9)])
 def test_a_resumed_run_equals_an_uninterrupted_one(sampling, first, folder):
     """With dropout, dropped edges and a drawn mask; stopped between validations, within and at the end of an epoch."""
@@ -173,6 +174,7 @@ def test_the_other_architectures_train(architecture, folder):
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "Adafactor"])
 def test_every_optimizer_takes_the_recipe(optimizer, folder):
     assert run("fit", "--run_dir", optimizer, "--optimizer", optimizer, "--trainer.max_steps", 2) == 0

@@ -25,8 +25,13 @@ def rows(run_dir):
     ("options", "steps"),
     [
         pytest.param([], [1, 8], id="plain"),
-        pytest.param(["--trainer.accumulate_grad_batches", 2], [3], id="accumulation"),
-        pytest.param(["--data.epoch_samples", 28, "--trainer.val_check_interval", 4], [4, 7, 13], id="short epochs"),
+        pytest.param(["--trainer.accumulate_grad_batches", 2], [3], id="accumulation", marks=pytest.mark.slow),
+        pytest.param(
+            ["--data.epoch_samples", 28, "--trainer.val_check_interval", 4],
+            [4, 7, 13],
+            id="short epochs",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(["--data.num_workers", 1], [6], id="worker", marks=pytest.mark.slow),
     ],
 )
@@ -84,6 +89,7 @@ def test_the_newest_numbered_folder_is_continued(work_dir):
     assert not (work_dir / "runs" / "tiny-3").exists()
 
 
+@pytest.mark.slow
 def test_a_longer_schedule_is_followed_from_the_step_on(work_dir):
     rates = []
     hook = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
@@ -97,6 +103,7 @@ def test_a_longer_schedule_is_followed_from_the_step_on(work_dir):
     assert rates[10] > 2 * rates[9], "the first step of the longer schedule has its rate already"
 
 
+@pytest.mark.slow
 def test_the_configuration_of_each_start_is_kept(work_dir):
     assert run("fit", "--run_dir", "run") == 0
     assert run("fit", "--run_dir", "run", "--ckpt_path", "last", *TO_20) == 0
@@ -127,6 +134,7 @@ def test_another_learning_rate_warns_and_is_not_used(work_dir):
     assert_same_state(checkpoint("run"), checkpoint("whole"))
 
 
+@pytest.mark.slow
 def test_evaluation_loses_no_metrics(work_dir):
     assert run("fit", "--run_dir", "run") == 0
     before, report = rows(work_dir / "run"), (work_dir / "run" / "report.md").read_bytes()
@@ -165,6 +173,7 @@ def test_a_moved_folder_is_continued_in_place(work_dir):
     assert not list((work_dir / "new" / "checkpoints").glob("last-v*"))
 
 
+@pytest.mark.slow
 def test_a_saved_configuration_starts_a_run_of_its_own(work_dir):
     assert run("fit", "--run_dir", "old") == 0
     before = (work_dir / "old" / "checkpoints" / "last.ckpt").stat().st_mtime_ns

@@ -54,6 +54,7 @@ def grown(work_dir):
     return work_dir
 
 
+@pytest.mark.slow
 def test_a_file_that_is_added_changes_no_token_of_the_run(grown, capsys):
     before, kept = last_loss(), checkpoint("run")["data_record"]["meaning"]["tokenizer"]["tokenizer.json"]
     with pytest.warns(UserWarning, match=r"not quite those of the run \(text changed\): what is held out here may"):

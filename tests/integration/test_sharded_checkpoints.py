@@ -211,6 +211,7 @@ def test_a_rank_killed_while_it_saves(saved, whole, rank):
         assert_near(found[part], whole[0][part], part)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save_last", [slow(True), "link"])
 def test_the_best_and_the_last_of_a_run(tmp_path, save_last):
     def callback():

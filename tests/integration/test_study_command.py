@@ -135,6 +135,7 @@ def test_every_quadratic_study_draws(name):
     assert sorted(path.name for path in Path("found").iterdir()) == FILES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["leave_x_out", "trajectories", "sensitivity", "blockwise_gd"])
 def test_every_study_on_text_draws(name):
     pytest.importorskip("transformers")

@@ -55,6 +55,7 @@ def test_colours_are_learnt(images):
     assert read_metrics("run")["val_top1"][60] > 0.6, "the largest class holds 0.27"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "steps"),
     [

@@ -66,7 +66,14 @@ FUSED = (
 """Entries whose parameters order queries, keys and values in ways of their own."""
 
 
-@pytest.mark.parametrize("name", ENTRIES)
+# In the fast tests, every order of fused matrices, and a quarter of the others.
+SOME = [
+    pytest.param(name, marks=() if name in FUSED or number % 4 == 0 else pytest.mark.slow)
+    for number, name in enumerate(ENTRIES)
+]
+
+
+@pytest.mark.parametrize("name", SOME)
 def test_a_block_is_what_the_forward_pass_takes_for_a_head(name):
     entry = model_zoo.entries()[name]
     found = verified(entry)

@@ -97,6 +97,7 @@ def test_every_partition_trains_as_on_one_process(partition, name, layout, world
     assert largest_difference(name, layout, world, partition=partition) < WITHIN
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["fsdp2", "fsdp1"])
 @pytest.mark.parametrize("partition", ["transformer", "factored"])
 def test_the_reference_trains_as_on_one_process(partition, layout):
@@ -143,6 +144,7 @@ def step_on_ranks(rank, name, layout, world, options):
     return step_with_gradients(lay_out(build(name), layout, world)[0], **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "layout", "world"),
     [
@@ -187,6 +189,7 @@ def collectives(rank, name, layout, world, options):
     return counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "world", "partition", "expected"),
     [

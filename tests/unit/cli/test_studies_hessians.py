@@ -34,6 +34,7 @@ def diagonal(*eigenvalues):
     return [Tridiagonal(torch.tensor([value], dtype=torch.float64), torch.zeros(0), 0.0, 0.0) for value in eigenvalues]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_depends_on_its_seed_alone_and_all_of_its_blocks_have_curvature(name):
     first, again, other = (build_network(name, SIZES, seed) for seed in (0, 0, 1))

@@ -37,6 +37,7 @@ def test_corpus(stdlib):
     assert stdlib.bytes_per_token == pytest.approx(val_bytes / stdlib.num_val_tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the figures are those of Python 3.11's library")
 def test_corpus_of_python_3_11(stdlib):
     texts = [text for _, text in stdlib.documents()]
