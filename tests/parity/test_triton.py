@@ -149,8 +149,7 @@ def run_both(tensors, others, *, num_steps=3, grad_dtype=None, options=OPTIONS, 
 
 
 @compiled
-@pytest.mark.slow
-@pytest.mark.parametrize("tier", ["not slow", "slow"])
+@pytest.mark.parametrize("tier", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_all_of_this_file_in_the_interpreter(tier):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", "-m", tier, __file__]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}

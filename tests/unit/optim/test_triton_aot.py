@@ -101,7 +101,6 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "capability"),
     [
