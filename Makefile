@@ -13,8 +13,8 @@ TYPES   := build/types
 # slow tests of these files too.
 IN_CI   := $(addprefix tests/parity/test_,fused.py qkv_forward.py sharded_formats.py sharded_state.py sharding.py) \
 	$(addprefix tests/integration/test_,bench.py checkpoints.py compare.py convert.py ddp.py diffusion.py explain.py \
-	faults.py fit.py graph.py hessian_command.py hessian_sharded.py layouts.py nodes.py resume.py run_meaning.py \
-	sharded_checkpoints.py sharded_fit.py study_command.py vision.py) \
+	fit.py hessian_command.py hessian_sharded.py layouts.py nodes.py resume.py run_meaning.py \
+	sharded_checkpoints.py study_command.py) \
 	$(addprefix tests/unit/,cli/test_compare_runner.py cli/test_studies_hessians.py hessian/test_lanczos.py \
 	measure/test_activations.py tasks/test_llm_data_stdlib.py tasks/test_parallel_sharding.py) \
 	tests/guards/test_wheel.py tests/property/test_partition_properties.py

@@ -105,7 +105,6 @@ def test_validation_test_and_prediction_of_a_checkpoint(trained, monkeypatch, ca
     capsys.readouterr()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("sampling", "first"), [("full", 5), ("parts", 10), ("parts", 9)])
 def test_a_resumed_run_equals_an_uninterrupted_one(sampling, first, folder):
     """With dropout, dropped edges and a drawn mask; stopped between validations, within and at the end of an epoch."""
@@ -129,7 +128,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(sampling, first, folder):
         assert metrics[1]["val_accuracy"][step] == accuracy
 
 
-@pytest.mark.slow
 def test_the_best_so_far_survives_a_resume(folder):
     """With a learning rate that spoils the weights after the first part, the best is that of the first part."""
     assert run("fit", "--run_dir", "cut", "--trainer.max_steps", 20, "--schedule.horizon", 20) == 0
@@ -145,7 +143,6 @@ def test_the_best_so_far_survives_a_resume(folder):
     assert [after["test_accuracy_at_best"][step] for step in (22, 24)] == [0.125, 0.125]
 
 
-@pytest.mark.slow
 def test_seeds_change_the_start_and_leave_the_split(folder):
     losses = []
     for seed in (0, 0, 1):
@@ -174,7 +171,6 @@ def test_the_other_architectures_train(architecture, folder):
     assert losses[-1] < 0.7 * losses[0]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "Adafactor"])
 def test_every_optimizer_takes_the_recipe(optimizer, folder):
     assert run("fit", "--run_dir", optimizer, "--optimizer", optimizer, "--trainer.max_steps", 2) == 0

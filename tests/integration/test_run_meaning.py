@@ -188,7 +188,7 @@ def test_classes_are_those_of_the_run(work_dir, capsys):
     assert run("validate", *LAST, config="images.yaml") == 0
     assert last_loss() == before
     told = {
-        _add: "train/aardvark is no class of the run (1 such folders)",
+        _add: "train/aardvark is not a class of the run (1 such folders)",
         _remove: "train has no folder 'bee' (1 such classes of the run)",
         _rename: "train has no folder 'ant' (1 such classes of the run), and 'wasp' is none",
     }

@@ -55,7 +55,6 @@ def test_colours_are_learnt(images):
     assert read_metrics("run")["val_top1"][60] > 0.6, "the largest class holds 0.27"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "steps"),
     [
@@ -82,7 +81,6 @@ def test_a_resumed_run_equals_the_one_that_never_stopped(images, options, steps)
     assert any(float(values.abs().max()) > 0 for values in difference), "else nothing is averaged"
 
 
-@pytest.mark.slow
 def test_an_average_is_resumed_at_the_end_of_a_run(images):
     assert run("fit", "--run_dir", "whole", *MIXED) == 0
     options = ["--schedule.horizon", 8, *MIXED]
@@ -91,7 +89,6 @@ def test_an_average_is_resumed_at_the_end_of_a_run(images):
     assert_same_state(checkpoint("parts"), checkpoint("whole"))
 
 
-@pytest.mark.slow
 def test_an_average_is_resumed_after_an_interrupt(images, monkeypatch):
     """The step in which the signal comes is averaged too, before the checkpoint is saved."""
     assert run("fit", "--run_dir", "whole", *MIXED) == 0
