@@ -190,7 +190,7 @@ def test_classes_are_those_of_the_run(work_dir, capsys):
     told = {
         _add: "train/aardvark is not a class of the run (1 such folders)",
         _remove: "train has no folder 'bee' (1 such classes of the run)",
-        _rename: "train has no folder 'ant' (1 such classes of the run), and 'wasp' is none",
+        _rename: "train has no folder 'ant' (1 such classes of the run), and 'wasp' is not one of them",
     }
     for number, (change, line) in enumerate(told.items()):
         shutil.copytree("images", f"images{number}")
