@@ -22,6 +22,7 @@ from .errors import cannot_write
 
 __all__ = [
     "atomic_file",
+    "new_folder",
     "put_in_place",
     "read_json",
     "recover",
@@ -70,6 +71,25 @@ def replacing(
     finally:
         with contextlib.suppress(OSError):
             remove(new)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write an exported folder to, which moves to `path` if the block raises nothing.
+
+    Unlike `replacing`, it never takes the place of something else.
+
+    Raises:
+        ValueError: There is something at `path`.
+    """
+    if path.exists():
+        raise ValueError(f"{path} exists; choose another folder for the export, or remove it")
+    new = temporary_path(path)
+    try:
+        yield new
+        new.rename(path)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -118,7 +118,8 @@ class StepPlan:
         """Whether all parameters are known to be on the CPU, where no graph is captured."""
         self._views = [view for members in views for view in members if view.grad is not None]
         self._communicates = any(view.shard.groups for members in views for view in members)
-        self._has_overlaps = any(_entangled(members) for members in views)
+        # A plan that communicates is not kept, so its steps need not look for overlaps a second time.
+        self._has_overlaps = not self._communicates and any(_entangled(members) for members in views)
 
     def keep(self, groups: Groups, state: Mapping[Tensor, Any]) -> bool:
         """Note what the plan depends on; return whether the next step may use it.

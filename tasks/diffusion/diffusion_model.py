@@ -6,8 +6,6 @@ Shapes: `B` images, `C` channels, `H` by `W` pixels.
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +20,7 @@ from lightning_adam_mini.factory import OptimizerFactory
 from lightning_adam_mini.hints import require_package
 from lightning_adam_mini.schedule import Schedule
 
-from ..atomic_files import replacing
+from ..atomic_files import new_folder, replacing
 from ..base import PrimaryMetric, Task
 from ..callbacks import WeightEMA
 from ..metrics import MeanLoss
@@ -347,14 +345,8 @@ class DiffusionModel(Task):
         from diffusers import DDPMPipeline
 
         path = Path(folder).expanduser()
-        if path.exists():
-            raise ValueError(f"{path} exists; choose another folder for the export, or remove it")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with new_folder(path) as temporary:
             DDPMPipeline(unet=self.network, scheduler=self.noise_schedule).save_pretrained(temporary)
-            temporary.rename(path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
         return path
 
     def pictures(self, folder: Path) -> dict[str, Path]:

@@ -6,8 +6,6 @@ Shapes: `B` sequences, `T` tokens a sequence, `V` vocabulary.
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,6 +19,7 @@ from lightning_adam_mini.factory import OptimizerFactory
 from lightning_adam_mini.measure import transformer_flops_per_token
 from lightning_adam_mini.schedule import Schedule
 
+from ..atomic_files import new_folder
 from ..base import PrimaryMetric, Task
 from ..data.module import TOKENIZER
 from ..gradient_release import check_release, release_gradients
@@ -281,17 +280,11 @@ class LanguageModel(Task):
             ValueError: The folder exists.
         """
         target = Path(folder).expanduser()
-        if target.exists():
-            raise ValueError(f"{target} exists; choose another folder for the export, or remove it")
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
+        with new_folder(target) as temporary:
             self.network.save_pretrained(temporary)
             tokenizer = getattr(self.data_module(), "tokenizer", None)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
-            temporary.rename(target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
         return target
 
     def batch_units(self, batch: dict[str, Tensor]) -> int:
