@@ -54,12 +54,13 @@ def leftovers(folder):
     return list(folder.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("signum", "accumulate"),
     [
         (signal.SIGINT, 1),
-        pytest.param(signal.SIGINT, 2, marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow),
+        (signal.SIGINT, 2),
+        (signal.SIGTERM, 1),
     ],
 )
 def test_a_signal_ends_the_run_after_its_step(work_dir, capsys, signum, accumulate):
@@ -107,6 +108,7 @@ def test_ctrl_c_as_the_user_types_it(work_dir):
     assert checkpoint("run")["global_step"] > 0
 
 
+@pytest.mark.slow
 def test_a_kill_while_saving_leaves_the_old_checkpoint(work_dir):
     assert run("fit", "--run_dir", "run") == 0
     folder, before = work_dir / "run" / "checkpoints", checkpoint("run")
@@ -130,6 +132,7 @@ def _die_while_saving(path):
     AtomicCheckpointIO().save_checkpoint({}, path)
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_saving(work_dir, capsys):
     assert run("fit", "--run_dir", "run", "--schedule.horizon", 20) == 0
     before = checkpoint("run")
@@ -349,6 +352,7 @@ def test_the_best_checkpoint(work_dir, capsys):
     assert "besides the last one run/checkpoints holds: none" in error_line(capsys)
 
 
+@pytest.mark.slow
 def test_a_run_that_died_before_its_first_checkpoint_starts_over(work_dir):
     """As a job that is queued again: the same command, always with `--ckpt_path last`."""
     options = ["--run_dir", "run", "--ckpt_path", "last"]

@@ -141,6 +141,7 @@ def test_a_run_that_is_over_is_continued_with_more_steps(tmp_path, trainer, sche
     assert _further(tmp_path / "config.yaml", {"global_step": 10, **saved}) == further
 
 
+@pytest.mark.slow
 def test_back_to_adamw(work_dir, trained):
     assert main(["convert", str(trained / "mini"), "--to", "adamw", "--out", "new.ckpt"]) == 0
     before, after = checkpoint(trained / "mini"), load("new.ckpt")
@@ -164,6 +165,7 @@ def test_another_partition(work_dir, trained):
     assert run("fit", "--run_dir", "next", "--ckpt_path", "new.ckpt", "--trainer.max_steps", 12, *partition) == 0
 
 
+@pytest.mark.slow
 def test_a_file_of_another_program(work_dir, trained):
     """Lightning's own file: AdamW over one group, a schedule with one entry a group, nothing of ours."""
     saved = checkpoint(trained / "adamw")
@@ -295,6 +297,7 @@ def test_a_sharded_run_continues_from_a_folder_and_one_process_from_its_own(work
     assert run("fit", "--run_dir", "next", "--ckpt_path", "w.ckpt", "--trainer.max_steps", 12, *ADAMW) == 0
 
 
+@pytest.mark.slow
 def test_a_folder_of_fsdp1(work_dir, trained):
     """Weights under `model`, and second moments expanded to the parameters' shapes."""
     assert main(["convert", str(trained / "mini"), "--to", "adamw", "--out", "wide.ckpt"]) == 0
@@ -319,6 +322,7 @@ def test_a_folder_of_fsdp1(work_dir, trained):
             torch.testing.assert_close(entry[key], value, rtol=2e-7, atol=0)
 
 
+@pytest.mark.slow
 def test_what_is_there_is_replaced_only_when_asked(work_dir, trained, capsys):
     source, target = str(trained / "adamw"), work_dir / "new.ckpt"
     target.write_text("mine")

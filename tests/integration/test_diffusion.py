@@ -140,6 +140,7 @@ def test_new_images_are_those_of_their_seeds(folder):
     assert (grid[2:50:6, 2:50:6].flatten() - first[0]).abs().max() <= 1, "the grid has the same images"
 
 
+@pytest.mark.slow
 def test_the_exported_model_is_the_averaged_one(folder, capsys):
     assert run("fit", "--run_dir", "run") == 0
     assert main(["export", "run"]) == 0

@@ -60,6 +60,7 @@ def test_gradients_that_are_not_finite_show_in_the_validation(work_dir, monkeypa
     assert not (work_dir / "run" / "checkpoints" / "last.ckpt").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_from_the_good_checkpoint(work_dir, poisoned, monkeypatch):
     with monkeypatch.context() as patch:
         poison = LanguageModel.training_step

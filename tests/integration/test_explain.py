@@ -110,6 +110,7 @@ def test_a_recipe_gives_partition_and_overrides(folder, capsys):
     assert data["warnings"] == []
 
 
+@pytest.mark.slow
 def test_options_win_over_the_recipe(folder, capsys):
     data = as_json(capsys, "llm/llama2_7b", "--override", "value=row")
     assert data["totals"]["blocks"] == 1_163_841

@@ -80,6 +80,7 @@ def test_export_overwrites_nothing(work_dir, run_dir, capsys):
     assert (work_dir / "deep" / "er" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_export_after_a_second_start_and_on_another_machine(work_dir):
     """Neither the options of that start nor its accelerator and precision belong to the model."""
     bf16 = ["--trainer.precision", "bf16-true"]
@@ -120,6 +121,7 @@ def test_the_folder_must_fit_the_data(work_dir, run_dir, capsys):
     assert "the data have 300 tokens, the model's vocabulary 280" in error_line(capsys)
 
 
+@pytest.mark.slow
 def test_predictions(work_dir, run_dir, capsys):
     before = (work_dir / "run" / "metrics.jsonl").read_bytes()
     prompts = ["--data.prompts", '["the cat", "", "a dog likes"]', "--model.sample_tokens", 8]

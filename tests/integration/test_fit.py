@@ -89,6 +89,7 @@ def test_the_same_seed_gives_the_same_bits(work_dir):
         assert_same_state(checkpoint("one"), checkpoint("other"))
 
 
+@pytest.mark.slow
 def test_two_runs_in_a_row_take_two_folders(work_dir):
     assert run("fit") == run("fit") == 0
     assert sorted(path.name for path in (work_dir / "runs").iterdir()) == ["tiny", "tiny-2"]
@@ -120,6 +121,7 @@ def test_other_ways_to_train(work_dir, options):
     assert all(tensor.isfinite().all() for tensor in saved["state_dict"].values())
 
 
+@pytest.mark.slow
 def test_a_check_of_the_recipe_is_no_run(work_dir):
     assert run("fit", "--run_dir", "run", "--trainer.fast_dev_run", "true") == 0
     assert not {"checkpoints", "metrics.jsonl", "report.md"} & {path.name for path in (work_dir / "run").iterdir()}
@@ -135,6 +137,7 @@ def test_precision_reaches_weights_and_state(work_dir):
     assert {entry["exp_avg_sq"].dtype for entry in state.values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_changes_nothing_but_memory(work_dir):
     for name, flag in {"plain": "false", "again": "true"}.items():
         assert run("fit", "--run_dir", name, "--model.activation_checkpointing", flag) == 0
@@ -165,10 +168,12 @@ def test_the_last_step_is_validated_whatever_the_interval(work_dir):
     assert "validation loss" in (work_dir / "run" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_without_logging_comes_to_its_end(work_dir):
     assert run("fit", "--run_dir", "run", "--trainer.log_every_n_steps", 0) == 0
 
 
+@pytest.mark.slow
 def test_a_picture_that_fails_costs_no_result(work_dir, monkeypatch):
     def fail(self, folder):
         raise RuntimeError("no picture")

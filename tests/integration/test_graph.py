@@ -35,6 +35,7 @@ def trained(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_metrics_of_every_validation_are_there_and_the_best_is_kept(trained):
     metrics = read_metrics(trained / "one")
     steps = [2, 4, 6, 8]
@@ -105,7 +106,10 @@ def test_validation_test_and_prediction_of_a_checkpoint(trained, monkeypatch, ca
     capsys.readouterr()
 
 
-@pytest.mark.parametrize(("sampling", "first"), [("full", 5), ("parts", 10), ("parts", 9)])
+@pytest.mark.parametrize(
+    ("sampling", "first"),
+    [pytest.param("full", 5, marks=pytest.mark.slow), pytest.param("parts", 10, marks=pytest.mark.slow), ("parts", 9)],
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(sampling, first, folder):
     """With dropout, dropped edges and a drawn mask; stopped between validations, within and at the end of an epoch."""
     model = {"edge_dropout": 0.1, "input_dropout": 0.1, "mask_rate": 0.5, "label_reuse": True}
@@ -128,6 +132,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(sampling, first, folder):
         assert metrics[1]["val_accuracy"][step] == accuracy
 
 
+@pytest.mark.slow
 def test_the_best_so_far_survives_a_resume(folder):
     """With a learning rate that spoils the weights after the first part, the best is that of the first part."""
     assert run("fit", "--run_dir", "cut", "--trainer.max_steps", 20, "--schedule.horizon", 20) == 0
@@ -143,6 +148,7 @@ def test_the_best_so_far_survives_a_resume(folder):
     assert [after["test_accuracy_at_best"][step] for step in (22, 24)] == [0.125, 0.125]
 
 
+@pytest.mark.slow
 def test_seeds_change_the_start_and_leave_the_split(folder):
     losses = []
     for seed in (0, 0, 1):
@@ -204,6 +210,7 @@ def test_wrong_input_is_told_in_one_line(options, told, folder, monkeypatch, cap
     assert not list(folder.rglob("metrics.jsonl"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_size_is_refused(folder, capsys):
     assert run("fit", "--run_dir", "one", "--trainer.max_steps", 2) == 0
     capsys.readouterr()

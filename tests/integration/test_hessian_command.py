@@ -41,6 +41,7 @@ def result(folder, name):
     return json.loads((folder / name).read_text())
 
 
+@pytest.mark.slow
 def test_js_writes_spectra_pictures_and_a_page(small, caplog):
     run("js", "--steps", 8, "--probes", 2, "--sigma", 0.01, "--whole", "--blocks", "*attn*weight", "*c_fc.weight")
     out = small / "runs/hessian/tiny/js"
@@ -70,6 +71,7 @@ def test_js_writes_spectra_pictures_and_a_page(small, caplog):
     assert "mean divergence" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_spectrum_of_a_head_is_that_of_its_dense_hessian(small):
     run("exact", "--blocks", f"{FUSED}[0]", "--out", "dense")
     run("spectrum", "--blocks", f"{FUSED}[0]", "--steps", 32, "--probes", 1, "--precision", "float64", "--out", "slq")
@@ -196,6 +198,7 @@ def test_advice_keeps_the_overrides_of_the_recipe(small):
     assert command(["explain", "advised.yaml"]) == 0
 
 
+@pytest.mark.slow
 def test_spectra_outlive_divergences_that_fail(small):
     linear = "the loss is linear in it"
 
@@ -215,6 +218,7 @@ def test_spectra_outlive_divergences_that_fail(small):
     assert "js" not in found
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_no_half_of_a_file(small, monkeypatch):
     from lightning_adam_mini.hessian.operators import HessianOperator
 

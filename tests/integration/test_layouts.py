@@ -60,7 +60,7 @@ LAYOUTS = {
     "fsdp2 x tp": (4, partial(FSDP2, tensor_parallel_size=2)),
     "fsdp1": (2, FSDP1),
 }
-QUICK = ("fsdp2", "tp")
+QUICK = ("fsdp2",)
 
 
 def each(*layouts):

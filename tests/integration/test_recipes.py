@@ -236,6 +236,7 @@ def test_a_misspelt_recipe_names_the_ones_that_come_near(capsys):
     assert "llm/llama2_7b.yaml" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_page_of_recipes_shows_the_same_figures():
     page = (ROOT / "docs" / "recipes.md").read_text("utf-8")
     rows = {row[1]: row[2] for row in re.finditer(r"^\| \[`llm/(\S+)`\]\(\S+\) \| (.*) \|$", page, re.MULTILINE)}

@@ -112,6 +112,7 @@ def test_the_configuration_of_each_start_is_kept(work_dir):
     assert "max_steps: 20" in second.read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_a_start_that_failed_leaves_no_configuration(work_dir):
     assert run("fit", "--run_dir", "run", "--model.config.vocab_size", 10) == 1
     assert run("fit", "--run_dir", "run") == 0
@@ -164,6 +165,7 @@ def test_last_is_the_newest_even_where_validation_gets_worse(work_dir, monkeypat
     assert checkpoint("run", "best-step=5")["global_step"] == 5
 
 
+@pytest.mark.slow
 def test_a_moved_folder_is_continued_in_place(work_dir):
     assert run("fit", "--run_dir", "old", "--schedule.horizon", 20) == 0
     shutil.move("old", "new")
@@ -182,6 +184,7 @@ def test_a_saved_configuration_starts_a_run_of_its_own(work_dir):
     assert checkpoint("new")["optimizer_factory"]["lr"] == 1e-3
 
 
+@pytest.mark.slow
 def test_no_step_left_is_told_and_spoils_no_report(work_dir):
     assert run("fit", "--run_dir", "run", *TO_20) == 0
     report = (work_dir / "run" / "report.md").read_bytes()
@@ -190,6 +193,7 @@ def test_no_step_left_is_told_and_spoils_no_report(work_dir):
     assert (work_dir / "run" / "report.md").read_bytes() == report
 
 
+@pytest.mark.slow
 def test_a_report_that_a_kill_prevented_is_written_at_the_next_start(work_dir):
     assert run("fit", "--run_dir", "run") == 0
     written = json.loads((work_dir / "run" / "result.json").read_text())
@@ -200,6 +204,7 @@ def test_a_report_that_a_kill_prevented_is_written_at_the_next_start(work_dir):
     assert (again["steps"], again["primary_metric"]) == (written["steps"], written["primary_metric"])
 
 
+@pytest.mark.slow
 def test_reading_metrics_counts_repeated_steps_once(work_dir):
     """A kill between two checkpoints: the resumed run takes the steps since the first one again."""
     assert run("fit", "--run_dir", "run", "--schedule.horizon", 20, *EVERY_STEP) == 0

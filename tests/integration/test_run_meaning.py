@@ -79,6 +79,7 @@ def test_a_file_that_is_added_changes_no_token_of_the_run(grown, capsys):
     assert last_loss() == before
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_text_only_where_that_is_said(grown, capsys):
     before = checkpoint("run")
     more = [*LAST, "--trainer.max_steps", 8, "--trainer.val_check_interval", 4]
@@ -110,6 +111,7 @@ def test_what_decides_who_is_held_out_is_part_of_the_run(work_dir, capsys):
     assert "(data.val_fraction: 0.1 in the run, 0.3 here)" in error_line(capsys)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_an_older_version_is_used_with_one_warning(work_dir):
     assert run("fit", "--run_dir", "run", *SHORT) == 0
     for path in (work_dir / "run" / "checkpoints").glob("*.ckpt"):

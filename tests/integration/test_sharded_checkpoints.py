@@ -57,7 +57,7 @@ def slow(*values):
 @pytest.mark.parametrize(
     ("ranks", "how", "others", "how_then"),
     [
-        (2, {}, 3, {}),
+        slow(2, {}, 3, {}),
         (1, PLAIN, 2, FULL),
         slow(3, FULL, 1, PLAIN),
         slow(2, {}, 1, {}),
@@ -82,6 +82,7 @@ def test_ten_steps_here_and_ten_there_are_twenty(whole, tmp_path, ranks, how, ot
     assert torch.tensor(parts_of_validations).mean(0).tolist() == pytest.approx(validated[2:], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_full_file_is_that_of_one_process(whole, tmp_path):
     """Down to the numbers of parameters, types and the order of keys, so that nothing has to know who saved it."""
     fit_ranks(2, tmp_path, 20, None, tmp_path / "20.ckpt", **FULL)
@@ -181,6 +182,7 @@ def resume_and_save(rank, folder, patch):
     return error_of(rank, 2, folder, 12, folder / "10.ckpt", folder / "10.ckpt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [slow(0), 1])
 def test_a_full_disk_on_one_rank_is_told_by_all_and_spoils_nothing(saved, rank):
     told = run_ranks(2, resume_and_save, saved.parent, fail_to_write(rank, full_disk))

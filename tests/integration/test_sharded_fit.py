@@ -59,6 +59,7 @@ def assert_same_optimizer(one, other, tolerance):
             torch.testing.assert_close(others["state"][number][key], tensor, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one(work_dir):
     """GPT-2, tied, clipped, accumulating; then one process goes on with the checkpoint. Measured 2e-14."""
     both = [*SAME, "--trainer.accumulate_grad_batches", 2, "--trainer.val_check_interval", 4]

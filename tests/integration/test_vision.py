@@ -48,6 +48,7 @@ def test_a_run_leaves_its_figures_and_pictures(images, capsys):
     assert result["primary_metric"]["value"] == pytest.approx(metrics["val_top1"][8])
 
 
+@pytest.mark.slow
 def test_colours_are_learnt(images):
     """Each class has a colour of its own: a classifier that sees labels and images together finds all of them."""
     plain = ["--data.transforms.policy", "none", "--data.transforms.erasing", 0, "--trainer.max_steps", 60]
@@ -58,7 +59,7 @@ def test_colours_are_learnt(images):
 @pytest.mark.parametrize(
     ("options", "steps"),
     [
-        pytest.param(MIXED, [1, 6], id="mixed and averaged"),
+        pytest.param(MIXED, [1, 6], id="mixed and averaged", marks=pytest.mark.slow),
         pytest.param(["--trainer.accumulate_grad_batches", 2, *MIXED], [3], id="accumulation", marks=pytest.mark.slow),
         pytest.param(["--data.num_workers", 1, *MIXED], [6], id="worker", marks=pytest.mark.slow),
     ],
@@ -81,6 +82,7 @@ def test_a_resumed_run_equals_the_one_that_never_stopped(images, options, steps)
     assert any(float(values.abs().max()) > 0 for values in difference), "else nothing is averaged"
 
 
+@pytest.mark.slow
 def test_an_average_is_resumed_at_the_end_of_a_run(images):
     assert run("fit", "--run_dir", "whole", *MIXED) == 0
     options = ["--schedule.horizon", 8, *MIXED]
@@ -89,6 +91,7 @@ def test_an_average_is_resumed_at_the_end_of_a_run(images):
     assert_same_state(checkpoint("parts"), checkpoint("whole"))
 
 
+@pytest.mark.slow
 def test_an_average_is_resumed_after_an_interrupt(images, monkeypatch):
     """The step in which the signal comes is averaged too, before the checkpoint is saved."""
     assert run("fit", "--run_dir", "whole", *MIXED) == 0
@@ -124,6 +127,7 @@ def test_two_processes_count_as_one(images, batch_size):
     assert both["val_loss"][4] == pytest.approx(one["val_loss"][4], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_synchronised_batch_norm_on_the_cpu_is_told(images, capsys):
     """Torch would not say what to do."""
     alone = ["--trainer.strategy", "ddp", "--trainer.devices", 1]
@@ -133,6 +137,7 @@ def test_synchronised_batch_norm_on_the_cpu_is_told(images, capsys):
     assert told in error_line(capsys)
 
 
+@pytest.mark.slow
 def test_predictions_name_images_and_classes(images):
     assert run("fit", "--run_dir", "run", "--trainer.max_steps", 4) == 0
     (images / "images" / "train").rename(images / "gone")  # the checkpoint has the names of the classes

@@ -412,7 +412,7 @@ def sharded_steps(rank, default, implementation):
 
 
 @pytest.mark.parametrize("implementation", [None, pytest.param("foreach", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("default", [torch.float64, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 def test_defaults_of_torch_on_two_ranks(default, implementation):
     expected, _ = run_ranks(2, sharded_steps, None, implementation)
     for found in run_ranks(2, sharded_steps, default, implementation):
@@ -498,6 +498,7 @@ def fuzz(tmp_path, seed, count):
     assert len(file.read_text().splitlines()) == count
 
 
+@pytest.mark.slow
 def test_random_exchanges(tmp_path):
     fuzz(tmp_path, 7, 15)
 

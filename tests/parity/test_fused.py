@@ -290,6 +290,7 @@ def test_small_squares_are_not_lost_beside_large_ones():
 # Shards.
 
 
+@pytest.mark.slow
 @given(cuts(kinds=("mean",)), st.data())
 def test_rectangles_of_a_flattened_parameter(blocks, data):
     """As a rank of FSDP1 has them; the sums of squares come from elsewhere."""

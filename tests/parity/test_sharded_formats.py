@@ -129,6 +129,7 @@ def columns_on_rank(rank, world):
     return whole(layer.weight).detach(), {key: whole(value) for key, value in state.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 def test_columns_of_whole_groups(world):
     torch.manual_seed(0)
@@ -179,7 +180,8 @@ def part_of_a_run(rank, folder, world, format_name, start, stop):
     return whole_parameters(model)
 
 
-@pytest.mark.parametrize("format_name", ["8 bits", pytest.param("8 bits, rounded", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("format_name", ["8 bits", "8 bits, rounded"])
 def test_a_checkpoint_goes_on_exactly_on_other_ranks(tmp_path, format_name):
     for world, start, stop in ((1, 0, 2), (2, 2, 4), (3, 4, 6)):
         parameters, *_ = run_ranks(world, part_of_a_run, tmp_path, world, format_name, start, stop)
@@ -202,6 +204,7 @@ def other_formats_on_rank(rank, world, saved):
     return results
 
 
+@pytest.mark.slow
 def test_states_change_their_format_on_the_ranks():
     model = build("14 heads")
     optimizer = optimizer_of(model, {})

@@ -55,18 +55,19 @@ def run_on_ranks(rank, folder, layout, world, partition, options):
     return run(rank, folder, layout, world, partition, **options)
 
 
-@pytest.mark.parametrize("partition", ["transformer", pytest.param("factored", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("partition", ["transformer", "factored"])
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        pytest.param(("fsdp2", 4), ("fsdp2", 1), marks=pytest.mark.slow),
-        pytest.param(("fsdp2", 1), ("fsdp2", 2), marks=pytest.mark.slow),
+        (("fsdp2", 4), ("fsdp2", 1)),
+        (("fsdp2", 1), ("fsdp2", 2)),
         (("fsdp2", 2), ("fsdp2", 3)),
-        pytest.param(("hsdp", 4), ("fsdp2", 3), marks=pytest.mark.slow),
-        pytest.param((None, 1), ("fsdp2", 2), marks=pytest.mark.slow),
-        pytest.param(("fsdp2", 3), (None, 1), marks=pytest.mark.slow),
-        pytest.param(("fsdp2 x tp", 4), ("fsdp2", 2), marks=pytest.mark.slow),
-        pytest.param(("fsdp2", 2), ("tp", 2), marks=pytest.mark.slow),
+        (("hsdp", 4), ("fsdp2", 3)),
+        ((None, 1), ("fsdp2", 2)),
+        (("fsdp2", 3), (None, 1)),
+        (("fsdp2 x tp", 4), ("fsdp2", 2)),
+        (("fsdp2", 2), ("tp", 2)),
     ],
 )
 def test_a_checkpoint_goes_on_exactly_on_other_ranks(tmp_path, before, after, partition):

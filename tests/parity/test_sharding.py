@@ -73,9 +73,7 @@ def slow_but(cases, *fast):
         LAYOUTS,
         ("3 heads", "fsdp2", 2),
         ("3 heads", "fsdp1", 2),
-        ("experts", "fsdp2", 2),
         ("llama", "hsdp", 4),
-        ("llama", "tp", 2),
     ),
 )
 def test_ranks_train_as_one_process(name, layout, world):
@@ -89,9 +87,10 @@ OTHER_PARTITIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("partition", "name", "layout", "world"),
-    slow_but(OTHER_PARTITIONS, ("factored", "gpt2", "fsdp1", 3)),
+    OTHER_PARTITIONS,
 )
 def test_every_partition_trains_as_on_one_process(partition, name, layout, world):
     assert largest_difference(name, layout, world, partition=partition) < WITHIN

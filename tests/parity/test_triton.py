@@ -148,8 +148,9 @@ def run_both(tensors, others, *, num_steps=3, grad_dtype=None, options=OPTIONS, 
         gpu.update_(with_gradients(others, grads), options, **more)
 
 
+@pytest.mark.slow
 @compiled
-@pytest.mark.parametrize("tier", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tier", ["not slow", "slow"])
 def test_all_of_this_file_in_the_interpreter(tier):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", "-m", tier, __file__]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -27,7 +27,7 @@ from lightning_adam_mini.partition.layouts.parameter_names import is_output_name
 from lightning_adam_mini.partition.tree import plain_names
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch warns about tensors without elements, and old wrappers
-many = settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+many = settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 BY_ROLE = ("transformer", "transformer_early", "factored")
 
@@ -391,7 +391,7 @@ def attentions(draw):
     return module
 
 
-@settings(many, max_examples=25, phases=[Phase.explicit, Phase.generate])
+@settings(many, max_examples=15, phases=[Phase.explicit, Phase.generate])
 @given(st.lists(attentions(), min_size=1, max_size=2))
 def test_what_a_refusal_advises_is_accepted(modules):
     """The overrides settle all, the layouts all but what the message leaves open."""

@@ -108,6 +108,7 @@ def test_a_run_that_does_not(tmp_path, options, word, code, expected):
     assert again.get("starts") == (2 if word == "failed" else 1), "failed runs are tried again, diverged ones are not"
 
 
+@pytest.mark.slow
 def test_a_run_that_takes_too_long_goes_on_at_the_next_start(tmp_path, monkeypatch):
     monkeypatch.setenv("STAND_IN_STEP", "0.2")
     status = stand_in_job(tmp_path / "run", steps=30, timeout=2.0)()
@@ -130,6 +131,7 @@ def test_an_interrupted_run_goes_on_at_the_next_start(tmp_path, monkeypatch):
     assert steps_in(folder) == list(range(1, 51))
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_stop_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(process, "GRACE_SECONDS", 0.3)
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
@@ -392,6 +394,7 @@ def test_nothing_starts_after_an_interruption(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cluster", ["local", "debug"])
 def test_submitit(tmp_path, cluster):
     pytest.importorskip("submitit")
@@ -737,9 +740,8 @@ def pids_in(folder):
 TWO_LONG_RUNS = (*ONE_RUN[:4], "1e-4", "1e-3", "--seeds", "1", "--set", "trainer.max_steps=50")
 
 
-@pytest.mark.parametrize(
-    "signum", [signal.SIGTERM, *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGINT, signal.SIGKILL))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_stop_leaves_no_process_and_the_next_start_goes_on(comparing, tmp_path, signum):
     process, folders = start_compare(tmp_path, *TWO_LONG_RUNS)
     process.send_signal(signum)

@@ -153,6 +153,7 @@ def test_a_matrix_is_taken_with_its_outputs_first():
         assert_close(parameter.flatten()[matrix.block.index].view(matrix.shape), weight)
 
 
+@pytest.mark.slow
 def test_queries_and_keys_fall_into_heads_and_the_mlp_into_neurons():
     sizes = ("layers=1", "width=8", "heads=2", "bits=24", "context=6", "moments=[0, 10]", "seeds=[0]")
     outcome = outcome_of("transformer_hessian", *sizes)

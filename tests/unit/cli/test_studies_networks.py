@@ -138,6 +138,7 @@ def test_sgd_falls_where_layers_are_heterogeneous_and_adam_does_not():
     assert accuracy["AdamMini", 300] > accuracy["SGD", 300] + 0.05
 
 
+@pytest.mark.slow
 def test_one_rate_a_block_is_left_out_of_adam():
     """With a factor of nearly 0 the left-out block does not train, and the loss shows it."""
     sizes = (*SMALL, "seeds=[0,1]", "steps=12", "more_out=[2]", "draws=1", "adam_rates=[0.03]")
@@ -169,6 +170,7 @@ def test_a_probe_that_diverges_is_no_probe():
         outcome_of("blockwise_gd", *SMALL, "steps=20", "probe_rate=1e30")
 
 
+@pytest.mark.slow
 def test_adam_mini_stays_nearer_to_adamw_than_most():
     pytest.importorskip("pytorch_optimizer")
     outcome = outcome_of("trajectories", *SMALL, "seeds=[0]", "steps=30", "every=10", "rate=0.003")
@@ -204,6 +206,7 @@ def test_the_last_step_is_measured_whatever_the_interval():
     assert line["distance"] == distance[5] != distance[4]
 
 
+@pytest.mark.slow
 def test_sensitivity_is_measured_cell_by_cell():
     outcome = outcome_of(
         "sensitivity", *SMALL, "seeds=[0]", "steps=25", "rates=[0.0001,0.03]", "beta2s=[0.95]", "epss=[1e-8]"

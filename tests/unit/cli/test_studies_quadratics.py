@@ -99,6 +99,7 @@ def test_the_frozen_scale_of_adam_mini_is_that_of_the_first_step_of_the_optimize
     assert_close(moved, problem.start - 0.1 * adam_mini_scale(problem) * problem.gradient)
 
 
+@pytest.mark.slow
 def test_three_blocks_want_a_rate_each():
     """Figure 3 at a small size: a rate a block, then Adam, then one rate; a block alone wants one rate."""
     outcome = outcome_of("three_block_quadratic", "seeds=[0,1,2]", "block_size=10", "iterations=100", "rates=[0.3,1.0]")

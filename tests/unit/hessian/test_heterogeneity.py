@@ -162,6 +162,7 @@ def test_from_a_model_to_js0():
     assert chosen.names == ("first", "bias")
 
 
+@pytest.mark.slow
 def test_blocks_of_a_model_under_wrappers_are_found():
     model = Quadratic(3.0)
     wrapped = torch.compile(model)

@@ -370,6 +370,7 @@ def test_other_parameters_get_graphs_of_their_own():
         assert relative_error(operator.product(vector), dense @ vector) < EXACT
 
 
+@pytest.mark.slow
 def test_tensors_stay_alive_within_keep_graphs_alone():
     model, batches = build("gpt2")
     operator = HessianOperator(model, classify, batches)

@@ -149,7 +149,7 @@ def by_plain_name(module, **options):
     return [(plain.get(name, name), cut.role.name, cut.structure, cut.blocks) for name, cut in partition.items()]
 
 
-@pytest.mark.parametrize("strategy", ["transformer", "transformer_early"])
+@pytest.mark.parametrize("strategy", ["transformer", pytest.param("transformer_early", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_a_wrapper_changes_nothing(wrapper, model, strategy):

@@ -45,6 +45,7 @@ def test_corpus_of_python_3_11(stdlib):
     assert sum(len(text.encode()) for text in texts) == pytest.approx(9.56e6, rel=0.02)
 
 
+@pytest.mark.slow
 def test_statistics(stdlib):
     assert stdlib.vocab_size == 2048
     assert 2e6 < stdlib.num_train_tokens < 4e6
@@ -52,6 +53,7 @@ def test_statistics(stdlib):
     assert 6.4 < stdlib.unigram_loss() < 6.65
 
 
+@pytest.mark.slow
 def test_hash_is_stable_and_follows_the_text(stdlib, monkeypatch):
     again = StdlibText()
     assert again.hash_corpus() == stdlib.corpus_hash
@@ -59,6 +61,7 @@ def test_hash_is_stable_and_follows_the_text(stdlib, monkeypatch):
     assert again.hash_corpus() != stdlib.corpus_hash
 
 
+@pytest.mark.slow
 def test_batches_are_code(stdlib):
     text = stdlib.tokenizer.decode(next(iter(stdlib.train_dataloader()))["input_ids"].flatten())
     assert "self" in text

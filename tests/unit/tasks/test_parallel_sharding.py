@@ -132,6 +132,7 @@ def _tied(rank, vocab_size):
     return table is head, table.requires_grad, str(table.placements[0].is_shard(0)), len(list(model.parameters()))
 
 
+@pytest.mark.slow
 def test_tables_stay_tied_and_frozen():
     count = len(list(llama(tie_word_embeddings=True).parameters()))
     assert run_ranks(2, _tied, 48)[0] == (True, False, "True", count)
