@@ -157,16 +157,14 @@ def _nearest(path: Path) -> Path:
 
 
 def make_folder(out: Path) -> None:
-    """Create the folder of `--out`, and check that it is writable before the work.
+    """Create the folder of `--out` before the work.
 
     Raises:
-        OSError: It cannot be created or written to.
+        ValueError: It cannot be created or written to.
+        OSError: It is a file.
     """
-    import tempfile
-
+    check_place(out)
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out):
-        pass
 
 
 @contextmanager

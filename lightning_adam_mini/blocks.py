@@ -155,7 +155,7 @@ class Blocks:
         return self._kept_shape(1 if self.axis is None else self.shape[self.axis])
 
     @cached_property
-    def cuts_rows(self) -> bool:
+    def has_row_blocks(self) -> bool:
         """Whether every block is one row."""
         return self.kind is Kind.MEAN and bool(self.segments) and all(s.block_size == 1 for s in self.segments)
 
@@ -349,7 +349,7 @@ class Blocks:
     @cached_property
     def _keeps_rows(self) -> bool:
         """Whether sums per row are sums per block already."""
-        return self.axis is None or self.cuts_rows
+        return self.axis is None or self.has_row_blocks
 
     @cached_property
     def _counts(self) -> tuple[int, list[int], list[int]]:

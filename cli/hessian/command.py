@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+
+from lightning_adam_mini.hints import require_package
 
 from ..arguments import cpu_threads, make_folder
 from ..recipes import find_recipe, name_of
@@ -32,8 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     options.command_line = shlex.join(["adam-mini", "hessian", *arguments])
     recipe = find_recipe(options.recipe, given_as="RECIPE")
     for package in ("lightning", "matplotlib", "jinja2"):
-        if importlib.util.find_spec(package) is None:
-            raise ValueError(f"hessian needs {package}; install it with pip install 'lightning-adam-mini[app]'")
+        require_package(package, "hessian")
     if options.out is None:
         options.out = Path("runs") / "hessian" / name_of(recipe) / options.command
     make_folder(options.out)

@@ -350,7 +350,7 @@ def find_parts(structures: Mapping[str, Blocks], scores: Mapping[str, Score]) ->
 
 def _is_into_parts(blocks: Blocks) -> bool:
     """Whether the blocks are long runs of rows or columns, and few."""
-    return len(blocks.segments) == 1 and not blocks.cuts_rows and 2 <= blocks.num_values <= MAX_PARTS
+    return len(blocks.segments) == 1 and not blocks.has_row_blocks and 2 <= blocks.num_values <= MAX_PARTS
 
 
 def score_parts(parameter: str, runs: Blocks, score: ScoreFunction) -> tuple[MatrixPart, ...]:

@@ -197,7 +197,7 @@ def _axes_of_whole_blocks(blocks: Blocks) -> set[int]:
     if blocks.kind is Kind.ELEMENT:
         return set(range(len(blocks.shape)))
     axes = set(blocks.batch_axes)
-    if blocks.cuts_rows:
+    if blocks.has_row_blocks:
         assert blocks.axis is not None
         axes.add(blocks.axis)
     return axes
@@ -208,7 +208,7 @@ def _restrict(blocks: Blocks, sizes: dict[int, int]) -> Blocks:
     if not sizes:
         return blocks
     shape = tuple(sizes.get(axis, size) for axis, size in enumerate(blocks.shape))
-    if blocks.cuts_rows:
+    if blocks.has_row_blocks:
         assert blocks.axis is not None
         return Blocks.rows(shape, axis=blocks.axis, batch_axes=blocks.batch_axes)
     return Blocks(shape, blocks.kind, blocks.axis, blocks.batch_axes, blocks.segments, blocks.repeats)

@@ -34,7 +34,7 @@ __all__ = [
     "first_moment_dtype",
     "fits_parameter",
     "init_state",
-    "is_laid_out_as",
+    "is_sharded_as",
     "partition_changes",
     "restore_state",
     "saved_signatures",
@@ -165,7 +165,7 @@ def fits_parameter(
     )
 
 
-def is_laid_out_as(state: Mapping[str, Tensor], parameter: Tensor) -> bool:
+def is_sharded_as(state: Mapping[str, Tensor], parameter: Tensor) -> bool:
     """Whether a state is spread over ranks as its parameter is."""
     exp_avg = state["exp_avg"]
     if is_dtensor(exp_avg) and is_dtensor(parameter):

@@ -21,7 +21,7 @@ from lightning_adam_mini.optim.fsdp1 import FlatRange, FlatState
 from lightning_adam_mini.optim.params import check_gradient, check_parameter
 from lightning_adam_mini.optim.quantized import check_format
 from lightning_adam_mini.optim.shards import Shard
-from lightning_adam_mini.optim.state import NO_STATE, init_state, is_laid_out_as, restore_state, steps_taken
+from lightning_adam_mini.optim.state import NO_STATE, init_state, is_sharded_as, restore_state, steps_taken
 from lightning_adam_mini.optim.stochastic_rounding import Rounding, dtensor_positions, name_seed
 from lightning_adam_mini.partition import ParameterPartition, recut
 from lightning_adam_mini.partition.tree import plain_names
@@ -335,7 +335,7 @@ class ParameterTable:
         for old, change in by_old.items():
             state = states.get(old)
             is_same = change.known.partition is self.known[old].partition
-            if state and not (change.new is old and is_same and is_laid_out_as(state, old)):
+            if state and not (change.new is old and is_same and is_sharded_as(state, old)):
                 fresh = self.fresh_state(change.new, change.known, capturable=change.capturable)
                 if is_same and not state["exp_avg"].is_meta:
                     restore_state(fresh, state)

@@ -318,7 +318,7 @@ def _blocks_within_rows(view: ParameterView) -> Callable[[torch.Size], Blocks] |
     blocks = view.blocks
     if blocks.kind is Kind.ELEMENT:
         return Blocks.element
-    return Blocks.rows if blocks.cuts_rows and blocks.axis == 0 and view.square_sums is None else None
+    return Blocks.rows if blocks.has_row_blocks and blocks.axis == 0 and view.square_sums is None else None
 
 
 # Lists of tensors

@@ -16,7 +16,7 @@ def segments(draw, repeats):
 
 
 @st.composite
-def cuts(draw, kinds=tuple(Kind)):
+def block_structures(draw, kinds=tuple(Kind)):
     """Blocks of any kind, with up to two batch axes before the cut axis and two reduced axes around it."""
     before, after = draw(st.lists(sizes, max_size=2)), draw(st.lists(sizes, max_size=2))
     batch_axes = tuple(axis for axis in range(len(before)) if draw(st.booleans()))

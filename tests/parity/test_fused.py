@@ -15,7 +15,7 @@ from lightning_adam_mini.optim.kernels import cpu
 from lightning_adam_mini.optim.shards import Shard, flat_boxes
 from lightning_adam_mini.optim.state import init_state
 from lightning_adam_mini.optim.update import ParameterView, StepOptions
-from random_blocks import cuts
+from random_blocks import block_structures
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
@@ -139,7 +139,7 @@ def test_moments_of_elements_have_the_bits_of_the_reference(maximize):
 
 
 @pytest.mark.slow
-@given(st.lists(cuts(), min_size=1, max_size=4), st.booleans())
+@given(st.lists(block_structures(), min_size=1, max_size=4), st.booleans())
 def test_random_cuts_over_fifty_steps(blocks, maximize):
     torch.manual_seed(0)
     tensors = [parameter_view(b) for b in blocks]
@@ -291,7 +291,7 @@ def test_small_squares_are_not_lost_beside_large_ones():
 
 
 @pytest.mark.slow
-@given(cuts(kinds=("mean",)), st.data())
+@given(block_structures(kinds=("mean",)), st.data())
 def test_rectangles_of_a_flattened_parameter(blocks, data):
     """As a rank of FSDP1 has them; the sums of squares come from elsewhere."""
     size = torch.Size(blocks.shape).numel()

@@ -28,7 +28,7 @@ from lightning_adam_mini.optim.shards import Shard, flat_boxes, grid_boxes
 from lightning_adam_mini.optim.state import init_state
 from lightning_adam_mini.optim.stochastic_rounding import Rounding
 from lightning_adam_mini.optim.update import ParameterView, StepOptions
-from random_blocks import cuts
+from random_blocks import block_structures
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -197,7 +197,7 @@ def test_every_kernel_is_among_them(device):
 
 @interpreted
 @settings(max_examples=12)
-@given(st.lists(cuts(), min_size=4, max_size=8), st.booleans())
+@given(st.lists(block_structures(), min_size=4, max_size=8), st.booleans())
 def test_random_blocks(tolerances, drawn, capturable):
     tensors = [parameter_view(blocks, device="cpu", capturable=capturable) for blocks in drawn]
     others = copy.deepcopy(tensors)

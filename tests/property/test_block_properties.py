@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lightning_adam_mini import blocks as blocks_module
 from lightning_adam_mini.blocks import Kind
-from random_blocks import cuts
+from random_blocks import block_structures
 
 slices = st.sampled_from([None, 1, 4])
 
@@ -57,7 +57,7 @@ def random_tensor(blocks):
     return torch.randn(blocks.shape, dtype=torch.float64) * torch.randn(blocks.shape, dtype=torch.float64).exp()
 
 
-@given(cuts(kinds=(Kind.MEAN, Kind.ELEMENT)))
+@given(block_structures(kinds=(Kind.MEAN, Kind.ELEMENT)))
 def test_every_element_lies_in_one_block(blocks):
     index = blocks.block_index()
     assert index.shape == blocks.shape
@@ -68,7 +68,7 @@ def test_every_element_lies_in_one_block(blocks):
     assert len(groups) == blocks.num_values
 
 
-@given(cuts(kinds=(Kind.MEAN, Kind.ELEMENT)), slices)
+@given(block_structures(kinds=(Kind.MEAN, Kind.ELEMENT)), slices)
 def test_means_equal_brute_force(blocks, slice_elements):
     tensor = random_tensor(blocks)
     (means,) = mean_square(blocks, tensor, slice_elements)
@@ -81,7 +81,7 @@ def test_means_equal_brute_force(blocks, slice_elements):
     torch.testing.assert_close(means.flatten()[numbers], expanded, rtol=0, atol=0)
 
 
-@given(cuts(kinds=(Kind.FACTORED,)), slices)
+@given(block_structures(kinds=(Kind.FACTORED,)), slices)
 def test_factored_means_equal_brute_force(blocks, slice_elements):
     tensor = random_tensor(blocks)
     rows, columns = mean_square(blocks, tensor, slice_elements)
@@ -99,7 +99,7 @@ def test_factored_means_equal_brute_force(blocks, slice_elements):
             assert math.isclose(float(means[position]), sum(squares) / len(squares), rel_tol=1e-12)
 
 
-@given(cuts(kinds=(Kind.FACTORED,)))
+@given(block_structures(kinds=(Kind.FACTORED,)))
 def test_a_square_that_is_factored_is_reconstructed(blocks):
     """Where every segment of every expert is an outer product of rows and columns, the estimate is exact."""
     assert blocks.axis is not None
@@ -114,14 +114,14 @@ def test_a_square_that_is_factored_is_reconstructed(blocks):
     torch.testing.assert_close(estimate, tensor.square(), rtol=1e-12, atol=0)
 
 
-@given(cuts())
+@given(block_structures())
 def test_second_moments_broadcast_and_keep_the_mean(blocks):
     tensor = random_tensor(blocks)
     expanded = blocks.second_moment(*blocks.mean_square(tensor, dtype=torch.float64)).expand(blocks.shape)
     torch.testing.assert_close(expanded.mean(), tensor.square().mean(), rtol=1e-12, atol=0)
 
 
-@given(cuts())
+@given(block_structures())
 def test_roots_are_taken_of_the_second_moment(blocks):
     means = mean_square(blocks, random_tensor(blocks))
     before = [mean.clone() for mean in means]
@@ -131,7 +131,7 @@ def test_roots_are_taken_of_the_second_moment(blocks):
     assert all(torch.equal(a, b) for a, b in zip(before, means, strict=True))
 
 
-@given(cuts(), st.sampled_from([torch.float32, torch.float64]))
+@given(block_structures(), st.sampled_from([torch.float32, torch.float64]))
 def test_bytes(blocks, dtype):
     kept = blocks.mean_square(torch.ones(blocks.shape), dtype=dtype)
     assert blocks.num_bytes(dtype) == sum(mean.nbytes for mean in kept)
@@ -139,7 +139,7 @@ def test_bytes(blocks, dtype):
         assert blocks.num_values <= math.prod(blocks.shape)
 
 
-@given(cuts(kinds=(Kind.MEAN,)), st.data())
+@given(block_structures(kinds=(Kind.MEAN,)), st.data())
 def test_the_brute_force_can_fail(blocks, data):
     """One element less in a block changes its mean."""
     groups = [positions for positions in positions_by_block(blocks).values() if len(positions) > 1]

@@ -12,10 +12,10 @@ from lightning_adam_mini.optim.fsdp1 import compress_moments, expand_moments
 from lightning_adam_mini.optim.shards import Shard, flat_boxes, grid_boxes
 from lightning_adam_mini.optim.state import init_state
 from lightning_adam_mini.optim.update import ParameterView, StepOptions, reference_
-from random_blocks import cuts
+from random_blocks import block_structures
 
 OPTIONS = StepOptions(lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
-shared_cuts = cuts(kinds=(Kind.MEAN, Kind.FACTORED))
+shared_structures = block_structures(kinds=(Kind.MEAN, Kind.FACTORED))
 
 
 def random(shape, seed):
@@ -25,7 +25,7 @@ def random(shape, seed):
 @st.composite
 def divided(draw):
     """Blocks, and the shards of a tensor: ranges of its elements, or a grid with runs along each dimension."""
-    blocks = draw(shared_cuts)
+    blocks = draw(shared_structures)
     count = math.prod(blocks.shape)
     if draw(st.booleans()):
         marks = sorted(draw(st.lists(st.integers(0, count), max_size=3)))

@@ -129,8 +129,7 @@ def prepare_folder(folder: Path, name: str) -> None:
         name: Of the study; an earlier outcome of the same one is replaced.
 
     Raises:
-        ValueError: The folder has a file of the same name that no run of this study wrote.
-        OSError: The folder cannot be made, or nothing can be written to it.
+        ValueError: The folder cannot be written to, or has a file of the same name that no run of this study wrote.
     """
     make_folder(folder)
     if taken := [file for file in (RESULT, TABLE, FIGURE) if (folder / file).exists()]:

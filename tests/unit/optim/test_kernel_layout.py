@@ -9,7 +9,7 @@ from lightning_adam_mini import Blocks
 from lightning_adam_mini.blocks import Kind, Segment
 from lightning_adam_mini.optim.kernels.layout import Layout, box_layout, is_same_layout, layout
 from lightning_adam_mini.optim.shards import flat_boxes
-from random_blocks import cuts
+from random_blocks import block_structures
 
 
 def block_of_elements(found: Layout, numbers=None) -> torch.Tensor:
@@ -23,7 +23,7 @@ def in_memory_order(values: torch.Tensor, order) -> torch.Tensor:
     return (values.permute(order) if values.dim() else values).flatten()
 
 
-@given(cuts(kinds=(Kind.MEAN, Kind.ELEMENT)))
+@given(block_structures(kinds=(Kind.MEAN, Kind.ELEMENT)))
 def test_every_element_has_its_block(blocks):
     found = layout(blocks, torch.zeros(blocks.shape))
     if found is None:  # batch axes on both sides of a reduced one
@@ -32,7 +32,7 @@ def test_every_element_has_its_block(blocks):
     assert torch.equal(block_of_elements(found), in_memory_order(blocks.block_index(), found.order))
 
 
-@given(cuts(kinds=(Kind.MEAN,)), st.randoms())
+@given(block_structures(kinds=(Kind.MEAN,)), st.randoms())
 def test_axes_in_any_order_in_memory(blocks, random):
     order = random.sample(range(len(blocks.shape)), len(blocks.shape))
     tensor = torch.zeros([blocks.shape[axis] for axis in order]).permute([order.index(a) for a in range(len(order))])
@@ -43,7 +43,7 @@ def test_axes_in_any_order_in_memory(blocks, random):
         assert torch.equal(block_of_elements(found), memory.as_strided((memory.numel(),), (1,)))
 
 
-@given(cuts(kinds=(Kind.MEAN,)))
+@given(block_structures(kinds=(Kind.MEAN,)))
 def test_runs_cover_the_rows(blocks):
     found = layout(blocks, torch.zeros(blocks.shape))
     if found is None:

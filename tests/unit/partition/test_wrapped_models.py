@@ -322,7 +322,7 @@ def adapted(model, options):
     return peft.get_peft_model(model, peft.LoraConfig(r=3, **options))
 
 
-def assert_base_weights_keep_their_cuts(model, with_adapters):
+def assert_base_weights_keep_their_blocks(model, with_adapters):
     """Each base weight, and each trained copy of it, is what it is in the plain model; the rest are adapters."""
     expected = {name: row for name, *row in by_plain_name(model, strategy="transformer_early")}
     found = by_plain_name(with_adapters, strategy="transformer_early")
@@ -337,7 +337,7 @@ def assert_base_weights_keep_their_cuts(model, with_adapters):
 @pytest.mark.parametrize("adapters", ADAPTERS)
 def test_adapters_leave_the_roles_of_llama(adapters):
     model = tiny_models.llama()
-    assert_base_weights_keep_their_cuts(model, adapted(copy.deepcopy(model), ADAPTERS[adapters]))
+    assert_base_weights_keep_their_blocks(model, adapted(copy.deepcopy(model), ADAPTERS[adapters]))
 
 
 DECLARED = ()
@@ -348,7 +348,7 @@ DECLARED = ()
 )
 def test_adapters_leave_the_roles_of_gpt2(adapters):
     model = tiny_models.gpt2()
-    assert_base_weights_keep_their_cuts(model, adapted(copy.deepcopy(model), ADAPTERS_OF_GPT2[adapters]))
+    assert_base_weights_keep_their_blocks(model, adapted(copy.deepcopy(model), ADAPTERS_OF_GPT2[adapters]))
 
 
 def test_adapters_of_multihead_attention():
