@@ -222,11 +222,11 @@ def expressible_structures(model: nn.Module, factory: AdamMini) -> dict[str, dic
     found: dict[str, dict[str, Blocks]] = {}
     for name, parameter in model.named_parameters():
         found[name] = {KEEP: own[name]} if name in own else {}
-        for structure in (Structure.HEAD, Structure.ROW, Structure.WHOLE, Structure.ELEMENT):
+        for structure in (Structure.HEAD, Structure.ROW, Structure.COLUMN, Structure.WHOLE, Structure.ELEMENT):
             try:
                 by_role = dict.fromkeys(roles[name].roles, structure)
                 blocks = partition_parameter(tuple(parameter.shape), roles[name], by_role, is_overridden=True)
-            except ValueError:  # no layout knows its heads
+            except ValueError:  # no layout knows its heads, or it is a vector
                 continue
             found[name][str(structure)] = blocks
     return found

@@ -17,8 +17,8 @@ from lightning_adam_mini.partition import partition_module
 
 __all__ = ["Adam", "AdamMini", "AdamW", "PartitionName", "StructureName"]
 
-PartitionName = Literal["auto", "transformer", "transformer_early", "factored", "default", "element"]
-StructureName = Literal["head", "row", "whole", "element", "factored"]
+PartitionName = Literal["auto", "transformer", "transformer_early", "factored", "slimadam", "default", "element"]
+StructureName = Literal["head", "row", "column", "whole", "element", "factored"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +29,10 @@ class AdamMini(OptimizerFactory):
         betas: Decay rates of the first and second moment.
         eps: Added to the root of the second moment.
         partition: The strategy that chooses blocks: `auto` (`transformer` for models that look up tokens or attend
-            over them, else `default`), `transformer`, `transformer_early`, `factored`, `default` or `element`.
-        partition_overrides: Block structures by role, parameter name or `re:` pattern: `head`, `row`, `whole`,
-            `element` or `factored`. The first that matches wins.
+            over them, else `default`), `transformer`, `transformer_early`, `factored`, `slimadam`, `default` or
+            `element`.
+        partition_overrides: Block structures by role, parameter name or `re:` pattern: `head`, `row`, `column`,
+            `whole`, `element` or `factored`. The first that matches wins.
         partition_layouts: Names of layouts by module class, for classes that the library does not know, such as
             `{my_package.Attention: fused_per_head}`.
         exp_avg_dtype: Dtype of the first moment; the parameter's by default. `uint8` keeps matrices of 4096 elements or

@@ -8,7 +8,7 @@ models that are no Transformers.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
@@ -40,6 +40,8 @@ class Structure(StrEnum):
     """The rows of an attention head."""
     ROW = "row"
     """One row: an output neuron, token, channel."""
+    COLUMN = "column"
+    """One column of a matrix: an input neuron, input channel, embedding dimension."""
     WHOLE = "whole"
     """The tensor; in a fused tensor whose parts differ in structure, the part."""
     ELEMENT = "element"
@@ -65,6 +67,17 @@ class Strategy:
     def structure(self, role: Role) -> Structure:
         """The block structure of a role."""
         return self.structures.get(role, self.otherwise)
+
+    def structures_of(self, roles: Iterable[Role]) -> dict[Role, Structure]:
+        """The block structures of the parts of one parameter.
+
+        The blocks of a tensor are along one axis. So where only some parts of a fused matrix would have columns, these
+        have rows.
+        """
+        found = {role: self.structure(role) for role in roles}
+        if len(set(found.values())) > 1:
+            found = {role: Structure.ROW if own is Structure.COLUMN else own for role, own in found.items()}
+        return found
 
 
 MATRICES = (
@@ -113,6 +126,16 @@ STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
             ),
             # Ours, not the paper's: a factored second moment for matrices, a full one for vectors.
             Strategy("factored", dict.fromkeys(MATRICES, Structure.FACTORED)),
+            # Kalra et al., "When Can You Get Away with Low Memory Adam?" (2025), Table 1: SlimAdam's rule that needs no
+            # run. It says nothing of convolutions and of linear layers outside of Transformers: they are AdamW's.
+            Strategy(
+                "slimadam",
+                {
+                    **dict.fromkeys((Role.QUERY, Role.KEY), Structure.ROW),
+                    **dict.fromkeys((Role.TOKEN_EMBEDDING, Role.POSITION_EMBEDDING, Role.OUTPUT_HEAD), Structure.ROW),
+                    **dict.fromkeys((Role.VALUE, Role.ATTENTION_OUTPUT, Role.MLP, Role.EXPERT), Structure.COLUMN),
+                },
+            ),
             Strategy("default", {}, otherwise=Structure.WHOLE),
             Strategy("element", {}, otherwise=Structure.ELEMENT),
         )
@@ -132,7 +155,8 @@ def partition_parameter(
         is_overridden: Whether the user chose these structures, and not a strategy for all tensors.
 
     Raises:
-        StructureError: Heads of unknown size, or structures of a fused parameter that one tensor cannot combine.
+        StructureError: Heads of unknown size, columns of a vector, or structures of a fused parameter that one tensor
+            cannot combine.
     """
     wanted = {structures[part.role] for part in role.parts}
     unknown_heads = any(structures[part.role] is Structure.HEAD and part.head_dim is None for part in role.parts)
@@ -140,7 +164,10 @@ def partition_parameter(
         is_query_or_key = role.roles in ((Role.QUERY,), (Role.KEY,))
         possible = (Structure.ROW, Structure.WHOLE) if is_query_or_key else (Structure.ROW,)
         raise StructureError(role.problem or f"{role.name} has no heads", *possible)
-    if role.axis is None or wanted == {Structure.ELEMENT} or (len(shape) <= 1 and wanted == {Structure.FACTORED}):
+    is_full = wanted == {Structure.ELEMENT}
+    if len(shape) <= 1:  # a vector has nothing to factor, and no columns; who asks for these by an override is told
+        is_full = is_full or wanted == {Structure.FACTORED} or (wanted == {Structure.COLUMN} and not is_overridden)
+    if role.axis is None or is_full:
         return Blocks.element(shape)
     if wanted == {Structure.WHOLE}:
         # A strategy means the tensor, a user who overrides stacked matrices means each of them.
@@ -148,19 +175,37 @@ def partition_parameter(
         return Blocks.whole(shape, batch_axes=() if is_one else role.batch_axes)
     if wanted == {Structure.ROW}:
         return Blocks.rows(shape, axis=role.axis, batch_axes=role.batch_axes)
+    if wanted == {Structure.COLUMN}:
+        return Blocks.rows(shape, axis=_column_axis(shape, role), batch_axes=role.batch_axes)
     if wanted == {Structure.FACTORED}:
         lengths = tuple(part.length for part in role.parts)
         return Blocks.factored(
             shape, axis=role.axis, batch_axes=role.batch_axes, segment_lengths=lengths, repeats=role.repeats
         )
-    if wanted & {Structure.ELEMENT, Structure.FACTORED}:
+    if wanted & {Structure.COLUMN, Structure.ELEMENT, Structure.FACTORED}:
         raise StructureError(
-            f"the parts of a fused parameter ({role.name}) cannot combine element or factored with other structures; "
-            f"give all parts the same",
+            f"the parts of a fused parameter ({role.name}) cannot combine column, element or factored with other "
+            f"structures; give all parts the same",
             Structure.FACTORED,
         )
     segments = tuple(_segment(part, structures[part.role], role.repeats) for part in role.parts)
     return Blocks.segmented(shape, segments, axis=role.axis, repeats=role.repeats, batch_axes=role.batch_axes)
+
+
+def _column_axis(shape: tuple[int, ...], role: ParameterRole) -> int:
+    """The axis of the inputs: the first of the reduced axes, or where it has size 1, as in a class token, the next.
+
+    In a fused parameter all parts have the same inputs.
+
+    Raises:
+        StructureError: The parameter has no second axis.
+    """
+    inputs = [axis for axis in range(len(shape)) if axis != role.axis and axis not in role.batch_axes]
+    if not inputs:
+        raise StructureError(f"a parameter of shape {shape} has no columns", Structure.ELEMENT)
+    if Role.CONV in role.roles:
+        return inputs[0]  # input channels, even if there is one
+    return next((axis for axis in inputs if shape[axis] > 1), inputs[0])
 
 
 def _segment(part: Part, structure: Structure, repeats: int) -> Segment:
@@ -205,12 +250,10 @@ class Overrides:
 
     def structures(self, name: str, role: ParameterRole, strategy: Strategy) -> tuple[dict[Role, Structure], str]:
         """The block structure of each part of a parameter, and the reason."""
-        structures, reasons = {}, []
+        structures, reasons = strategy.structures_of(role.roles), []
         for part_role in role.roles:
             key = next((key for key in self._rules if self._matches(key, name, part_role)), None)
-            if key is None:
-                structures[part_role] = strategy.structure(part_role)
-            else:
+            if key is not None:
                 self._used.add(key)
                 structures[part_role] = self._rules[key]
                 reasons.append(f"override {key!r}")

@@ -145,6 +145,10 @@ def _verdict(
         return Status.CONTRADICTED, reason
     if blocks.axis is None:
         return Status.NOT_SEEN, "it is one block, whatever its rows do"
+    if found.structure == Structure.COLUMN:
+        if seen.axes and blocks.axis in seen.axes and seen.shape[blocks.axis] > 1:
+            return Status.CONTRADICTED, f"dimension {blocks.axis}, its columns, is an output"
+        return Status.CONFIRMED, _outputs_of(seen)
     if not seen.axes and seen.shape[blocks.axis] > 1:
         return Status.NOT_SEEN, "products sum over all of it, as for a factor of another weight"
     # Products may sum over independent matrices, such as experts: no block mixes them.

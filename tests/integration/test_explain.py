@@ -365,7 +365,7 @@ COMMANDS = [
     (["--diffusers", ""], COMMAND, "--diffusers is empty: give a name"),
     ([*GPT2_TINY, "--partition", "transfomer"], COMMAND, "--partition transfomer: choose from auto, transformer"),
     ([*GPT2_TINY, "--partition", "transfomer"], COMMAND, "did you mean transformer?"),
-    ([*GPT2_TINY, "--partition", "transformer_rank_one"], COMMAND, "transformer_early, factored, default"),
+    ([*GPT2_TINY, "--partition", "transformer_rank_one"], COMMAND, "transformer_early, factored, slimadam"),
     ([*GPT2_TINY, "--layout", "Foo=gpt2"], VALUE, "no module of this model is of class 'Foo'"),
     ([*GPT2_TINY, "--layout", "GPT2Attention=foo"], VALUE, "there is no layout 'foo'"),
     (

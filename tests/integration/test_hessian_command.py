@@ -105,7 +105,9 @@ def test_advice_is_a_recipe_that_fit_takes(small):
         "model.transformer.h.0.attn.c_proj.weight",
         "model.transformer.h.0.mlp.c_fc.weight",
     ]
-    assert all(row["structure"] in ("keep", "head", "row", "whole", "element") for row in found["parameters_advised"])
+    assert all(
+        row["structure"] in ("keep", "head", "row", "column", "whole", "element") for row in found["parameters_advised"]
+    )
     recipe = yaml.safe_load((small / "tiny.yaml").read_text())
     recipe["optimizer"]["init_args"]["partition_overrides"] = found["partition_overrides"]
     (small / "advised.yaml").write_text(yaml.safe_dump(recipe))

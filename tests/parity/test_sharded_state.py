@@ -56,7 +56,7 @@ def run_on_ranks(rank, folder, layout, world, partition, options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("partition", ["transformer", "factored"])
+@pytest.mark.parametrize("partition", ["transformer", "factored", "slimadam"])
 @pytest.mark.parametrize(
     ("before", "after"),
     [

@@ -82,7 +82,7 @@ def test_ranks_train_as_one_process(name, layout, world):
 
 OTHER_PARTITIONS = [
     (partition, *case)
-    for partition in ("transformer_early", "factored", "default", "element")
+    for partition in ("transformer_early", "factored", "slimadam", "default", "element")
     for case in (("14 heads", "fsdp2", 3), ("gpt2", "fsdp1", 3), ("llama", "fsdp2 x tp", 4))
 ]
 

@@ -29,7 +29,7 @@ from lightning_adam_mini.partition.tree import plain_names
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch warns about tensors without elements, and old wrappers
 many = settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
-BY_ROLE = ("transformer", "transformer_early", "factored")
+BY_ROLE = ("transformer", "transformer_early", "factored", "slimadam")
 
 FUSED_NAMES = ("Wqkv", "att_proj", "c_attn", "kqv", "proj_qkv", "qkv", "query_key_value", "to_qvk", "w_pack")
 

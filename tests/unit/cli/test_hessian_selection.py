@@ -114,7 +114,7 @@ def test_advice_stands_beside_the_overrides_of_the_recipe(advised, kept):
 
 def test_structures_that_can_be_asked_for():
     found = expressible_structures(Tied(), AdamMini(partition="default", partition_overrides={"first.weight": "row"}))
-    assert list(found["first.weight"]) == ["keep", "row", "whole", "element"]
+    assert list(found["first.weight"]) == ["keep", "row", "column", "whole", "element"]
     assert found["first.weight"]["keep"] == found["first.weight"]["row"]
     assert found["table.weight"]["keep"] == found["table.weight"]["whole"]
     assert torch.equal(found["first.weight"]["element"].block_index().flatten(), torch.arange(16))
@@ -123,8 +123,8 @@ def test_structures_that_can_be_asked_for():
 def test_what_can_be_asked_for_is_what_the_override_does():
     model = tiny_models.llama()
     found = expressible_structures(model, AdamMini())
-    assert set(found["model.layers.0.self_attn.q_proj.weight"]) == {KEEP, "head", "row", "whole", "element"}
-    assert set(found["lm_head.weight"]) == {KEEP, "row", "whole", "element"}
+    assert set(found["model.layers.0.self_attn.q_proj.weight"]) == {KEEP, "head", "row", "column", "whole", "element"}
+    assert set(found["lm_head.weight"]) == {KEEP, "row", "column", "whole", "element"}
     for name, structures in found.items():
         for structure in structures.keys() - {KEEP}:
             partition = partition_module(model, overrides={f"re:^{name}$": structure})

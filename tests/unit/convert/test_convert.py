@@ -16,7 +16,7 @@ from lightning_adam_mini.convert.second_moments import block_means, blocks_of_si
 from lightning_adam_mini.optim.state import check_partition
 
 OPTIONS = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8}
-PARTITIONS = ["transformer", "transformer_early", "factored", "default", "element"]
+PARTITIONS = ["transformer", "transformer_early", "factored", "slimadam", "default", "element"]
 
 
 def model(seed=0):

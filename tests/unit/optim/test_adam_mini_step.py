@@ -14,7 +14,7 @@ from lightning_adam_mini import AdamMini
 from lightning_adam_mini.optim.dispatch import Implementation
 
 IMPLEMENTATIONS = get_args(Implementation)
-PARTITIONS = ["transformer", "transformer_early", "factored", "default", "element"]
+PARTITIONS = ["transformer", "transformer_early", "factored", "slimadam", "default", "element"]
 
 
 def model():

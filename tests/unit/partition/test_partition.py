@@ -118,6 +118,7 @@ def test_overrides_by_role_name_and_pattern(key):
     [
         ("head", Blocks.rows((8, 8), block_size=2)),
         ("row", Blocks.rows((8, 8))),
+        ("column", Blocks.rows((8, 8), axis=1)),
         ("whole", Blocks.whole((8, 8))),
         ("element", Blocks.element((8, 8))),
         ("factored", Blocks.factored((8, 8))),
@@ -151,7 +152,7 @@ def test_vectors_are_never_factored():
     [
         (
             {"value": "rows"},
-            "block structure 'rows' for 'value'; choose from head, row, whole, element, factored",
+            "block structure 'rows' for 'value'; choose from head, row, column, whole, element, factored",
         ),
         ({"re:(": "row"}, r"'re:\(' is not a valid regular expression"),
         ({"expert": "row"}, "'expert' matches no parameter; this model has the roles query, key, value"),
