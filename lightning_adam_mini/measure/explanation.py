@@ -16,6 +16,8 @@ from lightning_adam_mini.measure.memory import adam_mini_state_bytes, adamw_stat
 from lightning_adam_mini.optim.params import check_parameter
 from lightning_adam_mini.optim.quantized import check_exp_avg_dtype
 from lightning_adam_mini.partition import (
+    PAPERS,
+    RECOMMENDED,
     ModuleLayout,
     ParameterPartition,
     Role,
@@ -108,6 +110,7 @@ class Explanation:
         warnings: What the user may not intend, each in one sentence with its remedy.
         frozen_tensors: Number of parameters without a gradient, which are left out.
         frozen_elements: Number of their elements.
+        recommended: Where the partition is one of the papers', what the one that we recommend would keep.
     """
 
     partition: str
@@ -115,6 +118,7 @@ class Explanation:
     warnings: tuple[str, ...] = ()
     frozen_tensors: int = 0
     frozen_elements: int = 0
+    recommended: Totals | None = None
 
     @property
     def totals(self) -> Totals:
@@ -136,6 +140,7 @@ class Explanation:
             "rows": [{**asdict(row), "shape": list(row.shape)} for row in self.rows],
             "roles": {role: asdict(totals) for role, totals in self.role_totals.items()},
             "totals": asdict(self.totals),
+            "recommended": self.recommended and {"partition": RECOMMENDED.name, **asdict(self.recommended)},
             "frozen": {"tensors": self.frozen_tensors, "elements": self.frozen_elements},
             "warnings": list(self.warnings),
         }
@@ -190,10 +195,12 @@ def explain(
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     other_names = _other_names(model)
-    rows = []
+    rows, recommended = [], []
     for name, parameter in trained.items():
         check_parameter(name, parameter)
-        rows.append(_row(parameter, partitions[name], other_names.get(name, []), exp_avg_dtype))
+        others = other_names.get(name, [])
+        rows.append(_row(parameter, partitions[name], others, exp_avg_dtype))
+        recommended.append(_row(parameter, partitions[name].under(RECOMMENDED), others, exp_avg_dtype))
     return Explanation(
         partition=strategy.name,
         rows=tuple(rows),
@@ -207,6 +214,7 @@ def explain(
         ),
         frozen_tensors=len(frozen),
         frozen_elements=sum(parameter.numel() for parameter in frozen),
+        recommended=Totals.of(recommended) if strategy.name in PAPERS else None,
     )
 
 

@@ -9,6 +9,7 @@ from itertools import product
 from typing import TYPE_CHECKING, TypeVar
 
 from lightning_adam_mini.measure.memory import format_bytes
+from lightning_adam_mini.partition import EVIDENCE, RECOMMENDED
 
 if TYPE_CHECKING:
     from lightning_adam_mini.measure.explanation import ExplainedParameter, Explanation
@@ -88,6 +89,9 @@ def _totals(explanation: Explanation) -> str:
         ("second moment", f"{totals.blocks:,} numbers of {totals.elements:,}, {removed}"),
         ("state", f"{bytes_of_both}: {_saving(totals.saving_percent)}"),
     ]
+    if other := explanation.recommended:
+        state = f"{format_bytes(other.state_bytes)}, {_saving(other.saving_percent)}"
+        lines.append(("recommended", f"partition {RECOMMENDED.name}: {other.blocks:,} numbers, {state}; {EVIDENCE}"))
     return _align(lines, right=set())
 
 

@@ -13,9 +13,12 @@ from lightning_adam_mini.partition.partition import (
     resolve_strategy,
 )
 from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
-from lightning_adam_mini.partition.strategies import STRATEGIES, Strategy, Structure
+from lightning_adam_mini.partition.strategies import EVIDENCE, PAPERS, RECOMMENDED, STRATEGIES, Strategy, Structure
 
 __all__ = [
+    "EVIDENCE",
+    "PAPERS",
+    "RECOMMENDED",
     "STRATEGIES",
     "Layouts",
     "ModuleLayout",

@@ -75,6 +75,12 @@ class ParameterPartition:
         by_role = dict(zip(self.role.roles, self.structures, strict=True))
         return self.structures[0] if len(set(self.structures)) == 1 else "+".join(by_role.values())
 
+    def under(self, strategy: Strategy) -> ParameterPartition:
+        """The partition that a strategy of no heads gives the parameter, without overrides."""
+        by_role = strategy.structures_of(self.role.roles)
+        blocks = partition_parameter(self.blocks.shape, self.role, by_role)
+        return replace(self, structures=tuple(by_role[role] for role in self.role.roles), blocks=blocks)
+
 
 def partition_module(
     module: nn.Module,

@@ -17,7 +17,17 @@ from lightning_adam_mini.blocks import Blocks, Segment
 from lightning_adam_mini.hints import did_you_mean
 from lightning_adam_mini.partition.roles import ParameterRole, Part, Role
 
-__all__ = ["STRATEGIES", "Overrides", "Strategy", "Structure", "StructureError", "partition_parameter"]
+__all__ = [
+    "EVIDENCE",
+    "PAPERS",
+    "RECOMMENDED",
+    "STRATEGIES",
+    "Overrides",
+    "Strategy",
+    "Structure",
+    "StructureError",
+    "partition_parameter",
+]
 
 
 class StructureError(ValueError):
@@ -141,6 +151,14 @@ STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
         )
     }
 )
+
+
+RECOMMENDED = STRATEGIES["factored"]
+"""The strategy whose loss is AdamW's on every recipe that was measured; `docs/results.md` has the figures."""
+EVIDENCE = "AdamW's loss in every comparison of docs/results.md, where the paper's partition loses two of six"
+"""Why it is recommended, in the words of a line of a report."""
+PAPERS = ("transformer", "transformer_early", "default")
+"""The partitions of the Adam-mini papers, which `RECOMMENDED` stands beside in reports."""
 
 
 def partition_parameter(

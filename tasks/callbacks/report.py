@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,12 +14,14 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
+from lightning_adam_mini.factory import AdamMini
 from lightning_adam_mini.measure import (
     adamw_state_bytes,
     describe_machine,
     optimizer_state_bytes,
     package_versions,
 )
+from lightning_adam_mini.partition import EVIDENCE, PAPERS, resolve_strategy
 
 from ..atomic_files import write_json, write_text
 from ..base import Task
@@ -83,6 +85,7 @@ class RunReport(Callback):
             "optimizer": type(pl_module.optimizer_factory).__name__,
             **pl_module.summary(),
             **_cost_lines(result["costs"]),
+            **_recommendation(pl_module),
             **{name: str(path) for name, path in pictures.items()},
         }
         width = max(map(len, lines))
@@ -106,6 +109,19 @@ def _cost_lines(costs: dict[str, Any]) -> dict[str, str]:
         if costs[name] is not None:
             lines[label] = f"{costs[name] * scale:,.1f} {unit}"
     return lines
+
+
+def _recommendation(task: Task) -> dict[str, str]:
+    """Where the partition is one of the papers', what the recommended one would keep."""
+    factory = task.optimizer_factory
+    if not isinstance(factory, AdamMini):
+        return {}
+    strategy = resolve_strategy(factory.partition, task, factory.partition_layouts)
+    if strategy.name not in PAPERS:
+        return {}
+    state = replace(factory, partition="factored", partition_overrides={}).predict_state_bytes(task)
+    share = state / adamw_state_bytes([p for p in task.parameters() if p.requires_grad])
+    return {"recommended partition": f"factored, {state / 1e6:.2f} MB ({share:.1%} of AdamW's); {EVIDENCE}"}
 
 
 def run_result(trainer: Trainer, task: Task, metrics: Metrics) -> dict[str, Any]:
