@@ -11,13 +11,13 @@ FOLDERS := lightning_adam_mini tasks cli configs
 TYPES   := build/types
 # What breaks most easily and costs users most: several processes, checkpoints, resumed runs, measurements. CI runs the
 # slow tests of these files too.
-IN_CI   := $(addprefix tests/parity/test_,fused.py qkv_forward.py sharded_formats.py sharded_state.py sharding.py) \
-	$(addprefix tests/integration/test_,bench.py checkpoints.py compare.py convert.py ddp.py diffusion.py explain.py \
-	fit.py hessian_command.py hessian_sharded.py layouts.py nodes.py resume.py run_meaning.py \
-	sharded_checkpoints.py study_command.py) \
-	$(addprefix tests/unit/,cli/test_compare_runner.py cli/test_studies_hessians.py hessian/test_lanczos.py \
-	measure/test_activations.py tasks/test_llm_data_stdlib.py tasks/test_parallel_sharding.py) \
-	tests/guards/test_wheel.py tests/property/test_partition_properties.py
+IN_CI   := $(addprefix tests/parity/test_,fused.py qkv_forward.py sharded_formats.py sharded_state.py sharding.py \
+	triton.py) \
+	$(addprefix tests/integration/test_,bench.py checkpoints.py convert.py ddp.py diffusion.py divergence.py \
+	explain.py export_predict.py fit.py graph.py hessian_command.py hessian_sharded.py layouts.py nodes.py recipes.py \
+	resume.py run_meaning.py sharded_checkpoints.py sharded_fit.py vision.py) \
+	$(addprefix tests/unit/,cli hessian measure/test_activations.py tasks/test_llm_data_stdlib.py \
+	tasks/test_parallel_sharding.py) tests/guards/test_wheel.py tests/property/test_partition_properties.py
 
 SHELL       := bash
 .SHELLFLAGS := -euo pipefail -c

@@ -498,7 +498,6 @@ def fuzz(tmp_path, seed, count):
     assert len(file.read_text().splitlines()) == count
 
 
-@pytest.mark.slow
 def test_random_exchanges(tmp_path):
     fuzz(tmp_path, 7, 15)
 
