@@ -1,4 +1,4 @@
-"""Adam-mini for PyTorch: Adam with one second moment a block, at half of AdamW's memory."""
+"""Adam-mini for PyTorch: AdamW with one second moment a block, or a factored one, at half of its state's memory."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

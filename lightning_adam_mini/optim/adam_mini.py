@@ -57,7 +57,7 @@ Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[
 # trace them, whatever is compiled around them. torch's own optimizers use the same decorator, which loads the compiler
 # only with the first call.
 class AdamMini(Optimizer):
-    r"""AdamW with one second moment per block of parameters: half of AdamW's memory.
+    r"""AdamW with one second moment per block of parameters: half of AdamW's state.
 
     .. math::
         v_b \leftarrow \beta_2 v_b + (1-\beta_2)\,\mathrm{mean}_b(g \odot g), \qquad

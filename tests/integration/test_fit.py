@@ -48,7 +48,8 @@ def test_a_run_leaves_all_its_files(work_dir, capsys):
     assert not list(folder.rglob("*.tmp"))
 
     report = (folder / "report.md").read_text("utf-8")
-    for fact in ("nats a token", "perplexity", "unigram", "AdamW's for this model", "sample", "loss_curve.png", "40"):
+    facts = ("nats a token", "perplexity", "unigram", "AdamW's for this model", "sample", "loss_curve.png", "40")
+    for fact in (*facts, "recommended partition**: factored"):
         assert fact in report, fact
     assert "optimizer state" in capsys.readouterr().out
 

@@ -374,3 +374,22 @@ def test_layouts_of_the_user():
     assert [row.role for row in explanation.rows] == ["linear", "attention_output"]
     optimizer = AdamMini(tiny_models.FusedAttention(), **options)
     assert explanation.totals.state_bytes == optimizer_state_bytes(optimizer)
+
+
+@pytest.mark.parametrize("build", [tiny_models.gpt2, tiny_models.mixtral, tiny_models.resnet18])
+@pytest.mark.parametrize("partition", ["auto", "transformer_early", "default"])
+def test_what_the_recommended_partition_would_keep(build, partition):
+    model = build()
+    found = explain(model, partition, {"re:.*": "whole"}).recommended
+    assert found == explain(model, "factored").totals
+    assert found.state_bytes == optimizer_state_bytes(AdamMini(model, partition="factored"))
+    text = str(explain(model, partition))
+    assert f"recommended    partition factored: {found.blocks:,} numbers" in text
+    assert explain(model, partition).to_dict()["recommended"]["partition"] == "factored"
+
+
+@pytest.mark.parametrize("partition", ["factored", "element", "slimadam", Strategy("mine", {})])
+def test_only_the_partitions_of_the_papers_have_another_beside_them(partition):
+    explanation = explain(tiny_models.llama(), partition)
+    assert explanation.recommended is None
+    assert "recommended" not in str(explanation)
