@@ -194,7 +194,7 @@ def test_measured_batches_fit(capsys):
         (["--hf", CONFIG, "--rounds", "0"], COMMAND, "--rounds 0: quartiles need at least 3"),
         (["--hf", CONFIG, "--ranks", "0"], COMMAND, "--ranks 0: at least 1"),
         (["--hf", CONFIG, "--threads", "0"], COMMAND, "--threads 0: at least 1"),
-        (["--hf", CONFIG, "--partition", "row_column"], COMMAND, "transformer_early, factored, default"),
+        (["--hf", CONFIG, "--partition", "row_column"], COMMAND, "transformer_early, factored, slimadam"),
         (["--hf", CONFIG, "--optimizers", "adamw"], COMMAND, "choose from adamw-fused, adamw-foreach"),
         (["--hf", CONFIG, "--optimizers", "authors", "authors"], COMMAND, "give each name once"),
         (["--hf", CONFIG, "--out", "file"], COMMAND, "this is a file"),
