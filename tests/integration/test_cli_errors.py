@@ -108,7 +108,7 @@ COMMANDS = [
     (["--config", "llm/gpt2_tinny"], COMMAND, "no recipe of that name; did you mean llm/gpt2_tiny.yaml"),
     (["--config"], COMMAND, "expected one argument"),
     (["llm/gpt2_tiny"], COMMAND, "llm/gpt2_tiny belongs to no option; give RECIPE first, or as --config RECIPE"),
-    (["--optimizer.partition", "transformer_rank_one"], COMMAND, "transformer_early, factored, default"),
+    (["--optimizer.partition", "transformer_rank_one"], COMMAND, "transformer_early, factored, slimadam"),
     (["--foo", 1], COMMAND, "there is no option --foo"),
 ]
 
