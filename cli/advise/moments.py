@@ -85,21 +85,17 @@ def run(options: Namespace) -> None:
         f"{kept:,}",
         f"{elements:,}",
     )
-    advised = AdamMini(
-        **{name: getattr(own, name) for name in SHARED},
-        **({"exp_avg_dtype": own.exp_avg_dtype} if isinstance(own, AdamMini) else {}),
-        partition="element",
-        partition_layouts=layouts,
-        partition_overrides=cast("Any", overrides),
-    )
-    section = {"optimizer": _as_options(advised)}
+    mini = own if isinstance(own, AdamMini) else AdamMini(**{name: getattr(own, name) for name in SHARED})
+    advised = replace(mini, partition="element", partition_overrides=cast("Any", overrides))
+    section = {"optimizer": {"class_path": "lightning_adam_mini.factory.AdamMini", "init_args": _init_args(advised)}}
     log.info("for the recipe:\n%s", yaml.safe_dump(section, sort_keys=False, width=200))
-    others = _without_optimizer(options.recipe_options)
+    words = _without_optimizer(options.recipe_options)
     if options.out is None:
-        asked = ["--optimizer.partition", "element", "--optimizer.partition_overrides", json.dumps(overrides)]
-        fit = [options.recipe, *others, "--optimizer", "AdamMini", *asked]
+        given = _init_args(advised, always=SHARED).items()
+        asked = [word for name, value in given for word in (f"--optimizer.{name}", _as_word(value))]
+        words = [options.recipe, *words, "--optimizer", "AdamMini", *asked]
     else:
-        fit = [str(options.out / "recipe.yaml"), *others]
+        words = [str(options.out / "recipe.yaml"), *words]
         content = without_start(read_yaml(recipe)) | section
         title = f"# {options.recipe} with second moments as `{options.command_line}` advises.\n"
         write_text(options.out / "recipe.yaml", title + yaml.safe_dump(content, sort_keys=False, width=200))
@@ -111,7 +107,7 @@ def run(options: Namespace) -> None:
             "optimizer": asdict(adamw),
             "num_values": kept,
             "num_elements": elements,
-            "partition": "element",
+            "partition": advised.partition,
             "partition_overrides": overrides,
             "matrices": [{**asdict(each), "advice": rule(each)} for each in matrices],
             "hardware": describe_machine(),
@@ -119,7 +115,7 @@ def run(options: Namespace) -> None:
         }
         write_text(options.out / "advice.json", json.dumps(finite(values), indent=1, allow_nan=False) + "\n")
         log.info("wrote %s, %s", options.out / "advice.json", options.out / "recipe.yaml")
-    log.info("train with it:\n%s", shlex.join(["adam-mini", "fit", *fit]))
+    log.info("train with it:\n%s", shlex.join(["adam-mini", "fit", *words]))
 
 
 def _adamw(own: object, recipe: str) -> AdamW:
@@ -198,12 +194,18 @@ def _means(members: Sequence[MatrixStatistics]) -> Iterator[str]:
             yield "-" if math.isnan(mean) else f"{mean:.2f}"
 
 
-def _as_options(factory: AdamMini) -> dict[str, Any]:
-    """A factory in a recipe: its class, and the options that differ from their defaults."""
+def _init_args(factory: AdamMini, always: Sequence[str] = ("lr",)) -> dict[str, Any]:
+    """The options of a factory that differ from their defaults, and those that are always named, for YAML."""
     default = AdamMini()
-    given = {name: value for name, value in asdict(factory).items() if value != getattr(default, name) or name == "lr"}
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
-    return {"class_path": f"lightning_adam_mini.factory.{type(factory).__name__}", "init_args": plain}
+    given = {
+        name: value for name, value in asdict(factory).items() if value != getattr(default, name) or name in always
+    }
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+
+
+def _as_word(value: Any) -> str:
+    """A value on the command line."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _without_optimizer(recipe_options: Sequence[str]) -> list[str]:

@@ -166,8 +166,8 @@ def least_memory_rule(matrix: MatrixStatistics, bound: float) -> str:
 class SecondMomentRecord:
     """Statistics of the second moments of a model, averaged over observations.
 
-    It covers trainable parameters of two dimensions or more. Norm scales and biases are never compressed, whatever
-    their shape.
+    It covers trainable parameters with two dimensions or more of a size above 1. Vectors, norm scales and biases are
+    never compressed.
 
     Args:
         module: The model.
@@ -181,8 +181,8 @@ class SecondMomentRecord:
         self._roles: dict[str, str] = {}
         self._structures: dict[str, dict[str, Blocks]] = {}
         for name, parameter in module.named_parameters():
-            is_kept = not {*roles[name].roles} <= {Role.NORM, Role.BIAS}
-            if is_kept and parameter.requires_grad and parameter.dim() > 1 and parameter.numel():
+            is_matrix = parameter.numel() and sum(size > 1 for size in parameter.shape) > 1
+            if is_matrix and parameter.requires_grad and not {*roles[name].roles} <= {Role.NORM, Role.BIAS}:
                 self._roles[name], self._structures[name] = roles[name].name, expressible[name]
         self._ratios: dict[tuple[str, str], _Mean] = {}
         self._deviations: dict[tuple[str, str], _Mean] = {}

@@ -12,6 +12,7 @@ from lightning_adam_mini.cli.advise.command import parse
 from lightning_adam_mini.cli.main import main as command
 from lightning_adam_mini.hessian.advice import ModelAdvice
 from lightning_adam_mini.measure.moment_statistics import SecondMomentRecord
+from lightning_adam_mini.schedule import Schedule
 from tiny_runs import write_recipe
 
 FUSED = "transformer.h.0.attn.c_attn.weight"
@@ -73,14 +74,14 @@ def test_without_out_the_command_line_has_the_advice(small, caplog, capsys, monk
     advised = {f"model.{FUSED}": "row", r"re:model\.transformer\.w.e\.weight": "column"}
     monkeypatch.setattr(SecondMomentRecord, "overrides", lambda *_: advised)
     recipe = yaml.safe_load((small / "tiny.yaml").read_text())
-    recipe["optimizer"]["init_args"]["partition_overrides"] = {"mlp": "whole"}
+    recipe["optimizer"]["init_args"] |= {"partition_overrides": {"mlp": "whole"}, "weight_decay": 0.3}
     (small / "tiny.yaml").write_text(yaml.safe_dump(recipe))
-    assert advise(["tiny.yaml", *SHORT]) == 0
+    assert advise(["tiny.yaml", *SHORT, "--optimizer.weight_decay=0.1", "--optimizer.exp_avg_dtype", "bfloat16"]) == 0
     snippet = yaml.safe_load(caplog.text.partition("for the recipe:\n")[2].partition("\n\n")[0])
-    assert snippet["optimizer"]["init_args"] == {"lr": 0.01, "partition": "element", "partition_overrides": advised}
+    own = {"lr": 0.01, "partition": "element", "partition_overrides": advised, "exp_avg_dtype": "bfloat16"}
+    assert snippet["optimizer"]["init_args"] == own
     optimizer = optimizer_of(shown(caplog), capsys)
-    assert optimizer["init_args"]["partition"] == "element"
-    assert optimizer["init_args"]["partition_overrides"] == advised
+    assert optimizer["init_args"].items() >= {**own, "weight_decay": 0.1, "betas": [0.9, 0.95]}.items()
 
 
 def test_the_least_memory_within_a_bound(small):
@@ -184,6 +185,15 @@ def test_bad_input_is_one_line(small, arguments, message):
     assert type(raised.value).__name__ in ("ValueError", "ArgumentError", "UsageError")
     assert "\n" not in str(raised.value).strip()
     assert not list(small.rglob("*.json*"))
+
+
+def test_the_schedule_is_that_of_the_recipes_own_run(small, monkeypatch):
+    build, horizons = Schedule.build, []
+    monkeypatch.setattr(Schedule, "build", lambda own, *args: horizons.append(args[1]) or build(own, *args))
+    advise(["tiny.yaml", *SHORT])
+    advise(["tiny.yaml", *SHORT, "--schedule.horizon", "50"])
+    advise(["tiny.yaml", *SHORT, "--trainer.max_steps", "4"])
+    assert horizons == [10, 50, 6]
 
 
 def test_a_run_that_diverges_has_no_advice(work_dir):

@@ -166,6 +166,20 @@ def test_equal_layers_get_one_override_and_exceptions_come_first():
     assert one == {"2.weight": "row"}
 
 
+def test_a_parameter_that_is_named_as_a_role_alone_gets_its_override():
+    model = nn.ParameterDict({name: nn.Parameter(torch.ones(4, 4)) for name in ("other", "weight")})
+    overrides = record_of(model).overrides(lambda each: "row" if each.name == "other" else "element")
+    found = partition_module(model, "element", overrides)
+    assert [found[name].structure for name in ("other", "weight")] == ["row", "element"]
+
+
+def test_vectors_of_any_shape_norms_and_frozen_matrices_are_left_out():
+    model = nn.ModuleDict({"norm": nn.LayerNorm((4, 4)), "one": nn.Linear(4, 1), "two": nn.Linear(4, 2)})
+    model["token"] = nn.ParameterList([nn.Parameter(torch.ones(1, 1, 8))])
+    model["frozen"] = nn.Linear(4, 4).requires_grad_(False)
+    assert SecondMomentRecord(model).names == ("two.weight",)
+
+
 def test_a_record_without_an_observation_has_no_advice():
     with pytest.raises(ValueError, match="no second moment was observed: train for some steps first") as raised:
         SecondMomentRecord(nn.Linear(2, 2)).overrides(slimadam_rule)
