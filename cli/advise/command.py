@@ -16,7 +16,7 @@ __all__ = ["SLIMADAM", "main", "parse"]
 
 SOURCES = ("moments", "hessian")
 SLIMADAM, LEAST_MEMORY = RULES = ("slimadam", "least-memory")
-BOUND = 1.0
+BOUND = 0.5
 """Default of `--bound`, in nats."""
 DESCRIPTIONS = {
     "moments": "Which structure of the second moment each matrix needs, measured in a short run of the recipe with "
