@@ -9,8 +9,11 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning_adam_mini.hints import require_package
+
 from ..arguments import Parser, cpu_threads, make_folder
 from ..hessian.options import ADVISE, add_options, parse_options, parse_with_recipe
+from ..recipes import find_recipe
 
 __all__ = ["SLIMADAM", "main", "parse"]
 
@@ -51,12 +54,14 @@ def main(arguments: Sequence[str]) -> int:
 
         run_hessian(options)
         return 0
+    recipe = find_recipe(options.recipe, given_as="RECIPE")
+    require_package("lightning", "advise")
     if options.out is not None:
         make_folder(options.out)
     from .moments import run
 
     with cpu_threads(options.threads):
-        run(options)
+        run(options, recipe)
     return 0
 
 

@@ -11,7 +11,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
+from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import yaml
@@ -36,7 +38,7 @@ from ...tasks.callbacks import SecondMomentStatistics, StopOnDivergence
 from ..application import Application
 from ..hessian.report import finite, log_duration
 from ..models import ON_ONE_CPU, build_application, trainer_options, without_start
-from ..recipes import find_recipe, read_yaml
+from ..recipes import read_yaml
 from ..tables import text_table
 from .command import SLIMADAM
 
@@ -55,33 +57,28 @@ RATIOS = (Structure.ROW, Structure.COLUMN, Structure.HEAD, Structure.WHOLE)
 DEVIATIONS = (*RATIOS, Structure.FACTORED)
 
 
-def run(options: Namespace) -> None:
-    """Train, print the statistics and the advice, and write them if `out` is given.
+def run(options: Namespace, recipe: Path) -> None:
+    """Train, print the statistics and the advice, and write them if `options.out` is given.
 
     Raises:
         ValueError: See `command.main`.
     """
-    recipe = find_recipe(options.recipe, given_as="RECIPE")
     application = build_application(recipe, [*options.recipe_options, *trainer_options(ALONE)])
-    task = cast("Task", application.model)
-    own = task.optimizer_factory
+    own = cast("Task", application.model).optimizer_factory
     adamw = _adamw(own, options.recipe)
     layouts = own.partition_layouts if isinstance(own, AdamMini) else {}
     record = _observe(application, adamw, layouts, options)
     rule: Rule = slimadam_rule if options.rule == SLIMADAM else partial(least_memory_rule, bound=options.bound)
-    overrides = record.overrides(rule)
-    matrices = record.matrices()
+    overrides, matrices = record.overrides(rule), record.matrices()
     kept = sum(each.structures[rule(each)].num_values for each in matrices)
     elements = sum(math.prod(each.shape) for each in matrices)
-    bound = "" if options.bound is None else f" {options.bound:g}"
     log.info(
-        "%s\n\nMeans over %d observations. Ratios above 1: the mean of a block stands for its elements. "
-        "Deviations: of log v from its estimate, in nats.\n"
-        "Advice of %s%s: %s numbers for these matrices in place of %s.\n",
+        "%s\n\nMeans over %d observations. SNR: above 1, the mean of a block stands for its elements. Log-dev.: the "
+        "deviation of log v from its estimate, in nats.\nAdvice of %s%s: %s numbers for these matrices, not %s.\n",
         "\n".join(text_table(_table(matrices, rule), left=2)),
         record.num_observations,
         options.rule,
-        bound,
+        "" if options.bound is None else f" {options.bound:g}",
         f"{kept:,}",
         f"{elements:,}",
     )
@@ -95,10 +92,10 @@ def run(options: Namespace) -> None:
         asked = [word for name, value in given for word in (f"--optimizer.{name}", _as_word(value))]
         words = [options.recipe, *words, "--optimizer", "AdamMini", *asked]
     else:
-        words = [str(options.out / "recipe.yaml"), *words]
-        content = without_start(read_yaml(recipe)) | section
+        path = options.out / "recipe.yaml"
         title = f"# {options.recipe} with second moments as `{options.command_line}` advises.\n"
-        write_text(options.out / "recipe.yaml", title + yaml.safe_dump(content, sort_keys=False, width=200))
+        content = without_start(read_yaml(recipe)) | section
+        write_text(path, title + yaml.safe_dump(content, sort_keys=False, width=200))
         values = {
             "command": options.command_line,
             "recipe": options.recipe,
@@ -114,7 +111,8 @@ def run(options: Namespace) -> None:
             "versions": package_versions(),
         }
         write_text(options.out / "advice.json", json.dumps(finite(values), indent=1, allow_nan=False) + "\n")
-        log.info("wrote %s, %s", options.out / "advice.json", options.out / "recipe.yaml")
+        log.info("wrote %s, %s", options.out / "advice.json", path)
+        words = [str(path), *words]
     log.info("train with it:\n%s", shlex.join(["adam-mini", "fit", *words]))
 
 
@@ -147,7 +145,9 @@ def _observe(
     statistics = SecondMomentStatistics(options.from_step, options.every, layouts)
     callbacks = [StopOnDivergence(), statistics, _Duration(options.steps)]
     settings |= {**UNTIL_STEPS, **WITHOUT_VALIDATION, **WITHOUT_OUTPUT, "max_steps": options.steps}
-    Trainer(**settings | {"callbacks": callbacks}).fit(task, datamodule=application.datamodule)
+    with TemporaryDirectory() as folder:  # tasks may draw samples at the end of training
+        trainer = Trainer(**settings | {"callbacks": callbacks, "default_root_dir": folder})
+        trainer.fit(task, datamodule=application.datamodule)
     return statistics.record
 
 

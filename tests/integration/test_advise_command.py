@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+from pathlib import Path
 
 import pytest
 import yaml
@@ -194,6 +195,22 @@ def test_the_schedule_is_that_of_the_recipes_own_run(small, monkeypatch):
     advise(["tiny.yaml", *SHORT, "--schedule.horizon", "50"])
     advise(["tiny.yaml", *SHORT, "--trainer.max_steps", "4"])
     assert horizons == [10, 50, 6]
+
+
+def test_what_a_task_draws_at_the_end_is_not_kept(small, monkeypatch):
+    from lightning_adam_mini.tasks.llm import LanguageModel
+
+    drawn = []
+
+    def draw(task):
+        drawn.append(folder := Path(task.trainer.default_root_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "picture.png").touch()
+
+    monkeypatch.setattr(LanguageModel, "on_train_end", draw)
+    advise(["tiny.yaml", *SHORT])
+    assert len(drawn) == 1
+    assert sorted(path.name for path in small.iterdir()) == ["text.txt", "tiny.yaml"]
 
 
 def test_a_run_that_diverges_has_no_advice(work_dir):
