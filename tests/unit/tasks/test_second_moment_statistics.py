@@ -120,6 +120,12 @@ def test_a_wrapped_network_has_the_names_of_a_plain_one():
     assert wrapped.record.matrices() == plain.record.matrices()
 
 
+def test_parts_of_second_moments_are_refused(monkeypatch):
+    monkeypatch.setattr(Net, "is_sharded", True, raising=False)
+    with pytest.raises(ValueError, match="ranks hold parts of them here: train on one device or with strategy 'ddp'"):
+        fit(AdamW(lr=1e-2).build, SecondMomentStatistics(1, 1))
+
+
 @pytest.mark.parametrize("options", [{"from_step": 0}, {"every": 0}])
 def test_numbers_of_steps_are_positive(options):
     with pytest.raises(ValueError, match="at least 1, not 0"):
