@@ -31,7 +31,8 @@ USAGE = f"""adam-mini {__version__}: train with Adam-mini and its peers
   adam-mini report   DIR                           write the report of a comparison again
   adam-mini bench    RECIPE | --hf CONFIG.json     step time of AdamMini and other optimizers
   adam-mini bench throughput RECIPE --memory SIZE  the largest batch that fits, with AdamW and with Adam-mini
-  adam-mini hessian  spectrum|js|exact|advise RECIPE   spectra block by block, and which blocks follow from them
+  adam-mini advise   RECIPE [--source hessian]     which second moments each matrix needs, measured, as overrides
+  adam-mini hessian  spectrum|js|exact RECIPE      spectra of the Hessian block by block
   adam-mini study    NAME                          a claim of the papers, with a table and a figure
   adam-mini recipes                                list the packaged recipes
   adam-mini --version
@@ -46,6 +47,7 @@ COMMANDS = {
     "compare": "compare.command",
     "report": "compare.command:report",
     "bench": "bench.command",
+    "advise": "advise.command",
     "hessian": "hessian.command",
     "study": "studies.command",
 }

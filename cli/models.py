@@ -33,11 +33,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from ..tasks.base import Task
+    from .application import Application
 
 __all__ = [
     "ON_ONE_CPU",
     "SOURCES",
     "Source",
+    "build_application",
     "check_partition",
     "load_weights",
     "meta_task",
@@ -384,9 +386,26 @@ SOURCES: Mapping[str, Callable[[str], Source]] = MappingProxyType(
 """Sources by the option that names them."""
 
 
-def trainer_options() -> list[str]:
-    """`ON_ONE_CPU` as options of the command line."""
-    return [f"--trainer.{key}={'null' if value is None else value}" for key, value in ON_ONE_CPU.items()]
+def trainer_options(values: Mapping[str, object] = ON_ONE_CPU) -> list[str]:
+    """Options of the trainer as those of the command line."""
+    return [f"--trainer.{key}={'null' if value is None else value}" for key, value in values.items()]
+
+
+def build_application(recipe: Path, options: Sequence[str]) -> Application:
+    """The model, data and trainer of a recipe, or of a run's `config.yaml`; nothing runs.
+
+    Args:
+        recipe: The file.
+        options: Options of the command line that change it, the last one wins.
+    """
+    from .application import Application
+
+    with TemporaryDirectory() as folder, quiet():
+        plain, content = recipe, read_yaml(recipe)
+        if (without := without_start(content)) != content:  # a run's configuration
+            plain = Path(folder) / recipe.name
+            plain.write_text(yaml.safe_dump(without), "utf-8")
+        return Application(["--config", str(plain), *options], recipe=recipe.stem, run=False)
 
 
 def without_start(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`adam-mini hessian exact` and `advise`: how well block structures fit the Hessian of each matrix."""
+"""`adam-mini hessian exact`, and advice from the Hessian: how well block structures fit the Hessian of each matrix."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_adam_mini.hessian.exact import check_dense, dense_bytes
 from ...tasks.atomic_files import replacing
 from ...tasks.checkpoints.files import write_file
 from .pictures import draw_hessians, drawn
-from .problem import choose_blocks, expressible_structures, load_problem, with_own_overrides
+from .problem import choose_blocks, load_problem, structures_or_keep, with_own_overrides
 from .report import HessianReport, PageTable, common_settings, log_duration, log_each
 
 __all__ = ["run_advise", "run_exact"]
@@ -132,7 +132,7 @@ def run_advise(options: Namespace) -> None:
     squares = mean_square_gradients(model, problem.loss, problem.batches)
     found = advise(
         operator,
-        expressible_structures(model, problem.factory),
+        structures_or_keep(model, problem.factory),
         parameters=[block.parameter for block in blocks],
         squares=squares,
         method=options.method,

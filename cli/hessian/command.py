@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from ..arguments import cpu_threads, make_folder
 from ..recipes import find_recipe, name_of
 from .options import parse
 
-__all__ = ["main"]
+__all__ = ["main", "run"]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -31,6 +32,16 @@ def main(arguments: Sequence[str]) -> int:
     """
     options = parse(arguments)
     options.command_line = shlex.join(["adam-mini", "hessian", *arguments])
+    run(options)
+    return 0
+
+
+def run(options: Namespace) -> None:
+    """Call the function of the options' command; see `main` for what it raises.
+
+    Args:
+        options: From `parse_options`, with `command_line`.
+    """
     recipe = find_recipe(options.recipe, given_as="RECIPE")
     for package in ("lightning", "matplotlib", "jinja2"):
         require_package(package, "hessian")
@@ -38,11 +49,10 @@ def main(arguments: Sequence[str]) -> int:
         options.out = Path("runs") / "hessian" / name_of(recipe) / options.command
     make_folder(options.out)
     if options.command in ("spectrum", "js"):
-        from .spectra import run
+        from .spectra import run as run_command
     elif options.command == "exact":
-        from .block_structure import run_exact as run
+        from .block_structure import run_exact as run_command
     else:
-        from .block_structure import run_advise as run
+        from .block_structure import run_advise as run_command
     with cpu_threads(options.threads):
-        run(options)
-    return 0
+        run_command(options)

@@ -1,4 +1,4 @@
-"""The command line of `adam-mini hessian`. Nothing here imports torch."""
+"""The command line of `adam-mini hessian` and of `adam-mini advise --source hessian`. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from pathlib import Path
 
 from ..arguments import Parser
 
-__all__ = ["COMMANDS", "parse"]
+__all__ = ["ADVISE", "COMMANDS", "add_options", "parse", "parse_options", "parse_with_recipe"]
 
 COMMANDS = {
     "spectrum": "Densities of eigenvalues of each block, by stochastic Lanczos quadrature.",
     "js": "The same, and how different they are: Jensen-Shannon divergences between all pairs of blocks.",
     "exact": "Dense Hessians of small blocks, and how block-diagonal they are for each block structure.",
-    "advise": "Which block structure each matrix needs, regardless of its name or type, as partition_overrides.",
 }
+ADVISE = "advise"
+"""The command that `adam-mini advise --source hessian` calls."""
 DESCRIPTION = """{title} The loss is that of the recipe's task in eval mode, over the first batches of the
 training data; the weights are fresh ones as `fit` would start with, or those of a checkpoint. Options of `adam-mini
 fit`, such as --data.batch_size 8, change the recipe."""
-PASSED_ON = re.compile(r"--(model|data|optimizer)(\.|=|$)|--seed_everything(=|$)")
-"""Options of `fit` that change the model, its data or its partition."""
+PASSED_ON = ("model", "data", "optimizer")
+"""Sections of `fit` that change the model, its data or its partition."""
 WITHOUT_EFFECT = re.compile(r"--(trainer|schedule|checkpoint|performance)\b")
 
 
@@ -36,33 +37,75 @@ def parse(arguments: Sequence[str]) -> Namespace:
     parser = Parser(
         prog="adam-mini hessian",
         description="The Hessian of a recipe's model.",
-        usage="adam-mini hessian {spectrum,js,exact,advise} RECIPE [options]",
+        usage="adam-mini hessian {spectrum,js,exact} RECIPE [options]",
         epilog="commands:\n" + "\n".join(f"  {name:<9} {title}" for name, title in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     if not arguments or arguments[0] in ("-h", "--help"):
         parser.parse_args(["--help"])
-    if arguments[0] not in COMMANDS:
-        parser.error(f"hessian {arguments[0]}: there is no such command; choose from {', '.join(COMMANDS)}")
-    command, arguments = arguments[0], parser.recipe_first(arguments[1:])
-    if PASSED_ON.match(first := "".join(arguments[:1])) and "=" not in first:
-        parser.error(f"{first} stands before RECIPE, and its value would be read as one: give RECIPE first")
-    parser = _parser(command)
-    options, rest = parser.parse_known_args(arguments)
-    options.command = command
-    options.recipe_options = _recipe_options(parser, rest)
-    options.memory_text, options.memory = options.memory, parser.memory(options.memory, least=0)
-    _check(parser, options)
-    return options
-
-
-def _parser(command: str) -> Parser:
+    if (command := arguments[0]) not in COMMANDS:
+        advice = "; for advice, adam-mini advise RECIPE --source hessian" if command == ADVISE else ""
+        parser.error(f"hessian {command}: there is no such command; choose from {', '.join(COMMANDS)}{advice}")
     parser = Parser(
         prog=f"adam-mini hessian {command}",
         description=DESCRIPTION.format(title=COMMANDS[command]),
         allow_abbrev=False,
     )
+    add_options(parser, command)
+    return parse_options(parser, command, arguments[1:])
+
+
+def parse_options(parser: Parser, command: str, arguments: Sequence[str]) -> Namespace:
+    """Parse and check the options of one command.
+
+    Args:
+        parser: With the options of `add_options`.
+        command: One of `COMMANDS`, or `ADVISE`.
+        arguments: The command line after the command.
+
+    Raises:
+        ArgumentError: The command line is wrong.
+    """
+    options = parse_with_recipe(parser, arguments, PASSED_ON)
+    options.command = command
+    options.memory_text, options.memory = options.memory, parser.memory(options.memory, least=0)
+    _check(parser, options)
+    return options
+
+
+def parse_with_recipe(parser: Parser, arguments: Sequence[str], sections: Sequence[str]) -> Namespace:
+    """Parse options of a command, and leave those of `fit` that change the recipe in `recipe_options`.
+
+    Args:
+        parser: Knows the command's own options.
+        arguments: The command line after the command.
+        sections: Sections of `fit` whose options are passed on.
+
+    Raises:
+        ArgumentError: There is no recipe, an option stands before it, or is unknown.
+    """
+    passed_on = re.compile(rf"--({'|'.join(sections)})(\.|=|$)|--seed_everything(=|$)")
+    arguments = parser.recipe_first(arguments)
+    if passed_on.match(first := "".join(arguments[:1])) and "=" not in first:
+        parser.error(f"{first} stands before RECIPE, and its value would be read as one: give RECIPE first")
+    options, rest = parser.parse_known_args(arguments)
+    if not options.recipe:
+        parser.error("RECIPE is empty: give a name; `adam-mini recipes` lists them")
+    given = [text for text in rest if re.match(r"-+[^\d.]", text)]  # and not the negative number that one is set to
+    wrong = next((text for text in given if not passed_on.match(text)), None)
+    if wrong is not None and WITHOUT_EFFECT.match(wrong):
+        parser.error(f"{wrong} changes nothing here: leave it out")
+    if wrong is None and rest and rest[0] not in given:
+        wrong = rest[0]
+    if wrong is not None:
+        parser.error(f"unrecognized arguments: {wrong}")
+    options.recipe_options = list(rest)
+    return options
+
+
+def add_options(parser: Parser, command: str) -> None:
+    """Add RECIPE and the options of a command, one of `COMMANDS` or `ADVISE`."""
     parser.add_recipe(help="Packaged recipe, or path of one or of a run's config.yaml.")
     parser.add_argument("--ckpt_path", metavar="PATH", help="Weights: a checkpoint, or `last` or `best` of the run.")
     parser.add_argument("--run_dir", metavar="DIR", help="Run that last and best are of; RECIPE's newest by default.")
@@ -105,7 +148,7 @@ def _parser(command: str) -> Parser:
         parser.add_argument(
             "--sigma", type=float, default=1e-5**0.5, help="Width of the blur, in the unit of --scale; 0.00316."
         )
-    if command == "advise":
+    if command == ADVISE:
         parser.add_argument(
             "--method",
             choices=("auto", "exact", "sketch"),
@@ -113,25 +156,9 @@ def _parser(command: str) -> Parser:
             help="Dense Hessians, some of their columns, or dense ones up to 1,024 elements (auto, the default).",
         )
         parser.add_argument("--columns", type=int, default=64, metavar="N", help="Of the sketch; 64 by default.")
-    return parser
-
-
-def _recipe_options(parser: Parser, rest: Sequence[str]) -> list[str]:
-    """What goes to the recipe; any other option is an error here."""
-    options = [text for text in rest if re.match(r"-+[^\d.]", text)]  # and not the negative number that one is set to
-    if idle := next((text for text in options if WITHOUT_EFFECT.match(text)), None):
-        parser.error(f"{idle} changes nothing here, where nothing is trained: leave it out")
-    wrong = next((text for text in options if not PASSED_ON.match(text)), None)
-    if wrong is None and rest and rest[0] not in options:
-        wrong = rest[0]
-    if wrong is not None:
-        parser.error(f"unrecognized arguments: {wrong}")
-    return list(rest)
 
 
 def _check(parser: Parser, options: Namespace) -> None:
-    if not options.recipe:
-        parser.error("RECIPE is empty: give a name; `adam-mini recipes` lists them")
     least = {"batches": 1, "steps": 1, "probes": 1, "columns": 2, "threads": 1}
     for name, number in least.items():
         if (given := getattr(options, name, None)) is not None and given < number:

@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
-import yaml
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
@@ -24,25 +22,22 @@ from lightning_adam_mini.hessian import HessianOperator, ParameterBlock, block_o
 from lightning_adam_mini.hessian.advice import KEEP
 from lightning_adam_mini.hessian.loss import place
 from lightning_adam_mini.hints import did_you_mean
-from lightning_adam_mini.partition import Structure, partition_module
-from lightning_adam_mini.partition.inference import infer_roles
-from lightning_adam_mini.partition.strategies import partition_parameter
+from lightning_adam_mini.partition import expressible_structures, partition_module
 
 from ...tasks.base import Task
 from ...tasks.data.sampling import seed_of
 from ..application import Application
-from ..messages import quiet
-from ..models import load_weights, open_data, trainer_options, without_start
-from ..recipes import find_recipe, read_yaml
+from ..models import build_application, load_weights, open_data, trainer_options
+from ..recipes import find_recipe
 from ..run_folder import holds_run, resolve_checkpoint
 from ..runnable_models import choose_device
 
 __all__ = [
     "Problem",
     "choose_blocks",
-    "expressible_structures",
     "load_problem",
     "own_structures",
+    "structures_or_keep",
     "with_own_overrides",
 ]
 
@@ -101,7 +96,8 @@ def load_problem(options: Namespace) -> Problem:
     """
     device = choose_device(options.device)
     recipe = find_recipe(options.recipe, given_as="RECIPE")
-    application = _build_application(recipe, options)
+    of_run = [] if options.run_dir is None else [f"--run_dir={options.run_dir}"]
+    application = build_application(recipe, [*options.recipe_options, *trainer_options(), *of_run])
     task, data = cast("Task", application.model), application.datamodule
     if not task.automatic_optimization:
         raise ValueError(
@@ -127,21 +123,6 @@ def load_problem(options: Namespace) -> Problem:
     problem = Problem(task, batches, options.seed, weights, getattr(torch, options.precision), tuple(notes))
     _check_loss(problem)
     return problem
-
-
-def _build_application(recipe: Path, options: Namespace) -> Application:
-    """The recipe's model, data and trainer on one CPU, with the options of the command line that change them."""
-    of_run = [] if options.run_dir is None else [f"--run_dir={options.run_dir}"]
-    with TemporaryDirectory() as folder, quiet():
-        plain, content = recipe, read_yaml(recipe)
-        if (without := without_start(content)) != content:  # a run's configuration
-            plain = Path(folder) / recipe.name
-            plain.write_text(yaml.safe_dump(without), "utf-8")
-        return Application(
-            ["--config", str(plain), *options.recipe_options, *trainer_options(), *of_run],
-            recipe=recipe.stem,
-            run=False,
-        )
 
 
 def _find_checkpoint(recipe: Path, application: Application, options: Namespace) -> str | None:
@@ -212,24 +193,10 @@ def own_structures(model: nn.Module, factory: AdamMini) -> dict[str, Blocks]:
     return {name: found.blocks for name, found in partition.items()}
 
 
-def expressible_structures(model: nn.Module, factory: AdamMini) -> dict[str, dict[str, Blocks]]:
-    """By parameter, its present block structure, `keep`, and those that `partition_overrides` can ask for, by name.
-
-    Heads are among them where a layout declares the size of a head.
-    """
-    own = own_structures(model, factory)
-    roles = infer_roles(model, factory.partition_layouts)
-    found: dict[str, dict[str, Blocks]] = {}
-    for name, parameter in model.named_parameters():
-        found[name] = {KEEP: own[name]} if name in own else {}
-        for structure in (Structure.HEAD, Structure.ROW, Structure.COLUMN, Structure.WHOLE, Structure.ELEMENT):
-            try:
-                by_role = dict.fromkeys(roles[name].roles, structure)
-                blocks = partition_parameter(tuple(parameter.shape), roles[name], by_role, is_overridden=True)
-            except ValueError:  # no layout knows its heads, or it is a vector
-                continue
-            found[name][str(structure)] = blocks
-    return found
+def structures_or_keep(model: nn.Module, factory: AdamMini) -> dict[str, dict[str, Blocks]]:
+    """By parameter, its present block structure, `keep`, and those that `partition_overrides` can ask for, by name."""
+    own, asked = own_structures(model, factory), expressible_structures(model, factory.partition_layouts)
+    return {name: ({KEEP: own[name]} if name in own else {}) | structures for name, structures in asked.items()}
 
 
 def with_own_overrides(model: nn.Module, factory: AdamMini, advised: Mapping[str, str]) -> dict[str, str]:

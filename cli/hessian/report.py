@@ -23,7 +23,7 @@ from .problem import Problem
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["HessianReport", "PageTable", "common_settings", "log_duration", "log_each"]
+__all__ = ["HessianReport", "PageTable", "common_settings", "finite", "log_duration", "log_each"]
 
 log = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"
@@ -85,7 +85,7 @@ class HessianReport:
             images.append((caption, base64.b64encode(path.read_bytes()).decode("ascii")))
         write_text(folder / "report.html", self._page(images))
         content = {**self.settings, **values}
-        write_text(folder / name, json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+        write_text(folder / name, json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
         return [*paths, folder / "report.html", folder / name]
 
     def log(self, paths: Sequence[Path]) -> None:
@@ -142,14 +142,15 @@ def _words(value: Any) -> str:
     return str(value)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A value for JSON: numbers that are not finite become None."""
     match value:
         case float():
             return value if math.isfinite(value) else None
         case dict():
-            return {str(key): _finite(some) for key, some in value.items()}
+            return {str(key): finite(some) for key, some in value.items()}
         case list() | tuple():
-            return [_finite(some) for some in value]
+            return [finite(some) for some in value]
     return value
 
 

@@ -1,5 +1,6 @@
 """From a module tree to the role of each parameter, and from roles to blocks."""
 
+from lightning_adam_mini.partition.expressible import expressible_structures, merge_overrides
 from lightning_adam_mini.partition.inference import Layouts
 from lightning_adam_mini.partition.layouts import register_layout
 from lightning_adam_mini.partition.module_layout import ModuleLayout, Rows, Span
@@ -32,6 +33,8 @@ __all__ = [
     "Structure",
     "advise_layouts",
     "doubts",
+    "expressible_structures",
+    "merge_overrides",
     "partition_module",
     "partition_tensors",
     "recut",

@@ -30,10 +30,12 @@ from lightning_adam_mini.partition.tree import Leaf, Node, Tree, plain_names
 __all__ = [
     "ParameterPartition",
     "advise_layouts",
+    "by_equal_layers",
     "doubts",
     "partition_module",
     "partition_parameters",
     "partition_tensors",
+    "pattern_of_equal_layers",
     "recut",
     "resolve_strategy",
 ]
@@ -124,7 +126,7 @@ def partition_module(
         raise ValueError(message(trained))
     of_equal_layers: dict[tuple[str, str], str] = {}  # which get the same advice
     for name, error in failed.items():
-        key = _pattern_of_equal_layers(name), error.problem
+        key = pattern_of_equal_layers(name), error.problem
         if key not in of_equal_layers:
             of_equal_layers[key] = message({name: error}).removeprefix(name)
         partition[name] = replace(partition[name], problem=f"{name}{of_equal_layers[key]}")
@@ -267,12 +269,12 @@ def doubts(trained: Iterable[ParameterPartition], strategy: Strategy, *, is_auto
 
 
 def _listed(partitions: Sequence[ParameterPartition]) -> str:
-    names = _by_equal_layers(p.name for p in partitions)
+    names = by_equal_layers(p.name for p in partitions)
     return ", ".join(f"{own[0]}{_and_likewise(own[1:])}" for own in names.values())
 
 
 def _overriding(partitions: Sequence[ParameterPartition], structure: str) -> dict[str, str]:
-    return {_pattern_of_equal_layers(p.name): structure for p in partitions}
+    return {pattern_of_equal_layers(p.name): structure for p in partitions}
 
 
 def _acceptance(
@@ -338,7 +340,7 @@ def _refusal(
         advice: Layouts that solve the problems.
         is_accepted: Whether overrides solve them.
     """
-    names_of = _by_equal_layers(failed)
+    names_of = by_equal_layers(failed)
     problems = [f"{names[0]}: {failed[names[0]].problem}{_and_likewise(names[1:])}" for names in names_of.values()]
     if len(problems) > SHOWN:
         rest = [names[0] for names in list(names_of.values())[SHOWN:]]
@@ -437,17 +439,17 @@ def _around(tree: Tree, leaf: Leaf) -> Iterator[Node]:
             yield node
 
 
-def _pattern_of_equal_layers(name: str) -> str:
+def pattern_of_equal_layers(name: str) -> str:
     """An override for a parameter and the same parameter of other layers."""
     escaped = re.sub(r"(?<![^.\\])\d+(?![^.\\])", r"\\d+", re.escape(name))
     return name if escaped == re.escape(name) else f"re:{escaped}"
 
 
-def _by_equal_layers(names: Iterable[str]) -> dict[str, list[str]]:
-    """Names by their pattern of equal layers."""
+def by_equal_layers(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names by `pattern_of_equal_layers`."""
     found: dict[str, list[str]] = {}
     for name in names:
-        found.setdefault(_pattern_of_equal_layers(name), []).append(name)
+        found.setdefault(pattern_of_equal_layers(name), []).append(name)
     return found
 
 

@@ -25,7 +25,8 @@ SMALLER = {
     "spectrum": ["--steps", "3", "--probes", "1", "--batches", "1"],
     "js": ["--steps", "3", "--probes", "1", "--batches", "1"],
     "exact": [],
-    "advise": ["--columns", "2", "--batches", "1"],
+    "moments": ["--steps", "3", "--from-step", "1", "--every", "1"],
+    "hessian": ["--columns", "2", "--batches", "1"],
 }
 
 
@@ -111,6 +112,8 @@ def test_documented_commands_run(command: Command, tmp_path):
         words.append("--dry-run")
     if words[0] == "hessian":
         words += SMALLER[words[1]]
+    if words[0] == "advise":
+        words += SMALLER["hessian" if "hessian" in words else "moments"]
     if words[0] == "study" and "--set" not in words and "--help" not in words:
         pytest.skip("minutes at its full size; tests of the studies run all of them at small ones")
     start = f"import sys; from {PACKAGE}.cli.main import main; sys.exit(main())"

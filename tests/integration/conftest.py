@@ -1,13 +1,14 @@
 """A folder for each test of the command line, with a recipe that takes a second."""
 
 import itertools
+import logging
 import os
 import socket
 
 import lightning.pytorch  # noqa: F401 - its log keeps the standard error of its first import, be it that of a test
 import pytest
 
-from tiny_runs import write_recipe
+from tiny_runs import RECIPE, write_recipe
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +24,18 @@ def work_dir(tmp_path, monkeypatch, prepared_data):
     monkeypatch.setenv("LIGHTNING_ADAM_MINI_CACHE", str(prepared_data))
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def small(work_dir, caplog):
+    """`tiny.yaml` with one layer of width 8 in two heads; the folder."""
+    model = RECIPE["model"]["init_args"]
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16}
+    write_recipe(work_dir, model={**RECIPE["model"], "init_args": {**model, "config": sizes, "sample_prompt": ""}})
+    logger = logging.getLogger("lightning_adam_mini")
+    logger.propagate = True  # a command of another test may have shown it by itself
+    caplog.set_level(logging.INFO, "lightning_adam_mini")
+    return work_dir
 
 
 _ports = itertools.count(20_000 + 137 * (os.getpid() % 80))

@@ -2,35 +2,19 @@
 
 import base64
 import json
-import logging
 import math
 import re
 import shutil
 
 import pytest
 import torch
-import yaml
 
 from lightning_adam_mini.cli.hessian.command import main as hessian
 from lightning_adam_mini.cli.hessian.options import parse
 from lightning_adam_mini.cli.main import main as command
-from lightning_adam_mini.hessian.advice import ModelAdvice
-from tiny_runs import RECIPE, write_recipe
 
 FUSED = "transformer.h.0.attn.c_attn.weight"
 """Heads of 4 rows of 8 in queries and keys: blocks of 32 elements."""
-
-
-@pytest.fixture
-def small(work_dir, caplog):
-    """`tiny.yaml` with one layer of width 8 in two heads; the folder."""
-    model = RECIPE["model"]["init_args"]
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16}
-    write_recipe(work_dir, model={**RECIPE["model"], "init_args": {**model, "config": sizes, "sample_prompt": ""}})
-    logger = logging.getLogger("lightning_adam_mini")
-    logger.propagate = True  # a command of another test may have shown it by itself
-    caplog.set_level(logging.INFO, "lightning_adam_mini")
-    return work_dir
 
 
 def run(name, *options):
@@ -97,23 +81,6 @@ def test_exact_scores_matrices(small):
     assert found["scores"]["columns x 4"]["expected"] == 0.5
 
 
-def test_advice_is_a_recipe_that_fit_takes(small):
-    run("advise", "--blocks", "*attn*weight", "*c_fc.weight", "--method", "sketch", "--columns", 16, "--out", "advice")
-    found = result(small / "advice", "advice.json")
-    assert [row["parameter"] for row in found["parameters_advised"]] == [
-        f"model.{FUSED}",
-        "model.transformer.h.0.attn.c_proj.weight",
-        "model.transformer.h.0.mlp.c_fc.weight",
-    ]
-    assert all(
-        row["structure"] in ("keep", "head", "row", "column", "whole", "element") for row in found["parameters_advised"]
-    )
-    recipe = yaml.safe_load((small / "tiny.yaml").read_text())
-    recipe["optimizer"]["init_args"]["partition_overrides"] = found["partition_overrides"]
-    (small / "advised.yaml").write_text(yaml.safe_dump(recipe))
-    assert command(["explain", "advised.yaml"]) == 0
-
-
 @pytest.mark.slow
 def test_a_checkpoint_has_another_spectrum(small, monkeypatch):
     from lightning_adam_mini.tasks.checkpoints.saving import AtomicCheckpointIO
@@ -176,30 +143,6 @@ def test_less_data_than_asked_for_is_noted(small, caplog):
     assert f"the training data have {found['batches']} batches, fewer than --batches 1000" in caplog.text
 
 
-def test_another_optimizer_gets_a_recipe_for_adam_mini(small, caplog, monkeypatch):
-    monkeypatch.setattr(ModelAdvice, "overrides", property(lambda advice: {"mlp": "element"}))
-    run("advise", "--blocks", "*c_fc.weight", "--optimizer", "AdamW", "--out", "found")
-    shown = caplog.text.partition("for the recipe:\n")[2].partition("\n\n")[0]
-    advised = yaml.safe_load(shown)["optimizer"]
-    assert advised["class_path"] == "lightning_adam_mini.factory.AdamMini"
-    assert advised["init_args"]["partition_overrides"] == result(small / "found", "advice.json")["partition_overrides"]
-
-
-def test_advice_keeps_the_overrides_of_the_recipe(small):
-    overrides = {"mlp": "element", "position_embedding": "whole"}
-    recipe = yaml.safe_load((small / "tiny.yaml").read_text())
-    recipe["optimizer"]["init_args"]["partition_overrides"] = overrides
-    (small / "tiny.yaml").write_text(yaml.safe_dump(recipe))
-    run("advise", "--blocks", "*c_fc.weight", "--out", "found")
-    found = result(small / "found", "advice.json")
-    (row,) = found["parameters_advised"]
-    assert row["structure"] == "row"
-    assert found["partition_overrides"].items() > overrides.items()
-    recipe["optimizer"]["init_args"]["partition_overrides"] = found["partition_overrides"]
-    (small / "advised.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    assert command(["explain", "advised.yaml"]) == 0
-
-
 @pytest.mark.slow
 def test_spectra_outlive_divergences_that_fail(small):
     linear = "the loss is linear in it"
@@ -257,13 +200,12 @@ def test_options_of_the_recipe_change_it(small):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["spectra", "tiny.yaml"], "no such command; choose from spectrum, js, exact, advise"),
+        (["spectra", "tiny.yaml"], "no such command; choose from spectrum, js, exact"),
+        (["advise", "tiny.yaml"], "no such command.*; for advice, adam-mini advise RECIPE --source hessian"),
         (["js", "tinny.yaml"], "no recipe of that name"),
         (["js", "tiny.yaml", "--step", "5"], "no option --step; did you mean --steps"),
         (["js", "tiny.yaml", "extra"], "unrecognized arguments: extra"),
         (["js", "tiny.yaml", "--probes", "0"], "--probes 0: at least 1"),
-        (["advise", "tiny.yaml", "--columns", "1"], "--columns 1: at least 2"),
-        (["advise", "tiny.yaml", "--steps", "1"], "no option --steps"),
         (["js", "tiny.yaml", "--memory", "much"], "give a number with a unit"),
         (["js", "tiny.yaml", "--sigma", "0"], "a width is positive"),
         (["js", "tiny.yaml", "--sigma", "nan"], "a width is positive"),
@@ -288,9 +230,6 @@ def test_options_of_the_recipe_change_it(small):
         (["spectrum", "tiny.yaml", "--steps", "100000"], "no matrix has 100000 elements"),
         (["exact", "tiny.yaml", "--memory", "1MB"], "--memory 1MB: a dense Hessian of model.transformer.wte.weight"),
         (["exact", "tiny.yaml", "--memory", "2.3MB", "--blocks", "*mlp.*weight"], "2 blocks take 0.00 GB together"),
-        (["advise", "tiny.yaml", "--method", "exact", "--memory", "1MB"], "--memory 1MB: a dense Hessian of"),
-        (["advise", "tiny.yaml", "--blocks", "*ln_1.weight"], "no rows or heads"),
-        (["advise", "tiny.yaml", "--blocks", f"{FUSED}[0]"], "whole parameters"),
     ],
 )
 def test_bad_input_is_one_line(small, arguments, message):

@@ -10,8 +10,8 @@ pytest.importorskip("jsonargparse")
 
 from lightning_adam_mini.cli.hessian.problem import (
     choose_blocks,
-    expressible_structures,
     own_structures,
+    structures_or_keep,
     with_own_overrides,
 )
 from lightning_adam_mini.factory import AdamMini
@@ -113,7 +113,7 @@ def test_advice_stands_beside_the_overrides_of_the_recipe(advised, kept):
 
 
 def test_structures_that_can_be_asked_for():
-    found = expressible_structures(Tied(), AdamMini(partition="default", partition_overrides={"first.weight": "row"}))
+    found = structures_or_keep(Tied(), AdamMini(partition="default", partition_overrides={"first.weight": "row"}))
     assert list(found["first.weight"]) == ["keep", "row", "column", "whole", "element"]
     assert found["first.weight"]["keep"] == found["first.weight"]["row"]
     assert found["table.weight"]["keep"] == found["table.weight"]["whole"]
@@ -122,7 +122,7 @@ def test_structures_that_can_be_asked_for():
 
 def test_what_can_be_asked_for_is_what_the_override_does():
     model = tiny_models.llama()
-    found = expressible_structures(model, AdamMini())
+    found = structures_or_keep(model, AdamMini())
     assert set(found["model.layers.0.self_attn.q_proj.weight"]) == {KEEP, "head", "row", "column", "whole", "element"}
     assert set(found["lm_head.weight"]) == {KEEP, "row", "column", "whole", "element"}
     for name, structures in found.items():
