@@ -133,6 +133,7 @@ def test_advice_from_the_hessian_of_another_optimizer_is_a_recipe_for_adam_mini(
     assert advised["init_args"]["partition_overrides"] == result(small / "found")["partition_overrides"]
 
 
+@pytest.mark.slow
 def test_advice_from_the_hessian_keeps_the_overrides_of_the_recipe(small):
     overrides = {"mlp": "element", "position_embedding": "whole"}
     recipe = yaml.safe_load((small / "tiny.yaml").read_text())
@@ -188,6 +189,7 @@ def test_bad_input_is_one_line(small, arguments, message):
     assert not list(small.rglob("*.json*"))
 
 
+@pytest.mark.slow
 def test_the_schedule_is_that_of_the_recipes_own_run(small, monkeypatch):
     build, horizons = Schedule.build, []
     monkeypatch.setattr(Schedule, "build", lambda own, *args: horizons.append(args[1]) or build(own, *args))

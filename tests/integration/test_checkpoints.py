@@ -343,6 +343,7 @@ def test_a_checkpoint_of_something_else(work_dir, capsys):
     assert run("fit", "--run_dir", "run", "--ckpt_path", "last", *TO_20) == 0, "the next try is not blocked"
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint(work_dir, capsys):
     assert run("fit", "--run_dir", "run") == 0
     assert run("test", "--run_dir", "run", "--ckpt_path", "best") == 0

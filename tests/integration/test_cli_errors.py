@@ -35,7 +35,7 @@ COMMANDS = [
     (["--optimizer.betas", "[0.9]"], COMMAND, "optimizer.betas: expected a tuple with 2 elements, got [0.9]"),
     (["--optimizer.partition", "transfomer"], COMMAND, "'transfomer' is not one of auto, transformer,"),
     (["--optimizer.partition", "transfomer"], COMMAND, "did you mean transformer?"),
-    (["--optimizer.partition_overrides", '{"value": "wole"}'], COMMAND, "'wole' is not one of head, row, whole"),
+    (["--optimizer.partition_overrides", '{"value": "wole"}'], COMMAND, "'wole' is not one of head, row, column"),
     (["--optimizer.partition_overrides", '{"vale": "whole"}'], VALUE, "'vale' matches no parameter"),
     (["--optimizer.partition_overrides", '{"re:x.*": "whole"}'], VALUE, "'re:x.*' matches no parameter"),
     (["--optimizer", "Lion", "--optimizer.betas", "[0.9,2]"], VALUE, "betas must be in [0, 1), not (0.9, 2.0)"),

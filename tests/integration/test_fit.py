@@ -61,6 +61,7 @@ def test_loss_curve_can_be_read(work_dir):
     assert image.std() > 0, "an empty picture"
 
 
+@pytest.mark.slow
 def test_state_bytes_are_the_optimizers_own(work_dir):
     assert run("fit", "--run_dir", "run") == 0
     assert run("fit", "--run_dir", "adamw", "--optimizer", "AdamW") == 0

@@ -51,6 +51,7 @@ def test_the_metrics_of_every_validation_are_there_and_the_best_is_kept(trained)
             assert best[n] == best[n - 1]
 
 
+@pytest.mark.slow
 def test_the_report_compares_with_what_needs_no_network(trained):
     result = json.loads((trained / "one" / "result.json").read_text("utf-8"))
     metrics = read_metrics(trained / "one")
@@ -106,10 +107,8 @@ def test_validation_test_and_prediction_of_a_checkpoint(trained, monkeypatch, ca
     capsys.readouterr()
 
 
-@pytest.mark.parametrize(
-    ("sampling", "first"),
-    [pytest.param("full", 5, marks=pytest.mark.slow), pytest.param("parts", 10, marks=pytest.mark.slow), ("parts", 9)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("sampling", "first"), [("full", 5), ("parts", 10), ("parts", 9)])
 def test_a_resumed_run_equals_an_uninterrupted_one(sampling, first, folder):
     """With dropout, dropped edges and a drawn mask; stopped between validations, within and at the end of an epoch."""
     model = {"edge_dropout": 0.1, "input_dropout": 0.1, "mask_rate": 0.5, "label_reuse": True}

@@ -115,6 +115,7 @@ def test_the_configuration_of_a_run_names_its_run(small):
     assert own["blocks"] == copied["blocks"]
 
 
+@pytest.mark.slow
 def test_flash_attention_is_replaced_with_a_note(small, caplog):
     options = ("--blocks", "*c_fc.weight", "--steps", 4, "--probes", 1, "--out")
     run("spectrum", *options, "plain")

@@ -120,6 +120,7 @@ BREAKS = {
 }
 
 
+@pytest.mark.slow
 def test_all_ranks_end_where_the_folder_is_not_whole(half, tmp_path):
     folders = {}
     for message, break_it in BREAKS.items():

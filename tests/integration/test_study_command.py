@@ -110,7 +110,7 @@ def test_files_of_something_else_are_left_alone(monkeypatch, name, text, message
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder that nobody can write to")
 def test_a_folder_that_takes_no_files_is_refused_before_the_work(monkeypatch):
     monkeypatch.setattr(quadratic_cases, "_row", lambda *_: pytest.fail("the work began"))
-    with pytest.raises(OSError, match="/proc/self"):
+    with pytest.raises(ValueError, match="--out /proc/self: /proc/self cannot be written to"):
         main([*QUICK, "--out", "/proc/self"])
 
 

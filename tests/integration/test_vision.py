@@ -151,6 +151,7 @@ def test_predictions_name_images_and_classes(images):
         assert row["class"] in SEVEN
 
 
+@pytest.mark.slow
 def test_test_counts_the_test_images(images):
     write_tree(images / "images", {"test": dict.fromkeys(SEVEN, 1)})
     assert run("fit", "--run_dir", "run", "--trainer.max_steps", 4) == 0

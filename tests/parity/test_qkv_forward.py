@@ -66,9 +66,9 @@ FUSED = (
 """Entries whose parameters order queries, keys and values in ways of their own."""
 
 
-# In the fast tests, every order of fused matrices, and a quarter of the others.
+# In the fast tests, every order of fused matrices, and an eighth of the others.
 SOME = [
-    pytest.param(name, marks=() if name in FUSED or number % 4 == 0 else pytest.mark.slow)
+    pytest.param(name, marks=() if name in FUSED or number % 8 == 0 else pytest.mark.slow)
     for number, name in enumerate(ENTRIES)
 ]
 

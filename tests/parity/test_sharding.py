@@ -109,6 +109,7 @@ def without_reduction(rank, *arguments):
         return train_on_ranks(rank, *arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "layout", "world"),
     slow_but([case for case in LAYOUTS if case[2] > 1], ("3 heads", "fsdp2", 2)),

@@ -93,6 +93,7 @@ def test_the_perceptron_asks_for_output_neurons(blind, name):
     assert blind[f"{name}.weight"].best == "rows x 1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sketch", pytest.param("exact", marks=pytest.mark.slow)])
 def test_a_fused_matrix_is_looked_at_in_parts(method):
     """Of the whole, values hide the heads of queries and keys."""

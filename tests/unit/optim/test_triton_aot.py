@@ -101,13 +101,14 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "capability"),
     [
         (torch.float32, 80),
-        pytest.param(torch.float32, 90, marks=pytest.mark.slow),
-        pytest.param(torch.bfloat16, 80, marks=pytest.mark.slow),
-        pytest.param(torch.bfloat16, 90, marks=pytest.mark.slow),
+        (torch.float32, 90),
+        (torch.bfloat16, 80),
+        (torch.bfloat16, 90),
     ],
 )
 def test_no_kernel_spills_registers(dtype, capability):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import tiny_models
-from lightning_adam_mini import AdamMini, Blocks, explain, partition_module
+from lightning_adam_mini import AdamMini, Blocks, explain, partition_module, verify_partition
 from lightning_adam_mini.partition import Role, Strategy, Structure
 from tiny_models import DIM, HIDDEN, VOCAB
 
@@ -108,3 +108,16 @@ def test_columns_of_roles_in_a_strategy_of_ones_own():
 def test_explain_names_them():
     table = explain(tiny_models.llama(), "transformer", {"mlp": "column"}).table(full=True)
     assert "column" in table
+
+
+def test_a_forward_pass_confirms_them():
+    columns = dict.fromkeys(("mlp", "attention_output", "value", "token_embedding", "output_head"), "column")
+    tokens = torch.randint(VOCAB, (2, 4))
+    for model, partition, overrides in (
+        (tiny_models.llama(), "transformer", columns),
+        (tiny_models.gpt2(), "slimadam", {}),
+    ):
+        found = verify_partition(model, tokens, partition=partition, partition_overrides=overrides)
+        assert {p.status for name, p in found.parameters.items() if "norm" not in name and "ln_" not in name} == {
+            "confirmed"
+        }

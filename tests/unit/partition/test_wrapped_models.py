@@ -61,6 +61,8 @@ MODELS = {
     "encoder layer": (tiny_models.encoder_layer, "self_attn.in_proj_weight", {}),
     "fused": (fused, "attention.qkv.weight", {"layouts": {"FusedAttention": "fused_contiguous"}}),
 }
+# The fast tests wrap a plain, a transposed and a fused model.
+QUICK = [name if name in ("llama", "gpt2", "fused") else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
 
 
 def is_attention(module):
@@ -150,7 +152,7 @@ def by_plain_name(module, **options):
 
 
 @pytest.mark.parametrize("strategy", ["transformer", pytest.param("transformer_early", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", QUICK)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_a_wrapper_changes_nothing(wrapper, model, strategy):
     factory, _, options = MODELS[model]
@@ -161,7 +163,7 @@ def test_a_wrapper_changes_nothing(wrapper, model, strategy):
     assert by_plain_name(wrapped, **options) == by_plain_name(plain, **options), "auto"
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", QUICK)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_an_override_by_plain_name_reaches_through_a_wrapper(wrapper, model):
     factory, name, options = MODELS[model]
