@@ -13,9 +13,9 @@ TYPES   := build/types
 # slow tests of these files too.
 IN_CI   := $(addprefix tests/parity/test_,fused.py qkv_forward.py sharded_formats.py sharded_state.py sharding.py \
 	triton.py) \
-	$(addprefix tests/integration/test_,bench.py checkpoints.py convert.py ddp.py diffusion.py divergence.py \
-	explain.py export_predict.py fit.py graph.py advise_command.py hessian_command.py hessian_sharded.py layouts.py nodes.py recipes.py \
-	resume.py run_meaning.py sharded_checkpoints.py sharded_fit.py vision.py) \
+	$(addprefix tests/integration/test_,advise_command.py bench.py checkpoints.py convert.py ddp.py diffusion.py \
+	divergence.py explain.py export_predict.py fit.py graph.py hessian_command.py hessian_sharded.py layouts.py \
+	nodes.py recipes.py resume.py run_meaning.py sharded_checkpoints.py sharded_fit.py vision.py) \
 	$(addprefix tests/unit/,cli hessian measure/test_activations.py tasks/test_llm_data_stdlib.py \
 	tasks/test_parallel_sharding.py) tests/unit/partition/test_wrapped_models.py tests/guards/test_wheel.py \
 	tests/unit/optim/test_triton_aot.py::test_no_kernel_spills_registers tests/property/test_partition_properties.py

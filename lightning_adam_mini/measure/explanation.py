@@ -200,7 +200,8 @@ def explain(
         check_parameter(name, parameter)
         others = other_names.get(name, [])
         rows.append(_row(parameter, partitions[name], others, exp_avg_dtype))
-        recommended.append(_row(parameter, partitions[name].under(RECOMMENDED), others, exp_avg_dtype))
+        if strategy.name in PAPERS:
+            recommended.append(_row(parameter, partitions[name].under(RECOMMENDED), others, exp_avg_dtype))
     return Explanation(
         partition=strategy.name,
         rows=tuple(rows),

@@ -21,7 +21,7 @@ from lightning_adam_mini.measure import (
     optimizer_state_bytes,
     package_versions,
 )
-from lightning_adam_mini.partition import EVIDENCE, PAPERS, resolve_strategy
+from lightning_adam_mini.partition import EVIDENCE, PAPERS, RECOMMENDED, resolve_strategy
 
 from ..atomic_files import write_json, write_text
 from ..base import Task
@@ -85,7 +85,7 @@ class RunReport(Callback):
             "optimizer": type(pl_module.optimizer_factory).__name__,
             **pl_module.summary(),
             **_cost_lines(result["costs"]),
-            **_recommendation(pl_module),
+            **_recommendation(pl_module, result["costs"]["adamw_state_bytes"]),
             **{name: str(path) for name, path in pictures.items()},
         }
         width = max(map(len, lines))
@@ -111,7 +111,7 @@ def _cost_lines(costs: dict[str, Any]) -> dict[str, str]:
     return lines
 
 
-def _recommendation(task: Task) -> dict[str, str]:
+def _recommendation(task: Task, adamw_bytes: int) -> dict[str, str]:
     """Where the partition is one of the papers', what the recommended one would keep."""
     factory = task.optimizer_factory
     if not isinstance(factory, AdamMini):
@@ -119,9 +119,10 @@ def _recommendation(task: Task) -> dict[str, str]:
     strategy = resolve_strategy(factory.partition, task, factory.partition_layouts)
     if strategy.name not in PAPERS:
         return {}
-    state = replace(factory, partition="factored", partition_overrides={}).predict_state_bytes(task)
-    share = state / adamw_state_bytes([p for p in task.parameters() if p.requires_grad])
-    return {"recommended partition": f"factored, {state / 1e6:.2f} MB ({share:.1%} of AdamW's); {EVIDENCE}"}
+    name: Any = RECOMMENDED.name
+    state = replace(factory, partition=name, partition_overrides={}).predict_state_bytes(task)
+    share = state / adamw_bytes
+    return {"recommended partition": f"{name}, {state / 1e6:.2f} MB ({share:.1%} of AdamW's); {EVIDENCE}"}
 
 
 def run_result(trainer: Trainer, task: Task, metrics: Metrics) -> dict[str, Any]:
