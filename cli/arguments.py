@@ -27,6 +27,7 @@ MODEL_SOURCES = {
     ),
 }
 """Where a model comes from that no recipe describes, by option: metavar and help."""
+_WITHOUT_EFFECT = re.compile(r"--(trainer|schedule|checkpoint|performance)\b")
 _DECIMAL = {"kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 _UNITS = {"": 1, "b": 1, **_DECIMAL, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
@@ -103,6 +104,34 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{option}: expected one argument")
             recipes.append(value)
         return [*recipes, *others]
+
+    def parse_with_recipe(self, arguments: Sequence[str], sections: Sequence[str]) -> Namespace:
+        """Parse options of a command, and leave those of `fit` that change the recipe in `recipe_options`.
+
+        Args:
+            arguments: The command line after the command.
+            sections: Sections of `fit` whose options are passed on.
+
+        Raises:
+            ArgumentError: There is no recipe, an option stands before it, or is unknown.
+        """
+        passed_on = re.compile(rf"--({'|'.join(sections)})(\.|=|$)|--seed_everything(=|$)")
+        arguments = self.recipe_first(arguments)
+        if passed_on.match(first := "".join(arguments[:1])) and "=" not in first:
+            self.error(f"{first} stands before RECIPE, and its value would be read as one: give RECIPE first")
+        options, rest = self.parse_known_args(arguments)
+        if not options.recipe:
+            self.error("RECIPE is empty: give a name; `adam-mini recipes` lists them")
+        given = [text for text in rest if re.match(r"-+[^\d.]", text)]  # not the negative number that one is set to
+        wrong = next((text for text in given if not passed_on.match(text)), None)
+        if wrong is not None and _WITHOUT_EFFECT.match(wrong):
+            self.error(f"{wrong} changes nothing here: leave it out")
+        if wrong is None and rest and rest[0] not in given:
+            wrong = rest[0]
+        if wrong is not None:
+            self.error(f"unrecognized arguments: {wrong}")
+        options.recipe_options = list(rest)
+        return options
 
     def check_least(self, options: Namespace, **least: int) -> None:
         """Check that given options are at least as large as these numbers."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -107,9 +108,21 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode("utf-8", "replace"))
 
 
-def write_json(path: Path, value: object) -> None:
-    """Replace a JSON file."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+def write_json(path: Path, value: object, *, nan_as_null: bool = False) -> None:
+    """Replace a JSON file; numbers that are not finite stay Python's `NaN` and `Infinity`, or become null."""
+    content = _finite(value) if nan_as_null else value
+    write_text(path, json.dumps(content, indent=1, allow_nan=not nan_as_null) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {str(key): _finite(some) for key, some in value.items()}
+        case list() | tuple():
+            return [_finite(some) for some in value]
+    return value
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from lightning_adam_mini.hints import require_package
 
 from ..arguments import Parser, cpu_threads, make_folder
-from ..hessian.options import ADVISE, add_options, parse_options, parse_with_recipe
+from ..hessian.options import ADVISE, add_options, parse_options
 from ..recipes import find_recipe
 
 __all__ = ["SLIMADAM", "main", "parse"]
@@ -77,7 +77,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
     parser = _parser(source)
     if source == "hessian":
         return parse_options(parser, ADVISE, arguments)
-    options = parse_with_recipe(parser, arguments, SECTIONS)
+    options = parser.parse_with_recipe(arguments, SECTIONS)
     _check(parser, options)
     return options
 

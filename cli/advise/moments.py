@@ -32,12 +32,12 @@ from lightning_adam_mini.measure.explanation_table import collapse
 from lightning_adam_mini.measure.moment_statistics import Rule
 from lightning_adam_mini.partition import Structure
 
-from ...tasks.atomic_files import write_text
+from ...tasks.atomic_files import write_json, write_text
 from ...tasks.base import Task
 from ...tasks.callbacks import SecondMomentStatistics, StopOnDivergence
 from ..application import Application
-from ..hessian.report import finite, log_duration
 from ..models import ON_ONE_CPU, build_application, trainer_options, without_start
+from ..progress import log_duration
 from ..recipes import read_yaml
 from ..tables import text_table
 from .command import SLIMADAM
@@ -110,7 +110,7 @@ def run(options: Namespace, recipe: Path) -> None:
             "hardware": describe_machine(),
             "versions": package_versions(),
         }
-        write_text(options.out / "advice.json", json.dumps(finite(values), indent=1, allow_nan=False) + "\n")
+        write_json(options.out / "advice.json", values, nan_as_null=True)
         log.info("wrote %s, %s", options.out / "advice.json", path)
         words = [str(path), *words]
     log.info("train with it:\n%s", shlex.join(["adam-mini", "fit", *words]))

@@ -19,9 +19,10 @@ from lightning_adam_mini.hessian.exact import check_dense, dense_bytes
 
 from ...tasks.atomic_files import replacing
 from ...tasks.checkpoints.files import write_file
+from ..progress import log_duration, log_each
 from .pictures import draw_hessians, drawn
 from .problem import choose_blocks, load_problem, structures_or_keep, with_own_overrides
-from .report import HessianReport, PageTable, common_settings, log_duration, log_each
+from .report import HessianReport, PageTable, common_settings
 
 __all__ = ["run_advise", "run_exact"]
 

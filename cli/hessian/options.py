@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..arguments import Parser
 
-__all__ = ["ADVISE", "COMMANDS", "add_options", "parse", "parse_options", "parse_with_recipe"]
+__all__ = ["ADVISE", "COMMANDS", "add_options", "parse", "parse_options"]
 
 COMMANDS = {
     "spectrum": "Densities of eigenvalues of each block, by stochastic Lanczos quadrature.",
@@ -25,7 +24,6 @@ training data; the weights are fresh ones as `fit` would start with, or those of
 fit`, such as --data.batch_size 8, change the recipe."""
 PASSED_ON = ("model", "data", "optimizer")
 """Sections of `fit` that change the model, its data or its partition."""
-WITHOUT_EFFECT = re.compile(r"--(trainer|schedule|checkpoint|performance)\b")
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
@@ -67,40 +65,10 @@ def parse_options(parser: Parser, command: str, arguments: Sequence[str]) -> Nam
     Raises:
         ArgumentError: The command line is wrong.
     """
-    options = parse_with_recipe(parser, arguments, PASSED_ON)
+    options = parser.parse_with_recipe(arguments, PASSED_ON)
     options.command = command
     options.memory_text, options.memory = options.memory, parser.memory(options.memory, least=0)
     _check(parser, options)
-    return options
-
-
-def parse_with_recipe(parser: Parser, arguments: Sequence[str], sections: Sequence[str]) -> Namespace:
-    """Parse options of a command, and leave those of `fit` that change the recipe in `recipe_options`.
-
-    Args:
-        parser: Knows the command's own options.
-        arguments: The command line after the command.
-        sections: Sections of `fit` whose options are passed on.
-
-    Raises:
-        ArgumentError: There is no recipe, an option stands before it, or is unknown.
-    """
-    passed_on = re.compile(rf"--({'|'.join(sections)})(\.|=|$)|--seed_everything(=|$)")
-    arguments = parser.recipe_first(arguments)
-    if passed_on.match(first := "".join(arguments[:1])) and "=" not in first:
-        parser.error(f"{first} stands before RECIPE, and its value would be read as one: give RECIPE first")
-    options, rest = parser.parse_known_args(arguments)
-    if not options.recipe:
-        parser.error("RECIPE is empty: give a name; `adam-mini recipes` lists them")
-    given = [text for text in rest if re.match(r"-+[^\d.]", text)]  # and not the negative number that one is set to
-    wrong = next((text for text in given if not passed_on.match(text)), None)
-    if wrong is not None and WITHOUT_EFFECT.match(wrong):
-        parser.error(f"{wrong} changes nothing here: leave it out")
-    if wrong is None and rest and rest[0] not in given:
-        wrong = rest[0]
-    if wrong is not None:
-        parser.error(f"unrecognized arguments: {wrong}")
-    options.recipe_options = list(rest)
     return options
 
 

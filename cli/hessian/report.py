@@ -1,21 +1,18 @@
-"""What all commands save and log: settings, versions, tables and pictures, a page with all of them, and progress."""
+"""What all commands save and log: settings, versions, tables and pictures, and a page with all of them."""
 
 from __future__ import annotations
 
 import base64
-import json
 import logging
-import math
-import time
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_adam_mini.measure import describe_machine, package_versions
 
-from ...tasks.atomic_files import write_text
+from ...tasks.atomic_files import write_json, write_text
 from ...tasks.plots import save_figure
 from ..tables import text_table
 from .problem import Problem
@@ -23,12 +20,10 @@ from .problem import Problem
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["HessianReport", "PageTable", "common_settings", "finite", "log_duration", "log_each"]
+__all__ = ["HessianReport", "PageTable", "common_settings"]
 
 log = logging.getLogger(__name__)
 TEMPLATES = Path(__file__).parent / "templates"
-_MEASURED, _LONG, _APART = 5.0, 20.0, 1.0
-"""Seconds of work before an estimate, total seconds that are worth a line, and seconds between two lines."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +80,7 @@ class HessianReport:
             images.append((caption, base64.b64encode(path.read_bytes()).decode("ascii")))
         write_text(folder / "report.html", self._page(images))
         content = {**self.settings, **values}
-        write_text(folder / name, json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
+        write_json(folder / name, content, nan_as_null=True)
         return [*paths, folder / "report.html", folder / name]
 
     def log(self, paths: Sequence[Path]) -> None:
@@ -140,66 +135,3 @@ def _words(value: Any) -> str:
         case float():
             return f"{value:.4g}"
     return str(value)
-
-
-def finite(value: Any) -> Any:
-    """A value for JSON: numbers that are not finite become None."""
-    match value:
-        case float():
-            return value if math.isfinite(value) else None
-        case dict():
-            return {str(key): finite(some) for key, some in value.items()}
-        case list() | tuple():
-            return [finite(some) for some in value]
-    return value
-
-
-def log_duration(what: str, clock: Callable[[], float] = time.perf_counter) -> Callable[[float, float], None]:
-    """A function of the work done and the work in all that logs once how long all of it takes, where that is long.
-
-    Args:
-        what: The work, for the line.
-        clock: Returns seconds.
-    """
-    start, is_logged = clock(), False
-
-    def update(done: float, total: float) -> None:
-        nonlocal is_logged
-        elapsed = clock() - start
-        if is_logged or not done or done >= total or elapsed < _MEASURED:
-            return
-        is_logged = True
-        if (seconds := elapsed / done * total) >= _LONG:
-            log.info("%s: about %s in all", what, _duration(seconds))
-
-    return update
-
-
-def log_each(
-    what: str, weights: Sequence[float] | None = None, clock: Callable[[], float] = time.perf_counter
-) -> Callable[[str, int, int], None]:
-    """A function for the start of each piece of work that logs its name and number, at most once a second.
-
-    Args:
-        what: The work, for the line about the whole duration.
-        weights: How long each piece takes, in any unit; the same by default.
-        clock: Returns seconds.
-    """
-    duration, last = log_duration(what, clock), -math.inf
-
-    def update(name: str, number: int, total: int) -> None:
-        nonlocal last
-        if (now := clock()) - last >= _APART:
-            log.info("%d of %d: %s", number, total, name)
-            last = now
-        shares = [1.0] * total if weights is None else weights
-        duration(sum(shares[: number - 1]), sum(shares))
-
-    return update
-
-
-def _duration(seconds: float) -> str:
-    for name, length in (("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {name}" if seconds < 10 * length else f"{seconds / length:.0f} {name}"
-    return f"{seconds:.0f} seconds"

@@ -22,9 +22,10 @@ from lightning_adam_mini.hessian import (
 )
 from lightning_adam_mini.hessian.lanczos import check_steps
 
+from ..progress import log_duration
 from .pictures import draw_densities, draw_divergences, drawn
 from .problem import choose_blocks, load_problem
-from .report import HessianReport, PageTable, common_settings, log_duration
+from .report import HessianReport, PageTable, common_settings
 
 __all__ = ["run"]
 

@@ -11,7 +11,8 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
 from lightning_adam_mini.cli.hessian.pictures import draw_divergences, draw_hessians, drawn
-from lightning_adam_mini.cli.hessian.report import HessianReport, PageTable, log_duration, log_each
+from lightning_adam_mini.cli.hessian.report import HessianReport, PageTable
+from lightning_adam_mini.cli.progress import log_duration, log_each
 from lightning_adam_mini.hessian import Heterogeneity, Scale
 from lightning_adam_mini.measure import describe_machine
 
