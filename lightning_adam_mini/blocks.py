@@ -15,7 +15,7 @@ Shapes: `R` rows on the block axis, `C` the product of the reduced axes, `B` blo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -275,17 +275,17 @@ class Blocks:
             For `Kind.MEAN` one value per row, with size 1 on the reduced axes; otherwise a tensor of `shape`. For
             `Kind.FACTORED` it is `row * column / mean(row)`, Adafactor's estimate (Shazeer and Stern 2018, Alg. 1).
         """
-        return self._product(self.factors(*moments))
+        return self._product(self.factors(*moments), lambda normalised, columns, _: normalised * columns)
 
     def root_second_moment(self, *moments: Tensor) -> Tensor:
-        """The square root of `second_moment`, as a new tensor; roots are taken before expanding, of fewer values."""
+        """The root that a step divides by, as a new tensor: of `second_moment`, or of factors as in `floored_root`."""
         if self.kind is Kind.FACTORED:
-            return self._product([factor.sqrt() for factor in self.factors(*moments)])
+            return self._product([factor.sqrt() for factor in self.factors(*moments)], floored_root)
         root = moments[0].sqrt()
         return root if self._keeps_rows or self.kind is Kind.ELEMENT else self.expand_rows(root)
 
     def factors(self, *moments: Tensor) -> Sequence[Tensor]:
-        """The factors of `second_moment`: the moment itself, or rows over their mean and columns."""
+        """The factors of `second_moment`: the moment itself, or rows over their mean, columns and rows."""
         if self.kind is not Kind.FACTORED:
             return moments
         rows, columns = moments
@@ -296,21 +296,22 @@ class Blocks:
             (part / part.mean(axes, keepdim=True, dtype=wide).clamp_min(tiny)).to(rows.dtype)
             for _, part, axes in self._parts(rows)
         ]
-        return torch.cat(normalised, self.axis + 1).flatten(self.axis, self.axis + 1), columns
+        return torch.cat(normalised, self.axis + 1).flatten(self.axis, self.axis + 1), columns, rows
 
-    def _product(self, factors: Sequence[Tensor]) -> Tensor:
-        """Expand factors against the tensor and multiply them."""
+    def _product(self, factors: Sequence[Tensor], combine: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """Expand factors against the tensor; `combine` takes those of a factored second moment."""
         if self.kind is Kind.ELEMENT:
             return factors[0]
         if self.kind is Kind.MEAN:
             return self.expand_rows(factors[0])
-        rows, columns = factors
+        normalised, columns, rows = factors
         assert self.axis is not None
         if len(self.segments) == 1:
-            return rows * columns
+            return combine(normalised, columns, rows)
+        parts = zip(self._parts(normalised), self._parts(rows), strict=True)
         products = [
-            part * columns.narrow(self.axis, number, 1).unsqueeze(self.axis + 1)
-            for number, (_, part, _) in enumerate(self._parts(rows))
+            combine(part, columns.narrow(self.axis, number, 1).unsqueeze(self.axis + 1), own)
+            for number, ((_, part, _), (_, own, _)) in enumerate(parts)
         ]
         return torch.cat(products, self.axis + 1).flatten(self.axis, self.axis + 1)
 
@@ -377,6 +378,26 @@ class Blocks:
             parts.append((segment, folded.narrow(self.axis + 1, start, segment.length), (self.axis, self.axis + 1)))
             start += segment.length
         return parts
+
+
+FLOOR = 0.1
+"""Least second moment of an element in a step, in units of the smaller one of its row's and its column's mean."""
+
+
+def floored_root(normalised: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
+    """The root of a factored second moment, from roots that broadcast against each other, as a new tensor.
+
+    One element that is far larger than the others raises the mean of all rows, so the product falls far below the
+    second moments of all elements outside of its row and column, which would then move much too far. The smaller one of
+    two means does not fall: it has not seen that element. In a matrix of rank one the floor matters only where row and
+    column both are below a tenth of the average.
+
+    Args:
+        normalised: Roots of the rows over their mean.
+        columns: Roots of the columns.
+        rows: Roots of the rows.
+    """
+    return (normalised * columns).clamp_min_(torch.minimum(rows, columns).mul_(FLOOR**0.5))
 
 
 def _divide(tensor: Tensor, axis: int | None, sizes: Sequence[int], divisors: Sequence[int]) -> Tensor:

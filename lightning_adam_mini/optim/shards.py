@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_adam_mini.blocks import SLICE_ELEMENTS, Blocks, Kind, sum_square, wide_dtype
+from lightning_adam_mini.blocks import (
+    SLICE_ELEMENTS,
+    Blocks,
+    Kind,
+    floored_root,
+    sum_square,
+    wide_dtype,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -136,9 +143,10 @@ class Shard:
         """Square roots of a factored second moment, rectangle by rectangle, as new tensors."""
         assert self.boxes is not None
         assert self.local_blocks.axis is not None
-        rows, columns = (factor.sqrt() for factor in self.local_blocks.factors(*moments))
+        normalised, columns, rows = (factor.sqrt() for factor in self.local_blocks.factors(*moments))
         for box, segment in zip(self.boxes, self._segments, strict=True):
-            yield box, box.within(rows) * box.within(columns.narrow(self.local_blocks.axis, segment, 1))
+            own = box.within(columns.narrow(self.local_blocks.axis, segment, 1))
+            yield box, floored_root(box.within(normalised), own, box.within(rows))
 
 
 def grid_boxes(runs: Sequence[Sequence[tuple[int, int, int]]]) -> tuple[Box, ...]:

@@ -11,6 +11,9 @@ each block `b` of a tensor,
 with m_hat = m / (1 - beta1^t) and v_hat_b = v_b / (1 - beta2^t). `eps` stands outside the root, as in AdamW. A block of
 one element is AdamW.
 
+A factored second moment is a mean for each row and each column of a matrix; `floored_root` makes of them the root for
+each element.
+
 `reference_` says exactly this, one tensor at a time. The other forms do the same arithmetic in another order of memory:
 `foreach_` on lists of tensors; `slices_` on large CPU tensors, slice by slice, so that a slice stays in the cache; and
 `_rounded_slices_` on 8-bit first moments and on what is rounded stochastically. The kernels are in `kernels/`.
@@ -28,7 +31,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from lightning_adam_mini.blocks import SMALL_ELEMENTS, Blocks, Kind, wide_dtype
+from lightning_adam_mini.blocks import SMALL_ELEMENTS, Blocks, Kind, floored_root, wide_dtype
 from lightning_adam_mini.optim import quantized
 from lightning_adam_mini.optim.params import DTYPES, check_memory, memory_problem
 from lightning_adam_mini.optim.shards import Box, Shard, intersect, split, whole_box
@@ -237,6 +240,8 @@ def accumulate_(view: ParameterView, beta2: float) -> None:
     sums = view.square_sums or (blocks if view.is_whole else view.shard).square_sums(grad, exact=view.exact)
     for moment, mean in zip(view.moments, blocks.means(*sums), strict=True):
         moment.mul_(beta2).add_(mean.to(moment.dtype), alpha=1 - beta2)
+        if blocks.kind is Kind.FACTORED:  # an infinite mean of the rows would make all of them NaN
+            moment.clamp_max_(torch.finfo(moment.dtype).max)
 
 
 def _move_(
@@ -296,7 +301,8 @@ def slices_(views: Iterable[ParameterView], options: StepOptions) -> None:
                 shard = Shard(row_blocks(param.shape))
                 accumulate_(ParameterView(param, grad, shard, view.step, exp_avg, (own[0],)), options.beta2)
             roots = [factor.sqrt() for factor in own]
-            denom = (roots[0] * roots[1] if roots[1:] else roots[0]).div_(root).add_(options.eps)
+            denom = floored_root(*roots) if roots[1:] else roots[0]
+            denom = denom.div_(root).add_(options.eps)
             _move_(param, grad, exp_avg, [(param, exp_avg, denom)], options, step_size)
 
 

@@ -128,7 +128,7 @@ static void plan_lines(Plan *plan, const Tensor *t) {
 
 static void plan_factored(Plan *plan, const Tensor *t) {
     Work *w = add_work(plan, t);
-    int64_t n = line_length(t), lines = num_lines(t), segments = t->num_blocks, others = t->outer * t->inner;
+    int64_t n = line_length(t), lines = num_lines(t), segments = t->num_blocks;
     int64_t most = MIN(FEW_LINES * FEW_LINES, MAX(1, TASK_LENGTH / n));
     for (int64_t a = 0; a < t->batches; a++) {
         if (!lines_are_rows(t)) {
@@ -142,7 +142,7 @@ static void plan_factored(Plan *plan, const Tensor *t) {
     add_updates(plan, w, FACTORED_UPDATE);
     w->totals = reserve(plan, (t->batches * lines + n + 2) * segments, sizeof(double));
     w->columns = reserve(plan, 2 * w->num_sums * n, sizeof(float));
-    w->factors = reserve(plan, t->batches * (t->rows + segments * others), sizeof(float));
+    w->factors = reserve(plan, t->batches * (2 * t->rows + segments * others_of(t)), sizeof(float));
 }
 
 static void plan_tensor(Plan *plan, const Tensor *t) {
@@ -252,6 +252,7 @@ int adam_mini_step(const Tensor *tensors, int64_t count, double lr, double beta1
         w->sign = maximize ? -1 : 1;
         w->step_size = (float)(lr / correction1);
         w->root = (float)correction2;
+        w->floor_of_roots = (float)sqrt(FLOOR);
         w->eps = (float)eps;
         w->beta2 = (float)beta2;
         w->rest2 = (float)(1 - beta2);

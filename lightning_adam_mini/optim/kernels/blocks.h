@@ -153,13 +153,25 @@ static double wide_sum_down(const Work *w, const Task *tasks, int64_t batch, int
     return total;
 }
 
+/* Finite: an infinite mean of the rows would make all of them NaN. */
+static float next_finite(const Work *w, float moment, double sum, double count) {
+    float next = next_moment(w, moment, sum, count);
+    return next > FLT_MAX ? FLT_MAX : next;
+}
+
+static int64_t others_of(const Tensor *t) { return t->outer * t->inner; }
+
+/* Roots in `factors`: of the rows over their mean, of the rows, of the columns. */
+static float *row_roots(const Work *w) { return w->factors + w->t->batches * w->t->rows; }
+
+static float *column_roots(const Work *w) { return row_roots(w) + w->t->batches * w->t->rows; }
+
 static void combine_factored(Work *w, const Task *tasks) {
     const Tensor *t = w->t;
-    int64_t n = line_length(t), segments = t->num_blocks, others = t->outer * t->inner;
+    int64_t n = line_length(t), segments = t->num_blocks, others = others_of(t);
     int by_rows = lines_are_rows(t);
     double *rows_of_segment = w->totals + t->batches * num_lines(t) * (by_rows ? 1 : segments);
     double *means = rows_of_segment + segments, *down = means + segments;
-    float *roots = w->factors, *column_roots = w->factors + t->batches * t->rows;
     for (int64_t s = 0; s < segments; s++) rows_of_segment[s] = 0;
     for (const Span *span = t->spans; span < t->spans + t->num_spans; span++)
         rows_of_segment[span->block] += (double)span->rows_of_block;
@@ -180,20 +192,22 @@ static void combine_factored(Work *w, const Task *tasks) {
         for (int64_t s = 0; s < segments; s++) means[s] = 0;
         for (const Span *span = t->spans; span < t->spans + t->num_spans; span++) {
             for (int64_t r = span->row; r < span->row + span->rows_of_block; r++) {
-                row_moment[r] = next_moment(w, row_moment[r], row_sums[r], (double)others);
+                row_moment[r] = next_finite(w, row_moment[r], row_sums[r], (double)others);
                 means[span->block] += row_moment[r];
             }
         }
         for (const Span *span = t->spans; span < t->spans + t->num_spans; span++) {
             float mean = (float)(means[span->block] / rows_of_segment[span->block]);
             if (mean < FLT_MIN) mean = FLT_MIN;
-            for (int64_t r = span->row; r < span->row + span->rows_of_block; r++)
-                roots[a * t->rows + r] = sqrtf(row_moment[r] / mean);
+            for (int64_t r = span->row; r < span->row + span->rows_of_block; r++) {
+                w->factors[a * t->rows + r] = sqrtf(row_moment[r] / mean);
+                row_roots(w)[a * t->rows + r] = sqrtf(row_moment[r]);
+            }
         }
         for (int64_t c = 0; c < segments * others; c++) {
             int64_t segment = by_rows ? c / others : c % segments;
-            column_moment[c] = next_moment(w, column_moment[c], column_sums[c], rows_of_segment[segment]);
-            column_roots[a * segments * others + c] = sqrtf(column_moment[c]);
+            column_moment[c] = next_finite(w, column_moment[c], column_sums[c], rows_of_segment[segment]);
+            column_roots(w)[a * segments * others + c] = sqrtf(column_moment[c]);
         }
     }
 }
@@ -201,17 +215,20 @@ static void combine_factored(Work *w, const Task *tasks) {
 static void do_factored_update(const Work *w, const Task *task) {
     const Tensor *t = w->t;
     int64_t n = line_length(t), segments = t->num_blocks;
-    const float *roots = w->factors + task->block * t->rows;
-    const float *column_roots = w->factors + t->batches * t->rows + task->block * segments * t->outer * t->inner;
+    const float *normalised = w->factors + task->block * t->rows, *rows = row_roots(w) + task->block * t->rows;
+    const float *columns = column_roots(w) + task->block * segments * others_of(t);
     for (int64_t line = task->offset; line < task->offset + task->count; line++) {
         int64_t offset = (task->block * num_lines(t) + line) * n;
         if (lines_are_rows(t)) {
-            update_factored(w, offset, n, roots[line], column_roots + task->length * n);
+            const float *own = columns + task->length * n;
+            update_factored(w, offset, n, (Along){normalised[line], rows[line]}, own, own);
             continue;
         }
-        for (const Span *span = t->spans; span < t->spans + t->num_spans; span++)
-            update_factored(w, offset + span->row, span->rows_of_block, column_roots[line * segments + span->block],
-                            roots + span->row);
+        for (const Span *span = t->spans; span < t->spans + t->num_spans; span++) {
+            float column = columns[line * segments + span->block];
+            update_factored(w, offset + span->row, span->rows_of_block, (Along){column, column},
+                            normalised + span->row, rows + span->row);
+        }
     }
 }
 

@@ -160,15 +160,19 @@ INLINE void update_elements_of(void *restrict p, const void *restrict g, void *r
     }
 }
 
+/* The root of a factored second moment is `along.factor * across[i]`, and at least a share of the smaller one of
+ * `along.bound` and `bounds[i]`: floored_root in blocks.py, with what belongs to a line in memory and to its elements. */
 INLINE void update_factored_of(void *restrict p, const void *restrict g, void *restrict m, int64_t n, const Work *w,
-                               float along, const float *restrict across, int p16, int m16) {
+                               Along along, const float *restrict across, const float *restrict bounds, int p16,
+                              int m16) {
     float decay = w->decay, sign = w->sign, from_m = w->from_m, weight = w->weight;
-    float root = w->root, eps = w->eps, step_size = w->step_size;
+    float root = w->root, eps = w->eps, step_size = w->step_size, floor_of_roots = w->floor_of_roots;
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
         float x = moved(load(m, i, m16), sign * load(g, i, p16), from_m, weight);
+        float product = along.factor * across[i], least = floor_of_roots * MIN(along.bound, bounds[i]);
         store(m, i, x, m16);
-        store(p, i, load(p, i, p16) * decay - step_size * x / (along * across[i] / root + eps), p16);
+        store(p, i, load(p, i, p16) * decay - step_size * x / ((product < least ? least : product) / root + eps), p16);
     }
 }
 
@@ -319,8 +323,9 @@ static void update_elements(const Work *w, int64_t offset, int64_t n) {
     UPDATE(w, offset, n, update_elements_of, w->t->moment + offset + STAGE.at);
 }
 
-static void update_factored(const Work *w, int64_t offset, int64_t n, float along, const float *across) {
-    UPDATE(w, offset, n, update_factored_of, along, across + STAGE.at);
+static void update_factored(const Work *w, int64_t offset, int64_t n, Along along, const float *across,
+                            const float *bounds) {
+    UPDATE(w, offset, n, update_factored_of, along, across + STAGE.at, bounds + STAGE.at);
 }
 
 /* Sums of squares, which read the gradient only. */

@@ -58,6 +58,8 @@ typedef struct {
 } Tensor;
 _Static_assert(sizeof(Tensor) == 23 * 8, "cpu_plan.py writes this struct as 23 words");
 
+#define FLOOR 0.1 /* of blocks.py */
+
 enum { FLOAT32, BFLOAT16, CODES }; /* dtypes of first moments */
 
 enum {
@@ -73,15 +75,20 @@ typedef struct {
     const Tensor *t;
     const Span *spans;
     int64_t num_spans;
-    float decay, from_m, weight, sign, step_size, root, eps, beta2, rest2;
+    float decay, from_m, weight, sign, step_size, root, eps, beta2, rest2, floor_of_roots;
     int64_t first_task, num_sums, sums_left, is_ready;
     uint32_t hash; /* of the seed and the step: `a` of the random bits */
     double *totals; /* sums of chunks, blocks and columns, whichever the traversal needs */
     float *columns; /* one sum per chunk and column */
-    float *factors; /* multiplies m, per block or column; FACTORED: roots of the rows, then of the columns */
+    float *factors; /* multiplies m, per block or column; FACTORED: roots of the rows over their mean, of the columns, of the rows */
 } Work;
 
 enum { BLOCKS, PACK, ELEMENTS, CHUNK_SUM, CHUNK_UPDATE, LINES_SUM, LINES_UPDATE, FACTORED_SUM, FACTORED_UPDATE };
+
+/* FACTORED: the roots that belong to a line in memory. */
+typedef struct {
+    float factor, bound;
+} Along;
 
 typedef struct {
     int32_t work, kind;
