@@ -193,7 +193,10 @@ class Blocks:
             ValueError: The second moment is factored.
         """
         if self.kind is Kind.FACTORED:
-            raise ValueError("a factored second moment has row and column means, and no blocks to number")
+            raise ValueError(
+                "a factored second moment has row and column means, and no blocks to number: take those of another "
+                "partition, such as transformer"
+            )
         (state_shape,) = self.state_shapes.values()
         numbers = torch.arange(math.prod(state_shape), device="cpu").view(state_shape)
         return self.expand_rows(numbers).expand(self.shape)

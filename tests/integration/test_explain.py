@@ -534,7 +534,7 @@ def test_a_model_of_70_billion_parameters_takes_no_memory(folder):
 
 
 def test_a_recipe_is_verified(folder, capsys):
-    data = as_json(capsys, "llm/gpt2_tiny", "--verify")
+    data = as_json(capsys, "llm/gpt2_tiny", "--partition", "transformer", "--verify")
     name = "model.transformer.h.1.attn.c_attn.weight"
     assert of_row(data, name)["verified"] == "confirmed"
     assert "4 query heads" in data["verification"]["parameters"][name]["reason"]

@@ -1,15 +1,15 @@
-"""The charts of the report: validation curves, sensitivity to the learning rate, memory, performance profiles."""
+"""The charts of the report: validation curves, learning rates, memory, what it costs, performance profiles."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..status import LOST
-from .style import Chart, draw, series_style
+from .style import FONT_POINTS, HEIGHT_INCHES, Chart, draw, series_style
 from .wording import BYTE_UNITS, count, duration, learning_rate, number, plain, shorten, size
 
 if TYPE_CHECKING:
@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     from ..analysis import Comparison, OptimizerSummary, TaskComparison
     from ..stats import PerformanceProfile
 
-__all__ = ["curves_chart", "focus", "peak_chart", "profile_chart", "rates_chart", "state_chart"]
+__all__ = [
+    "curves_chart",
+    "focus",
+    "peak_chart",
+    "profile_chart",
+    "rates_chart",
+    "state_chart",
+    "tradeoff_chart",
+]
 
 LABEL_LENGTH = 24
 MARKERS_IN_A_LINE = 7
@@ -238,6 +246,95 @@ def _memory_chart(
         words.append(f"{plain(label)}: {measured}, {predicted}.")
     height = 0.9 + 0.46 * len(bars)
     return draw(name, title=title, caption=caption, words=" ".join(words), paint=paint, height=height)
+
+
+@dataclass(frozen=True)
+class TradeoffPoint:
+    """An optimizer on one task, beside the reference.
+
+    Args:
+        series: Its number, which gives colour and marker.
+        optimizer: Its label.
+        state: Optimizer state in percent of the reference's.
+        difference: Mean primary metric minus the reference's.
+        interval: Of the difference, 95 %; None for the reference, or where there is none.
+    """
+
+    series: int
+    optimizer: str
+    state: float
+    difference: float
+    interval: tuple[float, float] | None
+
+
+def tradeoff_chart(tasks: Sequence[TaskComparison], names: Mapping[str, str], name: str) -> Chart | None:
+    """What the memory of each optimizer costs: a panel a task; None where no optimizer has a difference.
+
+    Args:
+        tasks: The tasks, in the order of the panels.
+        names: Recipe -> its short name.
+        name: Name of the chart.
+    """
+    found = [(task, points) for task in tasks if len(points := _tradeoff_points(task)) > 1]
+    if not found:
+        return None
+    is_far = False
+
+    def paint(*panels: Axes) -> None:
+        nonlocal is_far
+        for axes, (task, points) in zip(panels, found, strict=True):
+            ends = [end for point in points for end in (point.interval or (point.difference,))]
+            low, high = focus([*ends, 0.0], task.primary_metric.mode, target=0.0)
+            axes.axhline(0, color="black", linewidth=1.1, linestyle=(0, (1, 2)))
+            for point in points:
+                style = series_style(point.series) | {"linestyle": "none"}
+                y = min(max(point.difference, low), high)
+                is_far |= y != point.difference
+                if point.interval is not None:
+                    axes.plot([point.state] * 2, point.interval, color=style["color"], linewidth=1.4, alpha=0.7)
+                axes.plot([point.state], [y], label=_label(point.optimizer), clip_on=False, **style)
+            arrow = "↓" if task.primary_metric.mode == "min" else "↑"
+            metric = shorten(task.primary_metric.label.partition(",")[0], LABEL_LENGTH - 4)
+            axes.set_title(f"{shorten(names[task.recipe], LABEL_LENGTH)}\n{arrow} {metric}", fontsize=FONT_POINTS)
+            axes.set_xlim(0, 1.08 * max(100.0, *(point.state for point in points)))
+            axes.set_ylim(low, high)
+            axes.set_xlabel("state, %")
+            _few_ticks(axes)
+            axes.locator_params(axis="x", nbins=4)
+
+    reference = next(summary.optimizer for summary in found[0][0].summaries if summary.verdict.word == "reference")
+    title = "Final value against memory"
+    words = f"{title}. " + " ".join(_tradeoff_in_words(task, points, names) for task, points in found)
+    caption = (
+        f"Memory of the optimizer, in percent of {plain(reference)}'s, and the final value minus that of "
+        f"{plain(reference)}, with the 95 % confidence interval of the difference; arrows point to better values."
+    )
+    height = 2.2 if len(found) > 1 else HEIGHT_INCHES
+    chart = draw(name, title=title, caption=caption, words=words, paint=paint, height=height, panels=len(found))
+    return replace(chart, caption=f"{caption} Values far off are drawn at the edge.") if is_far else chart
+
+
+def _tradeoff_points(task: TaskComparison) -> list[TradeoffPoint]:
+    """Optimizers with a final value and a known state; none where the reference lacks one of them."""
+    points = []
+    for series, summary in enumerate(task.summaries):
+        ratio, verdict = summary.ratios.optimizer_state_bytes, summary.verdict
+        is_reference = verdict.word == "reference"
+        if summary.final is None or ratio is None or not (is_reference or verdict.difference is not None):
+            continue
+        difference = 0.0 if verdict.difference is None else verdict.difference
+        if math.isfinite(difference):
+            points.append(TradeoffPoint(series, summary.optimizer, 100 * ratio, difference, verdict.interval))
+    return points
+
+
+def _tradeoff_in_words(task: TaskComparison, points: Sequence[TradeoffPoint], names: Mapping[str, str]) -> str:
+    parts = [
+        f"{plain(point.optimizer)} {number(point.difference)} with {point.state:.0f} % of the state"
+        for point in points
+        if point.interval is not None
+    ]
+    return f"{names[task.recipe]}: {', '.join(parts) or 'no intervals'}."
 
 
 def profile_chart(comparison: Comparison, axis: Literal["steps", "seconds"], names: dict[str, str]) -> Chart | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
-from .charts import curves_chart, peak_chart, profile_chart, rates_chart, state_chart
+from .charts import curves_chart, peak_chart, profile_chart, rates_chart, state_chart, tradeoff_chart
 from .style import Chart
 from .tables import ReportTable, failures_table, hardware_table, overview_table, verdict_table, versions_table
 from .wording import learning_rate, number, plain
@@ -133,7 +133,7 @@ class Page:
     started: str
     overview: ReportTable | None
     tasks: tuple[TaskSection, ...]
-    profiles: tuple[Chart, ...]
+    across: tuple[Chart, ...]
     failures: ReportTable
     conditions: tuple[ReportTable, ...]
     commands: tuple[CommandGroup, ...]
@@ -142,13 +142,17 @@ class Page:
     @property
     def charts(self) -> tuple[Chart, ...]:
         """All charts."""
-        return tuple(chart for task in self.tasks for chart in task.charts) + self.profiles
+        return tuple(chart for task in self.tasks for chart in task.charts) + self.across
 
 
 def make_page(comparison: Comparison) -> Page:
     """Write the texts of a comparison and draw its charts."""
     names = task_names(comparison)
-    profiles = (profile_chart(comparison, "steps", names), profile_chart(comparison, "seconds", names))
+    across = (
+        tradeoff_chart(comparison.tasks, names, "tradeoff") if len(comparison.tasks) > 1 else None,
+        profile_chart(comparison, "steps", names),
+        profile_chart(comparison, "seconds", names),
+    )
     machines = [
         hardware_table(machine, "Machine." if len(comparison.hardware) == 1 else f"Machine {number}.")
         for number, machine in enumerate(comparison.hardware, start=1)
@@ -160,7 +164,7 @@ def make_page(comparison: Comparison) -> Page:
         started=_minute(comparison.created),
         overview=overview_table(comparison, names),
         tasks=tuple(_section(comparison, task, number, names) for number, task in enumerate(comparison.tasks, start=1)),
-        profiles=tuple(profile for profile in profiles if profile is not None),
+        across=tuple(chart for chart in across if chart is not None),
         failures=failures_table(comparison, names),
         conditions=(*machines, versions_table(comparison.versions)),
         commands=_commands(comparison, names),
@@ -189,6 +193,7 @@ def _section(comparison: Comparison, task: TaskComparison, number: int, names: M
         rates_chart(task, f"{slug}-rates"),
         state_chart(task, f"{slug}-state"),
         peak_chart(task, f"{slug}-memory"),
+        tradeoff_chart((task,), names, f"{slug}-tradeoff") if len(comparison.tasks) == 1 else None,
     )
     return TaskSection(
         anchor=slug,

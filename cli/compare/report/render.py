@@ -93,9 +93,9 @@ def _markdown(page: Page) -> Iterator[str]:
         if task.notes:
             yield "\n".join(f"- {_text(note)}" for note in task.notes)
         yield from _pictures(task.charts)
-    if page.profiles:
+    if page.across:
         yield "## Across tasks"
-        yield from _pictures(page.profiles)
+        yield from _pictures(page.across)
     yield "## Failed, diverged and unfinished runs"
     if page.failures.rows:
         yield from _table(page.failures)

@@ -7,12 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 from io import StringIO
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-__all__ = ["SERIES_COLOURS", "Chart", "draw", "series_style"]
+__all__ = ["FONT_POINTS", "HEIGHT_INCHES", "SERIES_COLOURS", "Chart", "draw", "series_style"]
 
 WIDTH_INCHES, HEIGHT_INCHES = 4.4, 3.1  # 317 points wide: text of 10 points is 11 pixels high in a column of 350
 FONT_POINTS = 10.2
@@ -106,28 +103,34 @@ def draw(
     title: str,
     caption: str,
     words: str,
-    paint: Callable[[Axes], None],
+    paint: Callable[..., None],
     height: float = HEIGHT_INCHES,
+    panels: int = 1,
 ) -> Chart:
-    """Draw one pair of axes; lines with a label get a legend below.
+    """Draw axes; lines with a label get a legend below, those of the first panel for all.
 
     Args:
         name: Unique in the report; letters, digits and hyphens.
         title: What it shows.
         caption: How to read it.
         words: Its numbers in words.
-        paint: Draws into the axes.
-        height: Height in inches, without the legend.
+        paint: Draws into the axes, one argument for each panel.
+        height: Height in inches of a row of panels, without the legend.
+        panels: Number of panels, two in a row.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     stream = StringIO()
     with mpl.rc_context({**SETTINGS, "svg.hashsalt": name}):  # ids are hashes of the content and this salt
+        rows, columns = -(-panels // 2), min(panels, 2)
+        height *= rows
         figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained", facecolor="none")
-        axes = figure.subplots()
-        paint(axes)
-        handles, labels = axes.get_legend_handles_labels()
+        places = figure.subplots(rows, columns, squeeze=False).flatten()
+        for place in places[panels:]:
+            place.remove()
+        paint(*places[:panels])
+        handles, labels = places[0].get_legend_handles_labels()
         if handles:
             num_columns = 2 if max(map(len, labels)) <= 16 else 1
             figure.set_figheight(height + 0.22 * -(-len(labels) // num_columns))

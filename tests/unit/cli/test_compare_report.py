@@ -12,7 +12,13 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from lightning_adam_mini.cli.compare.report import content, render, wording, write_report
-from lightning_adam_mini.cli.compare.report.charts import curves_chart, focus, profile_chart, rates_chart
+from lightning_adam_mini.cli.compare.report.charts import (
+    curves_chart,
+    focus,
+    profile_chart,
+    rates_chart,
+    tradeoff_chart,
+)
 from lightning_adam_mini.cli.compare.report.content import task_names
 from lightning_adam_mini.cli.compare.run_records import Costs
 from lightning_adam_mini.cli.compare.stats import MeanStd, Verdict
@@ -21,7 +27,7 @@ from report_page import ReportPage
 from synthetic_comparison import PRIMARY_METRICS, synthetic_comparison, without_costs
 
 SHORT = {"lrs": (1e-3, 3e-3), "validations": 4}
-CHARTS = ("curves_chart", "rates_chart", "state_chart", "peak_chart", "profile_chart")
+CHARTS = ("curves_chart", "rates_chart", "state_chart", "peak_chart", "profile_chart", "tradeoff_chart")
 MESSAGE = 'a | pipe, a comma, "quotes", <b>, `code` and\na second line'
 
 
@@ -424,7 +430,7 @@ def test_markdown_has_the_same_tables(comparison, out):
 def test_markdown_shows_the_charts_that_are_there(out):
     links = set(re.findall(r"!\[[^\n]*\]\((figures/[^)]+)\)", (out / "report.md").read_text("utf-8")))
     assert links == {f"figures/{path.name}" for path in (out / "figures").iterdir()}
-    assert len(links) == 2 * 5 + 2
+    assert len(links) == 2 * 5 + 3
 
 
 def test_nothing_is_left_beside_the_files(out):
@@ -464,7 +470,7 @@ def test_a_text_that_utf8_cannot_hold_is_written_all_the_same(tmp_path):
 def test_the_same_comparison_gives_the_same_bytes(comparison, out, tmp_path):
     write_report(comparison, tmp_path)
     files = [path.relative_to(out) for path in out.rglob("*") if path.is_file()]
-    assert len(files) == 4 + 12
+    assert len(files) == 4 + 13
     for name in files:
         assert (out / name).read_bytes() == (tmp_path / name).read_bytes(), name
 
@@ -522,6 +528,32 @@ def test_profiles_need_two_tasks(comparison):
     assert profile_chart(replace(comparison, tasks=comparison.tasks[:1]), "steps", names) is None
     words = profile_chart(comparison, "steps", names).words
     assert re.search(r"AdamMini: llm/synthetic_tiny (never|factor [\d.]+), digits (never|factor [\d.]+)\.", words)
+
+
+def test_what_memory_costs(comparison, task):
+    names = task_names(comparison)
+    chart = tradeoff_chart(comparison.tasks, names, "tradeoff")
+    verdict = task.summary_of("AdamMini").verdict
+    state = task.summary_of("AdamMini").ratios.optimizer_state_bytes
+    found = re.search(r"llm/synthetic_tiny: AdamMini (\S+) with (\d+) % of the state", chart.words)
+    assert float(found[1].replace("−", "-")) == pytest.approx(verdict.difference, rel=1e-3)
+    assert int(found[2]) == round(100 * state)
+    assert all(name in "".join(ET.fromstring(chart.svg).itertext()) for name in names.values())
+
+
+def test_what_memory_costs_needs_a_difference_and_both_states(comparison, task):
+    names = task_names(comparison)
+    alone = replace(task, summaries=tuple(each for each in task.summaries if each.optimizer == "AdamW"))
+    assert tradeoff_chart((alone,), names, "tradeoff") is None
+    unknown = tuple(replace(each, ratios=replace(each.ratios, optimizer_state_bytes=None)) for each in task.summaries)
+    assert tradeoff_chart((replace(task, summaries=unknown),), names, "tradeoff") is None
+
+
+def test_one_task_has_what_memory_costs_among_its_own_charts(comparison):
+    one = replace(comparison, tasks=comparison.tasks[:1])
+    assert [chart.name.rpartition("-")[2] for chart in content.make_page(one).tasks[0].charts][-1] == "tradeoff"
+    assert not content.make_page(one).across
+    assert content.make_page(comparison).across[0].name == "tradeoff"
 
 
 def test_every_optimizer_is_in_the_legend(task):

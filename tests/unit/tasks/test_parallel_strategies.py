@@ -257,7 +257,8 @@ def _drawn(rank):
     return build_for(strategy, lambda: nn.Linear(4, 4)).weight.full_tensor().detach()
 
 
-def test_ranks_draw_one_model_without_a_seed_too():
+def test_ranks_draw_one_model_without_a_seed_too(monkeypatch):
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # of a run in this process before
     first, second = run_ranks(2, _drawn)
     torch.manual_seed(0)
     assert torch.equal(first, nn.Linear(4, 4).weight)
