@@ -7,15 +7,16 @@ if TYPE_CHECKING:
     from lightning_adam_mini.blocks import Blocks
     from lightning_adam_mini.measure import explain
     from lightning_adam_mini.optim import AdamMini
-    from lightning_adam_mini.partition import partition_module, register_layout
+    from lightning_adam_mini.partition import annotate, partition_module, register_layout
     from lightning_adam_mini.verify import verify_partition
 
-__all__ = ["AdamMini", "Blocks", "explain", "partition_module", "register_layout", "verify_partition"]
+__all__ = ["AdamMini", "Blocks", "annotate", "explain", "partition_module", "register_layout", "verify_partition"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "AdamMini": "lightning_adam_mini.optim",
     "Blocks": "lightning_adam_mini.blocks",
+    "annotate": "lightning_adam_mini.partition",
     "explain": "lightning_adam_mini.measure",
     "partition_module": "lightning_adam_mini.partition",
     "register_layout": "lightning_adam_mini.partition",

@@ -42,6 +42,7 @@ from lightning_adam_mini.partition import (
     ParameterPartition,
     Role,
     Strategy,
+    annotation_of,
     doubts,
     partition_module,
     partition_tensors,
@@ -68,7 +69,7 @@ class AdamMini(Optimizer):
 
     Args:
         params: The model; or parameters, `named_parameters()` or parameter groups, as for any optimizer. Only a model,
-            here or as `module`, tells the role of each parameter.
+            here, as `module` or by `annotate`, tells the role of each parameter.
         lr: Learning rate.
         betas: Decay rates of the first and second moment, in [0, 1).
         eps: Added to the root of the second moment.
@@ -150,6 +151,11 @@ class AdamMini(Optimizer):
             entries = listed(params)
             if not entries:
                 raise ValueError("AdamMini got an empty parameter list")
+            if module is None and (found := annotation_of(_members(entries))):
+                module = found.model
+                partition = found.partition if partition == "auto" else partition
+                partition_overrides = found.overrides if partition_overrides is None else partition_overrides
+                partition_layouts = found.layouts if partition_layouts is None else partition_layouts
         self.exp_avg_dtype = exp_avg_dtype
         self.stochastic_rounding = stochastic_rounding
         self._dispatch = Dispatch(implementation)
@@ -173,11 +179,12 @@ class AdamMini(Optimizer):
             strategy = resolve_strategy(partition, None)
             shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
             partitions = partition_tensors(shapes, strategy, partition_overrides)
-            if partition == "auto":
-                warn_user(
-                    "AdamMini got parameters without their model, so each tensor is one block, as for models that are "
-                    "no Transformers. Pass the model, AdamMini(model, ...), or AdamMini(params, ..., module=model); "
-                    "partition='default' says that this is meant."
+            if partition == "auto" and sum(p.dim() > 1 for p in _members(entries)) > 1:
+                raise ValueError(
+                    "AdamMini got parameters without their model, which tells what each of them does: pass the model, "
+                    "AdamMini(model, ...) or AdamMini(params, ..., module=model); or call "
+                    "lightning_adam_mini.annotate(model) before, where a framework builds the optimizer. "
+                    "partition='default' is one second moment a tensor"
                 )
         self._strategy_of_unknown = Strategy(strategy.name, {}, otherwise=strategy.structure(Role.OTHER))
         self._table.add(named, partitions, ranges)
@@ -488,3 +495,9 @@ def _check_capture(optimizer: Optimizer) -> None:
     """Torch's check that a step in a captured graph is capturable; torch renamed it, and warns about the old name."""
     check = getattr(optimizer, "_accelerator_graph_capture_health_check", None)
     (check or optimizer._cuda_graph_capture_health_check)()
+
+
+def _members(entries: Iterable[Any]) -> Iterator[Tensor]:
+    """The parameters of checked entries."""
+    for entry in entries:
+        yield from _members(entry["params"]) if isinstance(entry, dict) else (parameter_of(entry),)

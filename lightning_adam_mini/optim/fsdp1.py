@@ -9,6 +9,7 @@ to one value per element.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,31 +69,24 @@ def flat_ranges(module: nn.Module) -> dict[Tensor, FlatRange]:
     """The ranges of all parameters of a model that FSDP1 has flattened; none where the model is not wrapped.
 
     Args:
-        module: The model, wrapped.
+        module: The model, wrapped or inside of its wrapper.
 
     Raises:
-        ValueError: The wrapper was made without `use_orig_params=True`, `module` is a part of the wrapped model that
-            does not hold the wrapper of all its parameters, or torch has other attributes than expected.
+        ValueError: The wrapper was made without `use_orig_params=True`, or is gone, or torch has other attributes than
+            expected.
     """
     if any(is_flat_vector(p) for p in module.parameters()):
         raise ValueError(
             "FSDP shows the optimizer flat parameters, which hide the blocks: wrap the model with "
             "FullyShardedDataParallel(model, use_orig_params=True), or shard it with fully_shard (FSDP2)"
         )
-    flattened = [name for name, p in module.named_parameters() if is_flattened(p)]
+    flattened = {p for p in module.parameters() if is_flattened(p)}
     if not flattened:
         return {}
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
     ranges: dict[Tensor, FlatRange] = {}
-    found: set[Tensor] = set()
     try:
-        for wrapper in FullyShardedDataParallel.fsdp_modules(module):
-            handle = wrapper._handle
-            if handle is None:
-                continue
+        for handle in _handles(module, flattened):
             flat: Any = handle.flat_param
-            found.update(flat._params)
             if not handle.uses_sharded_strategy:  # each rank has the whole, in its own shape
                 continue
             for parameter, shape, info in zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True):
@@ -104,13 +98,28 @@ def flat_ranges(module: nn.Module) -> dict[Tensor, FlatRange]:
             f"torch {torch.__version__} keeps the ranges of FSDP's parameters in another way than this package knows "
             f"({error}); shard the model with fully_shard (FSDP2)"
         ) from error
-    unwrapped = [name for name, p in module.named_parameters() if is_flattened(p) and p not in found]
-    if unwrapped:
-        raise ValueError(
-            f"{unwrapped[0]}: FSDP has flattened this parameter, and its wrapper is outside of the module given; pass "
-            "the whole wrapped model to AdamMini, or shard it with fully_shard (FSDP2)"
-        )
     return ranges
+
+
+def _handles(module: nn.Module, flattened: Iterable[Tensor]) -> list[Any]:
+    """What the wrappers of flattened parameters know of them."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    def handles_of(wrappers: Iterable[Any]) -> list[Any]:
+        return [wrapper._handle for wrapper in wrappers if wrapper._handle is not None]
+
+    handles = handles_of(FullyShardedDataParallel.fsdp_modules(module))
+    if missing := set(flattened) - {p for handle in handles for p in handle.flat_param._params}:
+        # A framework has wrapped the model that it was given, and nothing inside knows what is around it.
+        others = handles_of(o for o in gc.get_objects() if issubclass(type(o), FullyShardedDataParallel))
+        handles += [handle for handle in others if not missing.isdisjoint(handle.flat_param._params)]
+    if missing := set(flattened) - {p for handle in handles for p in handle.flat_param._params}:
+        name = next(name for name, parameter in module.named_parameters() if parameter in missing)
+        raise ValueError(
+            f"{name}: FSDP has flattened this parameter, and its wrapper is gone; pass the whole wrapped model to "
+            "AdamMini, or shard it with fully_shard (FSDP2)"
+        )
+    return handles
 
 
 @contextmanager

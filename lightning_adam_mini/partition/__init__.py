@@ -1,5 +1,6 @@
 """From a module tree to the role of each parameter, and from roles to blocks."""
 
+from lightning_adam_mini.partition.annotation import Annotation, annotate, annotation_of
 from lightning_adam_mini.partition.expressible import expressible_structures, merge_overrides
 from lightning_adam_mini.partition.inference import Layouts
 from lightning_adam_mini.partition.layouts import register_layout
@@ -21,6 +22,7 @@ __all__ = [
     "PAPERS",
     "RECOMMENDED",
     "STRATEGIES",
+    "Annotation",
     "Layouts",
     "ModuleLayout",
     "ParameterPartition",
@@ -32,6 +34,8 @@ __all__ = [
     "Strategy",
     "Structure",
     "advise_layouts",
+    "annotate",
+    "annotation_of",
     "doubts",
     "expressible_structures",
     "merge_overrides",

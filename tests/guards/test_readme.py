@@ -67,6 +67,8 @@ def test_other_documented_commands_know_their_flags(command: Command, monkeypatc
     status = call([*subcommand, "--help"], monkeypatch)
     printed = capsys.readouterr()
     assert status == 0, printed.err
+    if "change the recipe" in " ".join(printed.out.split()):  # options of `fit`, which the slow test passes on
+        words = [word for word in words if not word.startswith(("--model.", "--data.", "--optimizer."))]
     assert not find_unknown_flags(words, f"{printed.out} --help -h")
 
 

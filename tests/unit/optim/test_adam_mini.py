@@ -77,13 +77,13 @@ def test_names_of_the_partition():
 
 
 @pytest.mark.parametrize("form", ["parameters", "named parameters", "one group"])
-def test_bare_parameters_are_warned_about_once(form):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+def test_bare_parameters_are_refused(form):
+    with pytest.raises(ValueError, match=r"module=model.*annotate\(model\).*partition='default'"):
         AdamMini(FORMS[form](model()))
-    (warning,) = caught
-    assert "AdamMini got parameters without their model" in str(warning.message)
-    assert warning.filename == __file__
+
+
+def test_one_bare_matrix_has_no_model_to_ask():
+    assert AdamMini([parameter(), parameter(3)]).partition["parameter 0"].structure == "whole"
 
 
 @pytest.mark.parametrize(
@@ -375,7 +375,7 @@ def test_strategies_by_role_need_the_model():
 
 @pytest.mark.parametrize(
     ("attribute", "message"),
-    [("_fsdp_flattened", "its wrapper is outside of the module given"), ("_is_flat_param", "use_orig_params=True")],
+    [("_fsdp_flattened", "its wrapper is gone"), ("_is_flat_param", "use_orig_params=True")],
 )
 def test_flattened_parameters_need_their_wrapper(attribute, message):
     module = model()
