@@ -383,7 +383,7 @@ class Blocks:
         return parts
 
 
-FLOOR = 0.1
+FLOOR = 0.3
 """Least second moment of an element in a step, in units of the smaller one of its row's and its column's mean."""
 
 
@@ -393,7 +393,7 @@ def floored_root(normalised: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
     One element that is far larger than the others raises the mean of all rows, so the product falls far below the
     second moments of all elements outside of its row and column, which would then move much too far. The smaller one of
     two means does not fall: it has not seen that element. In a matrix of rank one the floor matters only where row and
-    column both are below a tenth of the average.
+    column both are below three tenths of the average.
 
     Args:
         normalised: Roots of the rows over their mean.

@@ -107,10 +107,10 @@ def test_the_scale_of_one_step_does(seed, blocks):
 
 @given(seeds, implementations)
 def test_factored_equals_element_on_a_rank_one_gradient(seed, implementation):
-    """The same gradient three times, its square an outer product: nothing is lost. No row is below a tenth of all."""
+    """The same gradient three times, its square an outer product: nothing is lost. None is far below the others."""
     param, _ = draw_tensors(seed, (4, 6))
     generator = torch.Generator().manual_seed(seed)
-    rows, columns = (torch.rand(n, generator=generator, dtype=torch.float64) + 0.5 for n in (4, 6))
+    rows, columns = (torch.rand(n, generator=generator, dtype=torch.float64) + 2.0 for n in (4, 6))
     grads = [torch.outer(rows, columns)] * 3
     expected = three_steps(Blocks.element((4, 6)), param, grads, implementation)
     actual = three_steps(Blocks.factored((4, 6)), param, grads, implementation)
@@ -128,7 +128,7 @@ def test_one_huge_gradient_does_not_hurt_the_other_elements_of_a_factored_matrix
     after = three_steps(Blocks.factored((4, 6)), param, grads, implementation, **options)
     moves = (after - before).abs().view(-1)
     others = torch.arange(24) != place
-    assert moves[others].max() < 2 * OPTIONS.lr * 1.5 / (0.5 * 0.1**0.5)
+    assert moves[others].max() < 2 * OPTIONS.lr * 1.5 / (0.5 * 0.3**0.5)
     assert moves.isfinite().all()
 
 

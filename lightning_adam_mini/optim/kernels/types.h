@@ -58,7 +58,7 @@ typedef struct {
 } Tensor;
 _Static_assert(sizeof(Tensor) == 23 * 8, "cpu_plan.py writes this struct as 23 words");
 
-#define FLOOR 0.1 /* of blocks.py */
+#define FLOOR 0.3 /* of blocks.py */
 
 enum { FLOAT32, BFLOAT16, CODES }; /* dtypes of first moments */
 
