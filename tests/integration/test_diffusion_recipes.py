@@ -7,7 +7,6 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from lightning_adam_mini.factory import AdamMini
 from lightning_adam_mini.measure import adamw_state_bytes, optimizer_state_bytes
 from recipe_files import header, recipes_of, started
 
@@ -38,7 +37,7 @@ def test_the_header_says_what_the_recipe_builds(recipe):
     command = f"adam-mini fit --config {recipe}"
     assert fields["Command"] in (command, f"{command} --data.path FOLDER")
     task, data, config = built(recipe)
-    own = AdamMini(lr=1.0).build(task)
+    own = task.optimizer_factory.build(task)
     assert fields["Parameters"] == f"{sum(p.numel() for p in task.parameters()):,}"
     adamw, mini = adamw_state_bytes(task.parameters()), optimizer_state_bytes(own)
     assert re.findall(r"([\d,]+) bytes", fields["Optimizer state"]) == [f"{adamw:,}", f"{mini:,}"]
