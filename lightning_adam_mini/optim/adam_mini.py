@@ -179,7 +179,7 @@ class AdamMini(Optimizer):
             strategy = resolve_strategy(partition, None)
             shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
             partitions = partition_tensors(shapes, strategy, partition_overrides)
-            if partition == "auto" and sum(p.dim() > 1 for p in _members(entries)) > 1:
+            if partition == "auto" and sum(p.dim() > 1 for p in named.values()) > 1:
                 raise ValueError(
                     "AdamMini got parameters without their model, which tells what each of them does: pass the model, "
                     "AdamMini(model, ...) or AdamMini(params, ..., module=model); or call "

@@ -109,11 +109,14 @@ def _handles(module: nn.Module, flattened: Iterable[Tensor]) -> list[Any]:
         return [wrapper._handle for wrapper in wrappers if wrapper._handle is not None]
 
     handles = handles_of(FullyShardedDataParallel.fsdp_modules(module))
-    if missing := set(flattened) - {p for handle in handles for p in handle.flat_param._params}:
+    missing = set(flattened).difference(*(handle.flat_param._params for handle in handles))
+    if missing:
         # A framework has wrapped the model that it was given, and nothing inside knows what is around it.
         others = handles_of(o for o in gc.get_objects() if issubclass(type(o), FullyShardedDataParallel))
-        handles += [handle for handle in others if not missing.isdisjoint(handle.flat_param._params)]
-    if missing := set(flattened) - {p for handle in handles for p in handle.flat_param._params}:
+        around = [handle for handle in others if not missing.isdisjoint(handle.flat_param._params)]
+        missing.difference_update(*(handle.flat_param._params for handle in around))
+        handles += around
+    if missing:
         name = next(name for name, parameter in module.named_parameters() if parameter in missing)
         raise ValueError(
             f"{name}: FSDP has flattened this parameter, and its wrapper is gone; pass the whole wrapped model to "

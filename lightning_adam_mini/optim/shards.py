@@ -18,14 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_adam_mini.blocks import (
-    SLICE_ELEMENTS,
-    Blocks,
-    Kind,
-    floored_root,
-    sum_square,
-    wide_dtype,
-)
+from lightning_adam_mini.blocks import SLICE_ELEMENTS, Blocks, Kind, floored_root, sum_square, wide_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

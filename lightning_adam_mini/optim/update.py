@@ -301,8 +301,7 @@ def slices_(views: Iterable[ParameterView], options: StepOptions) -> None:
                 shard = Shard(row_blocks(param.shape))
                 accumulate_(ParameterView(param, grad, shard, view.step, exp_avg, (own[0],)), options.beta2)
             roots = [factor.sqrt() for factor in own]
-            denom = floored_root(*roots) if roots[1:] else roots[0]
-            denom = denom.div_(root).add_(options.eps)
+            denom = (floored_root(*roots) if roots[1:] else roots[0]).div_(root).add_(options.eps)
             _move_(param, grad, exp_avg, [(param, exp_avg, denom)], options, step_size)
 
 

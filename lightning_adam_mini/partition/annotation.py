@@ -93,25 +93,20 @@ def annotation_of(parameters: Iterable[Tensor]) -> Annotation | None:
         ValueError: An annotated model has some of them, and not the others.
     """
     wanted = {id(parameter): parameter for parameter in parameters}
-    in_part: dict[int, Annotation] = {}
+    fewest, nearest = set(wanted), None
     for annotation in sorted(_live, key=lambda each: each._number, reverse=True):
         if getattr(annotation.model, _ATTRIBUTE, None) is not annotation:
             continue  # another one has replaced it
-        held = wanted.keys() & {id(parameter) for parameter in annotation.model.parameters()}
-        if len(held) == len(wanted):
+        missing = wanted.keys() - {id(parameter) for parameter in annotation.model.parameters()}
+        if not missing:
             return annotation
-        if held:
-            in_part.setdefault(len(held), annotation)
-    if in_part:
-        most = max(in_part)
-        other = next(
-            tuple(parameter.shape)
-            for key, parameter in wanted.items()
-            if key not in {id(p) for p in in_part[most].model.parameters()}
-        )
-        raise ValueError(
-            f"{most} of {len(wanted)} parameters belong to the annotated {type(in_part[most].model).__name__}, and "
-            f"others, such as one of shape {other}, do not: annotate the model that has all of them, or give it as "
-            "module="
-        )
-    return None
+        if len(missing) < len(fewest):
+            fewest, nearest = missing, annotation
+    if nearest is None:
+        return None
+    other = next(tuple(parameter.shape) for key, parameter in wanted.items() if key in fewest)
+    raise ValueError(
+        f"{len(wanted) - len(fewest)} of {len(wanted)} parameters belong to the annotated "
+        f"{type(nearest.model).__name__}, and others, such as one of shape {other}, do not: annotate the model that "
+        "has all of them, or give it as module="
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -278,18 +278,21 @@ def tradeoff_chart(tasks: Sequence[TaskComparison], names: Mapping[str, str], na
     found = [(task, points) for task in tasks if len(points := _tradeoff_points(task)) > 1]
     if not found:
         return None
-    is_far = False
+    limits = [
+        focus(
+            [0.0, *(end for point in points for end in (point.interval or (point.difference,)))],
+            task.primary_metric.mode,
+            target=0.0,
+        )
+        for task, points in found
+    ]
 
     def paint(*panels: Axes) -> None:
-        nonlocal is_far
-        for axes, (task, points) in zip(panels, found, strict=True):
-            ends = [end for point in points for end in (point.interval or (point.difference,))]
-            low, high = focus([*ends, 0.0], task.primary_metric.mode, target=0.0)
+        for axes, (task, points), (low, high) in zip(panels, found, limits, strict=True):
             axes.axhline(0, color="black", linewidth=1.1, linestyle=(0, (1, 2)))
             for point in points:
                 style = series_style(point.series) | {"linestyle": "none"}
                 y = min(max(point.difference, low), high)
-                is_far |= y != point.difference
                 if point.interval is not None:
                     axes.plot([point.state] * 2, point.interval, color=style["color"], linewidth=1.4, alpha=0.7)
                 axes.plot([point.state], [y], label=_label(point.optimizer), clip_on=False, **style)
@@ -310,8 +313,10 @@ def tradeoff_chart(tasks: Sequence[TaskComparison], names: Mapping[str, str], na
         f"{plain(reference)}, with the 95 % confidence interval of the difference; arrows point to better values."
     )
     height = 2.2 if len(found) > 1 else HEIGHT_INCHES
-    chart = draw(name, title=title, caption=caption, words=words, paint=paint, height=height, panels=len(found))
-    return replace(chart, caption=f"{caption} Values far off are drawn at the edge.") if is_far else chart
+    places = zip(found, limits, strict=True)
+    if any(not low <= point.difference <= high for (_, points), (low, high) in places for point in points):
+        caption += " Values far off are drawn at the edge."
+    return draw(name, title=title, caption=caption, words=words, paint=paint, height=height, panels=len(found))
 
 
 def _tradeoff_points(task: TaskComparison) -> list[TradeoffPoint]:
