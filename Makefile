@@ -4,6 +4,8 @@ VENV    ?= .venv
 WORKERS ?= 2
 ARGS    ?=
 
+FRAMEWORKS ?= .venv-integrations
+
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
 PYTEST  := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal
@@ -24,7 +26,7 @@ SHELL       := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install fit test test-ci test-all lint format wheel clean
+.PHONY: help install fit test test-ci test-all test-integrations lint format wheel clean
 
 help: ## List the targets
 	@echo 'usage: make TARGET [ARGS="..."] [PYTHON=python3] [WORKERS=2]'
@@ -49,6 +51,14 @@ test-ci: install ## Run the slow tests that CI runs too: several processes, chec
 
 test-all: install ## Run every test, the slow ones too, and on a GPU where there is one
 	$(PYTEST) $(ARGS)
+
+test-integrations: ## Run the tests of other frameworks, in an environment of their own
+	test -x $(FRAMEWORKS)/bin/python || $(PYTHON) -m venv $(FRAMEWORKS)
+	$(FRAMEWORKS)/bin/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(FRAMEWORKS)/bin/python -m pip install --editable '.[domains,dev]'
+	@# DeepSpeed's build imports torch, and its kernels are not needed here.
+	DS_BUILD_OPS=0 $(FRAMEWORKS)/bin/python -m pip install --no-build-isolation --editable '.[integrations]'
+	OMP_NUM_THREADS=1 $(FRAMEWORKS)/bin/pytest -m 'not gpu' tests/integrations $(ARGS)
 
 lint: install ## Check style, format and types
 	$(BIN)/ruff check .

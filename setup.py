@@ -46,6 +46,8 @@ extras = {
     # `adam-mini compare --launcher submitit`.
     "cluster": ["lightning-adam-mini[app]", "submitit"],
     "loggers": ["lightning-adam-mini[app]", "mlflow-skinny", "wandb"],
+    # The frameworks of `integrations/`; torchtitan holds `datasets` at an older version, so they are not in `dev`.
+    "integrations": ["deepspeed>=0.19", "peft", "ray[train]", "torchtitan>=0.3", "trl>=1.16"],
     "dev": [
         # The authors' package: the parity tests run in lockstep with exactly this release.
         "adam-mini==1.1.1",

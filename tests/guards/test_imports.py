@@ -1,4 +1,4 @@
-"""Imports run one way: blocks <- partition <- optim, hessian, measure <- factory <- tasks <- cli."""
+"""Imports run one way: blocks <- partition <- optim, hessian, measure <- factory <- tasks <- integrations, cli."""
 
 import pytest
 
@@ -41,6 +41,9 @@ def test_nothing_beside_imports_a_bare_folder():
         ("measure.memory", "import importlib\nimportlib.import_module('jsonargparse')", "torch alone"),
         ("optim.adam_mini", "import pytorch_optimizer", "torch alone"),
         ("optim.adam_mini", "from lightning_adam_mini.tasks import base", "not above tasks"),
+        ("integrations.lightning", "import transformers", "torch alone"),
+        ("optim.adam_mini", "from lightning_adam_mini.integrations import lightning", "not above integrations"),
+        ("tasks.base", "from lightning_adam_mini.integrations import lightning", "not above integrations"),
         ("factory", "import lightning_adam_mini.cli.main", "not above cli"),
         ("factory", "from .cli import main", "not above cli"),
         ("blocks", "from lightning_adam_mini.partition import roles", "not above partition"),
@@ -75,6 +78,7 @@ def test_the_guard_finds(module, source, reason):
         ("optim.adam_mini", "from lightning_adam_mini.partition import infer\nimport triton.language as tl"),
         ("measure.memory", "from lightning_adam_mini import optim"),
         ("factory", "def build():\n    import pytorch_optimizer"),
+        ("integrations.lightning", "import jsonargparse\nfrom lightning.pytorch import cli"),
         ("tasks.base", "import lightning\nfrom lightning_adam_mini.factory import OptimizerFactory"),
         (
             "tasks.llm.module",

@@ -30,6 +30,7 @@ ROOMS = {
     **_LIBRARY,
     "configs": set(),
     "tasks": {PACKAGE, *_LIBRARY},
+    "integrations": {*_LIBRARY, "tasks"},
     "cli": {PACKAGE, *_LIBRARY, "tasks", "configs"},
     # The package itself re-exports the library.
     PACKAGE: set(_LIBRARY),
@@ -38,6 +39,8 @@ ROOMS = {
 # The library needs torch alone (Triton comes with it). The factory builds what others implement, if it is installed.
 THIRD_PARTY = {"torch", "triton"}
 THIRD_PARTY_OF_ROOM = {"factory": {"adam_mini", "pytorch_optimizer"}}
+# A module of integrations is named after the framework that it serves, and imports no other.
+PARSERS = {"lightning": {"jsonargparse"}}
 DOMAINS = {"llm", "vision", "diffusion", "graph"}
 
 
@@ -85,13 +88,21 @@ def find_violations(source: str, module: str, *, is_package: bool = False) -> li
             problem = f"write {PACKAGE}.{head}" if head != "tests" else "tests are not part of the package"
         elif head == PACKAGE:
             problem = _inner_problem(room, module, imported)
-        elif in_library and head not in sys.stdlib_module_names | THIRD_PARTY | THIRD_PARTY_OF_ROOM.get(room, set()):
+        elif in_library and head not in sys.stdlib_module_names | THIRD_PARTY | _own_packages(room, module):
             problem = "the library needs torch alone"
         else:
             problem = None
         if problem:
             found.append(f"{module}:{imported.line}: imports {imported.name}: {problem}")
     return found
+
+
+def _own_packages(room: str, module: str) -> set[str]:
+    """What a module of the library may import besides torch."""
+    if room == "integrations":
+        framework = module.split(".")[-1]
+        return {framework, *PARSERS.get(framework, set())}
+    return THIRD_PARTY_OF_ROOM.get(room, set())
 
 
 def _inner_problem(room: str, module: str, imported: Import) -> str | None:
