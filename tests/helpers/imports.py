@@ -100,7 +100,7 @@ def find_violations(source: str, module: str, *, is_package: bool = False) -> li
 def _own_packages(room: str, module: str) -> set[str]:
     """What a module of the library may import besides torch."""
     if room == "integrations":
-        framework = module.split(".")[-1]
+        framework = module.rsplit(".", maxsplit=1)[-1]
         return {framework, *PARSERS.get(framework, set())}
     return THIRD_PARTY_OF_ROOM.get(room, set())
 

@@ -53,8 +53,9 @@ def read(markdown):
         if language == "bash":
             lines = text.splitlines()
             installs = [line for line in lines if line.startswith("pip install ")]
-            names = [re.match(r"[\w.-]+", word) for line in installs for word in shlex.split(line)[2:] if word[0] not in "-."]
-            packages += [name.group() for name in names if name and name.group() != "lightning-adam-mini"]
+            words = [word for line in installs for word in shlex.split(line)[2:] if word[0] not in "-."]
+            names = [re.split(r"[^\w.-]", word)[0] for word in words]
+            packages += [name for name in names if name != "lightning-adam-mini"]
             commands += ["\n".join(line for line in lines if line not in installs)]
         elif found := FILE.match(text):
             files[found.group(1)] = text
