@@ -94,7 +94,34 @@ class PrimaryMetric:
         return self.selected_by or self.metric
 
 
-class Task(LightningModule):
+class ConfiguresOptimizer(LightningModule):
+    """A LightningModule that is trained by the optimizer of a factory, with a schedule over the steps of the run.
+
+    Set `optimizer_factory` and `schedule` in `__init__`, or in the class:
+
+        class Net(ConfiguresOptimizer):
+            optimizer_factory = factory.AdamMini(lr=1e-3, partition="factored")
+    """
+
+    optimizer_factory: OptimizerFactory = factory.AdamMini()
+    schedule: Schedule = Schedule()
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Build the optimizer over this module and its schedule over the steps of the run."""
+        total = self.schedule.horizon or self.trainer.estimated_stepping_batches
+        if math.isinf(total):
+            raise ValueError("the schedule needs an end: set trainer.max_steps, trainer.max_epochs or schedule.horizon")
+        _say("optimizer: %s", self.optimizer_factory)  # options of the recipe stay when only the class is changed
+        # FSDP1 flattens parameters, and only its wrapper knows which elements belong to which parameter.
+        is_flattened = isinstance(self.trainer.strategy, FSDPStrategy)
+        optimizer = self.optimizer_factory.build(cast("nn.Module", self.trainer.model) if is_flattened else self)
+        if isinstance(optimizer, AdamMini):
+            _say("AdamMini's steps: %s", optimizer.implementation)
+        scheduler = self.schedule.build(optimizer, int(total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class Task(ConfiguresOptimizer):
     """Base of all tasks; see the head of this module.
 
     Args:
@@ -230,20 +257,6 @@ class Task(LightningModule):
         """
         return {}
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Build the optimizer over this module and its schedule over the steps of the run."""
-        total = self.schedule.horizon or self.trainer.estimated_stepping_batches
-        if math.isinf(total):
-            raise ValueError("the schedule needs an end: set trainer.max_steps, trainer.max_epochs or schedule.horizon")
-        _say("optimizer: %s", self.optimizer_factory)  # options of the recipe stay when only the class is changed
-        # FSDP1 flattens parameters, and only its wrapper knows which elements belong to which parameter.
-        is_flattened = isinstance(self.trainer.strategy, FSDPStrategy)
-        optimizer = self.optimizer_factory.build(cast("nn.Module", self.trainer.model) if is_flattened else self)
-        if isinstance(optimizer, AdamMini):
-            _say("AdamMini's steps: %s", optimizer.implementation)
-        scheduler = self.schedule.build(optimizer, int(total))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
     def setup(self, stage: str) -> None:
         """Check strategy and data, and log evaluations under the step of their checkpoint, or 0 without one.
 
@@ -285,8 +298,9 @@ class Task(LightningModule):
         torch.manual_seed(seed_of(*position))
 
     def on_after_backward(self) -> None:
-        """Give all ranks the same batch-norm statistics, as DDP does: evaluations and weight averages need it."""
-        if self.is_sharded and self.model is not None and (statistics := running_statistics(self.model)):
+        """Give all ranks the same batch-norm statistics, as DDP does and FSDP2 here: evaluations need it."""
+        is_fsdp1 = self._trainer is not None and isinstance(self.trainer.strategy, FSDPStrategy)
+        if is_fsdp1 and self.model is not None and (statistics := running_statistics(self.model)):
             share_running_statistics(statistics)
 
     def on_validation_start(self) -> None:

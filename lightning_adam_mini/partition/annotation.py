@@ -81,7 +81,9 @@ def annotate(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"annotate takes a model, an nn.Module, not an object of type {type(model).__name__}")
-    partition_module(model, partition, overrides, layouts)  # what does not fit raises here
+    # What does not fit raises here; but not where FSDP1 hides the shapes, which only the optimizer recovers.
+    if not any(getattr(parameter, "_fsdp_flattened", False) for parameter in model.parameters()):
+        partition_module(model, partition, overrides, layouts)
     setattr(model, _ATTRIBUTE, Annotation(model, partition, dict(overrides or {}), dict(layouts or {})))
     return model
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,9 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_adam_mini.optim.distributed import is_dtensor
 
 from .fsdp1 import prepare_fsdp1
-from .sharding import checkpoint_activations, shard_model
 from .strategies import FSDP2
-from .tensor_parallel import apply_tensor_parallel, check_tensor_parallel
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -63,24 +59,8 @@ def build_for(
     if not isinstance(strategy, FSDP2):
         return whole()
     share_random_state()
-    _hide_needless_warnings()
     model, is_meta = _unsharded(strategy, whole, on_meta)
-    if strategy._layer_sync is not None:  # trainer.sync_batchnorm, which Lightning ignores under this strategy
-        model = strategy._layer_sync.apply(model)
-    if strategy.tensor_mesh is not None:
-        check_tensor_parallel(model, strategy.tensor_mesh.size())
-        apply_tensor_parallel(model, strategy.tensor_mesh)
-    if strategy.activation_checkpointing:
-        checkpoint_activations(model)
-    if strategy.sizes.data_ranks > 1 or strategy.tensor_mesh is None or strategy.param_dtype is not None:
-        shard_model(
-            model,
-            strategy.data_mesh,
-            reshard_after_forward=strategy.reshard_after_forward,
-            param_dtype=strategy.param_dtype,
-            reduce_dtype=strategy.reduce_dtype,
-            cpu_offload=strategy.cpu_offload,
-        )
+    model = strategy.shard(model)
     if is_meta:
         assert initialise is not None
         device = torch.device("cpu") if strategy.cpu_offload else strategy.root_device
@@ -105,14 +85,6 @@ def _unsharded(strategy: FSDP2, whole: Build, on_meta: Build | None) -> tuple[nn
     if large or strategy.initialisation == "sharded":
         return model, True
     return whole(), False
-
-
-def _hide_needless_warnings() -> None:
-    """Hide what torch warns about although the tasks use it correctly."""
-    # Outputs are views, and no task changes them in place.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    # FSDP2 with tensor parallelism gathers whole parameters in two steps, which only checkpoints need.
-    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 
 def share_random_state() -> None:

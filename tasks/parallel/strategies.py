@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch import Trainer
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
 
 from lightning_adam_mini.optim.distributed import is_dtensor
 
 from ..checkpoints.saving import AtomicFolderCheckpoint
-from .sharding import sync_gradients
+from .sharding import (
+    checkpoint_activations,
+    running_statistics,
+    shard_model,
+    share_running_statistics,
+    sync_gradients,
+)
+from .tensor_parallel import apply_tensor_parallel, check_tensor_parallel
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -73,7 +86,11 @@ def _misfit(option: str, size: int, number: int, what: str) -> str:
 
 
 class FSDP2(AtomicFolderCheckpoint):
-    """Shards parameters, gradients and optimizer state over all ranks, in `configure_model` of the task.
+    """Shards parameters, gradients and optimizer state over all ranks.
+
+    Tasks of this project are sharded as they are built, in `configure_model`, and so is any module whose
+    `configure_model` calls `fully_shard` with its `device_mesh`. Of any other LightningModule the networks that are its
+    attributes are sharded here, from the weights of the first rank.
 
     Without options it is `--trainer.strategy fsdp2`; with options, `--trainer.strategy
     lightning_adam_mini.tasks.parallel.FSDP2 --trainer.strategy.tensor_parallel_size 2`.
@@ -188,7 +205,12 @@ class FSDP2(AtomicFolderCheckpoint):
         self.lightning_module._device_mesh = self._device_mesh
 
     def setup(self, trainer: Trainer) -> None:
-        """Make the optimizer, and turn off inference mode, whose tensors FSDP2 cannot train afterwards."""
+        """Shard what is whole, make the optimizer, and turn off inference mode, whose tensors FSDP2 cannot train.
+
+        Raises:
+            ValueError: The module cannot be sharded so that all ranks train the same parameters.
+        """
+        check_strategy(trainer)
         for loop in (
             trainer.fit_loop.epoch_loop.val_loop,
             trainer.validate_loop,
@@ -196,7 +218,94 @@ class FSDP2(AtomicFolderCheckpoint):
             trainer.predict_loop,
         ):
             loop.inference_mode = False
+        assert self.lightning_module is not None
+        if self._is_whole(self.lightning_module):
+            self._shard_networks(self.lightning_module)
         super().setup(trainer)
+
+    def shard(self, model: nn.Module) -> nn.Module:
+        """Shard a network, with the options of this strategy.
+
+        Args:
+            model: With the same weights on all ranks, or on the meta device. It is changed in place.
+
+        Returns:
+            The network; another object where batch norms are exchanged for synchronized ones.
+
+        Raises:
+            ValueError: The network has no layers that tensor parallelism knows, or no blocks to recompute.
+        """
+        _hide_needless_warnings()
+        if self._layer_sync is not None:  # trainer.sync_batchnorm, which Lightning ignores under this strategy
+            model = self._layer_sync.apply(model)
+        if self.tensor_mesh is not None:
+            check_tensor_parallel(model, self.tensor_mesh.size())
+            apply_tensor_parallel(model, self.tensor_mesh)
+        if self.activation_checkpointing:
+            checkpoint_activations(model)
+        if self.sizes.data_ranks > 1 or self.tensor_mesh is None or self.param_dtype is not None:
+            shard_model(
+                model,
+                self.data_mesh,
+                reshard_after_forward=self.reshard_after_forward,
+                param_dtype=self.param_dtype,
+                reduce_dtype=self.reduce_dtype,
+                cpu_offload=self.cpu_offload,
+            )
+        return model
+
+    def _is_whole(self, module: LightningModule) -> bool:
+        """Whether nothing of a module is sharded yet.
+
+        Raises:
+            ValueError: A part of it is, and each rank would train the rest for itself.
+        """
+        sharded = [is_dtensor(parameter) for parameter in module.parameters()]
+        if any(sharded) and self.sizes.data_ranks > 1:
+            for name, parameter in module.named_parameters():
+                if parameter.requires_grad and not is_dtensor(parameter):
+                    raise ValueError(
+                        f"{name}: configure_model has sharded other parameters and not this one, so that each rank "
+                        "would train its own; call fully_shard for a module that holds it, or freeze it"
+                    )
+        return not any(sharded)
+
+    def _shard_networks(self, module: LightningModule) -> None:
+        """Shard the networks of a module that knows nothing of sharding."""
+        if own := [name for name, _ in module.named_parameters(recurse=False)]:
+            raise ValueError(
+                f"{own[0]}: {self.strategy_name} gathers parameters for the forward pass of a module, and "
+                f"{type(module).__name__} uses this one itself; move it into a submodule with a forward pass"
+            )
+        networks = list(_networks(module))
+        owners = Counter(parameter for *_, network in networks for parameter in network.parameters())
+        for name, parameter in module.named_parameters():
+            if parameter.is_meta:
+                raise ValueError(
+                    f"{name}: a parameter on the meta device has no values to shard; build the model on the CPU, or "
+                    "call fully_shard in configure_model"
+                )
+            if owners[parameter] > 1:
+                raise ValueError(
+                    f"{name}: {owners[parameter]} networks of {type(module).__name__} share this parameter; put them "
+                    "into one module whose forward pass calls both"
+                )
+        tensors: list[Tensor] = [*module.parameters(), *module.buffers()]
+        for tensor in tensors:
+            first = tensor.detach().to(self.root_device)
+            dist.broadcast(first, src=0)
+            tensor.detach().copy_(first)
+        for parent, name, network in networks:
+            setattr(parent, name, self.shard(network))
+        if not is_overridden("configure_model", module):  # Lightning asks for it, and there is nothing left to do
+            module.configure_model = lambda: None  # type: ignore[method-assign]
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """Give all ranks the same batch-norm statistics, as DDP does: evaluations and weight averages need it."""
+        super().post_backward(closure_loss)
+        assert self.model is not None
+        if statistics := running_statistics(self.model):
+            share_running_statistics(statistics)
 
     def model_to_device(self) -> None:
         """Move what is not sharded; offloaded parameters stay on the CPU."""
@@ -228,6 +337,23 @@ class FSDP2(AtomicFolderCheckpoint):
         # Offloaded gradients are accumulated and gathered on the CPU.
         offloads = self.cpu_offload and self.root_device.type == "cuda" and not self._process_group_backend
         return "cpu:gloo,cuda:nccl" if offloads else super()._get_process_group_backend()
+
+
+def _networks(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Children that have parameters, with their parents and names; lists and dicts have no forward pass themselves."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from _networks(child)
+        elif any(True for _ in child.parameters()):
+            yield module, name, child
+
+
+def _hide_needless_warnings() -> None:
+    """Hide what torch warns about although the tasks use it correctly."""
+    # Outputs are views, and no task changes them in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    # FSDP2 with tensor parallelism gathers whole parameters in two steps, which only checkpoints need.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 
 class HSDP(FSDP2):

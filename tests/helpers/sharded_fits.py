@@ -2,12 +2,14 @@
 
 import os
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed.checkpoint.state_dict  # before ranks are forked, so that none imports it again
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from lightning_adam_mini.factory import AdamMini
 from lightning_adam_mini.schedule import Schedule
@@ -94,6 +96,24 @@ class Hybrid(Sharded):
         from torch.distributed.device_mesh import init_device_mesh
 
         return init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+
+
+class FSDP1(FSDPStrategy):
+    """Lightning's strategy, which it refuses on the CPU because torch would look for a GPU there."""
+
+    def _setup_model(self, model):
+        init = FullyShardedDataParallel.__init__
+
+        def on_cpu(*args, **options):
+            init(*args, **options | {"device_id": torch.device("cpu")})
+
+        with mock.patch.object(FullyShardedDataParallel, "__init__", on_cpu):
+            return super()._setup_model(model)
+
+    def optimizer_state(self, optimizer):
+        # torch gathers all moments in one buffer, and copies each from there to the CPU.
+        with mock.patch.object(torch.Tensor, "cpu", torch.Tensor.clone):
+            return super().optimizer_state(optimizer)
 
 
 def bare_trainer(world, strategy, folder, **options):

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint.state_dict  # before ranks are forked, so that none imports it again
 import torch.nn.functional as F
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_adam_mini.factory import AdamMini
@@ -24,7 +24,7 @@ from lightning_adam_mini.tasks.parallel import FSDP2, HSDP
 from lightning_adam_mini.tasks.parallel.sharding import checkpoint_activations
 from lightning_adam_mini.tasks.parallel.strategies import check_strategy
 from ranks import run_ranks
-from sharded_fits import bare_trainer
+from sharded_fits import FSDP1, bare_trainer
 from sharded_models import BATCH, Convolutions
 from tiny_models import POSITIONS, VOCAB, llama
 
@@ -32,24 +32,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 STEPS = 10
 WITHIN = 2e-6
-
-
-class FSDP1(FSDPStrategy):
-    """Lightning's strategy, which it refuses on the CPU because torch would look for a GPU there."""
-
-    def _setup_model(self, model):
-        init = FullyShardedDataParallel.__init__
-
-        def on_cpu(*args, **options):
-            init(*args, **options | {"device_id": torch.device("cpu")})
-
-        with mock.patch.object(FullyShardedDataParallel, "__init__", on_cpu):
-            return super()._setup_model(model)
-
-    def optimizer_state(self, optimizer):
-        # torch gathers all moments in one buffer, and copies each from there to the CPU.
-        with mock.patch.object(torch.Tensor, "cpu", torch.Tensor.clone):
-            return super().optimizer_state(optimizer)
 
 
 LAYOUTS = {
