@@ -20,7 +20,7 @@ IN_CI   := $(addprefix tests/parity/test_,fused.py qkv_forward.py sharded_format
 	nodes.py recipes.py resume.py run_meaning.py sharded_checkpoints.py sharded_fit.py vision.py) \
 	$(addprefix tests/unit/,cli hessian measure/test_activations.py tasks/test_llm_data_stdlib.py \
 	tasks/test_parallel_sharding.py) tests/unit/partition/test_wrapped_models.py tests/guards/test_wheel.py \
-	tests/unit/optim/test_triton_aot.py::test_no_kernel_spills_registers tests/property/test_partition_properties.py
+	tests/unit/optim/test_triton_aot.py::test_no_kernel_spills_registers tests/property/test_partition_properties.py tests/integrations
 
 SHELL       := bash
 .SHELLFLAGS := -euo pipefail -c

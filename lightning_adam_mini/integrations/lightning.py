@@ -31,7 +31,7 @@ class _FactoryByPath(metaclass=ABCMeta):  # noqa: B024 - it has only virtual sub
     """Factories, but for jsonargparse without names: `AdamW` is torch's, as in Lightning."""
 
 
-_FactoryByPath.register(OptimizerFactory)  # a virtual subclass is accepted, and not listed
+_FactoryByPath.register(OptimizerFactory)  # type: ignore[type-abstract]  # a virtual subclass is accepted, and not listed
 
 
 class LightningArgumentParser(lightning_cli.LightningArgumentParser):
@@ -52,8 +52,9 @@ class LightningArgumentParser(lightning_cli.LightningArgumentParser):
         """
         options: dict[str, Any] = {"instantiate": False, "fail_untyped": False, "skip": {"params", "module"}}
         if isinstance(optimizer_class, tuple):
-            # Of several classes with the name AdamMini, such as that of pytorch-optimizer, ours is meant.
-            classes = (AdamMini, *optimizer_class, _FactoryByPath) if Optimizer in optimizer_class else optimizer_class
+            classes: tuple[type, ...] = optimizer_class
+            if Optimizer in classes:  # of several with the name AdamMini, such as pytorch-optimizer's, ours is meant
+                classes = (AdamMini, *classes, _FactoryByPath)
             self.add_subclass_arguments(classes, nested_key, **options)
         else:
             self.add_class_arguments(optimizer_class, nested_key, sub_configs=True, **options)
@@ -69,17 +70,14 @@ class LightningCLI(lightning_cli.LightningCLI):
 
     Args:
         *args: Those of Lightning's.
-        parser_class: A subclass of `LightningArgumentParser`, this package's.
-        **kwargs: Those of Lightning's.
+        **kwargs: Those of Lightning's; `parser_class` is a subclass of `LightningArgumentParser`, this package's.
 
     Example:
         `python train.py fit --optimizer AdamMini --optimizer.lr 1e-3 --optimizer.partition factored`
     """
 
-    def __init__(
-        self, *args: Any, parser_class: type[LightningArgumentParser] = LightningArgumentParser, **kwargs: Any
-    ) -> None:
-        super().__init__(*args, parser_class=parser_class, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"parser_class": LightningArgumentParser, **kwargs})
 
     def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
         """Let the model build its optimizer when it is asked for it.

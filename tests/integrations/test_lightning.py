@@ -130,6 +130,14 @@ def test_any_factory_is_an_optimizer(name):
     assert optimizer.param_groups[0]["lr"] == 0.02
 
 
+def test_a_short_name_is_ours_or_torchs_whatever_else_is_imported():
+    import pytorch_optimizer  # noqa: F401 - has an AdamMini and an AdamW too
+
+    for name, expected_class in (("AdamMini", AdamMini), ("AdamW", torch.optim.AdamW)):
+        optimizer = ForeignCLI(Foreign, ["--optimizer", name, "--optimizer.lr=0.02"]).model.configure_optimizers()
+        assert type(optimizer) is expected_class
+
+
 def test_torchs_optimizers_are_as_in_lightning():
     cli = ForeignCLI(Foreign, ["--optimizer", "AdamW", "--lr_scheduler", "StepLR", "--lr_scheduler.step_size=3"])
     (optimizer,), (scheduler,) = cli.model.configure_optimizers()
