@@ -1,0 +1,111 @@
+"""Trainers, accelerators and ranks of Hugging Face's libraries on a CPU: what their tests have in common."""
+
+import logging
+import os
+import warnings
+from unittest import mock
+
+import pytest
+import torch
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+import tiny_models
+from lightning_adam_mini import AdamMini
+from ranks import run_ranks
+
+transformers = pytest.importorskip("transformers")
+accelerate = pytest.importorskip("accelerate")
+RATE, DECAY, STEPS = 1e-2, 0.1, 4
+
+
+def llama(seed=0, **options):
+    torch.manual_seed(seed)
+    return tiny_models.llama(**options)
+
+
+def gpt2():
+    torch.manual_seed(0)
+    return tiny_models.gpt2(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+
+
+def sentences(number=16):
+    """Random tokens and their labels."""
+    rows = torch.randint(0, tiny_models.VOCAB, (number, tiny_models.POSITIONS), generator=torch.Generator())
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def arguments(folder, kind=None, **options):
+    """TrainingArguments with another learning rate and weight decay than any default, quietly."""
+    defaults = {
+        "learning_rate": RATE,
+        "weight_decay": DECAY,
+        "adam_beta2": 0.99,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+    }
+    if "RANK" not in os.environ:
+        defaults["use_cpu"] = True
+    kind = kind or transformers.TrainingArguments
+    return kind(output_dir=str(folder), **{**defaults, **options})
+
+
+def optimizer_of(trainer):
+    """AdamMini within what accelerate made of it."""
+    return getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+
+
+def structures(optimizer):
+    return {name: (found.role.name, found.blocks) for name, found in optimizer.partition.items()}
+
+
+def groups_of(optimizer, model):
+    """The options and the parameters of each group that has any, by the names of the model."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    options = ("lr", "betas", "eps", "weight_decay")
+    return [
+        ({key: group[key] for key in options}, [names[parameter] for parameter in group["params"]])
+        for group in optimizer.param_groups
+        if group["params"]
+    ]
+
+
+def weights(model):
+    """Whole parameters by their names in the model that was wrapped."""
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model):
+            return {
+                name.replace("_fsdp_wrapped_module.", ""): parameter.detach().clone()
+                for name, parameter in model.named_parameters()
+            }
+    return {
+        name.removeprefix("module."): getattr(parameter, "full_tensor", lambda p=parameter: p)().detach().clone()
+        for name, parameter in model.named_parameters()
+    }
+
+
+def difference(first, second):
+    """The largest difference of weights, which have the same names."""
+    assert first.keys() == second.keys()
+    return max((first[name] - weight).abs().max().item() for name, weight in second.items())
+
+
+def on_ranks(work, *given, world=2):
+    """What `work(*given)` returns on ranks that accelerate takes for two GPUs, which compute on the CPU.
+
+    accelerate shards on accelerators alone: on CPUs it ignores the plugin of FSDP and replicates the model.
+    """
+    return run_ranks(world, _as_if_on_gpus, world, work, given)
+
+
+def _as_if_on_gpus(rank, world, work, given):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "ACCELERATE_TORCH_DEVICE": "cpu"}
+    kind = accelerate.DistributedType.MULTI_GPU
+    with mock.patch.object(accelerate.PartialState, "_prepare_backend", lambda *_, **__: ("gloo", kind)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return work(*given)
