@@ -1,6 +1,5 @@
 """Trainers, accelerators and ranks of Hugging Face's libraries on a CPU: what their tests have in common."""
 
-import logging
 import os
 import warnings
 from unittest import mock
@@ -10,7 +9,6 @@ import torch
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 import tiny_models
-from lightning_adam_mini import AdamMini
 from ranks import run_ranks
 
 transformers = pytest.importorskip("transformers")
@@ -26,6 +24,14 @@ def llama(seed=0, **options):
 def gpt2():
     torch.manual_seed(0)
     return tiny_models.gpt2(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+
+
+def with_adapters(model=None):
+    """A model with low-rank adapters of query and value."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    return peft.get_peft_model(llama() if model is None else model, config)
 
 
 def sentences(number=16):

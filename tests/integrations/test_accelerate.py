@@ -14,10 +14,21 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from hugging_face import RATE, STEPS, arguments, difference, llama, on_ranks, optimizer_of, sentences, structures, weights
+from hugging_face import (
+    RATE,
+    STEPS,
+    arguments,
+    difference,
+    llama,
+    on_ranks,
+    optimizer_of,
+    sentences,
+    structures,
+    weights,
+    with_adapters,
+)
 from lightning_adam_mini import AdamMini, annotate
 from lightning_adam_mini.integrations.transformers import AdamMiniFactory
-from test_transformers import with_adapters
 
 WITHIN = 1e-6
 WRAPPERS = {"ddp": DistributedDataParallel, "fsdp1": FullyShardedDataParallel, "fsdp2": FSDPModule}
@@ -101,9 +112,7 @@ def _forget():
 
 
 CASES = [
-    (layout, how, partition)
-    for layout in LAYOUTS
-    for how, partition in (("model", "auto"), ("parameters", "factored"))
+    (layout, how, partition) for layout in LAYOUTS for how, partition in (("model", "auto"), ("parameters", "factored"))
 ]
 
 
@@ -115,7 +124,9 @@ def test_ranks_train_as_one_process(layout, how, partition):
     alone, expected = train(None, how, options)
     for there, found in on_ranks(train, layout, how, options):
         assert difference(there, alone) < WITHIN
-        assert {name.replace("module.", "").replace("_fsdp_wrapped_", ""): each for name, each in found.items()} == expected
+        assert {
+            name.replace("module.", "").replace("_fsdp_wrapped_", ""): each for name, each in found.items()
+        } == expected
     assert difference(weights(three_heads()), alone) > RATE
 
 

@@ -16,13 +16,14 @@ from hugging_face import (
     STEPS,
     arguments,
     difference,
-    groups_of,
     gpt2,
+    groups_of,
     llama,
     optimizer_of,
     sentences,
     structures,
     weights,
+    with_adapters,
 )
 from lightning_adam_mini import AdamMini, annotate
 from lightning_adam_mini.integrations import transformers as integration
@@ -144,13 +145,6 @@ def test_vectors_that_the_trainer_decays_and_the_factory_does_not(build, vectors
 
 
 # Adapters.
-
-
-def with_adapters(model=None):
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(1)
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    return peft.get_peft_model(llama() if model is None else model, config)
 
 
 @pytest.mark.parametrize("how", WAYS)
