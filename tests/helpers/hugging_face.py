@@ -99,19 +99,30 @@ def difference(first, second):
     return max((first[name] - weight).abs().max().item() for name, weight in second.items())
 
 
-def on_ranks(work, *given, world=2):
-    """What `work(*given)` returns on ranks that accelerate takes for two GPUs, which compute on the CPU.
+def forget_ranks():
+    """Accelerate keeps for all of a process which ranks there are."""
+    for kind in (accelerate.state.AcceleratorState, accelerate.state.GradientState, accelerate.state.PartialState):
+        kind._reset_state()
 
-    accelerate shards on accelerators alone: on CPUs it ignores the plugin of FSDP and replicates the model.
+
+def on_ranks(work, layout, *given):
+    """What `work(layout, *given)` returns on two ranks.
+
+    accelerate shards on accelerators alone: on CPUs it ignores the plugin of FSDP and replicates the model. So it takes
+    the ranks for two GPUs there, which compute on the CPU.
     """
-    return run_ranks(world, _as_if_on_gpus, world, work, given)
+    return run_ranks(2, _on_rank, work, layout, given)
 
 
-def _as_if_on_gpus(rank, world, work, given):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "ACCELERATE_TORCH_DEVICE": "cpu"}
-    kind = accelerate.DistributedType.MULTI_GPU
-    with mock.patch.object(accelerate.PartialState, "_prepare_backend", lambda *_, **__: ("gloo", kind)):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return work(*given)
+def _on_rank(rank, work, layout, given):
+    forget_ranks()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    warnings.simplefilter("ignore")
+    if layout == "ddp":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        return work(layout, *given)
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    backend = ("gloo", accelerate.DistributedType.MULTI_GPU)
+    with mock.patch.object(accelerate.PartialState, "_prepare_backend", return_value=backend):
+        return work(layout, *given)
