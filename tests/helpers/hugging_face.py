@@ -1,5 +1,6 @@
 """Trainers, accelerators and ranks of Hugging Face's libraries on a CPU: what their tests have in common."""
 
+import contextlib
 import os
 import warnings
 from unittest import mock
@@ -123,6 +124,13 @@ def _on_rank(rank, work, layout, given):
         os.environ["ACCELERATE_USE_CPU"] = "true"
         return work(layout, *given)
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    backend = ("gloo", accelerate.DistributedType.MULTI_GPU)
-    with mock.patch.object(accelerate.PartialState, "_prepare_backend", return_value=backend):
+    said = {
+        "accelerate.PartialState._prepare_backend": ("gloo", accelerate.DistributedType.MULTI_GPU),
+        "accelerate.utils.dataclasses.is_cuda_available": True,
+        "torch.cuda.current_device": torch.device("cpu"),
+        "transformers.training_args.is_torch_bf16_gpu_available": True,
+    }
+    with contextlib.ExitStack() as patches:
+        for name, answer in said.items():
+            patches.enter_context(mock.patch(name, return_value=answer))
         return work(layout, *given)

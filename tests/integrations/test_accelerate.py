@@ -44,7 +44,11 @@ def three_heads():
     return llama(hidden_size=12, num_attention_heads=3, num_key_value_heads=3)
 
 
-MODELS = {"heads": three_heads, "adapters": lambda: with_adapters(three_heads())}
+MODELS = {
+    "heads": three_heads,
+    "adapters": lambda: with_adapters(three_heads()),
+    "bfloat16": lambda: three_heads().bfloat16(),
+}
 
 
 # A loop of one's own.
@@ -164,21 +168,21 @@ def test_a_saved_state_goes_on(layout, partition, tmp_path):
 # The Trainer.
 
 
-def fsdp(layout, kind="FULL_STATE_DICT"):
+def fsdp(layout, config):
     if layout not in ("fsdp1", "fsdp2"):
         return {}
-    config = {"version": int(layout[-1]), "transformer_layer_cls_to_wrap": [LAYER], "sync_module_states": False}
-    return {"fsdp": True, "fsdp_config": config | {"state_dict_type": kind}}
+    own = {"version": int(layout[-1]), "transformer_layer_cls_to_wrap": [LAYER], "sync_module_states": False}
+    return {"fsdp": True, "fsdp_config": own | config}
 
 
-def trainer_of(layout, how, model, folder, kind="FULL_STATE_DICT", **options):
+def trainer_of(layout, how, model, folder, config=(), **options):
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    args = arguments(folder, per_device_train_batch_size=4 // world, **fsdp(layout, kind), **options)
+    args = arguments(folder, per_device_train_batch_size=4 // world, **fsdp(layout, dict(config)), **options)
     if how == "adamw":
         return Trainer(model, args, train_dataset=sentences())
     if how == "class":
         annotate(model, "factored")
-        given = (AdamMini, {"lr": RATE})
+        given = (AdamMini, {"lr": RATE, "betas": (args.adam_beta1, args.adam_beta2)})
     else:
         given = (AdamMiniFactory, {"args": args, "partition": "element" if how == "element" else "factored"})
     return Trainer(model, args, train_dataset=sentences(), optimizer_cls_and_kwargs=given)
@@ -208,16 +212,39 @@ def test_the_trainer_on_ranks_trains_as_one_process(layout, how, model, tmp_path
     assert sum(bool((start[name] != value).any()) for name, value in alone.items()) == trained > 0
 
 
+def train_as(layout, how, model, folder, config, options):
+    """Under other options of FSDP2 and of the Trainer: weights, and the dtypes of the state."""
+    trainer = trainer_of(layout, how, MODELS[model](), folder, config, **options)
+    trainer.train()
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    assert all(getattr(plugin, name) == value for name, value in dict(config).items())
+    states = optimizer_of(trainer).state.values()
+    return weights(trainer.model), {value.dtype for state in states for value in state.values()}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_element_blocks_train_as_the_adamw_of_the_trainer(layout, tmp_path):
-    adamw, ours = (on_ranks(train_by_trainer, layout, how, "heads", str(tmp_path))[0] for how in ("adamw", "element"))
-    assert difference(ours[0], adamw[0]) < WITHIN
+@pytest.mark.parametrize(
+    ("layout", "model", "config", "options"),
+    [
+        *((layout, "heads", (), {}) for layout in LAYOUTS),
+        # Ranks have the model on the meta device while it is sharded, and get its weights from the first.
+        ("fsdp2", "heads", (("cpu_ram_efficient_loading", True),), {}),
+        # accelerate makes float32 of the parameters after the optimizer is built.
+        ("fsdp2", "bfloat16", (), {"bf16": True}),
+    ],
+)
+def test_element_blocks_train_as_the_adamw_of_the_trainer(layout, model, config, options, tmp_path):
+    given = (model, str(tmp_path), config, options)
+    (adamw, _), (ours, dtypes) = (on_ranks(train_as, layout, how, *given)[0] for how in ("adamw", "element"))
+    assert difference(ours, adamw) < WITHIN
+    assert dtypes == {torch.float32}
+    assert difference(ours, weights(MODELS[model]())) > RATE
 
 
 def stop_and_resume(layout, model, folder, kind):
     saving = {"save_strategy": "steps", "save_steps": 2}
-    runs = [trainer_of(layout, "factory", MODELS[model](), folder, kind, **saving) for _ in range(2)]
+    config = {"state_dict_type": kind}
+    runs = [trainer_of(layout, "factory", MODELS[model](), folder, config, **saving) for _ in range(2)]
     with copies_of_states(layout):
         runs[0].train()
     runs[1].train(resume_from_checkpoint=f"{folder}/checkpoint-2")
