@@ -65,8 +65,14 @@ def optimizer_of(trainer):
     return getattr(trainer.optimizer, "optimizer", trainer.optimizer)
 
 
+def plain(name):
+    """The name of a parameter without what wrappers add."""
+    return name.replace("_fsdp_wrapped_module.", "").removeprefix("module.")
+
+
 def structures(optimizer):
-    return {name: (found.role.name, found.blocks) for name, found in optimizer.partition.items()}
+    """The role and the blocks of each parameter by its name in the model that was wrapped."""
+    return {plain(name): (found.role.name, found.blocks) for name, found in optimizer.partition.items()}
 
 
 def groups_of(optimizer, model):
@@ -82,16 +88,12 @@ def groups_of(optimizer, model):
 
 def weights(model):
     """Whole parameters by their names in the model that was wrapped."""
-    if isinstance(model, FullyShardedDataParallel):
-        with FullyShardedDataParallel.summon_full_params(model):
-            return {
-                name.replace("_fsdp_wrapped_module.", ""): parameter.detach().clone()
-                for name, parameter in model.named_parameters()
-            }
-    return {
-        name.removeprefix("module."): getattr(parameter, "full_tensor", lambda p=parameter: p)().detach().clone()
-        for name, parameter in model.named_parameters()
-    }
+    is_flattened = isinstance(model, FullyShardedDataParallel)
+    with FullyShardedDataParallel.summon_full_params(model) if is_flattened else contextlib.nullcontext():
+        return {
+            plain(name): getattr(parameter, "full_tensor", lambda p=parameter: p)().detach().clone()
+            for name, parameter in model.named_parameters()
+        }
 
 
 def difference(first, second):

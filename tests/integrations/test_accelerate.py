@@ -105,8 +105,7 @@ def train(layout, how, options):
     loop(accelerator, model, optimizer, range(STEPS))
     if layout == "fsdp2":
         assert all(isinstance(parameter, DTensor) for parameter in optimizer.optimizer.state)
-    found = structures(optimizer.optimizer)
-    return weights(model), {name.replace("module.", "").replace("_fsdp_wrapped_", ""): found[name] for name in found}
+    return weights(model), structures(optimizer.optimizer)
 
 
 @pytest.fixture(autouse=True)
@@ -192,7 +191,7 @@ def train_by_trainer(layout, how, model, folder):
     trainer = trainer_of(layout, how, MODELS[model](), folder)
     trainer.train()
     assert isinstance(trainer.model_wrapped, WRAPPERS.get(layout, torch.nn.Module))
-    return weights(trainer.model), len(optimizer_of(trainer).state)
+    return weights(trainer.model), structures(optimizer_of(trainer)), len(optimizer_of(trainer).state)
 
 
 TRAINER_CASES = [
@@ -204,9 +203,10 @@ TRAINER_CASES = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("layout", "how", "model"), TRAINER_CASES)
 def test_the_trainer_on_ranks_trains_as_one_process(layout, how, model, tmp_path):
-    alone, trained = train_by_trainer(None, how, model, tmp_path)
-    for there, states in on_ranks(train_by_trainer, layout, how, model, str(tmp_path)):
+    alone, expected, trained = train_by_trainer(None, how, model, tmp_path)
+    for there, found, states in on_ranks(train_by_trainer, layout, how, model, str(tmp_path)):
         assert difference(there, alone) < WITHIN
+        assert found == expected
         assert states == trained
     start = weights(MODELS[model]())
     assert sum(bool((start[name] != value).any()) for name, value in alone.items()) == trained > 0
@@ -263,3 +263,10 @@ def stop_and_resume(layout, model, folder, kind):
 def test_the_trainer_resumes_on_ranks(layout, model, kind, tmp_path):
     for whole, resumed in on_ranks(stop_and_resume, layout, model, str(tmp_path), kind):
         assert difference(whole, resumed) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["factory", "class"])
+def test_flat_parameters_are_refused(how, tmp_path):
+    with pytest.raises(AssertionError, match=r"ValueError: .*use_orig_params=True"):
+        on_ranks(train_as, "fsdp1", how, "heads", str(tmp_path), (("use_orig_params", False),), {})
