@@ -342,8 +342,8 @@ class AdamMini(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state as torch's optimizers save it.
 
-        Parameters that FSDP1 has flattened have their second moments expanded to one value per element, since its
-        checkpoints know nothing else.
+        Parameters that FSDP1 has flattened have their second moments expanded to one value per element, all under the
+        same keys, since its checkpoints know nothing else.
         """
         table = self._table
         table.follow_replaced(self.param_groups, self.state)
@@ -352,7 +352,8 @@ class AdamMini(Optimizer):
             saved["partition"] = table.signatures(group["params"], self.state)
         if not table.has_flat_ranges:
             return state_dict
-        return expand_state(state_dict, table.flat_states(self.param_groups, self.state))
+        groups, state = self.param_groups, self.state
+        return expand_state(state_dict, table.flat_states(groups, state), table.flat_numbers(groups, state))
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -162,12 +162,25 @@ class FlatState:
         return list(self.partition.blocks.state_shapes)
 
 
-def expand_state(state_dict: dict[str, Any], flat: Iterable[FlatState]) -> dict[str, Any]:
-    """A state dict in which second moments of flattened parameters have one value per element."""
+def expand_state(state_dict: dict[str, Any], flat: Iterable[FlatState], numbers: Iterable[int]) -> dict[str, Any]:
+    """A state dict in which second moments of flattened parameters have one value per element, under the same keys.
+
+    FSDP1 gathers a key from all parameters of a wrapper. So parameters that keep no such second moment, as vectors
+    beside factored matrices, have one of theirs under it, which `compress_state` leaves alone.
+
+    Args:
+        state_dict: What torch's optimizers save.
+        flat: Parameters whose second moments are not one value per element.
+        numbers: Of all flattened parameters with a state.
+    """
     state = dict(state_dict["state"])
     for one in flat:
         moments = {key: state[one.number][key] for key in one.keys}
         state[one.number] = {**state[one.number], **expand_moments(one.shard, moments, one.part)}
+    seconds = {n: {key: value for key, value in state[n].items() if key.startswith("exp_avg_sq")} for n in numbers}
+    keys = dict.fromkeys(key for own in seconds.values() for key in own)
+    for number, own in seconds.items():
+        state[number] = {**state[number], **dict.fromkeys(keys, next(iter(own.values()))), **own}
     return {**state_dict, "state": state}
 
 

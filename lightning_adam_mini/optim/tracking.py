@@ -201,6 +201,11 @@ class ParameterTable:
                 found.append(FlatState(number, parameter, known.partition, known.shard, state))
         return found
 
+    def flat_numbers(self, groups: Groups, states: States) -> list[int]:
+        """Numbers, in a saved state, of the parameters with a state that FSDP1 has flattened."""
+        parameters = enumerate(p for group in groups for p in group["params"])
+        return [number for number, p in parameters if self[p].flat_range is not None and states.get(p)]
+
     # Changes
 
     def is_current(self, parameter: Tensor) -> bool:

@@ -89,12 +89,14 @@ def annotate(
 
 
 def annotation_of(parameters: Iterable[Tensor]) -> Annotation | None:
-    """The annotation of the model that has all of these parameters; the last one where several models have.
+    """The annotation of the model that has all of these parameters, if any; the last one where several models have.
 
     Raises:
         ValueError: An annotated model has some of them, and not the others.
     """
     wanted = {id(parameter): parameter for parameter in parameters}
+    if not wanted:
+        return None
     fewest, nearest = set(wanted), None
     for annotation in sorted(_live, key=lambda each: each._number, reverse=True):
         if getattr(annotation.model, _ATTRIBUTE, None) is not annotation:

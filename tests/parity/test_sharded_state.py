@@ -1,6 +1,7 @@
 """Checkpoints through torch.distributed.checkpoint: saved on some ranks, they go on exactly on any other number."""
 
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from lightning_adam_mini import AdamMini
@@ -107,6 +109,28 @@ def loads_states_of_the_first_fsdp(rank, world):
 
 def test_a_state_of_the_first_fsdp_comes_back_to_the_last_bit():
     assert all(run_ranks(3, loads_states_of_the_first_fsdp, 3))
+
+
+def goes_on_from_a_whole_state_of_the_first_fsdp(rank, world):
+    """Torch gathers each key of the states from all parameters of a wrapper, whether matrices or vectors."""
+
+    def trained(steps, saved=None):
+        model, parts, part = lay_out(build("14 heads"), "fsdp1", world)
+        optimizer = optimizer_of(model, "factored", steps.start)
+        if saved:
+            model.load_state_dict(saved[0])
+            optimizer.load_state_dict(FullyShardedDataParallel.optim_state_dict_to_load(model, optimizer, saved[1]))
+        train(model, optimizer, len(steps), parts=parts, part=part, start=steps.start)
+        weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+        with mock.patch.object(torch.Tensor, "cpu", torch.Tensor.clone):  # torch copies from the buffer of each key
+            return weights, FullyShardedDataParallel.optim_state_dict(model, optimizer)
+
+    (whole, _), (resumed, _) = trained(range(4)), trained(range(2, 4), trained(range(2)))
+    return all(torch.equal(resumed[name], weight) for name, weight in whole.items())
+
+
+def test_a_whole_state_of_the_first_fsdp_goes_on_exactly():
+    assert all(run_ranks(2, goes_on_from_a_whole_state_of_the_first_fsdp, 2))
 
 
 def swap_for_shards(model, optimizer, world):

@@ -120,6 +120,14 @@ def test_a_model_of_others_is_no_annotation():
     assert annotation_of(model().parameters()) is None
 
 
+def test_no_parameters_belong_to_no_model():
+    """As those of a rank on which DeepSpeed leaves none, beside an annotated model of someone else."""
+    module = annotate(model())
+    assert annotation_of([]) is None
+    assert AdamMini([{"params": []}]).partition == {}
+    assert annotation_of(module.parameters()).model is module
+
+
 def test_an_annotated_model_that_is_gone_is_not_kept():
     module = annotate(model())
     parameters = list(module.parameters())
