@@ -74,8 +74,8 @@ class AdamMiniContainer(OptimizersContainer):
             if unknown := sorted(group.optimizer_kwargs.keys() - _OPTIONS - _OF_TORCH):
                 raise ValueError(
                     f"optimizer_kwargs of the group {group.pattern!r} has {', '.join(unknown)}, but a group of "
-                    f"AdamMini has {', '.join(sorted(_OPTIONS))}; options of the whole optimizer are fields of the config or in "
-                    f"optimizer_factory_kwargs_by_name={{{_NAME!r}: {{...}}}}"
+                    f"AdamMini has {', '.join(sorted(_OPTIONS))}; options of the whole optimizer are fields of the "
+                    f"config or in optimizer_factory_kwargs_by_name={{{_NAME!r}: {{...}}}}"
                 )
         if config.implementation == "fused_opt_states_bf16":
             raise ValueError(

@@ -296,7 +296,10 @@ def group(**options):
     ("config", "message"),
     [
         (AdamMiniContainer.Config(param_groups=default_adamw().param_groups), "adam_mini\\(lr=...\\)"),
-        (AdamMiniContainer.Config(param_groups=[group(lr=1e-3, partition="factored")]), "has partition, but a group of AdamMini"),
+        (
+            AdamMiniContainer.Config(param_groups=[group(lr=1e-3, partition="factored")]),
+            "has partition, but a group of AdamMini",
+        ),
         (
             AdamMiniContainer.Config(param_groups=[group(lr=1e-3)], implementation="fused_opt_states_bf16"),
             "exp_avg_dtype",
