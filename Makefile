@@ -4,7 +4,8 @@ VENV    ?= .venv
 WORKERS ?= 2
 ARGS    ?=
 
-FRAMEWORKS ?= .venv-integrations
+FRAMEWORKS   ?= .venv-integrations
+LLAMAFACTORY ?= .venv-llamafactory
 
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
@@ -20,7 +21,8 @@ IN_CI   := $(addprefix tests/parity/test_,fused.py qkv_forward.py sharded_format
 	nodes.py recipes.py resume.py run_meaning.py sharded_checkpoints.py sharded_fit.py vision.py) \
 	$(addprefix tests/unit/,cli hessian measure/test_activations.py tasks/test_llm_data_stdlib.py \
 	tasks/test_parallel_sharding.py) tests/unit/partition/test_wrapped_models.py tests/guards/test_wheel.py \
-	tests/unit/optim/test_triton_aot.py::test_no_kernel_spills_registers tests/property/test_partition_properties.py tests/integrations
+	tests/unit/optim/test_triton_aot.py::test_no_kernel_spills_registers tests/property/test_partition_properties.py \
+	tests/integrations
 
 SHELL       := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -52,13 +54,19 @@ test-ci: install ## Run the slow tests that CI runs too: several processes, chec
 test-all: install ## Run every test, the slow ones too, and on a GPU where there is one
 	$(PYTEST) $(ARGS)
 
-test-integrations: ## Run the tests of other frameworks, in an environment of their own
+test-integrations: ## Run the tests of other frameworks, in two environments of their own
 	test -x $(FRAMEWORKS)/bin/python || $(PYTHON) -m venv $(FRAMEWORKS)
 	$(FRAMEWORKS)/bin/python -m pip install --quiet --upgrade pip setuptools wheel
 	$(FRAMEWORKS)/bin/python -m pip install --editable '.[domains,dev]'
 	@# DeepSpeed's build imports torch, and its kernels are not needed here.
 	DS_BUILD_OPS=0 $(FRAMEWORKS)/bin/python -m pip install --no-build-isolation --editable '.[integrations]'
 	OMP_NUM_THREADS=1 $(FRAMEWORKS)/bin/pytest -m 'not gpu' tests/integrations $(ARGS)
+	@# Its versions of transformers and trl are older.
+	test -x $(LLAMAFACTORY)/bin/python || $(PYTHON) -m venv $(LLAMAFACTORY)
+	$(LLAMAFACTORY)/bin/python -m pip install --quiet --upgrade pip
+	$(LLAMAFACTORY)/bin/python -m pip install adam-mini hypothesis llamafactory==0.9.5 'pytest>=9' --editable .
+	OMP_NUM_THREADS=1 $(LLAMAFACTORY)/bin/python -m pytest -k llamafactory \
+		tests/integrations/test_llamafactory.py tests/integrations/test_pages.py $(ARGS)
 
 lint: install ## Check style, format and types
 	$(BIN)/ruff check .

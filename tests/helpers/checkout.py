@@ -7,7 +7,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "lightning_adam_mini"
 MAPPED_FOLDERS = ("tasks", "cli", "configs")
 SHIPPED_FOLDERS = (PACKAGE, *MAPPED_FOLDERS)
-NOT_OURS = {".git", ".venv", ".venv-integrations", "venv", "build", "dist", "__pycache__"}
+NOT_OURS = {".git", ".venv", ".venv-integrations", ".venv-llamafactory", "venv", "build", "dist", "__pycache__"}
 
 
 def project_files() -> list[Path]:
