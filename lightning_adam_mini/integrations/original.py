@@ -36,7 +36,7 @@ _NAMES = {
     "attn_proj_names": ({"o_proj", "wo", "attn.proj"}, "row"),
 }
 _TABLES = (*_NAMES["embd_names"][0], "wpe", "position")
-_CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+_CONVOLUTIONS: Mapping[int, Callable[..., nn.Module]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
 
 class Adam_mini(AdamMini):  # noqa: N801 - the name of the package's class
@@ -83,7 +83,7 @@ class Adam_mini(AdamMini):  # noqa: N801 - the name of the package's class
         verbose: bool = True,
         **options: Any,
     ) -> None:
-        pairs = list(named_parameters)
+        pairs: list[Any] = list(named_parameters)
         if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
             raise ValueError("Adam_mini takes model.named_parameters(), pairs of a name and a parameter")
         named = {name: parameter for name, parameter in pairs if parameter.requires_grad}
@@ -151,9 +151,9 @@ def _structure(name: str, words: Mapping[str, frozenset[str]]) -> str:
 def _module_of(named: Mapping[str, Tensor], dim: int | None, n_heads: int | None, n_kv_heads: int | None) -> nn.Module:
     """A module with these parameters under these names, in layers of the kinds that names and shapes mean."""
     holder = nn.Module()
-    holder._parameters.update({name.replace(".", "/"): p for name, p in named.items()})  # type: ignore[arg-type]
+    holder._parameters.update({name.replace(".", "/"): p for name, p in named.items()})
     root = nn.Module()
-    owners: dict[str, dict[str, Tensor]] = {}
+    owners: dict[str, dict[str, nn.Parameter]] = {}
     for name, parameter in named.items():
         path, _, own = name.rpartition(".")
         owners.setdefault(path, {})[own] = parameter
@@ -168,7 +168,7 @@ def _module_of(named: Mapping[str, Tensor], dim: int | None, n_heads: int | None
             weight = None if has_children else parameters.get("weight")
             layer = nn.Module() if weight is None else _layer(path, tuple(weight.shape))
             layer._parameters.clear()
-            layer._parameters.update(parameters)  # type: ignore[arg-type]
+            layer._parameters.update(parameters)
             parent = _place(root, path, layer)
             words = _NAMES["wqk_names"][0]
             if parent is not None and weight is not None and any(word in path.lower() for word in words):
