@@ -148,7 +148,9 @@ def _structure(name: str, words: Mapping[str, frozenset[str]]) -> str:
     return next((cut for kind, (_, cut) in _NAMES.items() if any(word in lower for word in words[kind])), "whole")
 
 
-def _module_of(named: Mapping[str, Tensor], dim: int | None, n_heads: int | None, n_kv_heads: int | None) -> nn.Module:
+def _module_of(
+    named: Mapping[str, nn.Parameter], dim: int | None, n_heads: int | None, n_kv_heads: int | None
+) -> nn.Module:
     """A module with these parameters under these names, in layers of the kinds that names and shapes mean."""
     holder = nn.Module()
     holder._parameters.update({name.replace(".", "/"): p for name, p in named.items()})
