@@ -142,8 +142,8 @@ class ParameterTable:
 
     @property
     def has_flat_ranges(self) -> bool:
-        """Whether FSDP1 has flattened a parameter."""
-        return any(known.flat_range is not None for known in self.known.values())
+        """Whether states are saved as FSDP1 knows them, which has flattened a parameter."""
+        return any(known.flat_range is not None and known.flat_range.is_expanded for known in self.known.values())
 
     def partitions(self) -> list[ParameterPartition]:
         """The partitions of all parameters in the order of the model, frozen ones included."""
@@ -202,6 +202,18 @@ class ParameterTable:
         return found
 
     # Changes
+
+    def replace_by_parts(self, parts: Mapping[Tensor, tuple[Tensor, FlatRange]]) -> None:
+        """Put this rank's parts in the places of parameters that were flattened, which have no state yet.
+
+        Args:
+            parts: By parameter, a tensor of one dimension and the elements that it holds.
+        """
+        known = dict[Tensor, KnownParameter]()
+        for parameter, whole in self.known.items():
+            part, flat_range = parts.get(parameter, (parameter, whole.flat_range))
+            known[part] = replace(whole, flat_range=flat_range, form=None, shard=None, rounding=None)
+        self.known = known
 
     def is_current(self, parameter: Tensor) -> bool:
         """Whether a parameter is as it was when it was last looked at."""
