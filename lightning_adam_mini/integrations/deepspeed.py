@@ -1,9 +1,9 @@
 """DeepSpeed: AdamMini under ZeRO-1 and 2, which hand an optimizer one flat vector for each parameter group.
 
-DeepSpeed lays the parameters of a group end to end, cuts the vector into a range for each rank, and puts this rank's
-range, in float32, in the place of the group's parameters. It notes on each parameter which of its elements this rank
-has, and where they are in the flat vector (`_hp_mapping`, which `deepspeed.utils.safe_get_full_fp32_param` reads too).
-With that the flat vector is a list of parts of parameters, as FSDP1 has them.
+DeepSpeed lays the parameters of a group end to end in one vector, of which they become views, and cuts it into equal
+ranges, one for each rank. This rank's range, in float32, takes the place of the group's parameters. Where a parameter
+lies in the vector tells which of its elements this rank has: the range is a list of parts of parameters, as FSDP1 has
+them. DeepSpeed's own map of them, `_hp_mapping`, is wrong with `round_robin_gradients` (0.19.8).
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import deepspeed
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_adam_mini.optim import AdamMini
@@ -108,15 +110,14 @@ class ZeroAdamMini(AdamMini):
         found: dict[Tensor, tuple[Tensor, FlatRange]] = {}
         for group, whole in self._whole:
             _check_not_partitioned(whole)
-            flats = group["params"]
-            members = [parameter for parameter in whole if hasattr(parameter, "_hp_mapping")]
-            if flats is whole or not members:
-                continue
-            (flat,) = flats
-            parts = {parameter: _part_of(parameter, flat) for parameter in members}
-            self._parts += [part for part, _ in parts.values()]
-            group["params"] = [part.tensor for part, _ in parts.values()]
-            found |= {parameter: (part.tensor, held) for parameter, (part, held) in parts.items()}
+            members = [parameter for parameter in whole if hasattr(parameter, "_dp_group")]
+            if group["params"] is whole or not members:
+                continue  # not flattened
+            (flat,) = group["params"]
+            parts = _parts_of(members, flat)
+            self._parts += [part for part, _ in parts]
+            group["params"] = [part.tensor for part, _ in parts]
+            found |= {p: (part.tensor, held) for p, (part, held) in zip(members, parts, strict=True)}
         if found:
             self._whole = []
             self._table.replace_by_parts(found)
@@ -130,7 +131,9 @@ class ZeroAdamMini(AdamMini):
                 "share a scale in: take exp_avg_dtype=torch.bfloat16, or shard the model with fully_shard (FSDP2)"
             )
         if self.stochastic_rounding:
-            check_rounds_something(d for p in self._parts for d in (p.tensor.dtype, self.exp_avg_dtype or p.tensor.dtype))
+            check_rounds_something(
+                d for p in self._parts for d in (p.tensor.dtype, self.exp_avg_dtype or p.tensor.dtype)
+            )
 
 
 def _follow(optimizer: ZeroAdamMini, args: Any, kwargs: Any) -> None:
@@ -140,16 +143,32 @@ def _follow(optimizer: ZeroAdamMini, args: Any, kwargs: Any) -> None:
         part.follow()
 
 
-def _part_of(parameter: Any, flat: Tensor) -> tuple[_Part, FlatRange]:
-    """This rank's part of a parameter, which may be empty, and which elements it is."""
-    mapping = parameter._hp_mapping
-    here, there = (mapping.hp_fragment_address, mapping.lp_fragment_address) if mapping else (None, None)
-    start, size = (here.start, here.numel) if here else (0, 0)
-    first = there.start if there else 0
-    part = _Part(flat.detach().narrow(0, start, size).requires_grad_(), flat, start)
-    shape, device_type = tuple(parameter.shape), parameter.device.type  # of an offloaded one, the ranks' own
-    held = FlatRange(shape, first, first + size, parameter._dp_group, device_type, is_expanded=False)
-    return part, held
+def _parts_of(members: list[Any], flat: Tensor) -> list[tuple[_Part, FlatRange]]:
+    """This rank's parts of the parameters of a group, some of them empty, and which elements they are."""
+    if len({parameter.untyped_storage().data_ptr() for parameter in members}) > 1:
+        raise ValueError(
+            f"DeepSpeed {deepspeed.__version__} keeps the parameters of a group in another way than this package knows: "
+            "shard the model with fully_shard (FSDP2), or use DeepSpeed 0.19.8"
+        )
+    origin, size = min(parameter.storage_offset() for parameter in members), flat.numel()
+    found = []
+    for parameter in members:
+        process_group, numel = parameter._dp_group, parameter.numel()
+        offset = parameter.storage_offset() - origin - dist.get_rank(process_group) * size  # in this rank's range
+        first, last = (min(max(place, 0), size) for place in (offset, offset + numel))
+        part = _Part(flat.detach().narrow(0, first, last - first).requires_grad_(), flat, first)
+        start = min(max(-offset, 0), numel)
+        # The ranks communicate on the device of the parameters, also where the flat vector is offloaded.
+        held = FlatRange(
+            tuple(parameter.shape),
+            start,
+            start + last - first,
+            process_group,
+            device_type=parameter.device.type,
+            is_expanded=False,
+        )
+        found.append((part, held))
+    return found
 
 
 def _check_not_partitioned(parameters: list[Tensor]) -> None:

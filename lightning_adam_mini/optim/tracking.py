@@ -378,8 +378,8 @@ def _unknown(parameter: Tensor) -> str:
     """The message about a tensor that the optimizer does not know."""
     return (
         f"AdamMini met a parameter of shape {tuple(parameter.shape)} that does not belong to the model it was built "
-        "from; build the optimizer after wrapping or replacing parameters (DeepSpeed's flattened parameters are not "
-        "supported), or add it with add_param_group"
+        "from; build the optimizer after wrapping or replacing parameters, add it with add_param_group, or, where "
+        "DeepSpeed has flattened them, use ZeroAdamMini of lightning_adam_mini.integrations.deepspeed"
     )
 
 
