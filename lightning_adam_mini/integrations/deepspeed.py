@@ -147,8 +147,8 @@ def _parts_of(members: list[Any], flat: Tensor) -> list[tuple[_Part, FlatRange]]
     """This rank's parts of the parameters of a group, some of them empty, and which elements they are."""
     if len({parameter.untyped_storage().data_ptr() for parameter in members}) > 1:
         raise ValueError(
-            f"DeepSpeed {deepspeed.__version__} keeps the parameters of a group in another way than this package knows: "
-            "shard the model with fully_shard (FSDP2), or use DeepSpeed 0.19.8"
+            f"DeepSpeed {deepspeed.__version__} keeps the parameters of a group in another way than this package "
+            "knows: shard the model with fully_shard (FSDP2), or use DeepSpeed 0.19.8"
         )
     origin, size = min(parameter.storage_offset() for parameter in members), flat.numel()
     found = []

@@ -15,10 +15,10 @@ from sharded_fits import BATCH, Network
 os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
 pytest.importorskip("deepspeed")
 
-import deepspeed  # noqa: E402
-from deepspeed.utils import safe_get_full_fp32_param  # noqa: E402
+import deepspeed
+from deepspeed.utils import safe_get_full_fp32_param
 
-from lightning_adam_mini.integrations.deepspeed import ZeroAdamMini  # noqa: E402
+from lightning_adam_mini.integrations.deepspeed import ZeroAdamMini
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
