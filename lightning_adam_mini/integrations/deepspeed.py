@@ -8,6 +8,7 @@ them. DeepSpeed's own map of them, `_hp_mapping`, is wrong with `round_robin_gra
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,14 +67,27 @@ class ZeroAdamMini(AdamMini):
 
     def __init__(self, params: Params, **options: Any) -> None:
         self._is_built = False
-        members = params.parameters() if isinstance(params, nn.Module) else ()
-        _check_not_partitioned(list(members))
+        self._whole: list[tuple[dict[str, Any], list[Tensor]]] = []
+        """Groups that were not seen flat so far, with their parameters before that."""
+        self._parts: list[_Part] = []
+        _check_not_partitioned(params.parameters() if isinstance(params, nn.Module) else ())
         super().__init__(params, **options)
         self._is_built = True
-        # DeepSpeed puts another list into each of these groups.
-        self._whole = [(group, group["params"]) for group in self.param_groups]
-        self._parts: list[_Part] = []
         self.register_step_pre_hook(_follow)
+        self.register_step_post_hook(_release)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, before `deepspeed.initialize`.
+
+        Args:
+            param_group: As for `AdamMini`.
+
+        Raises:
+            ValueError: As for `AdamMini`.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        self._whole.append((group, group["params"]))  # DeepSpeed puts another list into the same group
 
     @property
     def partition(self) -> dict[str, ParameterPartition]:
@@ -114,6 +128,7 @@ class ZeroAdamMini(AdamMini):
             if group["params"] is whole or not members:
                 continue  # not flattened
             (flat,) = group["params"]
+            self._check_formats(flat.dtype)
             parts = _parts_of(members, flat)
             self._parts += [part for part, _ in parts]
             group["params"] = [part.tensor for part, _ in parts]
@@ -121,19 +136,16 @@ class ZeroAdamMini(AdamMini):
         if found:
             self._whole = []
             self._table.replace_by_parts(found)
-            self._check_formats()
 
-    def _check_formats(self) -> None:
-        """Raise where the formats that were asked for do not fit flat vectors."""
+    def _check_formats(self, dtype: torch.dtype) -> None:
+        """Raise where the formats that were asked for do not fit flat vectors of a dtype."""
         if self.exp_avg_dtype is torch.uint8:
             raise ValueError(
                 "DeepSpeed cuts its flat vectors anywhere, also within the groups of elements that 8-bit first moments "
                 "share a scale in: take exp_avg_dtype=torch.bfloat16, or shard the model with fully_shard (FSDP2)"
             )
         if self.stochastic_rounding:
-            check_rounds_something(
-                d for p in self._parts for d in (p.tensor.dtype, self.exp_avg_dtype or p.tensor.dtype)
-            )
+            check_rounds_something((dtype, self.exp_avg_dtype or dtype))
 
 
 def _follow(optimizer: ZeroAdamMini, args: Any, kwargs: Any) -> None:
@@ -141,6 +153,12 @@ def _follow(optimizer: ZeroAdamMini, args: Any, kwargs: Any) -> None:
     optimizer._adopt()
     for part in optimizer._parts:
         part.follow()
+
+
+def _release(optimizer: ZeroAdamMini, args: Any, kwargs: Any) -> None:
+    """What comes after each step: views would keep the gradients that DeepSpeed frees."""
+    for part in optimizer._parts:
+        part.tensor.grad = None
 
 
 def _parts_of(members: list[Any], flat: Tensor) -> list[tuple[_Part, FlatRange]]:
@@ -171,7 +189,7 @@ def _parts_of(members: list[Any], flat: Tensor) -> list[tuple[_Part, FlatRange]]
     return found
 
 
-def _check_not_partitioned(parameters: list[Tensor]) -> None:
+def _check_not_partitioned(parameters: Iterable[Tensor]) -> None:
     if any(hasattr(parameter, "ds_id") for parameter in parameters):
         raise ValueError(
             'ZeRO-3 hides the blocks of parameters from the optimizer: set "stage": 2 in "zero_optimization", or shard '

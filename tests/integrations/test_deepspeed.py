@@ -90,12 +90,9 @@ def take_steps(engine, rank, world, steps):
 
 def weights(engine):
     """The parameters in float32, also where the model has them in bfloat16."""
-    return {
-        name: safe_get_full_fp32_param(p)
-        if hasattr(p, "_hp_mapping") and p.dtype != torch.float32
-        else p.detach().clone()
-        for name, p in engine.module.named_parameters()
-    }
+    masters = engine.zero_optimization() and engine.bfloat16_enabled()
+    named = engine.module.named_parameters()
+    return {name: safe_get_full_fp32_param(p) if masters else p.detach().clone() for name, p in named}
 
 
 def train(rank, world, stage, options=None, config=None, cls=ZeroAdamMini):
@@ -210,6 +207,7 @@ def looked_at(rank, partition):
     after = structures(optimizer)
     take_steps(engine, rank, 2, range(1))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    assert all(parameter.grad is None for parameter in parameters)  # views would keep what DeepSpeed frees
     states = [optimizer.state[p] for p in parameters]
     firsts = sum(state["exp_avg"].numel() for state in states)
     seconds = sum(v.numel() for state in states for key, v in state.items() if key.startswith("exp_avg_sq"))
