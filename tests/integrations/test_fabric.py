@@ -134,7 +134,7 @@ def test_two_ranks_train_as_one(strategy, build):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "strategy",
-    [*LAYOUTS, partial(fsdp2, save_distributed_checkpoint=True)],
+    [*LAYOUTS, partial(fsdp2, folder=True)],
     ids=["single", "ddp", "fsdp2", "fsdp2_in_a_folder"],
 )
 def test_a_resumed_run_is_the_run(strategy, tmp_path):
