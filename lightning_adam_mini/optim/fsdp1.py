@@ -50,19 +50,23 @@ class FlatRange:
         start: The first element.
         stop: The element after the last.
         group: The ranks that hold the others.
+        device_type: Type of device that they communicate on; None for that of the part.
+        is_expanded: Whether states are saved with one value per element.
     """
 
     shape: tuple[int, ...]
     start: int
     stop: int
     group: ProcessGroup
+    device_type: str | None = None
+    is_expanded: bool = True
 
     def shard(self, blocks: Blocks, device_type: str) -> Shard:
         """This rank's part of the parameter; the rank keeps the whole second moment unless that is element-wise."""
         if blocks.kind is Kind.ELEMENT:
             return Shard(Blocks.element((self.stop - self.start,)))
         groups = (self.group,) if dist.get_world_size(self.group) > 1 else ()
-        return Shard(blocks, flat_boxes(self.shape, self.start, self.stop), groups, device_type)
+        return Shard(blocks, flat_boxes(self.shape, self.start, self.stop), groups, self.device_type or device_type)
 
 
 def flat_ranges(module: nn.Module) -> dict[Tensor, FlatRange]:

@@ -142,8 +142,8 @@ class ParameterTable:
 
     @property
     def has_flat_ranges(self) -> bool:
-        """Whether FSDP1 has flattened a parameter."""
-        return any(known.flat_range is not None for known in self.known.values())
+        """Whether states are saved as FSDP1 knows them, which has flattened a parameter."""
+        return any(known.flat_range is not None and known.flat_range.is_expanded for known in self.known.values())
 
     def partitions(self) -> list[ParameterPartition]:
         """The partitions of all parameters in the order of the model, frozen ones included."""
@@ -207,6 +207,18 @@ class ParameterTable:
         return [number for number, p in parameters if self[p].flat_range is not None and states.get(p)]
 
     # Changes
+
+    def replace_by_parts(self, parts: Mapping[Tensor, tuple[Tensor, FlatRange]]) -> None:
+        """Put this rank's parts in the places of parameters that were flattened, which have no state yet.
+
+        Args:
+            parts: By parameter, a tensor of one dimension and the elements that it holds.
+        """
+        known = dict[Tensor, KnownParameter]()
+        for parameter, whole in self.known.items():
+            part, flat_range = parts.get(parameter, (parameter, whole.flat_range))
+            known[part] = replace(whole, flat_range=flat_range, form=None, shard=None, rounding=None)
+        self.known = known
 
     def is_current(self, parameter: Tensor) -> bool:
         """Whether a parameter is as it was when it was last looked at."""
@@ -371,8 +383,8 @@ def _unknown(parameter: Tensor) -> str:
     """The message about a tensor that the optimizer does not know."""
     return (
         f"AdamMini met a parameter of shape {tuple(parameter.shape)} that does not belong to the model it was built "
-        "from; build the optimizer after wrapping or replacing parameters (DeepSpeed's flattened parameters are not "
-        "supported), or add it with add_param_group"
+        "from; build the optimizer after wrapping or replacing parameters, add it with add_param_group, or, where "
+        "DeepSpeed has flattened them, use ZeroAdamMini of lightning_adam_mini.integrations.deepspeed"
     )
 
 

@@ -395,7 +395,7 @@ def test_flat_tensors_of_another_wrapper_are_told_at_the_step():
     flat = nn.Parameter(torch.zeros(10))
     flat.grad = torch.ones(10)
     optimizer.param_groups[0]["params"] = [flat]
-    with pytest.raises(ValueError, match="DeepSpeed's flattened parameters are not supported"):
+    with pytest.raises(ValueError, match="DeepSpeed has flattened them, use ZeroAdamMini"):
         optimizer.step()
 
 
