@@ -54,3 +54,12 @@ def test_llamafactory_trains_with_the_partition_of_the_model_and_resumes(folder)
     assert {each["step"].item() for each in again["state"].values()} == {10}
     for (name, one), other in zip(model.named_parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_adapters_of_queries_train(folder):
+    out = ("output_dir=adapters", "finetuning_type=lora", "save_strategy=epoch", "max_steps=1")
+    call(folder, "train.py", "config.yaml", *out)
+    state = torch.load(folder / "adapters" / "checkpoint-1" / "optimizer.pt", weights_only=True)["state"]
+    # One second moment an output neuron, of ranks and of outputs.
+    assert all(each["exp_avg_sq"].shape == (each["exp_avg"].shape[0], 1) for each in state.values())
+    assert state
