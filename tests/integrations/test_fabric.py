@@ -5,11 +5,9 @@ from functools import partial
 
 import pytest
 import torch
-from torch.distributed.tensor import DTensor
-from torch.nn.functional import cross_entropy
 
 from ranks import run_ranks
-from tiny_models import VOCAB, llama
+from tiny_models import llama
 
 pytest.importorskip("lightning.fabric")
 
@@ -17,9 +15,8 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch.distributed.fsdp import fully_shard
 
+from framework_runs import SAVED, STEPS, adamw, element, factored, loss_of, whole
 from lightning_adam_mini import AdamMini
-
-STEPS, SAVED, ROWS, LENGTH = 6, 3, 4, 8
 
 
 def shard(model, mesh):
@@ -41,18 +38,6 @@ def fsdp2(*, folder=False):
     return ModelParallelStrategy(
         shard, data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=folder
     )
-
-
-def adamw(model):
-    return torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.1, foreach=False)
-
-
-def element(model):
-    return AdamMini(model, 1e-2, weight_decay=0.1, partition="element", weight_decay_policy="all")
-
-
-def factored(model):
-    return AdamMini(model, 1e-2, weight_decay=0.1, partition="factored")
 
 
 def auto(model):
@@ -82,23 +67,16 @@ def train(rank, strategy, build, save=None, load=None):
     if load:
         fabric.load(load, state)
     for step in range(state["step"], STEPS):
-        tokens = torch.randint(VOCAB, (ROWS, LENGTH), generator=torch.Generator().manual_seed(step))
-        mine = tokens[rank * ROWS // world : (rank + 1) * ROWS // world]
-        logits = wrapped(input_ids=mine[:, :-1]).logits
-        fabric.backward(cross_entropy(logits.flatten(0, 1), mine[:, 1:].flatten()))
+        fabric.backward(loss_of(wrapped, step, rank, world))
         fabric.clip_gradients(wrapped, fabric_optimizer, max_norm=1.0)
         fabric_optimizer.step()
         fabric_optimizer.zero_grad()
         if save and step + 1 == SAVED:
             fabric.save(save, state | {"step": SAVED})
-    weights = {
-        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
-        for name, p in model.named_parameters()
-    }
     structures = {}
     if isinstance(optimizer, AdamMini):
         structures = {name: found.structure for name, found in optimizer.partition.items()}
-    return {name: weight.detach().clone() for name, weight in weights.items()}, structures
+    return whole(model), structures
 
 
 def run(strategy, build, **files):

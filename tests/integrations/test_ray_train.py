@@ -8,11 +8,9 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.tensor import DTensor
-from torch.nn.functional import cross_entropy
 
 from checkout import ROOT
-from tiny_models import VOCAB, llama
+from tiny_models import llama
 
 pytest.importorskip("ray.train")
 
@@ -21,23 +19,9 @@ from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig, get_c
 from ray.train.torch import TorchConfig, TorchTrainer, prepare_model
 from torch.distributed.fsdp import fully_shard
 
-from lightning_adam_mini import AdamMini
+from framework_runs import SAVED, STEPS, adamw, element, factored, loss_of, whole
 
 pytestmark = pytest.mark.slow
-
-STEPS, SAVED, ROWS, LENGTH = 6, 3, 4, 8
-
-
-def adamw(model):
-    return torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.1, foreach=False)
-
-
-def element(model):
-    return AdamMini(model, 1e-2, weight_decay=0.1, partition="element", weight_decay_policy="all")
-
-
-def factored(model):
-    return AdamMini(model, 1e-2, weight_decay=0.1, partition="factored")
 
 
 def ddp(model):
@@ -57,10 +41,7 @@ def alone(model):
 def steps(model, wrapped, optimizer, rank, world, first=0):
     """Steps on this rank's part of each batch; each step is yielded once it is taken."""
     for step in range(first, STEPS):
-        tokens = torch.randint(VOCAB, (ROWS, LENGTH), generator=torch.Generator().manual_seed(step))
-        mine = tokens[rank * ROWS // world : (rank + 1) * ROWS // world]
-        logits = wrapped(input_ids=mine[:, :-1]).logits
-        cross_entropy(logits.flatten(0, 1), mine[:, 1:].flatten()).backward()
+        loss_of(wrapped, step, rank, world).backward()
         optimizer.step()
         optimizer.zero_grad()
         yield step + 1
@@ -71,13 +52,6 @@ def start(wrap, build):
     model = llama(num_hidden_layers=2)
     wrapped = wrap(model)
     return model, wrapped, build(model)
-
-
-def whole(model):
-    return {
-        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
-        for name, p in model.named_parameters()
-    }
 
 
 def loop(config):
